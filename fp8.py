@@ -1,0 +1,91 @@
+"""FP8: what the checkpoint's linears look like on disk, and three ways to multiply with them.
+
+A weight is stored as `float8_e4m3fn` (4 exponent bits, 3 mantissa bits, largest value 448) with one scale for the
+whole tensor, named `weight_scale_inv` although it is the multiplier: `w = w_fp8 * scale`. From there a linear can
+
+- be **dequantized** once while it is loaded, and be an ordinary BF16 or FP32 linear ever after;
+- stay FP8 in memory and be **dequantized as it goes**, block by block: half the memory, the same numbers;
+- stay FP8 and **multiply in FP8** (`torch._scaled_mm`): the inputs are quantized too, with the checkpoint's static
+  `activation_scale`, or with one measured on the spot. Fast on GPUs of compute capability 8.9 and later.
+
+`python fp8.py IN OUT [--to fp8|bfloat16]` rewrites a checkpoint, tensor by tensor.
+"""
+
+import torch
+import torch.nn.functional as F
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+BLOCK = 1 << 24  # elements dequantized at a time: bounds the float32 copy to 64 MiB
+
+
+def dequantize(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`weight` (any shape, E4M3) times `scale` (0-d), multiplied in float32 and rounded once to `dtype`.
+
+    Multiplying in BF16 would round the scale first and give other numbers.
+    """
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    scale = scale.float()
+    rows = max(1, BLOCK // max(1, weight[:1].numel()))
+    for start in range(0, weight.shape[0], rows):
+        out[start : start + rows] = weight[start : start + rows].float().mul_(scale)
+    return out
+
+
+def quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`x` over `scale` (0-d float32), clamped to ±448 and rounded to E4M3. Same shape."""
+    return (x.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
+
+
+def scale_of(amax: torch.Tensor) -> torch.Tensor:
+    """The scale (0-d float32) that maps the largest magnitude `amax` to 448; 1 for a tensor of zeros."""
+    amax = amax.float()
+    return torch.where(amax > 0, amax / E4M3_MAX, 1.0)
+
+
+def fp8_matmul(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, activation_scale: torch.Tensor | None
+) -> torch.Tensor:
+    """`x @ weight.T` with both sides in E4M3, accumulated in float32. `x` (..., in), `weight` (out, in) E4M3.
+
+    `activation_scale` is static where given; None measures the largest input of this call (dynamic).
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    scale = scale_of(flat.abs().amax()) if activation_scale is None else activation_scale.float()
+    out = torch._scaled_mm(
+        quantize(flat, scale), weight.t(), scale_a=scale, scale_b=weight_scale.float(), out_dtype=x.dtype
+    )
+    return out.view(*x.shape[:-1], -1)
+
+
+class _DequantizingLinear(torch.autograd.Function):
+    """`x @ dequantize(weight).T`, keeping only the FP8 weight for the backward pass. The weight gets no gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale):
+        ctx.save_for_backward(weight, scale)
+        return F.linear(x, dequantize(weight, scale, x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, scale = ctx.saved_tensors
+        return grad @ dequantize(weight, scale, grad.dtype), None, None
+
+
+def has_fp8_matmul(device: torch.device) -> bool:
+    """Whether `device` multiplies E4M3 in hardware. CPUs can run `torch._scaled_mm` too, but only slowly."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, activation_scale: torch.Tensor | None
+) -> torch.Tensor:
+    """A linear whose weight stays FP8 in memory. `x` (..., in) -> (..., out) in the dtype of `x`.
+
+    Multiplies in FP8 where the hardware does, unless a gradient is wanted: quantizing the input has none. The matrix
+    units want both sizes in multiples of 16, so an odd slice is dequantized instead.
+    """
+    in_fp8 = has_fp8_matmul(x.device) and not (torch.is_grad_enabled() and x.requires_grad)
+    if in_fp8 and not (weight.shape[0] % 16 or weight.shape[1] % 16):
+        return fp8_matmul(x, weight, weight_scale, activation_scale)
+    return _DequantizingLinear.apply(x, weight, weight_scale)

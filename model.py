@@ -1,0 +1,274 @@
+"""The decoder of Mistral Medium 3.5: RMSNorm, grouped-query attention with rotary positions, SwiGLU.
+
+Reading order is the order of the file: the small parts, attention, a layer, the decoder. Every linear is one of the
+parallel layers of `parallel.py`; with one process they are plain linears. Names are those of the HF layout.
+
+Shapes: B batch, T tokens of this call, S tokens attended to, H query heads of this rank, KV key/value heads of this
+rank, D head_dim, C hidden_size.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from config import Config, RopeConfig
+from parallel import (
+    ColumnParallelLinear,
+    Place,
+    RowParallelLinear,
+    Slice,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    copy_to_group,
+    divide,
+)
+
+MASK_ELEMENTS = 1 << 22  # a prefill chunk's attention mask is at most this large, however long the context
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight (arXiv:1910.07467), normalized in float32, scaled in the dtype of `x`, as transformers does."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype):
+        super().__init__()
+        self.eps = eps
+        self.slices = {"weight": Slice((size,), 0, 0, size)}
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv:2002.05202): down(act(gate(x)) · up(x)). The decoder's `act` is SiLU."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, place: Place, dtype, keep_fp8=False, act=F.silu):
+        super().__init__()
+        divide(intermediate_size, place.tp_size, "rows of intermediate_size")
+        self.act, self.group = act, place.tp_group
+        self.gate_proj = ColumnParallelLinear(hidden_size, intermediate_size, place, dtype, keep_fp8)
+        self.up_proj = ColumnParallelLinear(hidden_size, intermediate_size, place, dtype, keep_fp8)
+        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, place, dtype, keep_fp8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = copy_to_group(x, self.group)
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+# ------------------------------------------------------------------------------------------------ rotary positions
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
+    """Radians a position for each pair of dimensions, (head_dim / 2,), float32.
+
+    Plain: θ^(-2i/D). YaRN (arXiv:2309.00071, section 3.2) divides the slow ones, which never made a full turn in the
+    original context, by `factor`, keeps the fast ones, and ramps between.
+    """
+    inverse = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if not rope.yarn:
+        return 1.0 / inverse
+
+    def dimension(rotations: float) -> float:  # the pair that makes so many rotations over the original context
+        turns = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return head_dim * math.log(turns) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    high += 0.001 if low == high else 0
+    keep = 1 - ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return 1.0 / (rope.factor * inverse) * (1 - keep) + 1.0 / inverse * keep
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (i, i + D/2) of `x` (B, H, T, D) by the angles of `cos`, `sin` (B or 1, 1, T, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+# ------------------------------------------------------------------------------------------------------- attention
+
+
+class KVCache:
+    """Keys and values of this stage's layers: two tensors (layers, B, KV, length, D), allocated once.
+
+    The engine says at which positions a call's tokens go; the cache itself remembers nothing else.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
+        self.keys, self.values = keys, values
+
+    def rows(self, start: int, stop: int) -> "KVCache":
+        """A view of the rows `[start:stop]`."""
+        return KVCache(self.keys[:, start:stop], self.values[:, start:stop])
+
+    def move_row(self, source: int, target: int) -> None:
+        for tensor in (self.keys, self.values):
+            tensor[:, target].copy_(tensor[:, source])
+
+
+@dataclass
+class Span:
+    """Which positions the T tokens of a call have: what every layer needs to know about them."""
+
+    cos: torch.Tensor  # (B or 1, 1, T, D/2)
+    sin: torch.Tensor
+    query_scale: torch.Tensor | None  # (B or 1, 1, T, 1)
+    start: int | None  # the position of the first token, or None where the rows differ (then T is 1)
+    positions: torch.Tensor | None  # (B,), where the rows differ
+    stop: int  # tokens in the longest row, these included
+    mask: torch.Tensor | None  # (B, 1, 1, stop) True where a row has a token, where the rows differ
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span) -> torch.Tensor:
+    """Causal grouped-query attention. q (B, H, T, D), k and v (B, KV, S, D) -> (B, H, T, D).
+
+    Nothing is repeated for the query heads that share a key: a view with stride 0 stands for the copies. Queries that
+    follow a cached prefix need a mask; they are taken few enough at a time that it never exceeds MASK_ELEMENTS.
+    """
+    B, H, T, D = q.shape
+    KV, S = k.shape[1], k.shape[2]
+    if T == 1:  # the queries of a group stand where a longer call's tokens stand
+        return F.scaled_dot_product_attention(q.view(B, KV, H // KV, D), k, v, attn_mask=span.mask).view(B, H, 1, D)
+    q = q.reshape(B * KV, H // KV, T, D)
+    k, v = (x.flatten(0, 1)[:, None].expand(-1, H // KV, -1, -1) for x in (k, v))
+    if S == T:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).view(B, H, T, D)
+    rows, out = max(1, MASK_ELEMENTS // S), torch.empty_like(q)
+    for first in range(0, T, rows):
+        last = min(first + rows, T)
+        stop = S - T + last
+        mask = torch.ones(last - first, stop, dtype=torch.bool, device=q.device).tril_(S - T + first)
+        block = F.scaled_dot_product_attention(q[:, :, first:last], k[:, :, :stop], v[:, :, :stop], attn_mask=mask)
+        out[:, :, first:last] = block
+    return out.view(B, H, T, D)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv:2305.13245). A rank holds whole heads: H = heads / tp, KV = kv_heads / tp.
+
+    Key/value heads fewer than the ranks are replicated: neighbours share one.
+    """
+
+    def __init__(self, config: Config, place: Place, dtype: torch.dtype, keep_fp8: bool):
+        super().__init__()
+        D, C, heads, kv_heads = (
+            config.head_dim,
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+        )
+        divide(heads, place.tp_size, "attention heads")
+        if kv_heads >= place.tp_size:
+            divide(kv_heads, place.tp_size, "key/value heads")
+        else:
+            divide(place.tp_size, kv_heads, "tensor-parallel ranks over the key/value heads")
+        self.head_dim, self.group = D, place.tp_group
+        parts = min(kv_heads, place.tp_size)
+        self.q_proj = ColumnParallelLinear(C, heads * D, place, dtype, keep_fp8)
+        self.k_proj = ColumnParallelLinear(C, kv_heads * D, place, dtype, keep_fp8, parts)
+        self.v_proj = ColumnParallelLinear(C, kv_heads * D, place, dtype, keep_fp8, parts)
+        self.o_proj = RowParallelLinear(heads * D, C, place, dtype, keep_fp8)
+
+    def forward(self, x: torch.Tensor, span: Span, cache: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        """x (B, T, C) -> (B, T, C). `cache`: this layer's keys and values, each (B, KV, length, D), or None."""
+        B, T, _ = x.shape
+        x = copy_to_group(x, self.group)
+        q, k, v = (f(x).view(B, T, -1, self.head_dim).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = apply_rotary(q, span.cos, span.sin), apply_rotary(k, span.cos, span.sin)
+        if span.query_scale is not None:
+            q = q * span.query_scale
+        if cache is not None:
+            for stored, new in zip(cache, (k, v)):
+                if span.start is not None:
+                    stored[:, :, span.start : span.stop] = new
+                else:
+                    stored[torch.arange(B, device=x.device), :, span.positions] = new[:, :, 0]
+            k, v = (stored[:, :, : span.stop] for stored in cache)
+        return self.o_proj(attend(q, k, v, span).transpose(1, 2).reshape(B, T, -1))
+
+
+# ----------------------------------------------------------------------------------------------------- the decoder
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: Config, place: Place, dtype: torch.dtype, keep_fp8: bool):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.self_attn = Attention(config, place, dtype, keep_fp8)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, place, dtype, keep_fp8)
+
+    def forward(
+        self, x: torch.Tensor, span: Span, cache: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), span, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """One pipeline stage of the decoder: embedding on the first, some layers on each, norm and head on the last.
+
+    `layers` is keyed by the layer's number in the whole model, so that names are the same on every stage. Parameters
+    are on `meta` until a checkpoint (or an initialization) fills them. `keep_fp8`: the layers' linears stay FP8.
+    """
+
+    def __init__(self, config: Config, place: Place = Place(), dtype=torch.bfloat16, keep_fp8: bool = False):
+        super().__init__()
+        self.config, self.place, self.dtype = config, place, dtype
+        if place.first_stage:
+            self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, place, dtype)
+        stage = place.layers(config.num_hidden_layers)
+        self.layers = nn.ModuleDict({str(i): DecoderLayer(config, place, dtype, keep_fp8) for i in stage})
+        if place.last_stage:
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+            self.lm_head = VocabParallelHead(config.hidden_size, config.vocab_size, place, dtype)
+            if config.tie_word_embeddings and place.first_stage:
+                self.lm_head.weight = self.embed_tokens.weight
+        frequencies = rope_frequencies(config.rope, config.head_dim).to(place.device)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def new_cache(self, batch: int, length: int) -> KVCache:
+        """An empty cache for `batch` rows of at most `length` tokens, in the run dtype."""
+        kv_heads = max(1, self.config.num_key_value_heads // self.place.tp_size)
+        shape = (len(self.layers), batch, kv_heads, length, self.config.head_dim)
+        return KVCache(*(torch.empty(shape, dtype=self.dtype, device=self.place.device) for _ in range(2)))
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """First stage only: (B, T) token ids -> (B, T, C)."""
+        return self.embed_tokens(tokens)
+
+    def forward(self, x: torch.Tensor, starts: list[int], cache: KVCache | None = None) -> torch.Tensor:
+        """This stage's layers over the hidden states `x` (B, T, C), row i at positions starts[i], starts[i] + 1, …
+
+        Keys and values go into `cache` and are read from it; rows that start at different positions must have T = 1.
+        """
+        span = self.span(starts, x.shape[1])
+        for i, layer in enumerate(self.layers.values()):
+            x = layer(x, span, None if cache is None else (cache.keys[i], cache.values[i]))
+        return x
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Last stage only: hidden states (..., C) -> this rank's logits (..., padded vocab / tp), float32."""
+        return self.lm_head(self.norm(x))
+
+    def span(self, starts: list[int], T: int) -> Span:
+        device, rope = self.place.device, self.config.rope
+        alike = len(set(starts)) == 1
+        first = torch.tensor(starts[:1] if alike else starts, device=device)
+        positions = first[:, None] + torch.arange(T, device=device)  # (B or 1, T)
+        angles = positions[:, None, :, None].float() * self.frequencies  # (B or 1, 1, T, D/2), float32
+        cos, sin = ((f(angles) * rope.attention_factor).to(self.dtype) for f in (torch.cos, torch.sin))
+        scale = None
+        if rope.query_scaling_beta:
+            periods = torch.floor(positions / rope.original_max_position_embeddings)
+            scale = (1 + rope.query_scaling_beta * torch.log(1 + periods))[:, None, :, None].to(self.dtype)
+        stop = max(starts) + T
+        mask = None if alike else (torch.arange(stop, device=device) <= first[:, None])[:, None, None]
+        return Span(cos, sin, scale, starts[0] if alike else None, None if alike else first, stop, mask)
