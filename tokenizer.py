@@ -1,0 +1,373 @@
+"""Text to token ids and back, for the two tokenizers that Mistral checkpoints ship.
+
+**Tekken** (`tekken.json`, all newer checkpoints) is byte-level BPE. A Unicode regular expression cuts the text into
+words; each word's UTF-8 bytes are merged pair by pair, always the pair whose merged bytes have the lowest rank in the
+vocabulary; ids are rank + number of special tokens. The expression is written for Rust's regex engine (`\\p{Lu}`), so
+it is rewritten here with character classes built from `unicodedata`, and runs on the standard library's `re`.
+
+**SentencePiece** (`tokenizer.model`, `tokenizer.model.v3`, ...; checkpoints up to v7) goes through the `sentencepiece`
+package.
+
+Special tokens (`[INST]`, `</s>`, ...) never arise from text: a user who types `[INST]` gets ordinary tokens, and only
+chat.py places control tokens, by id. Ids agree with mistral-common's for every file and text.
+"""
+
+import base64
+import codecs
+import heapq
+import json
+import os
+import re
+import unicodedata
+from functools import cache
+from itertools import groupby
+
+import sentencepiece
+
+from config import UserError
+
+VERSIONS = ("v1", "v2", "v3", "v7", "v11", "v13", "v15")
+
+# Tekken files up to v7 do not list their special tokens: these twenty apply, in the order of their ids.
+CLASSIC_SPECIAL = (
+    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] "
+    "[IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]"
+).split()
+
+LAST_BMP, LAST_UNICODE = 0xFFFF, 0x10FFFF
+
+# What Rust's (and Unicode's) \s means. Python's own \s also takes \x1c to \x1f, which would cut other words.
+WHITE_SPACE = ((0x9, 0xD), (0x20, 0x20), (0x85, 0x85), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A))
+WHITE_SPACE += ((0x2028, 0x2029), (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000))
+
+# Letters, marks and numbers that Unicode 15 and 16 added. An older Python takes them for unassigned; listing them gives
+# every Python the words that the reference (Unicode 16) cuts.
+NEW_IN_UNICODE_16 = {
+    "Lu": "1c89 a7cb-a7cc a7da a7dc 10d50-10d65",
+    "Ll": "1c8a a7cd a7db 10d70-10d85 1df25-1df2a",
+    "Lm": "10d4e 10d6f 16d40-16d42 16d6b-16d6c 1e030-1e06d 1e4eb",
+    "Lo": "105c0-105f3 10d4a-10d4d 10d4f 10ec2-10ec4 1123f-11240 11380-11389 1138b 1138e 11390-113b5 113b7 113d1 113d3 "
+    "11bc0-11be0 11f02 11f04-11f10 11f12-11f33 1342f 13441-13446 13460-143fa 16100-1611d 16d43-16d6a 18cff 1b132 1b155 "
+    "1e4d0-1e4ea 1e5d0-1e5ed 1e5f0 2b739 2ebf0-2ee5d 31350-323af",
+    "Mn": "897 ece 10d69-10d6d 10efc-10eff 11241 113bb-113c0 113ce 113d0 113d2 113e1-113e2 11f00-11f01 11f36-11f3a "
+    "11f40 11f42 11f5a 13440 13447-13455 1611e-16129 1612d-1612f 1e08f 1e4ec-1e4ef 1e5ee-1e5ef",
+    "Mc": "cf3 113b8-113ba 113c2 113c5 113c7-113ca 113cc-113cd 113cf 11f03 11f34-11f35 11f3e-11f3f 11f41 1612a-1612c",
+    "Nd": "10d40-10d49 116d0-116e3 11bf0-11bf9 11f50-11f59 16130-16139 16d70-16d79 1ccf0-1ccf9 1e4f0-1e4f9 1e5f1-1e5fa",
+    "No": "1d2c0-1d2d3",
+}
+
+
+@cache
+def _categories() -> dict[str, list[tuple[int, int]]]:
+    """Unicode general category ("Lu", "Nd", ...) -> ascending inclusive ranges of code points."""
+    category = list(map(unicodedata.category, map(chr, range(LAST_UNICODE + 1))))
+    for name, ranges in NEW_IN_UNICODE_16.items():
+        for span in ranges.split():
+            first, _, last = span.partition("-")
+            for code in range(int(first, 16), int(last or first, 16) + 1):
+                if category[code] == "Cn":
+                    category[code] = name
+    ranges, start = {}, 0
+    for name, run in groupby(category):
+        end = start + sum(1 for _ in run)
+        ranges.setdefault(name, []).append((start, end - 1))
+        start = end
+    return ranges
+
+
+@cache
+def _class_body(name: str, negated: bool, last: int) -> str:
+    """What stands between the brackets of a Python character class: white space ("s") or a general category ("L",
+    "Lu"), or its complement, over the code points up to `last`."""
+    if name == "s":
+        ranges = list(WHITE_SPACE)
+    else:
+        ranges = sorted(r for category, found in _categories().items() if category.startswith(name) for r in found)
+    if not ranges:
+        raise UserError(f"the pattern uses \\p{{{name}}}, but only general categories such as L or Lu are supported")
+    if negated:
+        starts = [0] + [end + 1 for _, end in ranges]
+        ends = [start - 1 for start, _ in ranges] + [LAST_UNICODE]
+        ranges = [(start, end) for start, end in zip(starts, ends) if start <= end]
+    return "".join(f"\\U{start:08x}-\\U{min(end, last):08x}" for start, end in ranges if start <= last)
+
+
+def python_pattern(pattern: str, last: int = LAST_UNICODE) -> str:
+    """A Rust regular expression rewritten for Python's `re`: `\\p{..}`, `\\P{..}`, `\\s` and `\\S` spelled out, in and
+    out of brackets, for text whose code points do not exceed `last`. Raises UserError for what `re` cannot say."""
+    out, in_class = [], False
+    for token in re.findall(r"\\[pP](?:\{\w+\}|[A-Z])|\\.|\[\^?\]?|&&|--|~~|.", pattern, re.S):
+        if match := re.fullmatch(r"\\([pP])\{?(\w+)\}?|\\([sS])", token):
+            kind = match[1] or match[3]
+            body = _class_body(match[2] or "s", kind.isupper(), last)
+            out.append(body if in_class else f"[{body}]")
+            continue
+        if in_class and (token[0] == "[" or token in ("&&", "--", "~~")):
+            raise UserError(f"the pattern has {token!r} inside a character class, which is not supported: {pattern!r}")
+        if token[0] == "[" or (token == "]" and in_class):
+            in_class = token != "]"
+        out.append(token)
+    return "".join(out)
+
+
+def _well_formed(text: str) -> str:
+    """The text with lone surrogates, which have no UTF-8 form, replaced by U+FFFD (and halves of a pair joined)."""
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class Tekken:
+    """A byte-level BPE tokenizer read from `tekken.json`.
+
+    version: chat format, "v3" to "v15". vocab_size: number of ids. special: name of control token -> id, all below
+    every ordinary id. image: {"image_patch_size", "max_image_size", "spatial_merge_size"} in pixels and patches, or
+    None. model_settings: the file's `model_settings_builder` (v15), or None. Raises UserError for a broken file.
+    """
+
+    utf8_errors = "replace"
+
+    def __init__(self, path: str):
+        data = _read_json(path)
+        try:
+            self._read(data)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+            raise UserError(f"{path} is not a valid Tekken file: {type(error).__name__}: {error}") from None
+
+    def _read(self, data: dict) -> None:
+        config = data["config"]
+        self.version = config["version"]
+        if self.version not in VERSIONS:
+            raise UserError(f"tokenizer version {self.version!r} is unknown; known are {', '.join(VERSIONS)}")
+        self.vocab_size = config["default_vocab_size"]
+        num_special = config["default_num_special_tokens"]
+
+        listed = data.get("special_tokens")
+        if listed is None:
+            if VERSIONS.index(self.version) > VERSIONS.index("v7"):
+                raise UserError(f"a tokenizer of version {self.version} must list its special_tokens")
+            listed = [{"rank": rank, "token_str": name} for rank, name in enumerate(CLASSIC_SPECIAL)]
+        names = {entry["rank"]: entry["token_str"] for entry in listed}
+        names |= {rank: f"<SPECIAL_{rank}>" for rank in range(num_special) if rank not in names}
+        self.special = {name: rank for rank, name in sorted(names.items())}
+        if not len(self.special) == len(names) == num_special or len({e["rank"] for e in listed}) < len(listed):
+            raise UserError(f"special_tokens must have distinct names and distinct ranks from 0 to {num_special - 1}")
+
+        # The file may list more tokens than the model has ids for: only the first ones count.
+        vocab = data["vocab"][: self.vocab_size - num_special]
+        if len(vocab) < self.vocab_size - num_special or num_special < 3:
+            raise UserError(f"vocab and special tokens do not make up default_vocab_size {self.vocab_size}")
+        self._bytes = [b""] * num_special + [base64.b64decode(entry["token_bytes"], validate=True) for entry in vocab]
+        self._num_special = num_special
+        self._ids = {token: id for id, token in enumerate(self._bytes) if id >= num_special}
+        if [entry["rank"] for entry in vocab] != list(range(len(vocab))) or len(self._ids) < len(vocab):
+            raise UserError("vocab must list distinct tokens in the order of their ranks 0, 1, 2, ...")
+        if self._bytes[num_special : num_special + 256] != [bytes([byte]) for byte in range(256)]:
+            raise UserError("the first 256 tokens of vocab must be the single bytes in order")
+
+        self.bos_id, self.eos_id = self.special["<s>"], self.special["</s>"]
+        self.pad_id = self.special.get("<pad>")
+        image = data.get("image") or data.get("multimodal")
+        self.image = {"spatial_merge_size": 1, **image} if image else None
+        self.model_settings = data.get("model_settings_builder")
+        if (self.version == "v15") != (self.model_settings is not None):
+            raise UserError("a model_settings_builder belongs to version v15, and to no other")
+        self._rust_pattern = config["pattern"]
+        self._patterns = {}
+        self._words(LAST_BMP)  # so that a bad pattern shows now
+        self._cache = {}
+
+    def _words(self, last: int) -> re.Pattern:
+        """The word pattern for text up to code point `last`. `re` looks a character up in a table inside the BMP but
+        walks through a list of ranges beyond it, so that a pattern confined to the BMP is ten times as fast."""
+        if last not in self._patterns:
+            self._patterns[last] = re.compile(python_pattern(self._rust_pattern, last))
+        return self._patterns[last]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ordinary text; no <s> is added, and text that spells a special token is just text."""
+        text = _well_formed(text)
+        pattern = self._words(LAST_UNICODE if max(text, default="") > "\uffff" else LAST_BMP)
+        ids, cache = [], self._cache
+        for match in pattern.finditer(text):
+            word = match[0]
+            known = cache.get(word)
+            if known is None:
+                known = self._merge(word.encode("utf-8"))
+                if len(word) < 64:
+                    if len(cache) >= 50_000:
+                        cache.clear()
+                    cache[word] = known
+            ids.extend(known)
+        return ids
+
+    def _merge(self, word: bytes) -> list[int]:
+        """BPE of one word. A heap of candidate pairs keeps long words (100 kB of base64) at O(n log n)."""
+        ids = self._ids
+        if word in ids:
+            return [ids[word]]
+        # Tokens form a linked list over byte positions: end[i] is where the token that starts at i ends (0 once a
+        # merge has swallowed it), before[i] is where its left neighbour starts.
+        size = len(word)
+        end, before = list(range(1, size + 1)), list(range(-1, size - 1))
+        heap = [(ids[word[i : i + 2]], i, i + 2) for i in range(size - 1) if word[i : i + 2] in ids]
+        heapq.heapify(heap)
+        while heap:
+            _, start, stop = heapq.heappop(heap)
+            middle = end[start]
+            if not 0 < middle < stop or end[middle] != stop:
+                continue  # one of the two tokens has been merged with another since
+            end[start], end[middle] = stop, 0
+            if stop < size:
+                before[stop] = start
+                if rank := ids.get(word[start : end[stop]]):
+                    heapq.heappush(heap, (rank, start, end[stop]))
+            if start > 0 and (rank := ids.get(word[before[start] : stop])):
+                heapq.heappush(heap, (rank, before[start], stop))
+        result, start = [], 0
+        while start < size:
+            result.append(ids[word[start : end[start]]])
+            start = end[start]
+        return result
+
+    def is_special(self, id: int) -> bool:
+        return 0 <= id < self._num_special
+
+    def token_bytes(self, id: int, first: bool) -> tuple[bytes, bool]:
+        """The UTF-8 bytes of a token, and whether a character may run across its borders. For StreamDecoder."""
+        ordinary = self._num_special <= id < self.vocab_size
+        return (self._bytes[id], True) if ordinary else (b"", False)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of the ids. Special tokens and ids beyond the vocabulary are left out; invalid UTF-8 -> U+FFFD."""
+        return _decode(self, ids)
+
+
+# SentencePiece prints one U+FFFD for each invalid byte, where Python's "replace" prints one for each broken character.
+codecs.register_error("replace-each-byte", lambda error: ("\ufffd", error.start + 1))
+
+
+class SentencePiece:
+    """A tokenizer read from a SentencePiece model file; the same attributes and methods as Tekken.
+
+    The chat format's version is the file name's suffix (`tokenizer.model.v3`; `.v7m1` also takes images). A plain
+    `tokenizer.model` is judged by the control tokens that it has. Raises UserError for a broken file.
+    """
+
+    utf8_errors = "replace-each-byte"
+    model_settings = None
+
+    def __init__(self, path: str):
+        try:
+            with open(path, "rb") as file:
+                self._model = sentencepiece.SentencePieceProcessor(model_proto=file.read())
+            if not self._model.vocab_size():  # an empty file loads as an empty model
+                raise RuntimeError("it is empty")
+        except (OSError, RuntimeError, TypeError) as error:
+            raise UserError(
+                f"{path} is not a valid SentencePiece model: {str(error).strip().splitlines()[-1]}"
+            ) from None
+        model = self._model
+        self.vocab_size = model.vocab_size()
+        pieces = [model.id_to_piece(id) for id in range(self.vocab_size)]
+        self.special = {piece: id for id, piece in enumerate(pieces) if model.is_control(id)}
+        self.bos_id, self.eos_id = model.bos_id(), model.eos_id()
+        self.pad_id = model.pad_id() if model.pad_id() >= 0 else None
+
+        suffix = re.search(r"\.model\.(v\d+)(m1)?$", path)
+        self.version = suffix[1] if suffix else self._guess_version()
+        if self.version not in VERSIONS:
+            raise UserError(f"{path}: tokenizer version {self.version!r} is unknown; known are {', '.join(VERSIONS)}")
+        image = {"image_patch_size": 16, "max_image_size": 1024, "spatial_merge_size": 1}
+        self.image = image if suffix and suffix[2] else None
+
+        # Bytes of each piece, decoded as SentencePiece does: byte pieces (<0x0A>) may form a character together.
+        self._is_byte = [model.is_byte(id) for id in range(self.vocab_size)]
+        self._bytes = [
+            b"" if model.is_control(id) else bytes([int(piece[3:5], 16)]) if byte else piece.replace("▁", " ").encode()
+            for id, (piece, byte) in enumerate(zip(pieces, self._is_byte))
+        ]
+        unknown = model.unk_id()
+        self._bytes[unknown] = model.decode([unknown]).encode()
+        # encode() puts a space before the text; decoding takes it off the first piece again, if this model does so.
+        spaced = [id for id, piece in enumerate(pieces) if re.match("▁[^▁]", piece)]
+        strips = bool(spaced) and not model.decode(spaced[:1]).startswith(" ")
+        self._leading = {id for id, piece in enumerate(pieces) if strips and piece.startswith("▁")}
+
+    def _guess_version(self) -> str:
+        if "[SYSTEM_PROMPT]" in self.special:
+            return "v7"
+        return "v3" if "[AVAILABLE_TOOLS]" in self.special else "v1"
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(_well_formed(text))
+
+    def is_special(self, id: int) -> bool:
+        return 0 <= id < self.vocab_size and self._model.is_control(id)
+
+    def token_bytes(self, id: int, first: bool) -> tuple[bytes, bool]:
+        if not 0 <= id < self.vocab_size:
+            return b"", False
+        return self._bytes[id][1 if first and id in self._leading else 0 :], self._is_byte[id]
+
+    def decode(self, ids: list[int]) -> str:
+        return _decode(self, ids)
+
+
+class StreamDecoder:
+    """Decodes ids one by one as they are generated. The pieces of text, put together, are `tokenizer.decode(ids)`.
+
+    A character whose bytes are spread over several tokens is held back until it is complete.
+    """
+
+    def __init__(self, tokenizer: Tekken | SentencePiece):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(tokenizer.utf8_errors)
+        self._first = True  # no ordinary token yet
+
+    def add(self, id: int) -> str:
+        """The text that this token completes, often "" in the middle of a character."""
+        data, joins = self._tokenizer.token_bytes(id, self._first)
+        if self._first and not self._tokenizer.is_special(id):
+            self._first = False
+        held = "" if joins else self.flush()
+        return held + self._utf8.decode(data)
+
+    def flush(self) -> str:
+        """The rest: U+FFFD for a character that will not be completed, else ""."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _decode(tokenizer: Tekken | SentencePiece, ids: list[int]) -> str:
+    stream = StreamDecoder(tokenizer)
+    return "".join(map(stream.add, ids)) + stream.flush()
+
+
+def _read_json(path: str) -> dict:
+    try:
+        with open(path, encoding="utf-8") as file:
+            data = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return data
+
+
+def load_tokenizer(directory: str) -> Tekken | SentencePiece:
+    """The tokenizer of a checkpoint directory: `tekken.json`, else a SentencePiece `*.model` file, a versioned name
+    (`tokenizer.model.v3`) before a plain one. Raises UserError if there is none or it is broken."""
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError as error:
+        raise UserError(f"cannot read the tokenizer's directory: {error}") from None
+    if "tekken.json" in names:
+        return Tekken(os.path.join(directory, "tekken.json"))
+    models = [name for name in names if re.search(r"\.model(\.v\d+(m\d+)?)?$", name)]
+    if not models:
+        raise UserError(f"{directory} has no tokenizer: expected tekken.json or a SentencePiece tokenizer.model")
+    return SentencePiece(os.path.join(directory, models[-1]))
