@@ -29,10 +29,9 @@ from config import UserError
 VERSIONS = ("v1", "v2", "v3", "v7", "v11", "v13", "v15")
 
 # Tekken files up to v7 do not list their special tokens: these twenty apply, in the order of their ids.
-CLASSIC_SPECIAL = (
-    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] "
-    "[IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]"
-).split()
+CLASSIC_SPECIAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"]
+CLASSIC_SPECIAL += ["[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]"]
+CLASSIC_SPECIAL += ["[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"]
 
 LAST_BMP, LAST_UNICODE = 0xFFFF, 0x10FFFF
 
@@ -96,7 +95,7 @@ def python_pattern(pattern: str, last: int = LAST_UNICODE) -> str:
     """A Rust regular expression rewritten for Python's `re`: `\\p{..}`, `\\P{..}`, `\\s` and `\\S` spelled out, in and
     out of brackets, for text whose code points do not exceed `last`. Raises UserError for what `re` cannot say."""
     out, in_class = [], False
-    for token in re.findall(r"\\[pP](?:\{\w+\}|[A-Z])|\\.|\[\^?\]?|&&|--|~~|.", pattern, re.S):
+    for token in re.findall(r"\\[pP](?:\{\w+\}|[A-Z])|\\.|\[\^?\]?|&&|--|~~|.", pattern, re.DOTALL):
         if match := re.fullmatch(r"\\([pP])\{?(\w+)\}?|\\([sS])", token):
             kind = match[1] or match[3]
             body = _class_body(match[2] or "s", kind.isupper(), last)
@@ -176,6 +175,9 @@ class Tekken:
         self.model_settings = data.get("model_settings_builder")
         if (self.version == "v15") != (self.model_settings is not None):
             raise UserError("a model_settings_builder belongs to version v15, and to no other")
+        effort = (self.model_settings or {}).get("reasoning_effort")
+        if effort and effort["default"] not in effort["values"]:
+            raise UserError(f"the default reasoning effort must be one of {effort['values']}")
         self._rust_pattern = config["pattern"]
         self._patterns = {}
         self._words(LAST_BMP)  # so that a bad pattern shows now

@@ -1,0 +1,359 @@
+"""A chat to token ids, and the model's answer back to text, reasoning and tool calls.
+
+Mistral's chat format changed with every tokenizer version; `FORMATS` lists all that differs. With control tokens in
+brackets, this model's (v15) is
+
+    <s>[SYSTEM_PROMPT]…[/SYSTEM_PROMPT]
+    [AVAILABLE_TOOLS]json[/AVAILABLE_TOOLS][MODEL_SETTINGS]{"reasoning_effort": "high"}[/MODEL_SETTINGS]
+    [INST]question[/INST] [THINK]…[/THINK]answer</s>
+    [INST]question[/INST] [TOOL_CALLS]name[ARGS]json</s> [TOOL_RESULTS]…[/TOOL_RESULTS] answer</s>
+
+without the line breaks and spaces between the parts. Tools and settings stand before the first user turn.
+
+Texts between control tokens are encoded one by one, so that no text can spell or merge into a control token. The ids
+are those of mistral-common's `encode_chat_completion`; where it would accept a conversation that makes no sense (a tool
+result that answers no call), this file raises UserError instead.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from config import UserError
+from tokenizer import SentencePiece, Tekken
+
+
+@dataclass(frozen=True)
+class Format:
+    """What distinguishes the chat format of one tokenizer version."""
+
+    system_turn: bool  # a system message is a turn of its own; else it opens the last user turn
+    tools_first: bool  # tools stand before the first user turn; else before the last
+    calls: str  # "list": [TOOL_CALLS][{…}, …]; "id" and "plain": [TOOL_CALLS]name([CALL_ID]id)[ARGS]{…} for each call
+    results: str  # "json": {"content": …, "call_id": …}; "id": id[TOOL_CONTENT]content; "content": just the content
+    sort_results: bool  # tool results follow the order of the calls
+    free_ids: bool  # any call id; else nine letters or digits
+    thinking: tuple[str, ...]  # roles that may think
+    result_images: bool  # tool results may hold images
+    text_join: str  # between the text parts of one message
+
+
+# fmt: off
+FORMATS = {
+    #             system tools         sort
+    #             turn   first  calls    results    results ids    thinking                 images join
+    "v3":  Format(False, False, "list",  "json",    False,  False, (),                      False, "\n\n"),
+    "v7":  Format(True,  False, "list",  "id",      False,  False, (),                      False, "\n\n"),
+    "v11": Format(True,  False, "id",    "id",      True,   False, (),                      False, "\n\n"),
+    "v13": Format(True,  True,  "plain", "content", True,   True,  ("assistant", "system"), False, "\n\n"),
+    "v15": Format(True,  True,  "plain", "content", True,   True,  ("assistant",),          True,  ""),
+}
+# fmt: on
+
+MAY_FOLLOW = {
+    "system": ("system", "user", "assistant"),
+    "user": ("user", "assistant", "system"),
+    "assistant": ("assistant", "user", "tool"),
+    "tool": ("tool", "assistant", "user"),
+}
+
+
+@dataclass
+class Encoded:
+    """A conversation as the model reads it."""
+
+    ids: list[int] = field(default_factory=list)
+    targets: list[bool] = field(default_factory=list)  # one an id: did an assistant write it? (the loss mask)
+    images: list[str] = field(default_factory=list)  # image urls, in the order of their tokens
+
+
+@dataclass
+class Answer:
+    text: str  # without reasoning and special tokens
+    reasoning: str | None  # what stood between [THINK] and [/THINK]
+    tool_calls: list[dict]  # {"name": …, "arguments": parsed JSON, or the raw text if it is not JSON}
+
+
+@dataclass
+class Part:
+    kind: str  # "text", "image" or "thinking"
+    value: str  # the text, or the image's url
+    closed: bool = True  # thinking that has ended
+
+
+@dataclass
+class Message:
+    index: int
+    role: str
+    content: str | list[Part]
+    calls: list[dict] = field(default_factory=list)  # {"name", "arguments": any JSON value, "id": str or None}
+    call_id: str | None = None
+    prefix: bool = False
+
+
+def encode_chat(
+    tokenizer: Tekken | SentencePiece,
+    messages: list[dict],
+    tools: list[dict] | None = None,
+    reasoning_effort: str | None = None,
+    image_grid: Callable[[str], tuple[int, int]] | None = None,
+    training: bool = False,
+) -> Encoded:
+    """The ids of a chat in OpenAI's chat-completions form.
+
+    For generation the chat ends with a user or tool message, or with an assistant message that has `"prefix": true` and
+    is to be continued; for training it ends with an assistant message. `image_grid` gives an image's size in (rows,
+    columns) of [IMG] tokens; without it images are refused. Raises UserError, which names the message.
+    """
+    if tokenizer.version not in FORMATS:
+        raise UserError(f"tokenizer version {tokenizer.version} has no supported chat format ({', '.join(FORMATS)})")
+    format = FORMATS[tokenizer.version]
+    writer = _Writer(tokenizer, image_grid)
+    preamble = [("[AVAILABLE_TOOLS]", _read_tools(tools)), ("[MODEL_SETTINGS]", _settings(tokenizer, reasoning_effort))]
+
+    turns, system_prompt = _turns(_read_messages(messages, format, training), format)
+    users = [turn for turn in turns if turn.role == "user"]
+    writer.control("<s>")
+    for turn in turns:
+        if turn.role == "system":
+            writer.enclosed("[SYSTEM_PROMPT]", turn)
+        elif turn.role == "user":
+            if turn is users[0 if format.tools_first else -1]:
+                for name, value in preamble:
+                    if value:
+                        writer.enclosed(name, Message(turn.index, "user", json.dumps(value, ensure_ascii=False)))
+            turn.content = _image_first(turn.content)
+            if system_prompt and turn is users[-1]:
+                turn.content = _prepend(system_prompt + "\n\n", turn.content)
+            writer.enclosed("[INST]", turn)
+        elif turn.role == "tool":
+            _write_result(writer, turn, format)
+        else:
+            writer.assistant = True
+            _write_answer(writer, turn, format)
+            writer.assistant = False
+    return writer.encoded
+
+
+class _Writer:
+    """Collects ids and marks those that an assistant wrote."""
+
+    def __init__(self, tokenizer, image_grid):
+        self.tokenizer, self.image_grid = tokenizer, image_grid
+        self.encoded, self.assistant = Encoded(), False
+
+    def _extend(self, ids: list[int]) -> None:
+        self.encoded.ids += ids
+        self.encoded.targets += [self.assistant] * len(ids)
+
+    def control(self, name: str) -> None:
+        if name not in self.tokenizer.special:
+            raise UserError(f"this checkpoint's tokenizer has no {name} token, which this chat needs")
+        self._extend([self.tokenizer.special[name]])
+
+    def text(self, text: str) -> None:
+        self._extend(self.tokenizer.encode(text))
+
+    def content(self, message: Message) -> None:
+        if isinstance(message.content, str):
+            return self.text(message.content)
+        for part in message.content:
+            if part.kind == "text":
+                self.text(part.value)
+            elif part.kind == "image":
+                self._image(part.value, message.index)
+            else:
+                self.control("[THINK]")
+                self.text(part.value)
+                if part.closed:
+                    self.control("[/THINK]")
+
+    def enclosed(self, name: str, message: Message) -> None:
+        self.control(name)
+        self.content(message)
+        self.control("[/" + name[1:])
+
+    def _image(self, url: str, index: int) -> None:
+        if self.image_grid is None:
+            raise UserError(f"messages[{index}] has an image, but this checkpoint takes no images")
+        rows, columns = self.image_grid(url)
+        for row in range(rows):
+            for _ in range(columns):
+                self.control("[IMG]")
+            self.control("[IMG_BREAK]" if row < rows - 1 else "[IMG_END]")
+        self.encoded.images.append(url)
+
+
+def _write_answer(writer: _Writer, turn: Message, format: Format) -> None:
+    if not turn.content and not turn.calls:
+        raise UserError(f"messages[{turn.index}] (assistant) has neither content nor tool_calls")
+    if turn.content and turn.calls and format.calls == "list" and not format.system_turn:
+        raise UserError(f"messages[{turn.index}] (assistant) has content and tool_calls, which v3 cannot express")
+    if isinstance(turn.content, str):
+        turn.content = turn.content.rstrip(" ")
+    writer.content(turn)
+    if turn.calls and format.calls == "list":
+        calls = [{key: value for key, value in call.items() if value is not None or key != "id"} for call in turn.calls]
+        writer.control("[TOOL_CALLS]")
+        writer.text(json.dumps(calls, ensure_ascii=False))
+    elif turn.calls:
+        for call in turn.calls:
+            writer.control("[TOOL_CALLS]")
+            writer.text(call["name"])
+            if format.calls == "id" and call["id"] is not None:
+                writer.control("[CALL_ID]")
+                writer.text(call["id"])
+            writer.control("[ARGS]")
+            writer.text(json.dumps(call["arguments"], ensure_ascii=False))
+    if not turn.prefix:
+        writer.control("</s>")
+
+
+def _write_result(writer: _Writer, turn: Message, format: Format) -> None:
+    writer.control("[TOOL_RESULTS]")
+    if format.results == "json":
+        result = {"content": _json_or_text(turn.content), "call_id": turn.call_id}
+        writer.text(json.dumps(result, ensure_ascii=False))
+    else:
+        if format.results == "id":
+            writer.text(turn.call_id)
+            writer.control("[TOOL_CONTENT]")
+        writer.content(turn)
+    writer.control("[/TOOL_RESULTS]")
+
+
+# ---- from messages to turns
+
+
+def _turns(messages: list[Message], format: Format) -> tuple[list[Message], str]:
+    """Neighbouring messages of one role become one turn, except system messages and tool results. The second value is
+    the system prompt for the formats that know no system turn."""
+    turns, system_prompt, call_ids = [], [], []
+    for role, group in groupby(messages, key=lambda message: message.role):
+        group = list(group)
+        if role in ("system", "tool"):
+            for message in group:
+                message.content = _join([message.content], format.text_join)
+            if role == "tool" and format.sort_results:
+                group.sort(key=lambda message: call_ids.index(message.call_id))
+            if role == "system" and not format.system_turn:
+                system_prompt += [message.content for message in group if message.content]
+            else:
+                turns += group
+        else:
+            content = _join([message.content for message in group], format.text_join)
+            calls = [call for message in group for call in message.calls]
+            turns.append(Message(group[0].index, role, content, calls, prefix=group[-1].prefix))
+            call_ids = [call["id"] for call in calls]
+    if not format.system_turn and turns[0].role != "user":
+        turns.insert(0, Message(0, "user", ""))
+    return turns, "\n\n".join(system_prompt)
+
+
+def _join(contents: list[str | list[Part]], text_join: str) -> str | list[Part]:
+    """One content out of several: neighbouring texts are joined, by a blank line if they come from different messages,
+    by `text_join` within a message. A plain string if there is nothing but text."""
+    parts = []
+    for content in contents:
+        separator = "\n\n"  # until the first text of this message
+        # A message of text alone does not join the text of the message before it unless that one ended in text.
+        for part in [Part("text", content)] if isinstance(content, str) else content:
+            if part.kind != "text":
+                parts.append(part)
+            elif part.value:
+                if parts and parts[-1].kind == "text":
+                    parts[-1] = Part("text", parts[-1].value + separator + part.value)
+                else:
+                    parts.append(part)
+                separator = text_join
+    if all(part.kind == "text" for part in parts):
+        return parts[0].value if parts else ""
+    return parts
+
+
+def _image_first(content: str | list[Part]) -> str | list[Part]:
+    """An image after a text moves before it, as the model was trained; other mixtures stay as they are."""
+    if isinstance(content, list) and [part.kind for part in content] == ["text", "image"]:
+        return content[::-1]
+    return content
+
+
+def _prepend(text: str, content: str | list[Part]) -> str | list[Part]:
+    return text + content if isinstance(content, str) else [Part("text", text), *content]
+
+
+# ---- reading what the user wrote
+
+
+def _read_messages(messages: list[dict], format: Format, training: bool) -> list[Message]:
+    if not isinstance(messages, list) or not messages:
+        raise UserError("messages must be a list with at least one message")
+    read, pending, answered = [], [], set()
+    for index, raw in enumerate(messages):
+        where = f"messages[{index}]"
+        message = _read_message(where, index, raw, format)
+        last = index == len(messages) - 1
+        if read and message.role not in MAY_FOLLOW[read[-1].role]:
+            raise UserError(f"{where}: a {message.role} message cannot follow a {read[-1].role} message")
+        if message.prefix and not (last and not training):
+            raise UserError(f'{where}: only the last message may have "prefix": true, and not in training')
+        if message.role == "assistant":
+            if len(answered) < len(pending):
+                raise UserError(f"{where}: the tool calls before it have {len(answered)} results of {len(pending)}")
+            pending, answered = [call["id"] for call in message.calls], set()
+            if len(set(pending)) < len(pending) or (None in pending and (format.free_ids or not (training and last))):
+                raise UserError(f"{where}: each tool call needs an id of its own")
+        elif message.role == "tool":
+            if message.call_id not in pending:
+                raise UserError(f"{where}: tool_call_id {message.call_id!r} is not that of a tool call before it")
+            if message.call_id in answered:
+                raise UserError(f"{where}: tool call {message.call_id!r} has a result already")
+            answered.add(message.call_id)
+        read.append(message)
+    if training and read[-1].role != "assistant":
+        raise UserError(f"messages end with role {read[-1].role}; for training the last message must be an assistant's")
+    if not training and (read[-1].role == "system" or (read[-1].role == "assistant" and not read[-1].prefix)):
+        raise UserError(
+            f"messages end with role {read[-1].role}; to get an answer, end with a user or tool message "
+            '(or an assistant message with "prefix": true)'
+        )
+    return read
+
+
+def _read_message(where: str, index: int, raw: dict, format: Format) -> Message:
+    if not isinstance(raw, dict):
+        raise UserError(f"{where} must be an object with role and content")
+    role = raw.get("role")
+    if role not in MAY_FOLLOW:
+        raise UserError(f"{where}: unknown role {role!r}; use system, user, assistant or tool")
+    message = Message(index, role, _read_content(where, raw.get("content"), role, format))
+    if role == "assistant":
+        reasoning = raw.get("reasoning", raw.get("reasoning_content"))  # spellings of vLLM and SGLang
+        if reasoning is not None:
+            thought = _read_part(where, {"type": "thinking", "thinking": reasoning}, role, format)
+            message.content = [thought, *_join_parts(message.content)]
+        calls = raw.get("tool_calls") or []
+        if not isinstance(calls, list):
+            raise UserError(f"{where}: tool_calls must be a list")
+        message.calls = [_read_call(f"{where}.tool_calls[{i}]", call, format) for i, call in enumerate(calls)]
+        message.prefix = raw.get("prefix", False) is True
+    elif role == "tool":
+        if "tool_call_id" not in raw:
+            raise UserError(f"{where}: a tool message needs the tool_call_id of the call that it answers")
+        message.call_id = _read_id(where, raw["tool_call_id"], format)
+        if raw.get("name") is not None:
+            _read_name(where, raw["name"])
+    return message
+
+
+def _read_content(where: str, content, role: str, format: Format) -> str | list[Part]:
+    if isinstance(content, str):
+        return content
+    if content is None and role == "assistant":
+        return ""
+    if not isinstance(content, list):
+        raise UserError(f"{where}: content must be a string or a list of parts")
+    return [_read_part(f"{where}.content[{i}]", part, role, format) for i, part in enumerate(content)]
