@@ -32,6 +32,7 @@ class Format:
 
     system_turn: bool  # a system message is a turn of its own; else it opens the last user turn
     tools_first: bool  # tools stand before the first user turn; else before the last
+    text_with_calls: bool  # one assistant turn may hold both text and tool calls
     calls: str  # "list": [TOOL_CALLS][{…}, …]; "id" and "plain": [TOOL_CALLS]name([CALL_ID]id)[ARGS]{…} for each call
     results: str  # "json": {"content": …, "call_id": …}; "id": id[TOOL_CONTENT]content; "content": just the content
     sort_results: bool  # tool results follow the order of the calls
@@ -43,13 +44,13 @@ class Format:
 
 # fmt: off
 FORMATS = {
-    #             system tools         sort
-    #             turn   first  calls    results    results ids    thinking                 images join
-    "v3":  Format(False, False, "list",  "json",    False,  False, (),                      False, "\n\n"),
-    "v7":  Format(True,  False, "list",  "id",      False,  False, (),                      False, "\n\n"),
-    "v11": Format(True,  False, "id",    "id",      True,   False, (),                      False, "\n\n"),
-    "v13": Format(True,  True,  "plain", "content", True,   True,  ("assistant", "system"), False, "\n\n"),
-    "v15": Format(True,  True,  "plain", "content", True,   True,  ("assistant",),          True,  ""),
+    #             system tools  text and                   sort    free                           result  text
+    #             turn   first  calls    calls    results  results ids    thinking                images  join
+    "v3":  Format(False, False, False,  "list",  "json",    False, False, (),                      False, "\n\n"),
+    "v7":  Format(True,  False, True,   "list",  "id",      False, False, (),                      False, "\n\n"),
+    "v11": Format(True,  False, True,   "id",    "id",      True,  False, (),                      False, "\n\n"),
+    "v13": Format(True,  True,  True,   "plain", "content", True,  True,  ("assistant", "system"), False, "\n\n"),
+    "v15": Format(True,  True,  True,   "plain", "content", True,  True,  ("assistant",),          True,  ""),
 }
 # fmt: on
 
@@ -110,18 +111,18 @@ def encode_chat(
     """
     if tokenizer.version not in FORMATS:
         raise UserError(f"tokenizer version {tokenizer.version} has no supported chat format ({', '.join(FORMATS)})")
-    format = FORMATS[tokenizer.version]
+    form = FORMATS[tokenizer.version]
     writer = _Writer(tokenizer, image_grid)
     preamble = [("[AVAILABLE_TOOLS]", _read_tools(tools)), ("[MODEL_SETTINGS]", _settings(tokenizer, reasoning_effort))]
 
-    turns, system_prompt = _turns(_read_messages(messages, format, training), format)
+    turns, system_prompt = _turns(_read_messages(messages, form, training), form)
     users = [turn for turn in turns if turn.role == "user"]
     writer.control("<s>")
     for turn in turns:
         if turn.role == "system":
             writer.enclosed("[SYSTEM_PROMPT]", turn)
         elif turn.role == "user":
-            if turn is users[0 if format.tools_first else -1]:
+            if turn is users[0 if form.tools_first else -1]:
                 for name, value in preamble:
                     if value:
                         writer.enclosed(name, Message(turn.index, "user", json.dumps(value, ensure_ascii=False)))
@@ -130,10 +131,10 @@ def encode_chat(
                 turn.content = _prepend(system_prompt + "\n\n", turn.content)
             writer.enclosed("[INST]", turn)
         elif turn.role == "tool":
-            _write_result(writer, turn, format)
+            _write_result(writer, turn, form)
         else:
             writer.assistant = True
-            _write_answer(writer, turn, format)
+            _write_answer(writer, turn, form)
             writer.assistant = False
     return writer.encoded
 
@@ -149,10 +150,13 @@ class _Writer:
         self.encoded.ids += ids
         self.encoded.targets += [self.assistant] * len(ids)
 
-    def control(self, name: str) -> None:
+    def _id(self, name: str) -> int:
         if name not in self.tokenizer.special:
             raise UserError(f"this checkpoint's tokenizer has no {name} token, which this chat needs")
-        self._extend([self.tokenizer.special[name]])
+        return self.tokenizer.special[name]
+
+    def control(self, name: str) -> None:
+        self._extend([self._id(name)])
 
     def text(self, text: str) -> None:
         self._extend(self.tokenizer.encode(text))
@@ -180,22 +184,22 @@ class _Writer:
         if self.image_grid is None:
             raise UserError(f"messages[{index}] has an image, but this checkpoint takes no images")
         rows, columns = self.image_grid(url)
-        for row in range(rows):
-            for _ in range(columns):
-                self.control("[IMG]")
-            self.control("[IMG_BREAK]" if row < rows - 1 else "[IMG_END]")
+        row = [self._id("[IMG]")] * columns + [self._id("[IMG_BREAK]")]
+        self._extend((row * rows)[:-1] + [self._id("[IMG_END]")])
         self.encoded.images.append(url)
 
 
-def _write_answer(writer: _Writer, turn: Message, format: Format) -> None:
+def _write_answer(writer: _Writer, turn: Message, form: Format) -> None:
     if not turn.content and not turn.calls:
-        raise UserError(f"messages[{turn.index}] (assistant) has neither content nor tool_calls")
-    if turn.content and turn.calls and format.calls == "list" and not format.system_turn:
-        raise UserError(f"messages[{turn.index}] (assistant) has content and tool_calls, which v3 cannot express")
+        raise UserError(f"messages[{turn.index}] has neither content nor tool_calls")
+    if turn.content and turn.calls and not form.text_with_calls:
+        raise UserError(
+            f"messages[{turn.index}] has content and tool_calls; this checkpoint's format takes one or the other"
+        )
     if isinstance(turn.content, str):
         turn.content = turn.content.rstrip(" ")
     writer.content(turn)
-    if turn.calls and format.calls == "list":
+    if turn.calls and form.calls == "list":
         calls = [{key: value for key, value in call.items() if value is not None or key != "id"} for call in turn.calls]
         writer.control("[TOOL_CALLS]")
         writer.text(json.dumps(calls, ensure_ascii=False))
@@ -203,7 +207,7 @@ def _write_answer(writer: _Writer, turn: Message, format: Format) -> None:
         for call in turn.calls:
             writer.control("[TOOL_CALLS]")
             writer.text(call["name"])
-            if format.calls == "id" and call["id"] is not None:
+            if form.calls == "id" and call["id"] is not None:
                 writer.control("[CALL_ID]")
                 writer.text(call["id"])
             writer.control("[ARGS]")
@@ -212,13 +216,13 @@ def _write_answer(writer: _Writer, turn: Message, format: Format) -> None:
         writer.control("</s>")
 
 
-def _write_result(writer: _Writer, turn: Message, format: Format) -> None:
+def _write_result(writer: _Writer, turn: Message, form: Format) -> None:
     writer.control("[TOOL_RESULTS]")
-    if format.results == "json":
+    if form.results == "json":
         result = {"content": _json_or_text(turn.content), "call_id": turn.call_id}
         writer.text(json.dumps(result, ensure_ascii=False))
     else:
-        if format.results == "id":
+        if form.results == "id":
             writer.text(turn.call_id)
             writer.control("[TOOL_CONTENT]")
         writer.content(turn)
@@ -228,7 +232,7 @@ def _write_result(writer: _Writer, turn: Message, format: Format) -> None:
 # ---- from messages to turns
 
 
-def _turns(messages: list[Message], format: Format) -> tuple[list[Message], str]:
+def _turns(messages: list[Message], form: Format) -> tuple[list[Message], str]:
     """Neighbouring messages of one role become one turn, except system messages and tool results. The second value is
     the system prompt for the formats that know no system turn."""
     turns, system_prompt, call_ids = [], [], []
@@ -236,19 +240,19 @@ def _turns(messages: list[Message], format: Format) -> tuple[list[Message], str]
         group = list(group)
         if role in ("system", "tool"):
             for message in group:
-                message.content = _join([message.content], format.text_join)
-            if role == "tool" and format.sort_results:
+                message.content = _join([message.content], form.text_join)
+            if role == "tool" and form.sort_results:
                 group.sort(key=lambda message: call_ids.index(message.call_id))
-            if role == "system" and not format.system_turn:
+            if role == "system" and not form.system_turn:
                 system_prompt += [message.content for message in group if message.content]
             else:
                 turns += group
         else:
-            content = _join([message.content for message in group], format.text_join)
+            content = _join([message.content for message in group], form.text_join)
             calls = [call for message in group for call in message.calls]
             turns.append(Message(group[0].index, role, content, calls, prefix=group[-1].prefix))
             call_ids = [call["id"] for call in calls]
-    if not format.system_turn and turns[0].role != "user":
+    if not form.system_turn and turns[0].role != "user":
         turns.insert(0, Message(0, "user", ""))
     return turns, "\n\n".join(system_prompt)
 
@@ -259,8 +263,7 @@ def _join(contents: list[str | list[Part]], text_join: str) -> str | list[Part]:
     parts = []
     for content in contents:
         separator = "\n\n"  # until the first text of this message
-        # A message of text alone does not join the text of the message before it unless that one ended in text.
-        for part in [Part("text", content)] if isinstance(content, str) else content:
+        for part in _parts(content):
             if part.kind != "text":
                 parts.append(part)
             elif part.value:
@@ -272,6 +275,10 @@ def _join(contents: list[str | list[Part]], text_join: str) -> str | list[Part]:
     if all(part.kind == "text" for part in parts):
         return parts[0].value if parts else ""
     return parts
+
+
+def _parts(content: str | list[Part]) -> list[Part]:
+    return [Part("text", content)] if isinstance(content, str) else content
 
 
 def _image_first(content: str | list[Part]) -> str | list[Part]:
@@ -288,13 +295,13 @@ def _prepend(text: str, content: str | list[Part]) -> str | list[Part]:
 # ---- reading what the user wrote
 
 
-def _read_messages(messages: list[dict], format: Format, training: bool) -> list[Message]:
+def _read_messages(messages: list[dict], form: Format, training: bool) -> list[Message]:
     if not isinstance(messages, list) or not messages:
         raise UserError("messages must be a list with at least one message")
     read, pending, answered = [], [], set()
     for index, raw in enumerate(messages):
         where = f"messages[{index}]"
-        message = _read_message(where, index, raw, format)
+        message = _read_message(where, index, raw, form)
         last = index == len(messages) - 1
         if read and message.role not in MAY_FOLLOW[read[-1].role]:
             raise UserError(f"{where}: a {message.role} message cannot follow a {read[-1].role} message")
@@ -304,7 +311,9 @@ def _read_messages(messages: list[dict], format: Format, training: bool) -> list
             if len(answered) < len(pending):
                 raise UserError(f"{where}: the tool calls before it have {len(answered)} results of {len(pending)}")
             pending, answered = [call["id"] for call in message.calls], set()
-            if len(set(pending)) < len(pending) or (None in pending and (format.free_ids or not (training and last))):
+            known = [call_id for call_id in pending if call_id is not None]
+            may_lack = training and last and not form.free_ids
+            if len(set(known)) < len(known) or (len(known) < len(pending) and not may_lack):
                 raise UserError(f"{where}: each tool call needs an id of its own")
         elif message.role == "tool":
             if message.call_id not in pending:
@@ -323,37 +332,184 @@ def _read_messages(messages: list[dict], format: Format, training: bool) -> list
     return read
 
 
-def _read_message(where: str, index: int, raw: dict, format: Format) -> Message:
+def _read_message(where: str, index: int, raw: dict, form: Format) -> Message:
     if not isinstance(raw, dict):
         raise UserError(f"{where} must be an object with role and content")
     role = raw.get("role")
     if role not in MAY_FOLLOW:
         raise UserError(f"{where}: unknown role {role!r}; use system, user, assistant or tool")
-    message = Message(index, role, _read_content(where, raw.get("content"), role, format))
+    message = Message(index, role, _read_content(where, raw.get("content"), role, form))
     if role == "assistant":
-        reasoning = raw.get("reasoning", raw.get("reasoning_content"))  # spellings of vLLM and SGLang
-        if reasoning is not None:
-            thought = _read_part(where, {"type": "thinking", "thinking": reasoning}, role, format)
-            message.content = [thought, *_join_parts(message.content)]
+        for key in ("reasoning", "reasoning_content"):  # how vLLM and SGLang hand out thinking
+            if raw.get(key) is not None:
+                thought = _read_part(where, {"type": "thinking", "thinking": raw[key]}, role, form)
+                message.content = [thought, *_parts(message.content)]
+                break
         calls = raw.get("tool_calls") or []
         if not isinstance(calls, list):
             raise UserError(f"{where}: tool_calls must be a list")
-        message.calls = [_read_call(f"{where}.tool_calls[{i}]", call, format) for i, call in enumerate(calls)]
-        message.prefix = raw.get("prefix", False) is True
+        message.calls = [_read_call(f"{where}.tool_calls[{i}]", call, form) for i, call in enumerate(calls)]
+        message.prefix = raw.get("prefix") is True
     elif role == "tool":
         if "tool_call_id" not in raw:
             raise UserError(f"{where}: a tool message needs the tool_call_id of the call that it answers")
-        message.call_id = _read_id(where, raw["tool_call_id"], format)
+        message.call_id = _read_id(where, raw["tool_call_id"], form)
         if raw.get("name") is not None:
             _read_name(where, raw["name"])
     return message
 
 
-def _read_content(where: str, content, role: str, format: Format) -> str | list[Part]:
+def _read_content(where: str, content: str | list | None, role: str, form: Format) -> str | list[Part]:
     if isinstance(content, str):
         return content
     if content is None and role == "assistant":
         return ""
     if not isinstance(content, list):
         raise UserError(f"{where}: content must be a string or a list of parts")
-    return [_read_part(f"{where}.content[{i}]", part, role, format) for i, part in enumerate(content)]
+    return [_read_part(f"{where}.content[{i}]", part, role, form) for i, part in enumerate(content)]
+
+
+def _read_part(where: str, part: dict, role: str, form: Format) -> Part:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text":
+        value = part.get("text")
+    elif kind == "image_url" and (role == "user" or (role == "tool" and form.result_images)):
+        value = part.get("image_url")
+        value = value.get("url") if isinstance(value, dict) else value
+    elif kind == "thinking" and role in form.thinking:
+        value = part.get("thinking")
+    elif kind in ("image_url", "thinking"):
+        raise UserError(
+            f"{where}: a {role} message cannot hold a part of type {kind!r} with this checkpoint's tokenizer"
+        )
+    else:
+        raise UserError(f"{where}: a part must have the type text, image_url or thinking, not {kind!r}")
+    if not isinstance(value, str):
+        raise UserError(f"{where}: a part of type {kind!r} needs a string under {kind!r}")
+    return Part("image" if kind == "image_url" else kind, value, closed=part.get("closed") is not False)
+
+
+def _read_call(where: str, raw: dict, form: Format) -> dict:
+    function = raw.get("function") if isinstance(raw, dict) else None
+    if not isinstance(function, dict) or "name" not in function or "arguments" not in function:
+        raise UserError(f'{where} must look like {{"id": …, "function": {{"name": …, "arguments": …}}}}')
+    arguments = function["arguments"]
+    if arguments is None or isinstance(arguments, str):
+        arguments = _json_or_text(arguments or "")
+    elif not isinstance(arguments, dict):
+        raise UserError(f"{where}: arguments must be an object or a JSON string")
+    call_id = raw.get("id")
+    call_id = None if call_id in (None, "null") else _read_id(where, call_id, form)
+    return {"name": _read_name(where, function["name"]), "arguments": arguments, "id": call_id}
+
+
+def _read_name(where: str, name: str) -> str:
+    if not isinstance(name, str) or not re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", name):
+        raise UserError(f"{where}: the function name {name!r} must be 1 to 64 letters, digits, underscores or dashes")
+    return name
+
+
+def _read_id(where: str, call_id: str, form: Format) -> str:
+    if not isinstance(call_id, str) or not re.fullmatch("(?s:.+)" if form.free_ids else "[a-zA-Z0-9]{9}", call_id):
+        rule = (
+            "a string that is not empty" if form.free_ids else "nine letters or digits with this checkpoint's tokenizer"
+        )
+        raise UserError(f"{where}: the tool call id {call_id!r} must be {rule}")
+    return call_id
+
+
+def _read_tools(tools: list[dict] | None) -> list[dict]:
+    """The tools with just the keys, in the order, that the model was trained on."""
+    if tools is not None and not isinstance(tools, list):
+        raise UserError("tools must be a list")
+    read = []
+    for i, tool in enumerate(tools or []):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or tool.get("type", "function") != "function":
+            raise UserError(f'tools[{i}] must look like {{"type": "function", "function": {{"name": …, …}}}}')
+        name = _read_name(f"tools[{i}]", function.get("name"))
+        description, parameters = function.get("description") or "", function.get("parameters") or {}
+        if not isinstance(description, str) or not isinstance(parameters, dict):
+            raise UserError(f"tools[{i}]: description must be a string and parameters an object")
+        function = {"name": name, "description": description, "parameters": parameters}
+        read.append({"type": "function", "function": function})
+    return read
+
+
+def _settings(tokenizer: Tekken | SentencePiece, effort: str | None) -> dict:
+    setting = (tokenizer.model_settings or {}).get("reasoning_effort")
+    if setting is None:
+        if effort not in (None, "none"):
+            raise UserError(f"reasoning effort {effort!r}: this checkpoint has no such setting")
+        return {}
+    effort = setting["default"] if effort is None else effort
+    if effort not in setting["values"]:
+        raise UserError(f"reasoning effort {effort!r}: this checkpoint knows {', '.join(setting['values'])}")
+    return {"reasoning_effort": effort}
+
+
+def _json_or_text(text: str) -> object:
+    """The value of a JSON text, {} for an empty one, and a text that is not JSON itself."""
+    try:
+        return json.loads(text) if text else {}
+    except (ValueError, RecursionError):
+        return text
+
+
+# ---- from the model's ids to its answer
+
+
+def parse_answer(tokenizer: Tekken | SentencePiece, ids: list[int]) -> Answer:
+    """What the model generated after a prompt, with or without the end token. Never raises, whatever the ids."""
+    marks = ("[THINK]", "[/THINK]", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
+    marks = {tokenizer.special[name]: name for name in marks if name in tokenizer.special}
+    text, reasoning, calls = [], None, []
+    current = text  # the list of ids that is being filled
+    for id in ids:
+        if id == tokenizer.eos_id:
+            break
+        mark = marks.get(id)
+        if mark == "[THINK]":
+            current = reasoning = reasoning or []
+        elif mark == "[/THINK]":
+            if reasoning is None and not calls:  # the prompt itself opened the thinking
+                text, reasoning = [], text
+            current = text
+        elif mark == "[TOOL_CALLS]":
+            calls.append({"name": [], "[CALL_ID]": [], "[ARGS]": None})
+            current = calls[-1]["name"]
+        elif mark and calls:
+            current = calls[-1][mark] = []
+        else:
+            current.append(id)
+    tool_calls = []
+    for call in calls:
+        name = tokenizer.decode(call["name"])
+        if call["[ARGS]"] is not None:
+            tool_calls.append({"name": name, "arguments": _parse_json(tokenizer.decode(call["[ARGS]"]))})
+        else:
+            tool_calls += _parse_call_list(name)
+    return Answer(tokenizer.decode(text), None if reasoning is None else tokenizer.decode(reasoning), tool_calls)
+
+
+def _parse_call_list(text: str) -> list[dict]:
+    """The older form, `[{"name": …, "arguments": …}, …]`; or a name whose [ARGS] have not come."""
+    calls = _parse_json(text)
+    if isinstance(calls, list) and all(isinstance(call, dict) for call in calls):
+        return [{"name": str(call.get("name", "")), "arguments": call.get("arguments", {})} for call in calls]
+    return [{"name": "", "arguments": text}] if text.startswith("[") else [{"name": text, "arguments": ""}]
+
+
+def _parse_json(text: str) -> object:
+    """The value of a JSON text; the text itself if it is not JSON. NaN and infinities, which Python's reader lets
+    through, are not JSON."""
+
+    def finite(number: str) -> float:
+        if not math.isfinite(float(number)):
+            raise ValueError
+        return float(number)
+
+    try:
+        return json.loads(text, parse_float=finite, parse_constant=finite)
+    except (ValueError, RecursionError):
+        return text
