@@ -80,8 +80,8 @@ class Answer:
 
 @dataclass
 class Part:
-    kind: str  # "text", "image" or "thinking"
-    value: str  # the text, or the image's url
+    kind: str  # "text", "image_url" or "thinking"
+    value: str
     closed: bool = True  # thinking that has ended
 
 
@@ -89,8 +89,8 @@ class Part:
 class Message:
     index: int
     role: str
-    content: str | list[Part]
-    calls: list[dict] = field(default_factory=list)  # {"name", "arguments": any JSON value, "id": str or None}
+    content: list[Part]
+    calls: list[dict] = field(default_factory=list)  # {"name", "arguments": any JSON value, "id" if it has one}
     call_id: str | None = None
     prefix: bool = False
 
@@ -113,23 +113,32 @@ def encode_chat(
         raise UserError(f"tokenizer version {tokenizer.version} has no supported chat format ({', '.join(FORMATS)})")
     form = FORMATS[tokenizer.version]
     writer = _Writer(tokenizer, image_grid)
-    preamble = [("[AVAILABLE_TOOLS]", _read_tools(tools)), ("[MODEL_SETTINGS]", _settings(tokenizer, reasoning_effort))]
+    preamble = [("AVAILABLE_TOOLS", _read_tools(tools)), ("MODEL_SETTINGS", _settings(tokenizer, reasoning_effort))]
 
     turns, system_prompt = _turns(_read_messages(messages, form, training), form)
     users = [turn for turn in turns if turn.role == "user"]
     writer.control("<s>")
     for turn in turns:
         if turn.role == "system":
-            writer.enclosed("[SYSTEM_PROMPT]", turn)
+            writer.control("[SYSTEM_PROMPT]")
+            writer.parts(turn)
+            writer.control("[/SYSTEM_PROMPT]")
         elif turn.role == "user":
             if turn is users[0 if form.tools_first else -1]:
                 for name, value in preamble:
                     if value:
-                        writer.enclosed(name, Message(turn.index, "user", json.dumps(value, ensure_ascii=False)))
-            turn.content = _image_first(turn.content)
+                        writer.control(f"[{name}]")
+                        writer.json(value)
+                        writer.control(f"[/{name}]")
+            if [part.kind for part in turn.content] == ["text", "image_url"]:
+                turn.content.reverse()  # an image after a text moves before it; other mixtures stay as they are
             if system_prompt and turn is users[-1]:
-                turn.content = _prepend(system_prompt + "\n\n", turn.content)
-            writer.enclosed("[INST]", turn)
+                turn.content.insert(0, Part("text", system_prompt + "\n\n"))
+                if len(turn.content) == 2 and turn.content[1].kind == "text":
+                    turn.content = [Part("text", turn.content[0].value + turn.content[1].value)]
+            writer.control("[INST]")
+            writer.parts(turn)
+            writer.control("[/INST]")
         elif turn.role == "tool":
             _write_result(writer, turn, form)
         else:
@@ -142,7 +151,7 @@ def encode_chat(
 class _Writer:
     """Collects ids and marks those that an assistant wrote."""
 
-    def __init__(self, tokenizer, image_grid):
+    def __init__(self, tokenizer: Tekken | SentencePiece, image_grid: Callable[[str], tuple[int, int]] | None):
         self.tokenizer, self.image_grid = tokenizer, image_grid
         self.encoded, self.assistant = Encoded(), False
 
@@ -161,57 +170,47 @@ class _Writer:
     def text(self, text: str) -> None:
         self._extend(self.tokenizer.encode(text))
 
-    def content(self, message: Message) -> None:
-        if isinstance(message.content, str):
-            return self.text(message.content)
+    def json(self, value: object) -> None:
+        self.text(json.dumps(value, ensure_ascii=False))
+
+    def parts(self, message: Message) -> None:
         for part in message.content:
             if part.kind == "text":
                 self.text(part.value)
-            elif part.kind == "image":
-                self._image(part.value, message.index)
-            else:
+            elif part.kind == "thinking":
                 self.control("[THINK]")
                 self.text(part.value)
                 if part.closed:
                     self.control("[/THINK]")
-
-    def enclosed(self, name: str, message: Message) -> None:
-        self.control(name)
-        self.content(message)
-        self.control("[/" + name[1:])
-
-    def _image(self, url: str, index: int) -> None:
-        if self.image_grid is None:
-            raise UserError(f"messages[{index}] has an image, but this checkpoint takes no images")
-        rows, columns = self.image_grid(url)
-        row = [self._id("[IMG]")] * columns + [self._id("[IMG_BREAK]")]
-        self._extend((row * rows)[:-1] + [self._id("[IMG_END]")])
-        self.encoded.images.append(url)
+            elif self.image_grid is None:
+                raise UserError(f"messages[{message.index}] has an image, but this checkpoint takes no images")
+            else:
+                rows, columns = self.image_grid(part.value)
+                row = [self._id("[IMG]")] * columns + [self._id("[IMG_BREAK]")]
+                self._extend((row * rows)[:-1] + [self._id("[IMG_END]")])
+                self.encoded.images.append(part.value)
 
 
 def _write_answer(writer: _Writer, turn: Message, form: Format) -> None:
     if not turn.content and not turn.calls:
         raise UserError(f"messages[{turn.index}] has neither content nor tool_calls")
     if turn.content and turn.calls and not form.text_with_calls:
-        raise UserError(
-            f"messages[{turn.index}] has content and tool_calls; this checkpoint's format takes one or the other"
-        )
-    if isinstance(turn.content, str):
-        turn.content = turn.content.rstrip(" ")
-    writer.content(turn)
+        raise UserError(f"messages[{turn.index}] has content and tool_calls; this checkpoint's format takes just one")
+    if [part.kind for part in turn.content] == ["text"]:
+        turn.content[0].value = turn.content[0].value.rstrip(" ")
+    writer.parts(turn)
     if turn.calls and form.calls == "list":
-        calls = [{key: value for key, value in call.items() if value is not None or key != "id"} for call in turn.calls]
         writer.control("[TOOL_CALLS]")
-        writer.text(json.dumps(calls, ensure_ascii=False))
+        writer.json(turn.calls)
     elif turn.calls:
         for call in turn.calls:
             writer.control("[TOOL_CALLS]")
             writer.text(call["name"])
-            if form.calls == "id" and call["id"] is not None:
+            if form.calls == "id" and "id" in call:
                 writer.control("[CALL_ID]")
                 writer.text(call["id"])
             writer.control("[ARGS]")
-            writer.text(json.dumps(call["arguments"], ensure_ascii=False))
+            writer.json(call["arguments"])
     if not turn.prefix:
         writer.control("</s>")
 
@@ -219,13 +218,13 @@ def _write_answer(writer: _Writer, turn: Message, form: Format) -> None:
 def _write_result(writer: _Writer, turn: Message, form: Format) -> None:
     writer.control("[TOOL_RESULTS]")
     if form.results == "json":
-        result = {"content": _json_or_text(turn.content), "call_id": turn.call_id}
-        writer.text(json.dumps(result, ensure_ascii=False))
+        text = turn.content[0].value if turn.content else ""
+        writer.json({"content": _json_or_text(text), "call_id": turn.call_id})
     else:
         if form.results == "id":
             writer.text(turn.call_id)
             writer.control("[TOOL_CONTENT]")
-        writer.content(turn)
+        writer.parts(turn)
     writer.control("[/TOOL_RESULTS]")
 
 
@@ -238,58 +237,41 @@ def _turns(messages: list[Message], form: Format) -> tuple[list[Message], str]:
     turns, system_prompt, call_ids = [], [], []
     for role, group in groupby(messages, key=lambda message: message.role):
         group = list(group)
-        if role in ("system", "tool"):
+        if role == "system" and not form.system_turn:
+            texts = [_join([message.content], form.text_join) for message in group if message.content]
+            system_prompt += [parts[0].value if parts else "" for parts in texts]
+        elif role in ("system", "tool"):
             for message in group:
                 message.content = _join([message.content], form.text_join)
             if role == "tool" and form.sort_results:
                 group.sort(key=lambda message: call_ids.index(message.call_id))
-            if role == "system" and not form.system_turn:
-                system_prompt += [message.content for message in group if message.content]
-            else:
-                turns += group
+            turns += group
         else:
             content = _join([message.content for message in group], form.text_join)
             calls = [call for message in group for call in message.calls]
             turns.append(Message(group[0].index, role, content, calls, prefix=group[-1].prefix))
-            call_ids = [call["id"] for call in calls]
+            call_ids = [call.get("id") for call in calls]
     if not form.system_turn and turns[0].role != "user":
-        turns.insert(0, Message(0, "user", ""))
+        turns.insert(0, Message(0, "user", []))
     return turns, "\n\n".join(system_prompt)
 
 
-def _join(contents: list[str | list[Part]], text_join: str) -> str | list[Part]:
+def _join(contents: list[list[Part]], text_join: str) -> list[Part]:
     """One content out of several: neighbouring texts are joined, by a blank line if they come from different messages,
-    by `text_join` within a message. A plain string if there is nothing but text."""
+    by `text_join` within a message; empty texts vanish."""
     parts = []
     for content in contents:
         separator = "\n\n"  # until the first text of this message
-        for part in _parts(content):
-            if part.kind != "text":
+        for part in content:
+            if part.kind == "text" and not part.value:
+                continue
+            if part.kind == "text" and parts and parts[-1].kind == "text":
+                parts[-1] = Part("text", parts[-1].value + separator + part.value)
+            else:
                 parts.append(part)
-            elif part.value:
-                if parts and parts[-1].kind == "text":
-                    parts[-1] = Part("text", parts[-1].value + separator + part.value)
-                else:
-                    parts.append(part)
+            if part.kind == "text":
                 separator = text_join
-    if all(part.kind == "text" for part in parts):
-        return parts[0].value if parts else ""
     return parts
-
-
-def _parts(content: str | list[Part]) -> list[Part]:
-    return [Part("text", content)] if isinstance(content, str) else content
-
-
-def _image_first(content: str | list[Part]) -> str | list[Part]:
-    """An image after a text moves before it, as the model was trained; other mixtures stay as they are."""
-    if isinstance(content, list) and [part.kind for part in content] == ["text", "image"]:
-        return content[::-1]
-    return content
-
-
-def _prepend(text: str, content: str | list[Part]) -> str | list[Part]:
-    return text + content if isinstance(content, str) else [Part("text", text), *content]
 
 
 # ---- reading what the user wrote
@@ -310,10 +292,9 @@ def _read_messages(messages: list[dict], form: Format, training: bool) -> list[M
         if message.role == "assistant":
             if len(answered) < len(pending):
                 raise UserError(f"{where}: the tool calls before it have {len(answered)} results of {len(pending)}")
-            pending, answered = [call["id"] for call in message.calls], set()
-            known = [call_id for call_id in pending if call_id is not None]
+            pending, answered = [call["id"] for call in message.calls if "id" in call], set()
             may_lack = training and last and not form.free_ids
-            if len(set(known)) < len(known) or (len(known) < len(pending) and not may_lack):
+            if len(set(pending)) < len(pending) or (len(pending) < len(message.calls) and not may_lack):
                 raise UserError(f"{where}: each tool call needs an id of its own")
         elif message.role == "tool":
             if message.call_id not in pending:
@@ -343,7 +324,7 @@ def _read_message(where: str, index: int, raw: dict, form: Format) -> Message:
         for key in ("reasoning", "reasoning_content"):  # how vLLM and SGLang hand out thinking
             if raw.get(key) is not None:
                 thought = _read_part(where, {"type": "thinking", "thinking": raw[key]}, role, form)
-                message.content = [thought, *_parts(message.content)]
+                message.content.insert(0, thought)
                 break
         calls = raw.get("tool_calls") or []
         if not isinstance(calls, list):
@@ -359,11 +340,11 @@ def _read_message(where: str, index: int, raw: dict, form: Format) -> Message:
     return message
 
 
-def _read_content(where: str, content: str | list | None, role: str, form: Format) -> str | list[Part]:
+def _read_content(where: str, content: str | list | None, role: str, form: Format) -> list[Part]:
     if isinstance(content, str):
-        return content
+        return [Part("text", content)] if content else []
     if content is None and role == "assistant":
-        return ""
+        return []
     if not isinstance(content, list):
         raise UserError(f"{where}: content must be a string or a list of parts")
     return [_read_part(f"{where}.content[{i}]", part, role, form) for i, part in enumerate(content)]
@@ -386,7 +367,7 @@ def _read_part(where: str, part: dict, role: str, form: Format) -> Part:
         raise UserError(f"{where}: a part must have the type text, image_url or thinking, not {kind!r}")
     if not isinstance(value, str):
         raise UserError(f"{where}: a part of type {kind!r} needs a string under {kind!r}")
-    return Part("image" if kind == "image_url" else kind, value, closed=part.get("closed") is not False)
+    return Part(kind, value, closed=part.get("closed") is not False)
 
 
 def _read_call(where: str, raw: dict, form: Format) -> dict:
@@ -398,9 +379,10 @@ def _read_call(where: str, raw: dict, form: Format) -> dict:
         arguments = _json_or_text(arguments or "")
     elif not isinstance(arguments, dict):
         raise UserError(f"{where}: arguments must be an object or a JSON string")
-    call_id = raw.get("id")
-    call_id = None if call_id in (None, "null") else _read_id(where, call_id, form)
-    return {"name": _read_name(where, function["name"]), "arguments": arguments, "id": call_id}
+    call = {"name": _read_name(where, function["name"]), "arguments": arguments}
+    if raw.get("id") not in (None, "null"):
+        call["id"] = _read_id(where, raw["id"], form)
+    return call
 
 
 def _read_name(where: str, name: str) -> str:

@@ -119,7 +119,7 @@ def copy_spm(source: str, directory: str, name: str) -> str:
     return shutil.copy(source, os.path.join(directory, name))
 
 
-def png(width: int, height: int, color: str = "red") -> str:
+def png(width: int, height: int) -> str:
     buffer = io.BytesIO()
     Image.new("P", (width, height), 1).save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -221,8 +221,6 @@ def random_chat(rng: random.Random, version: str, images: bool, training: bool, 
             messages += answer()
             while messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:
                 messages.pop()
-            if messages[-1]["role"] == "assistant":
-                messages += user()
         elif end < 0.4:
             messages.append({"role": "assistant", "content": text(empty=False), "prefix": True})
     return {
