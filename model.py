@@ -30,7 +30,7 @@ MASK_ELEMENTS = 1 << 22  # a prefill chunk's attention mask is at most this larg
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight (arXiv:1910.07467), normalized in float32, scaled in the dtype of `x` as transformers does."""
+    """x / rms(x) · weight (arXiv:1910.07467), normalized in float32, scaled in the dtype of `x`."""
 
     def __init__(self, size: int, eps: float, dtype: torch.dtype):
         super().__init__()

@@ -11,7 +11,11 @@ rank does nothing. Parameters are born on the `meta` device with their local sha
 checkpoint's tensor they are, and the loader reads just that.
 """
 
+import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -42,6 +46,7 @@ class Place:
     tp_group: dist.ProcessGroup | None = None
     pp_group: dist.ProcessGroup | None = None
     dp_group: dist.ProcessGroup | None = None
+    answer_group: dist.ProcessGroup | None = None  # the pipeline's ranks again, for what flows back: see below
     device: torch.device = torch.device("cpu")
 
     @property
@@ -57,6 +62,94 @@ class Place:
         each, more = divmod(num_hidden_layers, self.pp_size)
         start = self.pp_rank * each + min(self.pp_rank, more)
         return range(start, start + each + (self.pp_rank < more))
+
+
+def start_world() -> int:
+    """Join the processes that torchrun started (NCCL on GPUs, Gloo on CPUs); returns this one's rank, 0 if alone."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def find_place(tp: int | None, pp: int | None) -> Place:
+    """This rank's place in a grid of pp × dp × tp; without sizes, all ranks are tensor-parallel.
+
+    `answer_group` repeats `pp_group`: sampled tokens travel against the hidden states, and on one NCCL communicator a
+    send of the one could wait for ever behind a send of the other.
+    """
+    rank = start_world()
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    pp = pp or 1
+    tp = tp or max(1, world // pp)
+    if tp < 1 or pp < 1 or world % (tp * pp):
+        raise UserError(
+            f"--tp {tp} × --pp {pp} does not divide the {world} processes; start tp × pp of them with torchrun"
+        )
+    dp = world // (tp * pp)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    pp_rank, dp_rank, tp_rank = rank // (dp * tp), rank // tp % dp, rank % tp
+    grid = torch.arange(world).view(pp, dp, tp)
+
+    def groups(members: torch.Tensor) -> dist.ProcessGroup | None:
+        """One group for each row of `members`, made on every rank in the same order; this rank's, if it has company."""
+        mine = None
+        for row in members.tolist() if members.shape[1] > 1 else []:
+            group = dist.new_group(row)
+            mine = group if rank in row else mine
+        return mine
+
+    columns = grid.permute(1, 2, 0).reshape(-1, pp)
+    return Place(
+        *(rank, tp_rank, tp, pp_rank, pp, dp_rank, dp),
+        tp_group=groups(grid.reshape(-1, tp)),
+        pp_group=groups(columns),
+        dp_group=groups(grid.permute(0, 2, 1).reshape(-1, dp)),
+        answer_group=groups(columns),
+        device=device,
+    )
+
+
+def together(place: Place, action: Callable):
+    """Run `action` on every rank; a mistake that only one rank can see (a damaged shard, say) is raised on all."""
+    error, result = None, None
+    try:
+        result = action()
+    except UserError as mistake:
+        error = str(mistake)
+    if dist.is_initialized():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        error = next((e for e in errors if e is not None), None)
+    if error is not None:
+        raise UserError(error)
+    return result
+
+
+def run_program(main: Callable[[list[str]], None]) -> None:
+    """Run `main(arguments)` on every rank. A mistake of the user's is one line from rank 0 and exit status 2 on all."""
+    status, rank = 0, int(os.environ.get("RANK", 0))
+    try:
+        start_world()
+        main(sys.argv[1:])
+    except UserError as error:
+        status = 2
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:  # the reader of our output went away
+        status = 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if dist.is_initialized():
+        if status in (0, 2):
+            dist.barrier()  # nobody leaves, and has the others killed, before the line above is out
+        sys.stdout.flush()
+        dist.destroy_process_group()
+    sys.exit(status)
 
 
 @dataclass(frozen=True)
@@ -125,6 +218,15 @@ def copy_to_group(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Ten
 def reduce_from_group(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Add up the ranks' partial sums where a tensor-parallel region ends (Megatron's *g*)."""
     return x if group is None else _ReduceFromGroup.apply(x, group)
+
+
+def all_gather(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """(…) on every rank -> (ranks, …), in rank order."""
+    if group is None:
+        return x[None]
+    out = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(out, x.contiguous(), group=group)
+    return torch.stack(out)
 
 
 # ------------------------------------------------------------------------------------------------------- layers
@@ -209,3 +311,11 @@ class VocabParallelHead(Linear):
         if self.stop - self.start < logits.shape[-1]:
             logits[..., max(0, self.stop - self.start) :] = -torch.inf
         return logits
+
+    def log_probabilities(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Of `targets` (N,) under this rank's `logits` (N, V / tp): natural logs, float32, without gathering logits."""
+        here = (targets >= self.start) & (targets < self.stop)
+        local = (targets - self.start).masked_fill(~here, 0)
+        own = logits.gather(1, local[:, None])[:, 0].masked_fill(~here, -torch.inf)
+        parts = all_gather(torch.stack((own, logits.logsumexp(1))), self.group)  # (tp, 2, N)
+        return parts[:, 0].amax(0) - parts[:, 1].logsumexp(0)
