@@ -218,7 +218,7 @@ def _write_answer(writer: _Writer, turn: Message, form: Format) -> None:
 def _write_result(writer: _Writer, turn: Message, form: Format) -> None:
     writer.control("[TOOL_RESULTS]")
     if form.results == "json":
-        text = turn.content[0].value if turn.content else ""
+        text = turn.content[0].value if turn.content else "{}"
         writer.json({"content": _json_or_text(text), "call_id": turn.call_id})
     else:
         if form.results == "id":
@@ -287,7 +287,7 @@ def _read_messages(messages: list[dict], form: Format, training: bool) -> list[M
         last = index == len(messages) - 1
         if read and message.role not in MAY_FOLLOW[read[-1].role]:
             raise UserError(f"{where}: a {message.role} message cannot follow a {read[-1].role} message")
-        if message.prefix and not (last and not training):
+        if message.prefix and (training or not last):
             raise UserError(f'{where}: only the last message may have "prefix": true, and not in training')
         if message.role == "assistant":
             if len(answered) < len(pending):
@@ -304,12 +304,10 @@ def _read_messages(messages: list[dict], form: Format, training: bool) -> list[M
             answered.add(message.call_id)
         read.append(message)
     if training and read[-1].role != "assistant":
-        raise UserError(f"messages end with role {read[-1].role}; for training the last message must be an assistant's")
-    if not training and (read[-1].role == "system" or (read[-1].role == "assistant" and not read[-1].prefix)):
-        raise UserError(
-            f"messages end with role {read[-1].role}; to get an answer, end with a user or tool message "
-            '(or an assistant message with "prefix": true)'
-        )
+        raise UserError(f"messages end with role {read[-1].role}; for training they must end with an assistant message")
+    if not training and read[-1].role not in ("user", "tool") and not read[-1].prefix:
+        end = 'to be answered they must end with a user or tool message (or an assistant\'s with "prefix": true)'
+        raise UserError(f"messages end with role {read[-1].role}; {end}")
     return read
 
 
@@ -317,13 +315,19 @@ def _read_message(where: str, index: int, raw: dict, form: Format) -> Message:
     if not isinstance(raw, dict):
         raise UserError(f"{where} must be an object with role and content")
     role = raw.get("role")
-    if role not in MAY_FOLLOW:
+    if not isinstance(role, str) or role not in MAY_FOLLOW:
         raise UserError(f"{where}: unknown role {role!r}; use system, user, assistant or tool")
-    message = Message(index, role, _read_content(where, raw.get("content"), role, form))
+    content = raw.get("content")
+    if isinstance(content, str) or (content is None and role == "assistant"):
+        content = [{"type": "text", "text": content}] if content else []
+    if not isinstance(content, list):
+        raise UserError(f"{where}: content must be a string or a list of parts")
+    parts = [_read_part(f"{where}.content[{i}]", part, role, form) for i, part in enumerate(content)]
+    message = Message(index, role, parts)
     if role == "assistant":
         for key in ("reasoning", "reasoning_content"):  # how vLLM and SGLang hand out thinking
             if raw.get(key) is not None:
-                thought = _read_part(where, {"type": "thinking", "thinking": raw[key]}, role, form)
+                thought = _read_part(f"{where}.{key}", {"type": "thinking", "thinking": raw[key]}, role, form)
                 message.content.insert(0, thought)
                 break
         calls = raw.get("tool_calls") or []
@@ -340,16 +344,6 @@ def _read_message(where: str, index: int, raw: dict, form: Format) -> Message:
     return message
 
 
-def _read_content(where: str, content: str | list | None, role: str, form: Format) -> list[Part]:
-    if isinstance(content, str):
-        return [Part("text", content)] if content else []
-    if content is None and role == "assistant":
-        return []
-    if not isinstance(content, list):
-        raise UserError(f"{where}: content must be a string or a list of parts")
-    return [_read_part(f"{where}.content[{i}]", part, role, form) for i, part in enumerate(content)]
-
-
 def _read_part(where: str, part: dict, role: str, form: Format) -> Part:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
@@ -360,9 +354,7 @@ def _read_part(where: str, part: dict, role: str, form: Format) -> Part:
     elif kind == "thinking" and role in form.thinking:
         value = part.get("thinking")
     elif kind in ("image_url", "thinking"):
-        raise UserError(
-            f"{where}: a {role} message cannot hold a part of type {kind!r} with this checkpoint's tokenizer"
-        )
+        raise UserError(f"{where}: with this tokenizer, {role} messages hold no parts of type {kind}")
     else:
         raise UserError(f"{where}: a part must have the type text, image_url or thinking, not {kind!r}")
     if not isinstance(value, str):
@@ -376,7 +368,7 @@ def _read_call(where: str, raw: dict, form: Format) -> dict:
         raise UserError(f'{where} must look like {{"id": …, "function": {{"name": …, "arguments": …}}}}')
     arguments = function["arguments"]
     if arguments is None or isinstance(arguments, str):
-        arguments = _json_or_text(arguments or "")
+        arguments = _json_or_text(arguments or "{}")
     elif not isinstance(arguments, dict):
         raise UserError(f"{where}: arguments must be an object or a JSON string")
     call = {"name": _read_name(where, function["name"]), "arguments": arguments}
@@ -392,11 +384,10 @@ def _read_name(where: str, name: str) -> str:
 
 
 def _read_id(where: str, call_id: str, form: Format) -> str:
-    if not isinstance(call_id, str) or not re.fullmatch("(?s:.+)" if form.free_ids else "[a-zA-Z0-9]{9}", call_id):
-        rule = (
-            "a string that is not empty" if form.free_ids else "nine letters or digits with this checkpoint's tokenizer"
-        )
-        raise UserError(f"{where}: the tool call id {call_id!r} must be {rule}")
+    if not isinstance(call_id, str) or not call_id:
+        raise UserError(f"{where}: the tool call id must be a string that is not empty, not {call_id!r}")
+    if not form.free_ids and not re.fullmatch("[a-zA-Z0-9]{9}", call_id):
+        raise UserError(f"{where}: this tokenizer's tool call ids are nine letters or digits, not {call_id!r}")
     return call_id
 
 
@@ -430,10 +421,10 @@ def _settings(tokenizer: Tekken | SentencePiece, effort: str | None) -> dict:
     return {"reasoning_effort": effort}
 
 
-def _json_or_text(text: str) -> object:
-    """The value of a JSON text, {} for an empty one, and a text that is not JSON itself."""
+def _json_or_text(text: str, number: Callable[[str], float] | None = None) -> object:
+    """The value of a JSON text, or a text that is not JSON itself. `number` reads fractions, NaN and Infinity."""
     try:
-        return json.loads(text) if text else {}
+        return json.loads(text, parse_float=number, parse_constant=number)
     except (ValueError, RecursionError):
         return text
 
@@ -468,7 +459,8 @@ def parse_answer(tokenizer: Tekken | SentencePiece, ids: list[int]) -> Answer:
     for call in calls:
         name = tokenizer.decode(call["name"])
         if call["[ARGS]"] is not None:
-            tool_calls.append({"name": name, "arguments": _parse_json(tokenizer.decode(call["[ARGS]"]))})
+            arguments = _json_or_text(tokenizer.decode(call["[ARGS]"]), _finite)
+            tool_calls.append({"name": name, "arguments": arguments})
         else:
             tool_calls += _parse_call_list(name)
     return Answer(tokenizer.decode(text), None if reasoning is None else tokenizer.decode(reasoning), tool_calls)
@@ -476,22 +468,14 @@ def parse_answer(tokenizer: Tekken | SentencePiece, ids: list[int]) -> Answer:
 
 def _parse_call_list(text: str) -> list[dict]:
     """The older form, `[{"name": …, "arguments": …}, …]`; or a name whose [ARGS] have not come."""
-    calls = _parse_json(text)
+    calls = _json_or_text(text, _finite)
     if isinstance(calls, list) and all(isinstance(call, dict) for call in calls):
         return [{"name": str(call.get("name", "")), "arguments": call.get("arguments", {})} for call in calls]
     return [{"name": "", "arguments": text}] if text.startswith("[") else [{"name": text, "arguments": ""}]
 
 
-def _parse_json(text: str) -> object:
-    """The value of a JSON text; the text itself if it is not JSON. NaN and infinities, which Python's reader lets
-    through, are not JSON."""
-
-    def finite(number: str) -> float:
-        if not math.isfinite(float(number)):
-            raise ValueError
-        return float(number)
-
-    try:
-        return json.loads(text, parse_float=finite, parse_constant=finite)
-    except (ValueError, RecursionError):
-        return text
+def _finite(number: str) -> float:
+    """Python's JSON reader lets NaN, Infinity and 1e999 through, but they cannot be written as JSON again."""
+    if not math.isfinite(float(number)):
+        raise ValueError
+    return float(number)
