@@ -1,0 +1,206 @@
+"""Image files to pixels: equal to mistral-common's (stored, and live where it is installed), and every bad input."""
+
+import base64
+import io
+import json
+import os
+import random
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from config import UserError, VisionConfig
+from vision import MEAN, STD, grid, image_size, load_image, pixels
+
+GOLDEN = os.path.join(os.path.dirname(__file__), "golden", "images.json")
+
+
+def sizes(patch_size=14, spatial_merge_size=2, image_size=1540) -> VisionConfig:
+    return VisionConfig(8, 8, 1, 2, patch_size, image_size, 1e4, spatial_merge_size=spatial_merge_size)
+
+
+def grey_levels(x: torch.Tensor) -> torch.Tensor:
+    return (x * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]) * 255
+
+
+def data_url(image: Image.Image, kind: str = "PNG", **options) -> str:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def golden() -> dict:
+    with open(GOLDEN) as file:
+        return json.load(file)
+
+
+# ------------------------------------------------------------------------------------------------------ parity
+
+
+@pytest.mark.parametrize("case", golden()["images"], ids=lambda case: case["name"])
+def test_pixels_and_tokens_equal_mistral_common(case):
+    config = sizes(**case["sizes"])
+    image = load_image(case["url"])
+    assert image.mode == "RGB" and image.size == image_size(case["url"])
+    rows, columns = grid(*image.size, config)
+    tokens = ([1] * columns + [2]) * rows
+    assert [*tokens[:-1], 3] == case["tokens"]
+    x = pixels(image, config)
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(grey_levels(x), torch.tensor(case["levels"]), atol=0.02, rtol=0)
+
+
+def test_grids_equal_mistral_common():
+    for width, height, patch, merge, longest, rows, columns in golden()["grids"]:
+        assert grid(width, height, sizes(patch, merge, longest)) == (rows, columns), (width, height)
+
+
+def test_pixels_equal_mistral_common_live():
+    """100 fresh sizes from 1 × 1 to 4000 × 1, noise, which is the hardest to resize. Within 0.1 of 255."""
+    pytest.importorskip("cv2")
+    common = pytest.importorskip("mistral_common.tokens.tokenizers.image")
+    seed = random.randrange(1 << 30)
+    draw, rng = random.Random(seed), np.random.default_rng(seed)
+    cases = [(1, 1), (4000, 1), (1, 4000), (1540, 1540), (1541, 3), (2, 1539), (4000, 3999), (28, 28)]
+    while len(cases) < 100:
+        longest = draw.choice([3, 40, 300, 4000])
+        cases.append((draw.randint(1, longest), draw.randint(1, draw.choice([2, 40, 300]))))
+    encoder = common.ImageEncoder(common.ImageConfig(14, 1540, 2), common.SpecialImageIDs(1, 2, 3))
+    for width, height in cases:
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        columns, rows = encoder._image_to_num_tokens(image)
+        assert grid(width, height, sizes()) == (rows, columns), (seed, width, height)
+        expected = torch.from_numpy(common.transform_image(image, (columns * 28, rows * 28)).copy())
+        difference = (grey_levels(pixels(image, sizes())) - grey_levels(expected)).abs().max()
+        assert difference < 0.1, (seed, width, height)
+
+
+# ------------------------------------------------------------------------------------------------- file formats
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_grey_is_scaled_not_clipped(kind):
+    levels = np.array([[0, 128, 129, 30000, 65535]], dtype=np.uint16)
+    image = load_image(data_url(Image.fromarray(levels), kind))
+    assert np.asarray(image)[0].tolist() == [[x] * 3 for x in (0, 0, 1, 117, 255)]  # round(level / 257)
+
+
+def test_32_bit_grey_counts_as_16_bit():
+    levels = np.array([[-5, 0, 514, 65535, 70000]], dtype=np.int32)
+    assert np.asarray(load_image(data_url(Image.fromarray(levels), "TIFF")))[0, :, 0].tolist() == [0, 0, 2, 255, 255]
+
+
+def test_transparent_becomes_white():
+    url = data_url(Image.new("RGBA", (2, 2), (255, 0, 0, 0)))
+    assert load_image(url).getpixel((1, 1)) == (255, 255, 255)
+    half = load_image(data_url(Image.new("RGBA", (2, 2), (200, 0, 100, 51))))
+    assert half.getpixel((0, 0)) == (244, 204, 224)  # 255 - (255 - x) / 5
+
+
+def test_jpeg_and_webp_load():
+    image = Image.new("RGB", (37, 20), (10, 200, 90))
+    for kind in ("JPEG", "WEBP"):
+        loaded = load_image(data_url(image, kind))
+        assert loaded.size == (37, 20) and max(abs(a - b) for a, b in zip(loaded.getpixel((5, 5)), (10, 200, 90))) < 4
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    assert load_image(data_url(frames[0], "GIF", save_all=True, append_images=frames[1:])).getpixel((0, 0)) == (
+        255,
+        0,
+        0,
+    )
+
+
+def test_paths_are_relative_to_the_base(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (3, 2), "blue").save(tmp_path / "in" / "a:1.png")
+    assert image_size("in/a:1.png", str(tmp_path)) == (3, 2)
+    assert load_image("a:1.png", str(tmp_path / "in")).getpixel((2, 1)) == (0, 0, 255)
+    assert image_size(str(tmp_path / "in" / "a:1.png"), "elsewhere") == (3, 2)
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG whose header promises a size that its few bytes do not hold."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    )
+
+
+def encoded(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def truncated(kind: str) -> str:
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, kind)
+    return encoded(file.getvalue()[: len(file.getvalue()) // 2])
+
+
+BAD = {
+    "http": ("http://example.com/a.png", "nothing is fetched"),
+    "https": ("HTTPS://example.com/a.png", "nothing is fetched"),
+    "file": ("file:///etc/hostname", "nothing is fetched"),
+    "bucket": ("s3://bucket/a.png", "nothing is fetched"),
+    "missing": ("no/such.png", "no such file"),
+    "empty path": ("", "is a folder"),
+    "folder": (".", "is a folder"),
+    "device": ("/dev/zero", "no such file"),
+    "zero byte": ("a\0b.png", "no such file"),
+    "text": ("text.png", "not an image"),
+    "empty file": ("empty.png", "not an image"),
+    "zero size png": (encoded(png(0, 5)), "not an image"),
+    "zero size ppm": (encoded(b"P6 0 4 255\n"), "image"),
+    "truncated png": (truncated("PNG"), "cut off"),
+    "truncated jpeg": (truncated("JPEG"), "cut off"),
+    "truncated gif": (truncated("GIF"), "cut off"),
+    "truncated bmp": (truncated("BMP"), "cut off"),
+    "truncated tiff": (truncated("TIFF"), "image"),
+    "truncated webp": (truncated("WEBP"), "image"),
+    "header promises more": (encoded(png(300, 300)), "cut off"),
+    "bomb, warning": (encoded(png(10_000, 10_000)), "more than 89478485 pixels"),
+    "bomb, error": (encoded(png(60_000, 60_000)), "more than 89478485 pixels"),
+    "postscript": (encoded(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"), "PostScript"),
+    "no base64": ("data:image/svg+xml,<svg/>", ";base64,"),
+    "no comma": ("data:image/png;base64", "image"),
+    "bad alphabet": ("data:image/png;base64,%%%%", "not valid base64"),
+    "bad padding": ("data:image/png;base64,aGVsbG8", "not valid base64"),
+    "no payload": ("data:image/png;base64,", "not an image"),
+    "line break": ("no\nsuch.png", "no such file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(name, tmp_path, recwarn):
+    (tmp_path / "text.png").write_text("this is not an image\n" * 50)
+    (tmp_path / "empty.png").write_bytes(b"")
+    url, words = BAD[name]
+    base = "" if url.startswith("/") else str(tmp_path)
+    with pytest.raises(UserError) as error:
+        load_image(url, base)
+    message = str(error.value)
+    assert words in message and "\n" not in message and len(message) < 400
+    shown = url[:20] if url[:5] == "data:" else repr(url)[1:-1]
+    assert shown in message
+    assert error.value.__suppress_context__ or error.value.__context__ is None
+    assert not recwarn.list
+
+
+def test_sizes_of_bad_images_are_errors_too():
+    for name in ("http", "missing", "text", "bomb, warning", "bomb, error", "bad padding", "zero size png"):
+        with pytest.raises(UserError):
+            image_size(BAD[name][0])

@@ -1,0 +1,383 @@
+"""The tower, the projector and the model with eyes: equal to transformers (stored, and live where it is installed)."""
+
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import vision
+from config import Config, RopeConfig, UserError, VisionConfig, parse_config, to_hf
+from parallel import Place
+from vision import MistralMedium
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+GOLDEN = os.path.join(ROOT, "tests", "golden", "vision.safetensors")
+
+
+def draw_config(draw: random.Random) -> Config:
+    """Sizes that are neither round nor alike; head sizes whose half and quarter are odd among them."""
+    head_dim, heads = draw.choice([(6, 3), (10, 2), (12, 2), (12, 3), (20, 1), (26, 2), (52, 1), (8, 5)])
+    tower = VisionConfig(
+        hidden_size=head_dim * heads,
+        intermediate_size=draw.choice([7, 33]),
+        num_hidden_layers=draw.choice([1, 2, 3]),
+        num_attention_heads=heads,
+        patch_size=draw.choice([2, 3, 5]),
+        image_size=40,
+        rope_theta=draw.choice([90.0, 10000.0]),
+        hidden_act=draw.choice(["silu", "gelu"]),
+        spatial_merge_size=draw.choice([1, 2, 2, 3]),
+        image_token_id=draw.choice([0, 6]),
+    )
+    text_head_dim, kv_heads, group = draw.choice([(6, 2, 3), (10, 1, 2), (14, 3, 1)])
+    return Config(
+        vocab_size=29,
+        hidden_size=draw.choice([18, 35]),
+        intermediate_size=21,
+        num_hidden_layers=2,
+        num_attention_heads=kv_heads * group,
+        num_key_value_heads=kv_heads,
+        head_dim=text_head_dim,
+        rms_norm_eps=draw.choice([1e-5, 1e-2]),
+        max_position_embeddings=4096,
+        tie_word_embeddings=draw.choice([False, True]),
+        rope=RopeConfig(theta=500.0, original_max_position_embeddings=20, query_scaling_beta=draw.choice([0.0, 0.1])),
+        vision=tower,
+    )
+
+
+def build(config: Config, tensors: dict[str, torch.Tensor], place: Place = Place()) -> MistralMedium:
+    """The model in float32 with the weights of a transformers state_dict, whose names are ours after a prefix."""
+    model = MistralMedium(config, place, torch.float32)
+    named = {n.removeprefix("model.").removeprefix("language_model."): t.float() for n, t in tensors.items()}
+    model.load_state_dict(named, strict=True, assign=True)
+    return model
+
+
+def draw_weights(config: Config) -> dict[str, torch.Tensor]:
+    """Random weights for `config`, norms included, under our own names."""
+    model = MistralMedium(config, dtype=torch.float32)
+    return {
+        name: 1 + 0.3 * torch.randn(p.shape) if p.dim() == 1 else torch.randn(p.shape) / p.shape[-1] ** 0.5
+        for name, p in model.state_dict().items()
+    }
+
+
+def draw_images(config: Config, grids: list[tuple[int, int]]) -> list[torch.Tensor]:
+    cell = config.vision.patch_size * config.vision.spatial_merge_size
+    return [torch.randn(3, rows * cell, columns * cell) for rows, columns in grids]
+
+
+def request(config: Config, grids: list[tuple[int, int]], turns: list[int]) -> list[int]:
+    """Token ids of a chat: some images and some text in each turn."""
+    ids, grids = [1], iter(grids)
+    for count in turns:
+        for _ in range(count):
+            rows, columns = next(grids)
+            ids += ([config.vision.image_token_id] * columns + [12]) * rows
+            ids[-1] = 13
+        ids += [random.randrange(14, config.vocab_size) for _ in range(random.randrange(1, 6))]
+    return ids
+
+
+@torch.no_grad()
+def logprobs(model: MistralMedium, ids: list[list[int]], features: torch.Tensor | None) -> torch.Tensor:
+    """(B, T) tokens -> (B, T, vocab) log-probabilities."""
+    return model.logits(model(model.embed(torch.tensor(ids), features), [0] * len(ids))).log_softmax(-1)
+
+
+# ------------------------------------------------------------------------------------------------------ parity
+
+
+@pytest.mark.parametrize("case", [0, 1])
+@torch.no_grad()
+def test_stored_answers_of_transformers(case):
+    with safe_open(GOLDEN, "pt") as file:
+        tensors = {n.removeprefix(f"{case}."): file.get_tensor(n) for n in file.keys() if n.startswith(f"{case}.")}
+        config = parse_config(json.loads(file.metadata()["configs"])[case])
+    weights = {n.removeprefix("weights."): t for n, t in tensors.items() if n.startswith("weights.")}
+    model = build(config, weights)
+    features = model.image_features([tensors[f"image.{i}"].float() for i in range(3)])
+    torch.testing.assert_close(features, tensors["features"], atol=1e-5, rtol=1e-5)
+    ids = tensors["tokens"]
+    scores = logprobs(model, [ids.tolist()], features)[0, :-1].gather(1, ids[1:, None])[:, 0]
+    torch.testing.assert_close(scores, tensors["logprobs"], atol=1e-5, rtol=1e-5)
+
+
+def transformers_model(config: Config):
+    transformers = pytest.importorskip("transformers")
+    raw = to_hf(config)
+    attention = random.choice(["eager", "sdpa"])
+    hf_config = transformers.Mistral3Config.from_dict(raw, attn_implementation=attention)
+    model = transformers.Mistral3ForConditionalGeneration(hf_config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.normal_(1, 0.3)
+            else:
+                parameter.normal_(0, parameter.shape[-1] ** -0.5)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"]
+    return model, weights
+
+
+def padded(images: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images as transformers wants them: one batch, padded below and to the right, and their sizes."""
+    sizes = torch.tensor([image.shape[1:] for image in images])
+    batch = torch.zeros(len(images), 3, *sizes.amax(0).tolist())
+    for row, image in zip(batch, images):
+        row[:, : image.shape[1], : image.shape[2]] = image
+    return batch, sizes
+
+
+@pytest.mark.parametrize("turns", [[1], [2], [5], [1, 0, 2], [0, 3, 1]], ids=str)
+@torch.no_grad()
+def test_random_models_equal_transformers(turns):
+    """Features, and log-probabilities of whole requests with 1 to 5 images, in one turn and across turns."""
+    pytest.importorskip("transformers")
+    for _ in range(4):
+        seed = random.randrange(1 << 30)
+        torch.manual_seed(seed)
+        draw = random.Random(seed)
+        config = draw_config(draw)
+        reference, weights = transformers_model(config)
+        model = build(config, weights)
+        grids = [draw.choice([(1, 1), (1, 7), (6, 1), (2, 3), (4, 3)]) for _ in range(sum(turns))]
+        if grids == [(1, 1)]:  # a single feature makes transformers fail: it squeezes the wrong dimension
+            grids = [(1, 2)]
+        images, ids = draw_images(config, grids), request(config, grids, turns)
+        batch, sizes = padded(images)
+        features = model.image_features(images)
+        expected = torch.cat(reference.get_image_features(batch, sizes).pooler_output)
+        assert (features - expected).abs().max() < 1e-5 * expected.abs().max() + 1e-5, seed
+        expected = reference(input_ids=torch.tensor([ids]), pixel_values=batch, image_sizes=sizes).logits.log_softmax(
+            -1
+        )
+        assert (logprobs(model, [ids], features) - expected).abs().max() < 1e-4, seed
+
+
+@torch.no_grad()
+def test_a_batch_that_mixes_images_and_text_equals_transformers():
+    seed = random.randrange(1 << 30)
+    torch.manual_seed(seed)
+    config = draw_config(random.Random(seed))
+    reference, weights = transformers_model(config)
+    model = build(config, weights)
+    grids = [(2, 3), (1, 2), (3, 1)]
+    images = draw_images(config, grids)
+    rows = [request(config, grids[:1], [1]), [], request(config, grids[1:], [1, 1])]
+    length = max(map(len, rows)) + 1
+    rows = [row + [17] * (length - len(row)) for row in rows]
+    batch, sizes = padded(images)
+    expected = reference(input_ids=torch.tensor(rows), pixel_values=batch, image_sizes=sizes).logits.log_softmax(-1)
+    assert (logprobs(model, rows, model.image_features(images)) - expected).abs().max() < 1e-4, seed
+
+
+def test_gradients_equal_transformers():
+    seed = random.randrange(1 << 30)
+    torch.manual_seed(seed)
+    config = dataclasses.replace(draw_config(random.Random(seed)), tie_word_embeddings=False)
+    reference, weights = transformers_model(config)
+    model = build(config, weights).requires_grad_()
+    grids = [(2, 3), (1, 2)]
+    images, ids = draw_images(config, grids), torch.tensor([request(config, grids, [1, 1])])
+    batch, sizes = padded(images)
+    reference(input_ids=ids, pixel_values=batch, image_sizes=sizes, labels=ids).loss.backward()
+    logits = model.logits(model(model.embed(ids, model.image_features(images)), [0]))
+    torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).backward()
+    expected = {
+        name.removeprefix("model.").removeprefix("language_model."): parameter.grad
+        for name, parameter in reference.named_parameters()
+    }
+    for name, parameter in model.named_parameters():
+        scale = expected[name].abs().max()
+        assert (parameter.grad - expected[name]).abs().max() < 1e-4 * scale + 1e-7, (seed, name)
+
+
+# ----------------------------------------------------------------------------------------------- own promises
+
+
+SMALL = Config(
+    vocab_size=26,
+    hidden_size=18,
+    intermediate_size=22,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=10,
+    rms_norm_eps=1e-3,
+    max_position_embeddings=4096,
+    tie_word_embeddings=False,
+    rope=RopeConfig(theta=500.0),
+    vision=VisionConfig(24, 14, 2, 2, 3, 40, 90.0, image_token_id=6),
+)
+
+
+@torch.no_grad()
+def test_an_image_sees_no_other_image(monkeypatch):
+    """The same features alone, packed, and with few enough patches at a time that each runs alone."""
+    config = SMALL
+    model = build(config, draw_weights(config))
+    images = draw_images(config, [(3, 2), (1, 5), (2, 2)])
+    alone = torch.cat([model.image_features([image]) for image in images])
+    torch.testing.assert_close(model.image_features(images), alone, atol=1e-5, rtol=1e-5)
+    calls = []
+    model.vision_tower.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    monkeypatch.setattr(vision, "PATCHES_AT_ONCE", 44)  # the images have 24, 20 and 16
+    torch.testing.assert_close(model.image_features(iter(images)), alone, atol=1e-5, rtol=1e-5)
+    assert calls == [2, 1]
+
+
+@torch.no_grad()
+def test_prefill_in_chunks_that_cut_an_image():
+    config = SMALL
+    model = build(config, draw_weights(config))
+    grids = [(2, 3), (3, 2)]
+    ids, features = request(config, grids, [1, 1]), model.image_features(draw_images(config, grids))
+    whole = logprobs(model, [ids], features)
+    cache, outs, seen = model.new_cache(1, len(ids)), [], 0
+    for start in range(0, len(ids), 4):
+        chunk = ids[start : start + 4]
+        count = chunk.count(config.vision.image_token_id)
+        x = model.embed(torch.tensor([chunk]), features[seen : seen + count])
+        seen += count
+        outs.append(model.logits(model(x, [start], cache)).log_softmax(-1))
+    torch.testing.assert_close(torch.cat(outs, 1), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_equal_finite_differences(monkeypatch):
+    """In float64 throughout, the norms included, so that steps can be small."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    config = SMALL
+    model = build(config, draw_weights(config)).double()
+    model.dtype = torch.float64
+    images = [image.double() for image in draw_images(config, [(1, 2), (2, 1)])]
+    ids = torch.tensor([request(config, [(1, 2), (2, 1)], [2])])
+
+    def loss() -> torch.Tensor:
+        logits = model.logits(model(model.embed(ids, model.image_features(images)), [0]))
+        return torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
+
+    loss().backward()
+    tower, projector = model.vision_tower, model.multi_modal_projector
+    layer = tower.transformer["layers"][0]
+    for weight in [
+        tower.patch_conv.weight,
+        layer.attention.q_proj.weight,
+        layer.feed_forward.gate_proj.weight,
+        layer.ffn_norm.weight,
+        projector.norm.weight,
+        projector.patch_merger.merging_layer.weight,
+        projector.linear_1.weight,
+        projector.linear_2.weight,
+        model.embed_tokens.weight,
+    ]:
+        direction = torch.randn_like(weight)
+        with torch.no_grad():
+            change = []
+            for step in (1e-5, -2e-5):
+                weight += step * direction
+                change.append(loss())
+            weight += 1e-5 * direction
+        slope = (change[0] - change[1]) / 2e-5
+        torch.testing.assert_close((weight.grad * direction).sum(), slope, atol=1e-8, rtol=1e-5)
+    assert model.embed_tokens.weight.grad[config.vision.image_token_id].abs().max() == 0  # replaced, so never used
+
+
+@torch.no_grad()
+def test_text_does_not_run_the_tower():
+    """The tower's weights are never even loaded here."""
+    config = SMALL
+    weights = draw_weights(config)
+    model = build(config, weights)
+    ids = [[1, 14, 15, 16]]
+    expected = logprobs(model, ids, None)
+    model.vision_tower.to("meta"), model.multi_modal_projector.to("meta")
+    assert torch.equal(logprobs(model, ids, None), expected)
+    assert torch.equal(logprobs(model, ids, torch.empty(0, config.hidden_size)), expected)
+
+
+def test_mistakes():
+    config = SMALL
+    model = build(config, draw_weights(config))
+    features = model.image_features(draw_images(config, [(1, 2)]))
+    for ids in ([[6, 14]], [[6, 6, 6]], [[14]]):
+        with pytest.raises(UserError, match="features for 2"):
+            model.embed(torch.tensor(ids), features)
+    text = MistralMedium(dataclasses.replace(config, vision=None))
+    assert not any("vision" in name or "multi_modal" in name for name, _ in text.named_parameters())
+    with pytest.raises(UserError, match="no vision tower"):
+        text.image_features(draw_images(config, [(1, 2)]))
+    with pytest.raises(UserError, match="--tp 5 does not divide the 2 attention heads of the vision tower"):
+        vision.VisionTower(config.vision, Place(tp_size=5), torch.float32)
+    with pytest.raises(UserError, match="--tp 3 does not divide the 20 dimensions of hidden_size"):
+        vision.Projector(dataclasses.replace(config, hidden_size=20), Place(tp_size=3), torch.float32)
+
+
+def test_only_the_first_stage_has_eyes():
+    names = {name for name, _ in MistralMedium(SMALL, Place(pp_rank=1, pp_size=2)).named_parameters()}
+    assert names and not any("vision" in name or "multi_modal" in name for name in names)
+
+
+def test_every_parameter_knows_its_slice():
+    """On `meta`; the parts of two ranks are disjoint and together the whole, or both are the whole."""
+    whole = MistralMedium(SMALL)
+    ranks = [dict(MistralMedium(SMALL, Place(tp_rank=r, tp_size=2)).named_modules()) for r in range(2)]
+    replicated = set()
+    for name, parameter in whole.named_parameters():
+        module, leaf = name.rsplit(".", 1)
+        assert parameter.is_meta and whole.get_submodule(module).slices[leaf].local_shape == parameter.shape
+        slices = [rank[module].slices[leaf] for rank in ranks]
+        assert all(getattr(r[module], leaf).shape == s.local_shape for r, s in zip(ranks, slices))
+        assert all(s.shape == parameter.shape for s in slices)
+        if slices[0] == slices[1]:
+            replicated.add(module.rsplit(".", 1)[-1])
+        else:
+            dim = slices[0].dim
+            assert slices[0].start == 0 and slices[0].stop == slices[1].start == slices[1].stop // 2
+            assert slices[1].stop == parameter.shape[dim]
+    norms = {"ln_pre", "attention_norm", "ffn_norm", "norm", "input_layernorm", "post_attention_layernorm"}
+    assert replicated == norms | {"patch_conv"}
+
+
+# -------------------------------------------------------------------------------------------------------- memory
+
+MEASURE = """
+import resource, sys
+import torch
+from config import Config, RopeConfig, VisionConfig
+from vision import MistralMedium, load_image, pixels
+
+torch.set_num_threads(2)
+path, count = sys.argv[1], int(sys.argv[2])
+tower = VisionConfig(24, 40, 1, 2, 14, 1540, 1e4)
+config = Config(40, 16, 16, 1, 2, 1, 8, 1e-5, 200000, False, RopeConfig(1e6), tower)
+model = MistralMedium(config, dtype=torch.float32).to_empty(device="cpu")
+with torch.no_grad():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    features = model.image_features(pixels(load_image(path), tower) for _ in range(count))
+    assert features.shape == (count * 55 * 55, 16)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(32, marks=pytest.mark.slow)])
+def test_memory_of_large_images(count, tmp_path):
+    """Images of 1540 × 1540, 12,100 patches each, from file to features: 400 MiB for one at a time, 1 MiB for each.
+
+    A matrix of scores alone would be 1.2 GB for one image, and the pixels of 32 are 0.9 GB.
+    """
+    path = str(tmp_path / "page.bmp")
+    Image.effect_noise((1540, 1540), 50).convert("RGB").save(path)
+    command = [sys.executable, "-c", MEASURE, path, str(count)]
+    run = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) / 1024 < 400 + count
