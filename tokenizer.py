@@ -334,7 +334,7 @@ class StreamDecoder:
     def add(self, id: int) -> str:
         """The text that this token completes, often "" in the middle of a character."""
         data, joins = self._tokenizer.token_bytes(id, self._first)
-        if self._first and not self._tokenizer.is_special(id):
+        if 0 <= id < self._tokenizer.vocab_size and not self._tokenizer.is_special(id):
             self._first = False
         held = "" if joins else self.flush()
         return held + self._utf8.decode(data)

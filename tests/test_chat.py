@@ -1,4 +1,4 @@
-"""Chat formats against mistral-common (live), against its recorded ids (golden), and against hand-written rules."""
+"""Chat formats against ids of mistral-common, recorded (golden files) and live, and against expectations by hand."""
 
 import importlib.util
 import json
@@ -7,51 +7,422 @@ import random
 import re
 
 import pytest
+from chat_cases import (
+    MODEL_SETTINGS,
+    TEKKEN_VERSIONS,
+    TEXTS,
+    TOOLS,
+    copy_spm,
+    grid_of,
+    oracle,
+    random_chat,
+    write_tekken,
+)
 
 from chat import encode_chat, parse_answer
-from chat_cases import TEKKEN_VERSIONS, TEXTS, copy_spm, grid_of, oracle, png, random_chat, write_tekken
 from config import UserError
 from tokenizer import load_tokenizer
 
-
-def data_file(name: str) -> str:
-    """A tokenizer file bundled with mistral-common."""
-    pytest.importorskip("mistral_common")
-    return os.path.join(os.path.dirname(importlib.util.find_spec("mistral_common").origin), "data", name)
+GOLDEN = os.path.join(os.path.dirname(__file__), "golden")
+NAMES = [*(f"tekken-{version}" for version in TEKKEN_VERSIONS), "spm-v3", "spm-v7", "spm-v7m1"]
 
 
 @pytest.fixture(scope="module")
-def real_tokenizers(tmp_path_factory):
-    """name -> path of a full-size tokenizer file, one for each chat format."""
-    root = str(tmp_path_factory.mktemp("tokenizers"))
-    paths = {
-        "tekken-" + version: write_tekken(data_file("tekken_240911.json"), f"{root}/{version}", version)
-        for version in TEKKEN_VERSIONS
-    }
-    for source in ("240323.model.v3", "241114.model.v7", "241114.model.v7m1"):
-        name = f"mistral_instruct_tokenizer_{source}"
-        paths["spm-" + source[13:]] = copy_spm(data_file(name), f"{root}/{name}", name)
+def small(tmp_path_factory) -> dict:
+    """name -> tokenizer of every chat format, from the small files in tests/golden."""
+    root = str(tmp_path_factory.mktemp("small"))
+    for version in TEKKEN_VERSIONS:
+        write_tekken(os.path.join(GOLDEN, "tokenizer_tekken.json"), f"{root}/tekken-{version}", version)
+    for version in ("v3", "v7", "v7m1"):
+        copy_spm(os.path.join(GOLDEN, "tokenizer_spm.model"), f"{root}/spm-{version}", f"tokenizer.model.{version}")
+    return {name: load_tokenizer(f"{root}/{name}") for name in NAMES}
+
+
+def spelled(tokenizer, ids: list[int]) -> str:
+    """The ids as text, with the special tokens by name."""
+    names = {id: name for name, id in tokenizer.special.items()}
+    return "".join(names[id] if id in names else tokenizer.decode([id]) for id in ids)
+
+
+def runs(tokenizer, encoded) -> list[tuple[bool, str]]:
+    """Runs of neighbouring ids with the same target flag, spelled."""
+    found = []
+    for id, target in zip(encoded.ids, encoded.targets, strict=True):
+        if not found or found[-1][0] != target:
+            found.append((target, []))
+        found[-1][1].append(id)
+    return [(target, spelled(tokenizer, ids)) for target, ids in found]
+
+
+# ---- mistral-common
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_golden_chats(name, small):
+    tokenizer = small[name]
+    grid = grid_of(tokenizer.image) if tokenizer.image else None
+    with open(os.path.join(GOLDEN, "tokenizer_golden.json"), encoding="utf-8") as file:
+        chats = [(chat, ids) for case, chat, ids in json.load(file)["chats"] if case == name]
+    assert len(chats) >= 3
+    for chat, ids in chats:
+        assert encode_chat(tokenizer, **chat, image_grid=grid).ids == ids, json.dumps(chat)
+
+
+@pytest.fixture(scope="module")
+def real_files(tmp_path_factory) -> dict:
+    """name -> path of a full-size tokenizer file for every chat format."""
+    pytest.importorskip("mistral_common")
+    data = os.path.join(os.path.dirname(importlib.util.find_spec("mistral_common").origin), "data")
+    root = str(tmp_path_factory.mktemp("real"))
+    paths = {f"tekken-{v}": write_tekken(f"{data}/tekken_240911.json", f"{root}/{v}", v) for v in TEKKEN_VERSIONS}
+    for version, date in {"v3": "240323", "v7": "241114", "v7m1": "241114"}.items():
+        source = f"mistral_instruct_tokenizer_{date}.model.{version}"
+        paths[f"spm-{version}"] = copy_spm(f"{data}/{source}", f"{root}/spm-{version}", source)
     return paths
 
 
-@pytest.mark.parametrize("name", [*("tekken-" + v for v in TEKKEN_VERSIONS), "spm-v3", "spm-v7", "spm-v7m1"])
-def test_ids_equal_mistral_common(name, real_tokenizers):
+@pytest.mark.parametrize("name", NAMES)
+def test_chats_equal_mistral_common(name, real_files):
+    pytest.importorskip("cv2")
     from mistral_common.protocol.instruct.validator import ValidationMode
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-    path = real_tokenizers[name]
+    path = real_files[name]
     tokenizer = load_tokenizer(os.path.dirname(path))
-    theirs = {
-        training: MistralTokenizer.from_file(path, ValidationMode.finetuning if training else ValidationMode.test)
-        for training in (False, True)
-    }
+    theirs = [MistralTokenizer.from_file(path, mode) for mode in (ValidationMode.test, ValidationMode.finetuning)]
     grid = grid_of(tokenizer.image) if tokenizer.image else None
     # mistral-common does not take lone surrogates with SentencePiece
-    texts = [text for text in TEXTS if name.startswith("tekken") or not re.search("[\ud800-\udfff]", text)]
-    rng = random.Random(name + os.environ.get("SEED", ""))
-    for case in range(int(os.environ.get("CASES", 60))):
+    texts = [text for text in TEXTS if "tekken" in name or not re.search("[\ud800-\udfff]", text)]
+    rng = random.Random(name)
+    for case in range(60):
         training = case % 3 == 0
         chat = random_chat(rng, tokenizer.version, bool(tokenizer.image), training, texts)
-        encoded = encode_chat(tokenizer, **chat, image_grid=grid)
-        assert encoded.ids == oracle(theirs[training], chat), json.dumps(chat)
-        assert len(encoded.targets) == len(encoded.ids)
+        assert encode_chat(tokenizer, **chat, image_grid=grid).ids == oracle(theirs[training], chat), json.dumps(chat)
+
+
+# ---- formats and loss mask, by hand
+
+ANSWER = {"role": "assistant", "content": "fine "}
+CALLS = [
+    {"id": "abcdefgh1", "function": {"name": "f", "arguments": '{"x":1}'}},
+    {"id": "abcdefgh2", "function": {"name": "g", "arguments": {}}},
+]
+CHAT = [
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "tool_calls": CALLS},
+    {"role": "tool", "tool_call_id": "abcdefgh2", "content": "two"},
+    {"role": "tool", "tool_call_id": "abcdefgh1", "content": '{"y":  1}'},
+    ANSWER,
+    {"role": "user", "content": "bye"},
+    ANSWER,
+]
+TOOL = [{"type": "function", "function": {"name": "f"}}]
+SPELLED_TOOL = (
+    '[AVAILABLE_TOOLS][{"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}]'
+    "[/AVAILABLE_TOOLS]"
+)
+LIST = '[TOOL_CALLS][{"name": "f", "arguments": {"x": 1}, "id": "abcdefgh1"}, '
+LIST += '{"name": "g", "arguments": {}, "id": "abcdefgh2"}]</s>'
+PLAIN = '[TOOL_CALLS]f[ARGS]{"x": 1}[TOOL_CALLS]g[ARGS]{}</s>'
+WITH_IDS = '[TOOL_CALLS]f[CALL_ID]abcdefgh1[ARGS]{"x": 1}[TOOL_CALLS]g[CALL_ID]abcdefgh2[ARGS]{}</s>'
+RESULT_1 = '[TOOL_RESULTS]abcdefgh1[TOOL_CONTENT]{"y":  1}[/TOOL_RESULTS]'
+RESULT_2 = "[TOOL_RESULTS]abcdefgh2[TOOL_CONTENT]two[/TOOL_RESULTS]"
+JSON_RESULTS = '[TOOL_RESULTS]{"content": "two", "call_id": "abcdefgh2"}[/TOOL_RESULTS]'
+JSON_RESULTS += '[TOOL_RESULTS]{"content": {"y": 1}, "call_id": "abcdefgh1"}[/TOOL_RESULTS]'
+PLAIN_RESULTS = '[TOOL_RESULTS]{"y":  1}[/TOOL_RESULTS][TOOL_RESULTS]two[/TOOL_RESULTS]'
+SYSTEM = "<s>[SYSTEM_PROMPT]be kind[/SYSTEM_PROMPT]"
+SETTINGS = '[MODEL_SETTINGS]{"reasoning_effort": "none"}[/MODEL_SETTINGS]'
+EXPECTED = {
+    "v3": [
+        "<s>[INST]hi[/INST]",
+        LIST,
+        JSON_RESULTS,
+        "fine</s>",
+        f"{SPELLED_TOOL}[INST]be kind\n\nbye[/INST]",
+    ],
+    "v7": [f"{SYSTEM}[INST]hi[/INST]", LIST, RESULT_2 + RESULT_1, "fine</s>", f"{SPELLED_TOOL}[INST]bye[/INST]"],
+    "v11": [f"{SYSTEM}[INST]hi[/INST]", WITH_IDS, RESULT_1 + RESULT_2, "fine</s>", f"{SPELLED_TOOL}[INST]bye[/INST]"],
+    "v13": [f"{SYSTEM}{SPELLED_TOOL}[INST]hi[/INST]", PLAIN, PLAIN_RESULTS, "fine</s>", "[INST]bye[/INST]"],
+    "v15": [f"{SYSTEM}{SPELLED_TOOL}{SETTINGS}[INST]hi[/INST]", PLAIN, PLAIN_RESULTS, "fine</s>", "[INST]bye[/INST]"],
+}
+
+
+@pytest.mark.parametrize("version", TEKKEN_VERSIONS)
+def test_format_and_loss_mask(version, small):
+    tokenizer = small[f"tekken-{version}"]
+    encoded = encode_chat(tokenizer, CHAT, TOOL, training=True)
+    texts = [*EXPECTED[version], "fine</s>"]
+    assert runs(tokenizer, encoded) == [(i % 2 == 1, text) for i, text in enumerate(texts)]
+
+
+def test_loss_covers_thinking_and_what_follows_a_join(small):
+    tokenizer = small["tekken-v15"]
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "yes"}]},
+        {"role": "assistant", "content": "more", "tool_calls": CALLS[1:]},
+        {"role": "tool", "tool_call_id": "abcdefgh2", "content": ""},
+        {"role": "assistant", "reasoning": "so", "content": "end "},
+    ]
+    settings = '[MODEL_SETTINGS]{"reasoning_effort": "high"}[/MODEL_SETTINGS]'
+    assert runs(tokenizer, encode_chat(tokenizer, messages, reasoning_effort="high", training=True)) == [
+        (False, f"<s>{settings}[INST]ab\n\nc[/INST]"),
+        (True, "[THINK]hm[/THINK]yes\n\nmore[TOOL_CALLS]g[ARGS]{}</s>"),
+        (False, "[TOOL_RESULTS][/TOOL_RESULTS]"),
+        (True, "[THINK]so[/THINK]end </s>"),
+    ]
+
+
+def test_a_prefix_is_left_open(small):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "I am ", "prefix": True}]
+    assert spelled(small["tekken-v7"], encode_chat(small["tekken-v7"], messages).ids) == "<s>[INST]hi[/INST]I am"
+    messages[1]["content"] = [{"type": "thinking", "thinking": "hm", "closed": False}]
+    ids = encode_chat(small["tekken-v13"], messages).ids
+    assert spelled(small["tekken-v13"], ids) == "<s>[INST]hi[/INST][THINK]hm"
+
+
+def image(url: str) -> dict:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def test_images(small):
+    tokenizer = small["tekken-v15"]
+    sizes = {"a": (2, 3), "b": (1, 1), "c": (3, 1)}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "see"}, image("a")]},
+        {"role": "assistant", "tool_calls": CALLS[:1]},
+        {"role": "tool", "tool_call_id": "abcdefgh1", "content": [{"type": "text", "text": "x"}, image("b")]},
+        {"role": "assistant", "content": "ok"},
+        {"role": "user", "content": [image("c"), {"type": "text", "text": "and"}, image("a")]},
+    ]
+    encoded = encode_chat(tokenizer, messages, image_grid=sizes.__getitem__)
+    a = "[IMG][IMG][IMG][IMG_BREAK][IMG][IMG][IMG][IMG_END]"
+    b, c = "[IMG][IMG_END]", "[IMG][IMG_BREAK][IMG][IMG_BREAK][IMG][IMG_END]"
+    assert encoded.images == ["a", "b", "c", "a"]
+    assert spelled(tokenizer, encoded.ids) == (
+        f'<s>{SETTINGS}[INST]{a}see[/INST][TOOL_CALLS]f[ARGS]{{"x": 1}}</s>[TOOL_RESULTS]x{b}[/TOOL_RESULTS]'
+        f"ok</s>[INST]{c}and{a}[/INST]"
+    )
+    with pytest.raises(UserError, match=r"messages\[0\].*takes no images"):
+        encode_chat(tokenizer, messages)
+    with pytest.raises(UserError, match=r"messages\[2\]\.content\[1\].*tool messages hold no parts of type image_url"):
+        encode_chat(small["tekken-v13"], messages, image_grid=sizes.__getitem__)
+
+
+def test_input_is_not_changed(small):
+    before = json.dumps(CHAT)
+    for name in NAMES:
+        encode_chat(small[name], CHAT, TOOLS, training=True)
+    assert json.dumps(CHAT) == before
+
+
+# ---- reasoning effort
+
+
+def test_reasoning_effort(small):
+    user = [{"role": "user", "content": "hi"}]
+    default = encode_chat(small["tekken-v15"], user).ids
+    assert default == encode_chat(small["tekken-v15"], user, reasoning_effort="none").ids
+    assert default != encode_chat(small["tekken-v15"], user, reasoning_effort="high").ids
+    with pytest.raises(UserError, match="'medium'.*none, high"):
+        encode_chat(small["tekken-v15"], user, reasoning_effort="medium")
+    for name in ("tekken-v13", "spm-v3"):
+        assert encode_chat(small[name], user, reasoning_effort="none").ids == encode_chat(small[name], user).ids
+        with pytest.raises(UserError, match="'high'.*no such setting"):
+            encode_chat(small[name], user, reasoning_effort="high")
+    assert MODEL_SETTINGS == small["tekken-v15"].model_settings
+
+
+# ---- mistakes
+
+USER = {"role": "user", "content": "hi"}
+CALL = {"role": "assistant", "tool_calls": CALLS[:1]}
+RESULT = {"role": "tool", "tool_call_id": "abcdefgh1", "content": "x"}
+
+
+def call(**changes) -> list:
+    return [USER, {"role": "assistant", "tool_calls": [{**CALLS[0], **changes}]}, RESULT]
+
+
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+        (None, "messages must be a list"),
+        ([], "messages must be a list"),
+        ({"role": "user"}, "messages must be a list"),
+        (["hi"], r"messages\[0\] must be an object"),
+        ([{"content": "hi"}], r"messages\[0\]: unknown role None"),
+        ([USER, {"role": "robot", "content": "hi"}], r"messages\[1\]: unknown role 'robot'"),
+        ([{"role": ["user"], "content": "hi"}], r"messages\[0\]: unknown role"),
+        ([{"role": "user"}], r"messages\[0\]: content must be"),
+        ([{"role": "user", "content": 3}], r"messages\[0\]: content must be"),
+        ([{"role": "user", "content": ["hi"]}], r"messages\[0\]\.content\[0\]: a part must have the type"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], r"content\[0\]: a part must have the type.*'audio'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], r"content\[0\]: a part of type 'text' needs a string"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "needs a string under 'image_url'"),
+        ([{"role": "user", "content": [{"type": "thinking", "thinking": "x"}]}], "user messages hold no parts"),
+        ([{"role": "system", "content": [image("a")]}, USER], "system messages hold no parts of type image_url"),
+        ([USER, {"role": "assistant", "content": [image("a")]}, USER], "assistant messages hold no parts"),
+        ([USER, RESULT], r"messages\[1\]: a tool message cannot follow a user message"),
+        ([USER, ANSWER, RESULT], r"messages\[2\]: tool_call_id 'abcdefgh1' is not that of a tool call"),
+        ([USER, CALL, RESULT, RESULT], r"messages\[3\]: tool call 'abcdefgh1' has a result already"),
+        ([USER, CALL, {"role": "tool", "content": "x"}], r"messages\[2\]: a tool message needs the tool_call_id"),
+        ([USER, CALL, {**RESULT, "tool_call_id": 7}], r"messages\[2\]: the tool call id must be a string"),
+        ([USER, CALL, {**RESULT, "name": "a b"}], r"messages\[2\]: the function name 'a b'"),
+        ([USER, CALL, USER, ANSWER, USER], r"messages\[3\]: the tool calls before it have 0 results of 1"),
+        ([USER, CALL, {"role": "system", "content": "x"}], r"messages\[2\]: a system message cannot follow"),
+        ([USER, {"role": "assistant", "tool_calls": 1}], r"messages\[1\]: tool_calls must be a list"),
+        (call(function={}), r"messages\[1\]\.tool_calls\[0\] must look like"),
+        (call(function={"name": "f", "arguments": [1]}), r"tool_calls\[0\]: arguments must be"),
+        (call(function={"name": "f g", "arguments": ""}), r"tool_calls\[0\]: the function name 'f g'"),
+        (call(id=None), r"messages\[1\]: each tool call needs an id"),
+        (call(id=""), r"tool_calls\[0\]: the tool call id must be a string that is not empty"),
+        ([USER, {"role": "assistant", "tool_calls": CALLS[:1] * 2}, RESULT], "each tool call needs an id of its own"),
+        ([USER, {"role": "assistant"}, USER], r"messages\[1\] has neither content nor tool_calls"),
+        ([USER, ANSWER], "messages end with role assistant; to be answered"),
+        ([{"role": "system", "content": "x"}], "messages end with role system; to be answered"),
+        ([USER, {**ANSWER, "prefix": True}, USER], r"messages\[1\]: only the last message may have"),
+    ],
+)
+def test_bad_messages(messages, error, small):
+    with pytest.raises(UserError, match=error) as caught:
+        encode_chat(small["tekken-v15"], messages, image_grid=lambda url: (1, 1))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tools", "error"),
+    [
+        ({}, "tools must be a list"),
+        (["x"], r"tools\[0\] must look like"),
+        ([TOOL[0], {"type": "function"}], r"tools\[1\] must look like"),
+        ([{"type": "retrieval", "function": {"name": "f"}}], r"tools\[0\] must look like"),
+        ([{"function": {}}], r"tools\[0\]: the function name None"),
+        ([{"function": {"name": "f", "parameters": "x"}}], r"tools\[0\]: description must be"),
+        ([{"function": {"name": "f", "description": 1}}], r"tools\[0\]: description must be"),
+    ],
+)
+def test_bad_tools(tools, error, small):
+    with pytest.raises(UserError, match=error):
+        encode_chat(small["tekken-v15"], [USER], tools)
+
+
+def test_what_older_versions_cannot_say(small):
+    both = [USER, {**CALL, "content": "text"}, RESULT]
+    with pytest.raises(UserError, match=r"messages\[1\] has content and tool_calls"):
+        encode_chat(small["tekken-v3"], both)
+    encode_chat(small["tekken-v7"], both)
+    long_id = json.loads(json.dumps([USER, CALL, RESULT]).replace("abcdefgh1", "call_1"))
+    with pytest.raises(UserError, match=r"messages\[1\]\.tool_calls\[0\].*nine letters or digits"):
+        encode_chat(small["tekken-v11"], long_id)
+    encode_chat(small["tekken-v13"], long_id)
+    with pytest.raises(UserError, match=r"messages\[1\]\.reasoning.*no parts of type thinking"):
+        encode_chat(small["tekken-v11"], [USER, {**ANSWER, "reasoning": "hm"}, USER])
+
+
+def test_training_ends_with_an_answer(small):
+    for messages in ([USER], [USER, CALL, RESULT], [{"role": "system", "content": "x"}]):
+        with pytest.raises(UserError, match="for training they must end with an assistant message"):
+            encode_chat(small["tekken-v15"], messages, training=True)
+    with pytest.raises(UserError, match="prefix"):
+        encode_chat(small["tekken-v15"], [USER, {**ANSWER, "prefix": True}], training=True)
+    # only the last answer's calls may lack ids, and only where ids are optional
+    last = [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": None}}]}]
+    ids = encode_chat(small["tekken-v3"], last, training=True).ids
+    assert spelled(small["tekken-v3"], ids) == '<s>[INST]hi[/INST][TOOL_CALLS][{"name": "f", "arguments": {}}]</s>'
+    with pytest.raises(UserError, match="needs an id"):
+        encode_chat(small["tekken-v13"], last, training=True)
+
+
+def test_tokenizers_without_a_chat_format(small, tmp_path):
+    copy_spm(os.path.join(GOLDEN, "tokenizer_spm.model"), str(tmp_path), "tokenizer.model.v1")
+    with pytest.raises(UserError, match="v1 has no supported chat format"):
+        encode_chat(load_tokenizer(str(tmp_path)), [USER])
+    # a version whose control tokens the file does not have
+    path = write_tekken(os.path.join(GOLDEN, "tokenizer_tekken.json"), str(tmp_path), "v13")
+    with open(path, encoding="utf-8") as file:
+        data = json.load(file)
+    data["special_tokens"] = data["special_tokens"][:3]
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(data, file)
+    with pytest.raises(UserError, match=r"no \[INST\] token"):
+        encode_chat(load_tokenizer(str(tmp_path)), [USER])
+
+
+# ---- the model's answer
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("end_token", [True, False])
+def test_parse_answer_reads_what_encode_chat_writes(name, end_token, small):
+    tokenizer = small[name]
+    calls = [
+        {"id": "abcdefgh1", "function": {"name": "get_weather", "arguments": {"city": "Zürich", "n": [1, 2.5, None]}}},
+        {"id": "abcdefgh2", "function": {"name": "x", "arguments": {}}},
+    ]
+    arguments = [{"name": c["function"]["name"], "arguments": c["function"]["arguments"]} for c in calls]
+
+    def parsed(**answer):
+        encoded = encode_chat(tokenizer, [USER, {"role": "assistant", **answer}], training=True)
+        ids = [id for id, target in zip(encoded.ids, encoded.targets) if target]
+        answer = parse_answer(tokenizer, ids if end_token else ids[:-1])
+        return answer.text, answer.reasoning, answer.tool_calls
+
+    assert parsed(content="Ja, 🙂 [INST]") == ("Ja, 🙂 [INST]", None, [])
+    assert parsed(tool_calls=calls) == ("", None, arguments)
+    if not name.endswith("v3"):
+        assert parsed(content="wait", tool_calls=calls) == ("wait", None, arguments)
+    if name in ("tekken-v13", "tekken-v15"):
+        assert parsed(content="4", reasoning="2 + 2") == ("4", "2 + 2", [])
+        assert parsed(content="4", reasoning="", tool_calls=calls) == ("4", "", arguments)
+
+
+def ids_of(tokenizer, spelled: str) -> list[int]:
+    """The ids of a text in which special tokens stand by name."""
+    special = tokenizer.special
+    parts = re.split(r"(\[/?[A-Z_]+\]|</s>)", spelled)
+    return [id for part in parts for id in ([special[part]] if part in special else tokenizer.encode(part))]
+
+
+@pytest.mark.parametrize(
+    ("generated", "expected"),
+    [
+        ("", ("", None, [])),
+        ("</s>never read", ("", None, [])),
+        ("[THINK]not finish", ("", "not finish", [])),
+        ("[THINK]a[/THINK]b[THINK]c[/THINK]d", ("bd", "ac", [])),
+        ("opened before[/THINK]b", ("b", "opened before", [])),
+        ("[TOOL_CALLS]f", ("", None, [{"name": "f", "arguments": ""}])),
+        ('[TOOL_CALLS]f[ARGS]{"a": ', ("", None, [{"name": "f", "arguments": '{"a": '}])),
+        ("[TOOL_CALLS]f[ARGS]", ("", None, [{"name": "f", "arguments": ""}])),
+        ('[TOOL_CALLS]f[ARGS]{"a": NaN}', ("", None, [{"name": "f", "arguments": '{"a": NaN}'}])),
+        ('[TOOL_CALLS]f[ARGS]{"a": 1e999}', ("", None, [{"name": "f", "arguments": '{"a": 1e999}'}])),
+        ('[TOOL_CALLS]f[CALL_ID]abc[ARGS]{"a": 1.5}', ("", None, [{"name": "f", "arguments": {"a": 1.5}}])),
+        ('[TOOL_CALLS][{"name": "f", "argu', ("", None, [{"name": "", "arguments": '[{"name": "f", "argu'}])),
+        ('x[TOOL_CALLS][{"name": "f"}]', ("x", None, [{"name": "f", "arguments": {}}])),
+        ("[ARGS]text[CALL_ID][INST]", ("text", None, [])),
+    ],
+)
+def test_parse_odd_answers(generated, expected, small):
+    tokenizer = small["tekken-v15"]
+    answer = parse_answer(tokenizer, ids_of(tokenizer, generated))
+    assert (answer.text, answer.reasoning, answer.tool_calls) == expected
+
+
+@pytest.mark.parametrize("name", ["tekken-v3", "tekken-v15", "spm-v7"])
+def test_parse_answer_never_raises(name, small):
+    tokenizer = small[name]
+    rng = random.Random(name)
+    pieces = ['[{"name": "f", "arguments": {}}]', "[[[", "[" * 2000, '{"a": 1}', "9" * 5000, '"\\ud800"', "é", "[1, 2]"]
+    pieces = [tokenizer.encode(piece) for piece in pieces]
+    for _ in range(1000):
+        ids = []
+        for _ in range(rng.randint(0, 12)):
+            drawn = [rng.randrange(40)], [rng.randrange(-3, tokenizer.vocab_size + 3)], rng.choice(pieces)
+            ids += rng.choice(drawn)
+        answer = parse_answer(tokenizer, ids)
+        assert isinstance(answer.text, str) and isinstance(answer.reasoning, str | None)
+        assert all(call.keys() == {"name", "arguments"} for call in answer.tool_calls)
+        json.dumps(answer.tool_calls, allow_nan=False)

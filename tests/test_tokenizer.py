@@ -1,0 +1,322 @@
+"""Tokenizers against recorded ids of mistral-common (golden files), against mistral-common itself where it is installed,
+and against rules of their own: streaming, speed, broken files."""
+
+import base64
+import importlib.util
+import json
+import os
+import random
+import re
+import shutil
+import time
+
+import pytest
+from chat_cases import TEXTS, write_tekken
+
+from config import UserError
+from tokenizer import LAST_BMP, SentencePiece, StreamDecoder, Tekken, load_tokenizer, python_pattern
+
+GOLDEN = os.path.join(os.path.dirname(__file__), "golden")
+SMALL_TEKKEN = os.path.join(GOLDEN, "tokenizer_tekken.json")
+SMALL_SPM = os.path.join(GOLDEN, "tokenizer_spm.model")
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict:
+    with open(os.path.join(GOLDEN, "tokenizer_golden.json"), encoding="utf-8") as file:
+        return json.load(file)
+
+
+@pytest.fixture(scope="module")
+def small() -> dict:
+    return {"tekken-v3": Tekken(SMALL_TEKKEN), "spm-v7": SentencePiece(SMALL_SPM)}
+
+
+def real_file(name: str) -> str:
+    """A tokenizer file bundled with mistral-common."""
+    pytest.importorskip("mistral_common")
+    return os.path.join(os.path.dirname(importlib.util.find_spec("mistral_common").origin), "data", name)
+
+
+def random_text(rng: random.Random, astral: bool = True) -> str:
+    """Characters from a few random blocks: ASCII, white space and controls, letters that change class, anything."""
+    draw = [
+        lambda: chr(rng.randrange(32, 127)),
+        lambda: rng.choice(" \n\t\r\x0b\x0c\x00\x1c\x1d\x1e\x1f\x85\xa0\u2028\u3000\u200b"),
+        lambda: chr(rng.randrange(0xA0, 0x3000)),
+        lambda: chr(rng.randrange(0x3000, 0xD800)),
+        lambda: chr(rng.randrange(0xE000, 0x10000)),
+        lambda: rng.choice("'sStT \n/ǅʰªÀaA٣½_\u0301"),
+    ]
+    if astral:
+        draw += [lambda: chr(rng.randrange(0x10000, 0x20000)), lambda: chr(rng.randrange(0x20000, 0x110000))]
+    chosen = rng.sample(draw, rng.randint(1, 4))
+    return "".join(rng.choice(chosen)() for _ in range(rng.randint(1, 60)))
+
+
+# ---- ids and text
+
+
+@pytest.mark.parametrize("name", ["tekken-v3", "spm-v7"])
+def test_golden_ids_and_text(name, golden, small):
+    for text, ids in golden["texts"][name]:
+        assert small[name].encode(text) == ids, text
+    for ids, text in golden["decoded"][name]:
+        assert small[name].decode(ids) == text, ids
+
+
+@pytest.mark.parametrize("name", ["tekken_240718.json", "tekken_240911.json"])
+def test_tekken_equals_mistral_common(name):
+    path = real_file(name)
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+    mine, theirs = Tekken(path), Tekkenizer.from_file(path)
+    assert (mine.vocab_size, mine.bos_id, mine.eos_id, mine.pad_id) == (theirs.n_words, 1, 2, 11)
+    assert mine.special == {theirs.id_to_piece(id): id for id in range(1000)}
+    rng = random.Random(name)
+    for text in TEXTS + [random_text(rng) for _ in range(3000)]:
+        ids = theirs.encode(text, bos=False, eos=False)
+        assert mine.encode(text) == ids, ascii(text)
+    for _ in range(3000):
+        ids = [rng.randrange(*rng.choice([(0, 131072), (990, 1260)])) for _ in range(rng.randint(0, 30))]
+        assert mine.decode(ids) == theirs.decode(ids), ids
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model.v1", "240323.model.v3", "241114.model.v7", "241114.model.v7m1"])
+def test_sentencepiece_equals_mistral_common(name):
+    path = real_file(name if name.startswith("tokenizer") else "mistral_instruct_tokenizer_" + name)
+    from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+
+    mine, theirs = SentencePiece(path), SentencePieceTokenizer(path)
+    assert mine.version == theirs.version.value == mine._guess_version()
+    assert (mine.vocab_size, mine.bos_id, mine.eos_id, mine.pad_id) == (theirs.n_words, 1, 2, None)
+    assert set(mine.special.values()) == theirs.special_ids
+    space = theirs.get_special_token("▁")
+    rng = random.Random(name)
+    for _ in range(1000):
+        text = random_text(rng)
+        ids = theirs.encode(text, bos=False, eos=False)
+        assert mine.encode(text) == ids, ascii(text)
+        assert mine.decode(ids) == theirs.decode(ids)
+        ids = [
+            rng.choice([rng.randrange(mine.vocab_size), rng.randrange(1100), space]) for _ in range(rng.randint(0, 30))
+        ]
+        assert mine.decode(ids) == theirs.decode(ids), ids
+
+
+@pytest.mark.parametrize("name", ["tekken-v3", "spm-v7"])
+def test_text_never_becomes_a_special_token(name, small):
+    tokenizer = small[name]
+    for special in tokenizer.special:
+        ids = tokenizer.encode(f"a{special} {special}")
+        assert not any(map(tokenizer.is_special, ids))
+        assert tokenizer.decode(ids) == f"a{special} {special}"
+
+
+@pytest.mark.parametrize("name", ["tekken-v3", "spm-v7"])
+def test_round_trip_and_lone_surrogates(name, small):
+    rng = random.Random(1)
+    for _ in range(500):
+        text = random_text(rng)
+        assert small[name].decode(small[name].encode(text)) == text
+    assert small[name].encode("a\ud800b\ud83d\ude42") == small[name].encode("a\ufffdb🙂")
+
+
+def test_ids_beyond_the_vocabulary_are_left_out(small):
+    for tokenizer in small.values():
+        ids = tokenizer.encode("left out")
+        assert tokenizer.decode([-5, tokenizer.vocab_size, *ids, 10**9, tokenizer.eos_id]) == "left out"
+        assert not tokenizer.is_special(-1) and not tokenizer.is_special(10**9)
+
+
+# ---- streaming
+
+
+@pytest.mark.parametrize("name", ["tekken-v3", "spm-v7"])
+def test_streamed_pieces_make_up_the_decoded_text(name, small):
+    tokenizer = small[name]
+    rng = random.Random(2)
+    bytes_of = [tokenizer.encode(character)[-3:] for character in "é🙂北\x00ж\u0301"]
+    for _ in range(2000):
+        ids = [rng.randrange(-2, tokenizer.vocab_size + 5) for _ in range(rng.randint(0, 8))]
+        for _ in range(rng.randint(0, 8)):
+            ids += rng.choice(bytes_of)[: rng.randint(1, 3)]
+        rng.random() < 0.5 and rng.shuffle(ids)
+        stream = StreamDecoder(tokenizer)
+        assert "".join([stream.add(id) for id in ids]) + stream.flush() == tokenizer.decode(ids)
+        assert stream.flush() == ""
+
+
+@pytest.mark.parametrize("name", ["tekken-v3", "spm-v7"])
+def test_a_character_over_several_tokens_appears_whole(name, small):
+    tokenizer = small[name]
+    text = "Ж🙂北京 👩‍👩‍👧 नमस्ते"
+    stream = StreamDecoder(tokenizer)
+    pieces = [stream.add(id) for id in tokenizer.encode(text)]
+    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
+    assert "" in pieces and stream.flush() == ""
+
+
+def test_an_unfinished_character_is_flushed(small):
+    for tokenizer in small.values():
+        stream = StreamDecoder(tokenizer)
+        printed = [stream.add(id) for id in tokenizer.encode("a🙂")[:-1]]
+        assert "".join(printed) == "a"
+        assert set(stream.flush()) == {"\ufffd"}
+
+
+# ---- the pattern
+
+
+def test_pattern_classes():
+    for last in (LAST_BMP, 0x10FFFF):
+        assert re.fullmatch(python_pattern(r"\p{Lu}\P{L}[\p{L}\p{N}]\pN[^\s\p{L}]\s\S[\S]", last), "É1a٣-\u2003xy")
+        assert not re.search(python_pattern(r"\s|[\s]", last), "\x1c\x1d\x1e\x1f\u200b")
+        assert re.findall(python_pattern(r"[^\S\n]+", last), "a \n\u3000b") == [" ", "\u3000"]
+    assert re.fullmatch(python_pattern(r"\p{L}\P{L}"), "𝔘🙂")
+
+
+def test_letters_newer_than_this_python():
+    """Code points of Unicode 15 and 16, whatever `unicodedata` knows."""
+    for kind, text in {"Lu": "\u1c89", "Ll": "\ua7cd", "Lo": "\U00031350", "Mn": "\u0897", "Nd": "\U0001e4f5"}.items():
+        assert re.fullmatch(python_pattern(rf"\p{{{kind}}}"), text)
+        assert re.fullmatch(python_pattern(rf"\p{{{kind[0]}}}"), text)
+
+
+@pytest.mark.parametrize("pattern", [r"\p{Han}", r"\p{Script=Han}", "[a[b]]", "[a&&b]", "(", r"\x{41}", "*"])
+def test_bad_patterns(pattern, tmp_path):
+    with pytest.raises(UserError, match="tekken.json"):
+        Tekken(changed_tekken(tmp_path, lambda data: data["config"].update(pattern=pattern)))
+
+
+# ---- speed
+
+
+def test_opening_a_full_size_file_is_fast(tmp_path):
+    rng = random.Random(3)
+    words = {bytes([byte]): None for byte in range(256)}
+    while len(words) < 150_000:
+        words[rng.randbytes(rng.randint(2, 9))] = None
+    with open(SMALL_TEKKEN, encoding="utf-8") as file:
+        data = json.load(file)
+    data["vocab"] = [
+        {"rank": rank, "token_bytes": base64.b64encode(word).decode(), "token_str": "x"}
+        for rank, word in enumerate(words)
+    ]
+    data["config"] |= {"default_vocab_size": 131072, "default_num_special_tokens": 1000}
+    (tmp_path / "tekken.json").write_text(json.dumps(data))
+    start = time.process_time()
+    tokenizer = load_tokenizer(str(tmp_path))
+    tokenizer.encode("Hello 🙂 world")
+    assert time.process_time() - start < 2  # seconds; about 0.7
+    assert tokenizer.vocab_size == 131072
+
+
+def test_encoding_english_is_fast(small):
+    words = (
+        "the of and to in is that it was for on are as with they be at one have this from or had by hot but some what"
+    )
+    rng = random.Random(4)
+    made_up = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(3000)]
+    text = " ".join(rng.choice(words.split()) if rng.random() < 0.7 else rng.choice(made_up) for _ in range(200_000))
+    start = time.process_time()
+    small["tekken-v3"].encode(text)
+    assert len(text) / (time.process_time() - start) > 0.5e6  # bytes a second; several million
+
+
+def test_long_words_take_linear_time(small):
+    """Words of 200 kB: quadratic merging would take minutes."""
+    rng = random.Random(5)
+    for word in ["a" * 200_000, "".join(rng.choices("etaoin", k=200_000)), " " * 200_000, "北" * 60_000, "A" * 200_000]:
+        start = time.process_time()
+        ids = small["tekken-v3"].encode(word)
+        assert time.process_time() - start < 5  # seconds; about 0.5
+        assert small["tekken-v3"].decode(ids) == word
+
+
+# ---- files
+
+
+def changed_tekken(tmp_path, change) -> str:
+    with open(SMALL_TEKKEN, encoding="utf-8") as file:
+        data = json.load(file)
+    change(data)
+    path = tmp_path / "tekken.json"
+    path.write_text(json.dumps(data))
+    return str(path)
+
+
+def set_first(**entry):
+    return lambda data: data["vocab"][0].update(**entry)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.pop("vocab"),
+        lambda data: data.pop("config"),
+        lambda data: data.update(vocab=data["vocab"][:1000]),
+        lambda data: data.update(vocab=data["vocab"][::-1]),
+        lambda data: data.update(vocab="abc"),
+        set_first(token_bytes="not base64!"),
+        set_first(token_bytes=None),
+        set_first(rank=7),
+        lambda data: data["vocab"][300].update(token_bytes=data["vocab"][301]["token_bytes"]),
+        lambda data: data["config"].update(version="v99"),
+        lambda data: data["config"].update(version="v11"),  # would have to list its special tokens
+        lambda data: data["config"].update(default_vocab_size="many"),
+        lambda data: data["config"].update(default_num_special_tokens=1),
+        lambda data: data.update(special_tokens=[{"rank": 0, "token_str": "<s>"}, {"rank": 0, "token_str": "</s>"}]),
+        lambda data: data.update(special_tokens=[{"rank": 0, "token_str": "<s>"}, {"rank": 1, "token_str": "<s>"}]),
+        lambda data: data.update(special_tokens=[{"rank": 99999, "token_str": "<s>"}]),
+        lambda data: data.update(special_tokens=[{"rank": 0, "token_str": "<unk>"}]),  # no <s>
+        lambda data: data.update(model_settings_builder={}),
+    ],
+)
+def test_broken_tekken_files(change, tmp_path):
+    with pytest.raises(UserError, match="tekken.json") as caught:
+        Tekken(changed_tekken(tmp_path, change))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff\xfe{}", b"[" * 100_000])
+def test_files_that_are_not_json(text, tmp_path):
+    (tmp_path / "tekken.json").write_bytes(text)
+    with pytest.raises(UserError, match="tekken.json"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_missing_tokenizer_and_broken_sentencepiece(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(UserError, match="cannot read"):
+        load_tokenizer(str(tmp_path / "nowhere"))
+    with open(SMALL_SPM, "rb") as file:
+        whole = file.read()
+    for content in (b"", b"garbage", whole[:-100]):
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises(UserError, match="tokenizer.model"):
+            load_tokenizer(str(tmp_path))
+
+
+def test_which_file_and_version(tmp_path):
+    def version(*names: str) -> str:
+        for name in names:
+            shutil.copy(SMALL_SPM, tmp_path / name)
+        return load_tokenizer(str(tmp_path)).version
+
+    assert version("tokenizer.model") == "v7"  # it has [SYSTEM_PROMPT]
+    assert version("tokenizer.model.v3") == "v3"
+    assert load_tokenizer(str(tmp_path)).image is None
+    assert version("tokenizer.model.v7m1") == "v7"
+    assert load_tokenizer(str(tmp_path)).image == {
+        "image_patch_size": 16,
+        "max_image_size": 1024,
+        "spatial_merge_size": 1,
+    }
+    write_tekken(SMALL_TEKKEN, str(tmp_path), "v15")
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.version == "v15" and tokenizer.model_settings["reasoning_effort"]["default"] == "none"
+    assert tokenizer.image == {"image_patch_size": 14, "max_image_size": 1540, "spatial_merge_size": 2}
+    assert tokenizer.special["[THINK]"] == 34 and tokenizer.special["<SPECIAL_50>"] == 50
+    assert len(tokenizer.special) == 64 and tokenizer.vocab_size == 1564
