@@ -449,7 +449,7 @@ def parse_answer(tokenizer: Tekken | SentencePiece, ids: list[int]) -> Answer:
                 text, reasoning = [], text
             current = text
         elif mark == "[TOOL_CALLS]":
-            calls.append({"name": [], "[CALL_ID]": [], "[ARGS]": None})
+            calls.append({"name": [], "[CALL_ID]": [], "[ARGS]": []})
             current = calls[-1]["name"]
         elif mark and calls:
             current = calls[-1][mark] = []
@@ -458,7 +458,7 @@ def parse_answer(tokenizer: Tekken | SentencePiece, ids: list[int]) -> Answer:
     tool_calls = []
     for call in calls:
         name = tokenizer.decode(call["name"])
-        if call["[ARGS]"] is not None:
+        if call["[ARGS]"]:
             arguments = _json_or_text(tokenizer.decode(call["[ARGS]"]), _finite)
             tool_calls.append({"name": name, "arguments": arguments})
         else:

@@ -208,6 +208,8 @@ def random_chat(rng: random.Random, version: str, images: bool, training: bool, 
         return out
 
     messages = [system() for _ in range(rng.choice([0, 1, 1, 2]))]
+    if rng.random() < 0.1:
+        messages.append({"role": "assistant", "content": text(empty=False)})
     turns = rng.randint(1, 4)
     for turn in range(turns):
         messages += [user() for _ in range(rng.choice([1, 1, 1, 2]))]

@@ -175,6 +175,16 @@ def test_loss_covers_thinking_and_what_follows_a_join(small):
     ]
 
 
+def test_a_chat_may_begin_with_an_answer(small):
+    messages = [{"role": "system", "content": "be kind"}, ANSWER, {"role": "user", "content": "hi"}]
+    expected = {
+        "tekken-v3": "<s>[INST][/INST]fine</s>[INST]be kind\n\nhi[/INST]",
+        "tekken-v13": "<s>[SYSTEM_PROMPT]be kind[/SYSTEM_PROMPT]fine</s>[INST]hi[/INST]",
+    }
+    for name, text in expected.items():
+        assert spelled(small[name], encode_chat(small[name], messages).ids) == text
+
+
 def test_a_prefix_is_left_open(small):
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "I am ", "prefix": True}]
     assert spelled(small["tekken-v7"], encode_chat(small["tekken-v7"], messages).ids) == "<s>[INST]hi[/INST]I am"

@@ -104,6 +104,18 @@ def test_sentencepiece_equals_mistral_common(name):
         assert mine.decode(ids) == theirs.decode(ids), ids
 
 
+def test_a_whole_word_in_the_vocabulary_is_one_token(tmp_path):
+    """Even where no merge leads to it. The second one is a word only for a pattern that knows letters beyond the BMP."""
+
+    def change(data):
+        for rank, word in ((1400, "xqz"), (1401, "a\U00010428")):
+            data["vocab"][rank]["token_bytes"] = base64.b64encode(word.encode()).decode()
+
+    tokenizer = Tekken(changed_tekken(tmp_path, change))
+    assert tokenizer.encode("xqz") == [1464] and tokenizer.encode("a\U00010428") == [1465]
+    assert len(tokenizer.encode("xqzx")) > 1
+
+
 @pytest.mark.parametrize("name", ["tekken-v3", "spm-v7"])
 def test_text_never_becomes_a_special_token(name, small):
     tokenizer = small[name]
@@ -222,6 +234,11 @@ def test_encoding_english_is_fast(small):
     start = time.process_time()
     small["tekken-v3"].encode(text)
     assert len(text) / (time.process_time() - start) > 0.5e6  # bytes a second; several million
+
+
+def test_more_words_than_the_cache_holds(small):
+    text = " ".join(f"{chr(97 + n % 26)}x{chr(97 + n // 26 % 26)}q{chr(0x4E00 + n // 676)}z" for n in range(60_000))
+    assert small["tekken-v3"].decode(small["tekken-v3"].encode(text)) == text
 
 
 def test_long_words_take_linear_time(small):
