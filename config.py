@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass, field
 
 
 class UserError(ValueError):
-    """A mistake of the user's: one line that says what is wrong and what to do. Programs exit with status 2."""
+    """A mistake of the user's: one line that says what is wrong and what to do. Programs exit with `status`."""
+
+    status = 2
 
 
 @dataclass(frozen=True)

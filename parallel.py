@@ -131,21 +131,21 @@ def together(place: Place, action: Callable):
 
 def run_program(main: Callable[[list[str]], None]) -> None:
     """Run `main(arguments)` on every rank. A mistake of the user's is one line from rank 0 and exit status 2 on all."""
-    status, rank = 0, int(os.environ.get("RANK", 0))
+    status, agreed, rank = 0, True, int(os.environ.get("RANK", 0))
     try:
         start_world()
         main(sys.argv[1:])
     except UserError as error:
-        status = 2
+        status = error.status
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
-        status = 130
+        status, agreed = 130, False
     except BrokenPipeError:  # the reader of our output went away
-        status = 1
+        status, agreed = 1, False
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if dist.is_initialized():
-        if status in (0, 2):
+        if agreed:
             dist.barrier()  # nobody leaves, and has the others killed, before the line above is out
         sys.stdout.flush()
         dist.destroy_process_group()
@@ -220,6 +220,36 @@ def reduce_from_group(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch
     return x if group is None else _ReduceFromGroup.apply(x, group)
 
 
+class _CrossEntropy(torch.autograd.Function):
+    """-log softmax(logits)[target] where every rank holds some columns of the logits.
+
+    Forward: three all-reduces of N numbers, so that the logits stay where they are; their memory becomes that of the
+    probabilities. Backward: probability minus one-hot, without any talk.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets, start, group):
+        columns = targets - start
+        rows = ((columns >= 0) & (columns < logits.shape[1])).nonzero()[:, 0]
+        columns = columns[rows]
+        peak = logits.amax(1)
+        if group is not None:
+            dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
+        logits.sub_(peak[:, None])
+        own = torch.zeros_like(peak).index_copy_(0, rows, logits[rows, columns])
+        sums = torch.stack((own, logits.exp_().sum(1)))
+        if group is not None:
+            dist.all_reduce(sums, group=group)
+        ctx.save_for_backward(logits.div_(sums[1, :, None]), rows, columns)
+        return sums[1].log() - sums[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        probabilities, rows, columns = ctx.saved_tensors
+        probabilities[rows, columns] -= 1
+        return probabilities.mul_(grad[:, None]), None, None, None
+
+
 def all_gather(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """(…) on every rank -> (ranks, …), in rank order."""
     if group is None:
@@ -258,13 +288,15 @@ class Linear(nn.Module):
 class ColumnParallelLinear(Linear):
     """Holds `out_features / tp` rows of W. Input (..., in) whole, through `copy_to_group`; output (..., out / tp).
 
-    `parts` < tp means that several neighbours share a part: key and value heads fewer than the ranks.
+    `parts` < tp means that `sharers` neighbours hold the same part: key and value heads fewer than the ranks. Each then
+    finds its own share of the part's gradient, and a trainer has to add them up.
     """
 
     def __init__(self, in_features: int, out_features: int, place: Place, dtype, keep_fp8=False, parts: int = 0):
         parts = parts or place.tp_size
         part = Slice.of((out_features, in_features), 0, place.tp_rank * parts // place.tp_size, parts)
         super().__init__(part, dtype, keep_fp8)
+        self.sharers = place.tp_size // parts
 
 
 class RowParallelLinear(Linear):
@@ -311,6 +343,10 @@ class VocabParallelHead(Linear):
         if self.stop - self.start < logits.shape[-1]:
             logits[..., max(0, self.stop - self.start) :] = -torch.inf
         return logits
+
+    def cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Of `targets` (N,) under this rank's `logits` (N, V / tp), which are overwritten: (N,), float32, in nats."""
+        return _CrossEntropy.apply(logits, targets, self.start, self.group)
 
     def log_probabilities(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Of `targets` (N,) under this rank's `logits` (N, V / tp): natural logs, float32, without gathering logits."""
