@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from config import Config, RopeConfig
 from parallel import (
@@ -212,6 +213,16 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def run_layer(layer: nn.Module, recompute: bool, *inputs):
+    """`layer(*inputs)`. With `recompute`, the backward pass finds the inputs only and computes the rest once more.
+
+    Activation checkpointing, arXiv:1604.06174. No layer draws random numbers, so there is no state of those to keep.
+    """
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return layer(*inputs)
+
+
 class Decoder(nn.Module):
     """One pipeline stage of the decoder: embedding on the first, some layers on each, norm and head on the last.
 
@@ -222,6 +233,7 @@ class Decoder(nn.Module):
     def __init__(self, config: Config, place: Place = Place(), dtype=torch.bfloat16, keep_fp8: bool = False):
         super().__init__()
         self.config, self.place, self.dtype = config, place, dtype
+        self.activation_checkpointing = False
         if place.first_stage:
             self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, place, dtype)
         stage = place.layers(config.num_hidden_layers)
@@ -251,7 +263,8 @@ class Decoder(nn.Module):
         """
         span = self.span(starts, x.shape[1])
         for i, layer in enumerate(self.layers.values()):
-            x = layer(x, span, None if cache is None else (cache.keys[i], cache.values[i]))
+            layer_cache = None if cache is None else (cache.keys[i], cache.values[i])
+            x = run_layer(layer, self.activation_checkpointing, x, span, layer_cache)
         return x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import nn
 
 from config import Config, UserError, VisionConfig
-from model import MLP, Decoder, RMSNorm, apply_rotary
+from model import MLP, Decoder, RMSNorm, apply_rotary, run_layer
 from parallel import ColumnParallelLinear, Place, RowParallelLinear, Slice, copy_to_group, divide
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green, blue in CLIP's training images (arXiv:2103.00020)
@@ -217,6 +217,7 @@ class VisionTower(nn.Module):
     def __init__(self, vision: VisionConfig, place: Place, dtype: torch.dtype):
         super().__init__()
         self.vision = vision
+        self.activation_checkpointing = False
         self.patch_conv = PatchConv(vision, dtype)
         self.ln_pre = RMSNorm(vision.hidden_size, 1e-5, dtype)
         layers = [VisionLayer(vision, place, dtype) for _ in range(vision.num_hidden_layers)]
@@ -231,7 +232,7 @@ class VisionTower(nn.Module):
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         lengths = [rows * columns for rows, columns in grids]
         for layer in self.transformer["layers"]:
-            x = layer(x, cos, sin, lengths)
+            x = run_layer(layer, self.activation_checkpointing, x, cos, sin, lengths)
         return x
 
 
