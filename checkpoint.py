@@ -10,9 +10,11 @@ Names inside this project are the HF ones without their prefixes: `layers.0.self
 
 import glob
 import json
+import math
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -27,6 +29,7 @@ from parallel import Slice
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": fp8.E4M3}
 SHARD_BYTES = 4_000_000_000  # a file written is at most about this large
+RANDOM_BLOCK = 1 << 24  # random weights are drawn this many at a time
 
 HF_PREFIXES = [  # the three spellings in use; see canonical_name
     (r"^model\.language_model\.", ""),
@@ -234,6 +237,36 @@ def fill(model: nn.Module, checkpoint: Checkpoint, progress: Callable[[int, int]
     if config.tie_word_embeddings and model.place.first_stage and model.place.last_stage:
         model.lm_head.weight = model.embed_tokens.weight
     checkpoint.close()
+
+
+def initialize(model: nn.Module, seed: int) -> None:
+    """Give every parameter of `model` random values: norms are 1, all else is normal with the config's deviation.
+
+    A tensor is drawn in blocks of rows, and each block has a generator of its own, seeded with the tensor's name and
+    the block's number: every topology holds slices of the same model, and no rank draws much more than its part.
+    """
+    config = model.config
+    for name, (layer, part) in layers_with_slices(model).items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            if model.place.first_stage:
+                layer.weight = model.embed_tokens.weight
+                continue
+            name = "embed_tokens.weight"
+        weight = torch.zeros(part.local_shape)
+        if len(part.shape) == 1:
+            weight.fill_(1.0)
+        rows = max(1, RANDOM_BLOCK // math.prod(part.shape[1:]))
+        first, last = (part.start, min(part.stop, part.shape[0])) if part.dim == 0 else (0, part.shape[0])
+        for block in range(first // rows, -(-last // rows)) if len(part.shape) > 1 else ():
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name} {block}".encode()))
+            top = block * rows
+            drawn = torch.randn(min(rows, part.shape[0] - top), *part.shape[1:], generator=generator)
+            low, high = max(first, top), min(last, top + len(drawn))
+            drawn = drawn[low - top : high - top]
+            if part.dim == 1:
+                drawn = drawn[:, part.start : part.stop]
+            weight[low - first : high - first] = drawn.mul_(config.initializer_range)
+        layer.weight = nn.Parameter(weight.to(model.place.device, layer.weight.dtype))
 
 
 def prepare(checkpoint: Checkpoint, name: str, layer: nn.Module, part: Slice, config: Config, device) -> torch.Tensor:
