@@ -283,7 +283,6 @@ def test_mistral_in_the_old_spelling(tmp_path):
 
 @pytest.mark.parametrize("rope", ["yarn", "plain"])
 @pytest.mark.time_limit(400)
-@pytest.mark.slow
 def test_transformers_at_6000_tokens(rope, tmp_path):
     """Beyond the original 4,096 positions, where query scaling begins: whole, in uneven chunks, one by one."""
     fields = text_fields(

@@ -1,0 +1,262 @@
+"""Configs: both files of the model, every spelling, every refusal, and back to the HF form."""
+
+import copy
+import json
+import os
+import random
+
+import pytest
+import torch
+
+from config import RopeConfig, UserError, parse_config, read_config, to_hf
+from helpers import ROPES, layout_config, text_fields, write_json
+from vision import MistralMedium
+
+DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
+
+
+def raw_config(name: str = "config.json") -> dict:
+    with open(os.path.join(DATA, name)) as file:
+        return json.load(file)
+
+
+def changed(raw: dict, path: str, value) -> dict:
+    """A copy with one field set, or removed where the value is `...`."""
+    raw = copy.deepcopy(raw)
+    *parents, last = path.split("/")
+    at = raw
+    for parent in parents:
+        at = at.setdefault(parent, {})
+    if value is ...:
+        del at[last]
+    else:
+        at[last] = value
+    return raw
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+def test_the_model():
+    """The two config files say the same, and what is built from them has the published number of parameters."""
+    hf, native = (read_config(os.path.join(DATA, name)) for name in ("config.json", "params.json"))
+    assert hf == native
+    assert (hf.num_hidden_layers, hf.hidden_size, hf.head_dim, hf.num_key_value_heads) == (88, 12288, 128, 8)
+    assert (hf.vision.num_hidden_layers, hf.vision.head_dim, hf.vision.hidden_act) == (48, 104, "silu")
+    assert hf.fp8 and hf.activation_scheme == "static" and not hf.tie_word_embeddings
+    assert hf.rope.yarn and hf.rope.attention_factor == pytest.approx(1.4158883)
+    assert read_config(DATA) == hf  # config.json goes before params.json
+    model = MistralMedium(hf)
+    assert sum(p.numel() for p in model.parameters()) == 127_704_210_176
+    assert sum(p.numel() for p in model.layers["87"].parameters()) == 1_384_144_896
+    assert sum(p.numel() for p in model.vision_tower.parameters()) == 2_495_702_144
+    assert sum(p.numel() for p in model.multi_modal_projector.parameters()) == 182_519_424
+    assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("mscale, mscale_all_dim, given, expected", [
+    (1.0, 0.0, None, 1.4158883), (None, None, None, 1.4158883), (1.0, 1.0, None, 1.0), (0.0, 1.0, None, 1.4158883),
+    (0.7, 1.3, None, (0.07 * 4.158883 + 1) / (0.13 * 4.158883 + 1)), (1.0, 1.0, 1.7, 1.7), (1.0, 0.0, 1.0, 1.0),
+])  # fmt: skip
+def test_attention_factor(mscale, mscale_all_dim, given, expected):
+    fields = text_fields("yarn")
+    fields["rope_parameters"] |= dict(mscale=mscale, mscale_all_dim=mscale_all_dim, attention_factor=given)
+    assert parse_config(fields).rope.attention_factor == pytest.approx(expected, abs=1e-6)
+
+
+def test_mscale_warning(capsys):
+    """The mistake that this model's config first had: one loud line, and the numbers it asks for all the same."""
+    raw = changed(raw_config(), "text_config/rope_parameters/mscale_all_dim", 1.0)
+    assert parse_config(raw).rope.attention_factor == 1.0
+    warning = capsys.readouterr().err
+    assert warning.startswith("WARNING") and "mscale_all_dim" in warning and warning.count("\n") == 1
+    parse_config(raw_config())
+    parse_config(changed(raw, "text_config/rope_parameters/attention_factor", 1.41589))
+    parse_config(changed(raw, "text_config/num_hidden_layers", 34))  # another model, whose config is right
+    assert capsys.readouterr().err == ""
+
+
+def test_native_scaling():
+    raw = raw_config("params.json")
+    write = changed(raw, "yarn/apply_scale", False)
+    from config import parse_params
+
+    assert parse_params(write).rope.attention_factor == 1.0
+    scaled = changed(raw, "llama_4_scaling", dict(beta=0.1, original_max_position_embeddings=4096))
+    assert parse_params(scaled).rope.query_scaling_beta == 0.1
+    assert parse_params(changed(raw, "quantization/qscheme_act", "DYNAMIC")).activation_scheme == "dynamic"
+    assert parse_params(changed(raw, "quantization/qscheme_act", None)).activation_scheme == "dynamic"
+    plain = parse_params(changed(raw, "yarn", ...)).rope
+    assert plain == RopeConfig(theta=1e6, original_max_position_embeddings=262144)
+
+
+def test_rope_spellings():
+    """`rope_parameters`, or `rope_theta` and `rope_scaling`; the type as `rope_type`, as `type`, or as both."""
+    for name, rope in ROPES.items():
+        fields = text_fields(name)
+        expected = parse_config(fields).rope
+        theta, kind = rope["rope_theta"], rope["rope_type"]
+        rest = {k: v for k, v in rope.items() if k not in ("rope_theta", "rope_type")}
+        bare = {k: v for k, v in fields.items() if k != "rope_parameters"}
+        for spelled in (
+            dict(rope_theta=theta, rope_scaling=dict(rest, type=kind)),
+            dict(rope_theta=theta, rope_scaling=dict(rest, rope_type=kind, type=kind)),
+            dict(rope_theta=theta, rope_parameters=dict(rest, rope_type=kind)),
+            dict(rope_parameters=dict(rope, type=kind)),
+        ):
+            assert parse_config(bare | spelled).rope == expected
+    bare = {k: v for k, v in text_fields("plain").items() if k != "rope_parameters"}
+    assert parse_config(bare | dict(rope_theta=1e4)).rope == parse_config(text_fields("plain")).rope
+    assert parse_config(bare | dict(rope_theta=1e4, rope_scaling=None)).rope == parse_config(text_fields("plain")).rope
+
+
+def test_layouts_agree():
+    for rope in ("plain", "plain, scaled queries", "yarn", "yarn, short"):
+        for fp8 in (None, "static", "dynamic"):
+            for tied in (False, True):
+                fields = text_fields(rope, tie_word_embeddings=tied)
+                from config import parse_params
+
+                native = parse_params(layout_config(fields, "native", fp8)[1])
+                for layout in ("text", "new"):
+                    assert parse_config(layout_config(fields, layout, fp8)[1]) == native
+
+
+TEXT_REFUSALS = [
+    ("model_type", "llama", "model_type"), ("model_type", ..., None), ("hidden_act", "gelu", "hidden_act"),
+    ("sliding_window", 4096, "sliding_window"), ("attention_bias", True, "attention_bias"),
+    ("mlp_bias", True, "mlp_bias"), ("hidden_size", ..., "hidden_size"), ("hidden_size", "42", "hidden_size"),
+    ("hidden_size", 0, "hidden_size"), ("hidden_size", 42.0, "hidden_size"), ("hidden_size", True, "hidden_size"),
+    ("vocab_size", -1, "vocab_size"), ("intermediate_size", [], "intermediate_size"),
+    ("num_hidden_layers", ..., "num_hidden_layers"), ("num_attention_heads", 7, "num_key_value_heads"),
+    ("num_key_value_heads", 4, "num_key_value_heads"), ("head_dim", 13, "head_dim"), ("rms_norm_eps", 0, "rms_norm_eps"),
+    ("rms_norm_eps", float("nan"), "rms_norm_eps"), ("max_position_embeddings", ..., "max_position_embeddings"),
+    ("tie_word_embeddings", "no", "tie_word_embeddings"), ("rope_parameters", ..., "rope_theta"),
+    ("rope_parameters/rope_theta", ..., "rope_theta"), ("rope_theta", 5.0, "rope_theta"),
+    ("rope_parameters/type", "default", "rope_type"), ("rope_parameters/rope_type", "linear", "rope_type"),
+    ("rope_parameters/factor", ..., "factor"), ("rope_parameters/factor", -2.0, "factor"),
+    ("rope_parameters/factor", float("inf"), "factor"), ("rope_parameters/beta_fast", "4", "beta_fast"),
+    ("rope_parameters/original_max_position_embeddings", ..., "original_max_position_embeddings"),
+    ("rope_parameters/partial_rotary_factor", 0.5, "partial_rotary_factor"), ("rope_parameters", [1], "object"),
+    ("quantization_config", {"quant_method": "awq"}, "quant_method"),
+    ("quantization_config", {"quant_method": "fp8", "weight_block_size": [128, 128]}, "weight_block_size"),
+    ("quantization_config", {"quant_method": "fp8", "activation_scheme": "token"}, "activation_scheme"),
+    ("quantization_config", "fp8", "object"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path, value, named", TEXT_REFUSALS, ids=lambda x: str(x)[:40])
+def test_text_refusals(path, value, named, tmp_path):
+    fields = changed(text_fields("yarn"), path, value)
+    write_json(tmp_path / "config.json", fields)
+    if named is None:  # a field that may be missing
+        return read_config(str(tmp_path))
+    with pytest.raises(UserError) as error:
+        read_config(str(tmp_path))
+    message = one_line(error)
+    assert named in message and str(tmp_path / "config.json") in message
+    if value is not ... and path.split("/")[0] != "quantization_config":  # nested in a text_config just the same
+        nested = layout_config(changed(text_fields("yarn"), path, value), "new")[1]
+        write_json(tmp_path / "config.json", nested)
+        with pytest.raises(UserError) as error:
+            read_config(str(tmp_path))
+        assert named in one_line(error)
+
+
+@pytest.mark.parametrize("path, value, named", [
+    ("text_config/tie_word_embeddings", True, "tie_word_embeddings"), ("text_config", 3, "object"),
+    ("vision_feature_layer", -2, "vision_feature_layer"), ("multimodal_projector_bias", True, "projector_bias"),
+    ("projector_hidden_act", "relu", "projector_hidden_act"), ("vision_config/model_type", "clip", "model_type"),
+    ("vision_config/hidden_act", "relu", "hidden_act"), ("vision_config/head_dim", 100, "head_dim"),
+    ("vision_config/patch_size", 0, "patch_size"), ("vision_config/num_attention_heads", 7, "heads"),
+    ("vision_config/image_size", ..., "image_size"), ("vision_config/rope_parameters/rope_type", "yarn", "rope_type"),
+    ("image_token_id", 11, "image_token"), ("spatial_merge_size", 0, "spatial_merge_size"),
+])  # fmt: skip
+def test_vision_refusals(path, value, named, tmp_path):
+    write_json(tmp_path / "config.json", changed(raw_config(), path, value))
+    with pytest.raises(UserError) as error:
+        read_config(str(tmp_path))
+    assert named in one_line(error)
+
+
+@pytest.mark.parametrize("path, value, named", [
+    ("dim", ..., "model_type"), ("n_layers", ..., "n_layers"), ("n_heads", 95, "num_attention_heads"),
+    ("head_dim", 127, "head_dim"), ("rope_theta", ..., "rope_theta"), ("rope_theta", 0, "rope_theta"),
+    ("moe", {"num_experts": 8}, "moe"), ("lora", {"rank": 8}, "lora"), ("sliding_window", 4096, "sliding_window"),
+    ("use_biases", True, "use_biases"), ("yarn/factor", ..., "factor"), ("yarn/beta", ..., "beta"),
+    ("yarn/apply_scale", 1, "apply_scale"), ("llama_4_scaling", {"beta": "x"}, "beta"),
+    ("llama_4_scaling", {"beta": 0.1, "original_max_position_embeddings": 8192}, "original_max_position_embeddings"),
+    ("quantization/qformat_weight", "fp4", "qformat_weight"), ("quantization/qscheme_act", "ROW", "qscheme_act"),
+    ("tied_embeddings", "yes", "tied_embeddings"), ("vision_encoder/mm_projector_id", "other", "mm_projector_id"),
+    ("vision_encoder/adapter_bias", True, "adapter_bias"), ("vision_encoder/hidden_size", 1663, "hidden_size"),
+    ("vision_encoder/add_pre_mm_projector_layer_norm", False, "add_pre_mm_projector_layer_norm"),
+])  # fmt: skip
+def test_native_refusals(path, value, named, tmp_path):
+    write_json(tmp_path / "params.json", changed(raw_config("params.json"), path, value))
+    with pytest.raises(UserError) as error:
+        read_config(str(tmp_path))
+    assert named in one_line(error)
+
+
+def test_files_that_are_no_configs(tmp_path):
+    for contents in (b"", b"{", b"[]", b"3", b'{"model_type": "\xff"}', b"null"):
+        (tmp_path / "config.json").write_bytes(contents)
+        with pytest.raises(UserError) as error:
+            read_config(str(tmp_path))
+        assert "config.json" in one_line(error)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for directory in (empty, tmp_path / "missing"):
+        with pytest.raises(UserError) as error:
+            read_config(str(directory))
+        assert str(directory) in one_line(error)
+
+
+def test_to_hf(tmp_path):
+    """Back to the HF form and read again: the same config, from every source, with and without the original JSON."""
+    import dataclasses
+
+    configs = [read_config(os.path.join(DATA, name)) for name in ("config.json", "params.json")]
+    for rope in ROPES:
+        for layout in ("text", "new"):
+            fp8 = random.Random(rope + layout).choice([None, "static", "dynamic"])
+            configs.append(parse_config(layout_config(text_fields(rope, initializer_range=0.03), layout, fp8)[1]))
+    for config in configs:
+        for source in (config, dataclasses.replace(config, raw={})):
+            raw = json.loads(json.dumps(to_hf(source)))
+            assert parse_config(raw) == config
+            assert ("quantization_config" in raw) == config.fp8
+        unquantized = dataclasses.replace(config, fp8=False)  # as an export to BF16 writes it
+        assert "quantization_config" not in to_hf(unquantized)
+        assert not parse_config(to_hf(unquantized)).fp8
+    kept = parse_config(text_fields(comment="stays"))
+    assert to_hf(kept)["comment"] == "stays" and kept.raw == text_fields(comment="stays")
+
+
+def test_tied_defaults_are_those_of_transformers(tmp_path):
+    """A saved config leaves out what is the default, and the defaults of the two classes differ."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=24, num_attention_heads=2, num_key_value_heads=1, head_dim=12, num_hidden_layers=1)
+    vision = dict(model_type="pixtral", hidden_size=24, num_attention_heads=2, head_dim=12, intermediate_size=8)
+    for text_only in (True, False):
+        for tied in ({}, dict(tie_word_embeddings=True), dict(tie_word_embeddings=False)):
+            text = dict(model_type="ministral3", **sizes, **tied)
+            if text_only:
+                config = transformers.Ministral3Config(**text)
+                model = transformers.Ministral3ForCausalLM
+            else:
+                config = transformers.Mistral3Config(text_config=text, vision_config=vision, **tied)
+                model = transformers.Mistral3ForConditionalGeneration
+            directory = tmp_path / f"{text_only}{tied}"
+            config.save_pretrained(directory)
+            with torch.device("meta"):
+                peer = model(config)
+            peer.tie_weights()
+            really = peer.get_output_embeddings().weight is peer.get_input_embeddings().weight
+            raw = json.loads((directory / "config.json").read_text())
+            for name in ("dtype", "torch_dtype"):
+                raw.pop(name, None)
+            assert parse_config(raw).tie_word_embeddings == really, (text_only, tied, raw)

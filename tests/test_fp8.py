@@ -1,0 +1,176 @@
+"""FP8: every code and scale against float64, the three ways to multiply, and what stays in memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fp8
+from helpers import PROJECTIONS, load, log_probabilities, random_state, random_tokens, text_fields, to_fp8
+from helpers import write_checkpoint
+
+CODES = torch.arange(256, dtype=torch.uint8).view(fp8.E4M3)
+FINITE = CODES[~CODES.float().isnan()]
+
+
+def random_fp8(*shape: int, seed: int = 0) -> torch.Tensor:
+    return (40 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(fp8.E4M3)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
+def test_dequantize(scale_dtype):
+    """The product as float64 gives it, rounded to float32, and to BF16 only after that."""
+    draw = torch.Generator().manual_seed(1)
+    for scale in torch.rand(50, generator=draw).pow(4).to(scale_dtype):
+        exact = (FINITE.double() * scale.double()).float()
+        assert torch.equal(fp8.dequantize(FINITE, scale, torch.float32), exact)
+        assert torch.equal(fp8.dequantize(FINITE, scale, torch.bfloat16), exact.bfloat16())
+
+
+def test_dequantize_is_not_a_bf16_product():
+    scale = torch.tensor(0.0123456)
+    ours = fp8.dequantize(FINITE, scale, torch.bfloat16)
+    assert not torch.equal(ours, FINITE.bfloat16() * scale.bfloat16())
+
+
+def test_dequantize_in_blocks(monkeypatch):
+    monkeypatch.setattr(fp8, "BLOCK", 50)
+    scale = torch.tensor(0.3)
+    for shape in ((7,), (123,), (11, 7), (3, 60), (5, 2, 3), (0, 4)):
+        weight = random_fp8(*shape)
+        assert torch.equal(fp8.dequantize(weight, scale, torch.float32), weight.float() * scale)
+
+
+def test_quantize():
+    """To the nearest of the 253 finite values, ties to the even code, beyond ±448 to ±448."""
+    values, order = FINITE.double().unique(return_inverse=False), None
+    draw = torch.Generator().manual_seed(2)
+    scale = torch.tensor(0.037)
+    x = torch.cat([3 * torch.randn(4000, generator=draw), torch.tensor([0.0, 1e6, -1e6, torch.inf, -torch.inf])])
+    middles = ((values[1:] + values[:-1]) / 2).float()  # exact in float32: these are ties
+    for inputs, by in ((x, scale), (middles, torch.tensor(1.0))):
+        scaled = (inputs / by).double().clamp(-448, 448)
+        distance = (scaled[:, None] - values).abs()
+        nearest = distance.amin(1, keepdim=True)
+        even = torch.tensor([int(v.to(fp8.E4M3).view(torch.uint8)) % 2 == 0 for v in values.float()])
+        order = (distance == nearest).double() + 0.5 * even
+        expected = values[order.argmax(1)]
+        assert torch.equal(fp8.quantize(inputs, by).double(), expected)
+
+
+def test_scale_of():
+    assert fp8.scale_of(torch.tensor(0.0)) == 1
+    assert fp8.scale_of(torch.tensor(3.0, dtype=torch.bfloat16)) == torch.tensor(3.0) / 448
+    x = torch.tensor([[-5.5, 2.0], [0.1, 5.4]])
+    quantized = fp8.quantize(x, fp8.scale_of(x.abs().amax()))
+    assert quantized.float().abs().max() == 448
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("static", [True, False], ids=["static", "dynamic"])
+def test_fp8_matmul(static, dtype):
+    """Both sides quantized, summed in float64; the static scale below is small enough that inputs saturate."""
+    draw = torch.Generator().manual_seed(3)
+    x = (2 * torch.randn(3, 5, 64, generator=draw)).to(dtype)
+    weight, weight_scale = random_fp8(48, 64), torch.tensor(0.0031)
+    scale = torch.tensor(4.0 / 448) if static else x.abs().max().float() / 448
+    out = fp8.fp8_matmul(x, weight, weight_scale, scale if static else None)
+    inputs = (x.float() / scale).clamp(-448, 448).to(fp8.E4M3).double()
+    expected = inputs @ weight.double().T * scale.double() * weight_scale.double()
+    assert out.shape == (3, 5, 48) and out.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, rtol=2e-5 if dtype == torch.float32 else 0.01, atol=1e-4)
+    if static:
+        assert (inputs.abs() == 448).sum() > 10
+    real = x.double() @ (weight.double() * weight_scale.double()).T
+    error = (out.double() - real).norm() / real.norm()
+    assert error < (0.5 if static else 0.05)
+
+
+@pytest.mark.parametrize("out_features, in_features", [(48, 64), (7, 33)])
+def test_kept_fp8_equals_dequantized(out_features, in_features):
+    """Without FP8 hardware: the same bits as a dequantized linear, forward and in the gradient of the input."""
+    weight, scale = random_fp8(out_features, in_features), torch.tensor(0.0123)
+    for dtype in (torch.float32, torch.bfloat16):
+        draw = torch.Generator().manual_seed(4)
+        x = torch.randn(2, 5, in_features, generator=draw).to(dtype).requires_grad_()
+        grad = torch.randn(2, 5, out_features, generator=draw).to(dtype)
+        plain = fp8.dequantize(weight, scale, dtype).requires_grad_()
+        results = []
+        for forward in (lambda x: fp8.linear(x, weight, scale, torch.tensor(0.5)), lambda x: F.linear(x, plain)):
+            x.grad = None
+            out = forward(x)
+            out.backward(grad)
+            results.append((out.detach(), x.grad))
+        for ours, theirs in zip(*results):
+            assert torch.equal(ours, theirs)
+
+
+def test_backward_keeps_the_fp8_weight_only():
+    weight, saved = random_fp8(48, 64), []
+    x = torch.randn(2, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        fp8.linear(x, weight, torch.tensor(0.1), None)
+    assert [t.dtype for t in saved if t.numel() == weight.numel()] == [fp8.E4M3]
+
+
+def test_linear_chooses(monkeypatch):
+    """Where the hardware multiplies FP8 it is used; not for odd sizes, nor where the input wants a gradient."""
+    assert not fp8.has_fp8_matmul(torch.device("cpu"))
+    monkeypatch.setattr(fp8, "has_fp8_matmul", lambda device: True)
+    x, scale, act = torch.randn(4, 64), torch.tensor(0.1), torch.tensor(0.02)
+    weight, odd = random_fp8(48, 64), random_fp8(40, 64)
+    slow = F.linear(x, fp8.dequantize(weight, scale, x.dtype))
+    for activation in (act, None):
+        fast = fp8.fp8_matmul(x, weight, scale, activation)
+        assert torch.equal(fp8.linear(x, weight, scale, activation), fast) and not torch.equal(fast, slow)
+    assert torch.equal(fp8.linear(x, odd, scale, act), F.linear(x, fp8.dequantize(odd, scale, x.dtype)))
+    assert torch.equal(fp8.linear(x.clone().requires_grad_(), weight, scale, act), slow)
+    with torch.no_grad():
+        assert torch.equal(
+            fp8.linear(x.clone().requires_grad_(), weight, scale, act), fp8.fp8_matmul(x, weight, scale, act)
+        )
+
+
+@pytest.mark.parametrize("layout", ["text", "native"])
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+def test_kept_fp8_model(scheme, layout, tmp_path):
+    """Weights kept in FP8: the stored bytes in memory, one byte an element, and the same numbers to the bit."""
+    fields = text_fields("yarn, short")
+    stored, _ = to_fp8(random_state(fields), static=scheme == "static")
+    directory = write_checkpoint(tmp_path, fields, stored, layout, fp8=scheme)
+    kept, plain = load(directory, keep_fp8=True), load(directory)
+    tokens = random_tokens(40, 301)
+    assert torch.equal(log_probabilities(kept, tokens), log_probabilities(plain, tokens))
+    sizes = {}
+    for name, parameter in kept.named_parameters():
+        linear = name.removesuffix(".weight").endswith(PROJECTIONS)
+        assert parameter.dtype == (fp8.E4M3 if linear else torch.float32), name
+        assert parameter.requires_grad != linear
+        sizes[name] = parameter.numel() * parameter.element_size()
+        if linear:
+            layer = kept.get_submodule(name.removesuffix(".weight"))
+            assert torch.equal(layer.weight_scale, stored[f"{name}_scale_inv"].float())
+            assert (layer.activation_scale is not None) == (scheme == "static")
+            if scheme == "static":
+                scale = stored[name.replace(".weight", ".activation_scale")]
+                assert torch.equal(layer.activation_scale, scale.float())
+            if layout == "text":
+                assert torch.equal(parameter.view(torch.uint8), stored[name].view(torch.uint8))
+    assert sum(sizes.values()) == sum(t.numel() * t.element_size() for t in stored.values() if t.dim())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu():
+    """The same numbers from the GPU: dequantized, and multiplied in FP8."""
+    x, weight, scale = torch.randn(6, 128).bfloat16(), random_fp8(64, 128), torch.tensor(0.0123)
+    act = x.abs().max().float() / 448
+    on = [t.cuda() for t in (x, weight, scale, act)]
+    assert torch.equal(
+        fp8.dequantize(on[1], on[2], torch.bfloat16).cpu(), fp8.dequantize(weight, scale, torch.bfloat16)
+    )
+    if fp8.has_fp8_matmul(on[0].device):
+        expected = fp8.fp8_matmul(x, weight, scale, act).float()
+        with torch.no_grad():
+            for activation in (on[3], None):
+                torch.testing.assert_close(
+                    fp8.linear(*on[:3], activation).float().cpu(), expected, rtol=0.02, atol=0.02
+                )
