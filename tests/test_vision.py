@@ -11,9 +11,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import vision
-from config import Config, RopeConfig, UserError, VisionConfig, parse_config, to_hf
+from checkpoint import Checkpoint, fill
+from config import Config, RopeConfig, UserError, VisionConfig, parse_config, read_config, to_hf
 from parallel import Place
 from vision import MistralMedium
 
@@ -104,6 +106,74 @@ def test_stored_answers_of_transformers(case):
         config = parse_config(json.loads(file.metadata()["configs"])[case])
     weights = {n.removeprefix("weights."): t for n, t in tensors.items() if n.startswith("weights.")}
     model = build(config, weights)
+    features = model.image_features([tensors[f"image.{i}"].float() for i in range(3)])
+    torch.testing.assert_close(features, tensors["features"], atol=1e-5, rtol=1e-5)
+    ids = tensors["tokens"]
+    scores = logprobs(model, [ids.tolist()], features)[0, :-1].gather(1, ids[1:, None])[:, 0]
+    torch.testing.assert_close(scores, tensors["logprobs"], atol=1e-5, rtol=1e-5)
+
+
+def native_name(name: str) -> str:
+    """A transformers name in the native spelling, written out apart from the reader's own table."""
+    for old, new in [
+        ("model.language_model.embed_tokens", "tok_embeddings"), ("lm_head", "output"), ("model.language_model.", ""),
+        ("model.vision_tower.", "vision_encoder."), ("model.multi_modal_projector.norm", "pre_mm_projector_norm"),
+        ("model.multi_modal_projector.patch_merger", "patch_merger"),
+        ("model.multi_modal_projector.linear_1", "vision_language_adapter.w_in"),
+        ("model.multi_modal_projector.linear_2", "vision_language_adapter.w_out"),
+        ("self_attn", "attention"), ("mlp.", "feed_forward."), ("q_proj", "wq"), ("k_proj", "wk"), ("v_proj", "wv"),
+        ("o_proj", "wo"), ("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3"),
+        ("input_layernorm", "attention_norm"), ("post_attention_layernorm", "ffn_norm"),
+    ]:  # fmt: skip
+        name = name.replace(old, new)
+    return name
+
+
+def interleave(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows (i, i + D/2) of every head become (2i, 2i + 1)."""
+    order = [i + half * head_dim // 2 for i in range(head_dim // 2) for half in (0, 1)]
+    return torch.cat([head[order] for head in weight.split(head_dim)])
+
+
+@pytest.mark.parametrize("layout", ["model.language_model", "language_model.model", "native"])
+@torch.no_grad()
+def test_every_layout_gives_the_same_features(layout, tmp_path):
+    with safe_open(GOLDEN, "pt") as file:
+        tensors = {n[2:]: file.get_tensor(n) for n in file.keys() if n.startswith("0.")}
+        raw = json.loads(file.metadata()["configs"])[0]
+    weights = {n.removeprefix("weights."): t.float() for n, t in tensors.items() if n.startswith("weights.")}
+    text, tower = raw["text_config"], raw["vision_config"]
+    if layout == "native":
+        for name in weights:
+            if "q_proj" in name or "k_proj" in name:
+                head_dim = (tower if "vision" in name else text)["head_dim"]
+                weights[name] = interleave(weights[name], head_dim)
+        weights = {native_name(name): weight for name, weight in weights.items()}
+        same = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size"]
+        params = dict(
+            dim=text["hidden_size"], n_layers=text["num_hidden_layers"], head_dim=text["head_dim"],
+            hidden_dim=text["intermediate_size"], n_heads=text["num_attention_heads"],
+            n_kv_heads=text["num_key_value_heads"], norm_eps=text["rms_norm_eps"], vocab_size=text["vocab_size"],
+            rope_theta=text["rope_parameters"]["rope_theta"], max_position_embeddings=512, tied_embeddings=False,
+            vision_encoder={name: tower[name] for name in same}
+            | dict(image_size=40, max_image_size=40, rope_theta=tower["rope_parameters"]["rope_theta"],
+                   image_token_id=5, spatial_merge_size=2, mm_projector_id="patch_merge",
+                   add_pre_mm_projector_layer_norm=True, adapter_bias=False),
+        )  # fmt: skip
+        files = "params.json", "consolidated.safetensors"
+    else:
+        if layout == "language_model.model":
+            weights = {
+                name.replace("model.language_model.", "language_model.model.")
+                .replace("lm_head", "language_model.lm_head")
+                .removeprefix("model."): weight
+                for name, weight in weights.items()
+            }
+        params, files = raw, ("config.json", "model.safetensors")
+    (tmp_path / files[0]).write_text(json.dumps(params))
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, tmp_path / files[1])
+    model = MistralMedium(read_config(str(tmp_path)), dtype=torch.float32)
+    fill(model, Checkpoint(str(tmp_path)))
     features = model.image_features([tensors[f"image.{i}"].float() for i in range(3)])
     torch.testing.assert_close(features, tensors["features"], atol=1e-5, rtol=1e-5)
     ids = tensors["tokens"]
