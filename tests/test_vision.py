@@ -439,7 +439,7 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [4, pytest.param(32, marks=[pytest.mark.slow, pytest.mark.time_limit(300)])])
 def test_memory_of_large_images(count, tmp_path):
     """Images of 1540 × 1540, 12,100 patches each, from file to features: 400 MiB for one at a time, 1 MiB for each.
 
