@@ -287,6 +287,8 @@ def prepare(checkpoint: Checkpoint, name: str, layer: nn.Module, part: Slice, co
                 layer.activation_scale = checkpoint.scale(f"{stem}.activation_scale").to(device)
         else:
             weight = fp8.dequantize(weight, scale, layer.weight.dtype)
+    elif f"{stem}.weight_scale_inv" in checkpoint.tensors:
+        raise UserError(f"{checkpoint.tensors[name].file}: {name} is not FP8, yet there is a {stem}.weight_scale_inv")
     elif keep_fp8:
         raise UserError(f"{checkpoint.tensors[name].file}: {name} is not FP8; run with --weights dequantized")
     if weight.shape == part.local_shape:
@@ -315,8 +317,8 @@ def save(
     if os.path.exists(directory) and not (os.path.isdir(directory) and not os.listdir(directory)):
         raise UserError(f"{directory}: already exists; choose a new folder or remove it")
     partial = f"{directory.rstrip('/')}.partial-{os.getpid()}"
-    os.makedirs(partial)
     try:
+        os.makedirs(partial)
         shards, filled = [[]], 0
         for name, size in sizes.items():
             if shards[-1] and filled + size > SHARD_BYTES:
