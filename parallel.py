@@ -50,6 +50,10 @@ class Place:
     device: torch.device = torch.device("cpu")
 
     @property
+    def world_size(self) -> int:
+        return self.tp_size * self.pp_size * self.dp_size
+
+    @property
     def first_stage(self) -> bool:
         return self.pp_rank == 0
 
@@ -113,6 +117,15 @@ def find_place(tp: int | None, pp: int | None) -> Place:
     )
 
 
+def gather_objects(value) -> list:
+    """The (picklable) `value` of every rank, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def together(place: Place, action: Callable):
     """Run `action` on every rank; a mistake that only one rank can see (a damaged shard, say) is raised on all."""
     error, result = None, None
@@ -120,10 +133,7 @@ def together(place: Place, action: Callable):
         result = action()
     except UserError as mistake:
         error = str(mistake)
-    if dist.is_initialized():
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-        error = next((e for e in errors if e is not None), None)
+    error = next((e for e in gather_objects(error) if e is not None), None)
     if error is not None:
         raise UserError(error)
     return result
