@@ -247,10 +247,13 @@ class Decoder(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def new_cache(self, batch: int, length: int) -> KVCache:
-        """An empty cache for `batch` rows of at most `length` tokens, in the run dtype."""
+        """An empty cache for `batch` rows of at most `length` tokens, in the run dtype.
+
+        Zeros, since a masked position still enters attention with weight 0, and 0 times a chance NaN is NaN.
+        """
         kv_heads = max(1, self.config.num_key_value_heads // self.place.tp_size)
         shape = (len(self.layers), batch, kv_heads, length, self.config.head_dim)
-        return KVCache(*(torch.empty(shape, dtype=self.dtype, device=self.place.device) for _ in range(2)))
+        return KVCache(*(torch.zeros(shape, dtype=self.dtype, device=self.place.device) for _ in range(2)))
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """First stage only: (B, T) token ids -> (B, T, C)."""
