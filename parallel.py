@@ -25,6 +25,8 @@ from torch import nn
 import fp8
 from config import UserError
 
+FLOAT32_ROWS = 64  # a CPU multiplies at least so many BF16 rows in float32; see _Float32Matmul
+
 # ---------------------------------------------------------------------------------------------- a rank's place
 
 
@@ -272,6 +274,48 @@ def all_gather(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor
 # ------------------------------------------------------------------------------------------------------- layers
 
 
+class _Float32Matmul(torch.autograd.Function):
+    """`x W^T` in BF16, multiplied in float32: the same sums, rounded once, the way a matrix unit forms them.
+
+    A CPU without such a unit multiplies BF16 at about half its float32 speed, so from FLOAT32_ROWS rows on it pays to
+    convert. The weight is converted a block at a time, and not kept.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        wide, out = x.float(), x.new_empty(*x.shape[:-1], weight.shape[0])
+        for rows in _Float32Matmul.blocks(weight):
+            out[..., rows] = F.linear(wide, weight[rows].float())
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad, blocks = grad.float(), _Float32Matmul.blocks(weight)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = sum(grad[..., rows] @ weight[rows].float() for rows in blocks).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            flat, grad_weight = x.float().flatten(0, -2), torch.empty_like(weight)
+            for rows in blocks:
+                grad_weight[rows] = grad[..., rows].flatten(0, -2).t() @ flat
+        return grad_x, grad_weight
+
+    @staticmethod
+    def blocks(weight: torch.Tensor) -> list[slice]:
+        step = max(1, fp8.BLOCK // weight.shape[1])
+        return [slice(start, start + step) for start in range(0, weight.shape[0], step)]
+
+
+def matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`x` (..., in), `weight` (out, in) -> (..., out)."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() >= FLOAT32_ROWS * x.shape[-1]:
+        if not torch.cpu._is_amx_tile_supported():
+            return _Float32Matmul.apply(x, weight)
+    return F.linear(x, weight)
+
+
 class Linear(nn.Module):
     """`y = x W^T` for the part `part` of W (out, in): the base of the parallel linears. No biases in this model.
 
@@ -292,7 +336,7 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight_scale is not None:
             return fp8.linear(x, self.weight, self.weight_scale, self.activation_scale)
-        return F.linear(x, self.weight)
+        return matmul(x, self.weight)
 
 
 class ColumnParallelLinear(Linear):
