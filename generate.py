@@ -109,6 +109,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def read_requests(args: argparse.Namespace) -> tuple[list[dict], str]:
     """The requests as JSON objects, each with a `where` for error messages; and the folder of their image paths."""
     if not args.requests:
+        for text, where in ((args.prompt, "--prompt"), (args.system or "", "--system")):
+            check_utf8(text, where)
         if args.raw:
             return [{"raw": args.prompt, "where": "--prompt"}], ""
         content = [{"type": "image_url", "image_url": {"url": path}} for path in args.image]
@@ -138,6 +140,14 @@ def read_requests(args: argparse.Namespace) -> tuple[list[dict], str]:
     if not specs:
         raise UserError(f"{args.requests}: holds no request")
     return specs, os.path.dirname(args.requests)
+
+
+def check_utf8(text: str, where: str) -> None:
+    """Bytes that are not UTF-8 come from the command line and the terminal as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: not UTF-8 text; check the encoding of the terminal or script") from None
 
 
 def field(spec: dict, name: str, parse, default):
@@ -337,6 +347,7 @@ def interact(session: Session) -> None:
     place, messages, system, images = session.place, [], session.args.system, []
     effort = session.args.reasoning_effort
     if place.rank == 0:
+        sys.stdin.reconfigure(errors="surrogateescape")  # see check_utf8
         print("/exit ends, /clear forgets, /system TEXT, /effort none|high, /image PATH", file=sys.stderr)
     while True:
         line = read_line(place)
@@ -360,6 +371,7 @@ def interact(session: Session) -> None:
             spec = {"messages": [*opening, *messages, turn], "reasoning_effort": effort, "where": "this turn"}
             printer = Printer(session.tokenizer, [])
             try:
+                check_utf8((system or "") + line, "this turn")
                 (result,) = session.answer([spec], on_text=printer if place.rank == 0 else lambda *_: None)
             except UserError as error:
                 images = []
