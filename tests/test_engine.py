@@ -393,7 +393,7 @@ LONG_PROMPT = """
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
 def test_memory_of_a_long_prompt(tmp_path):
     """Beyond weights and cache: the same constant at 16k tokens and at 64k, scored prompt and all."""
-    fields = text_fields("yarn", num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_hidden_layers=2)
+    fields = text_fields("yarn", num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_hidden_layers=1)
     directory = write_checkpoint(tmp_path, fields, random_state(fields))
     beyond = {}
     for length in (16_384, 65_536):
