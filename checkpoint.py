@@ -16,7 +16,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -168,6 +168,28 @@ class Checkpoint:
         self.bytes_read += 4
         return scale.reshape(())
 
+    def weight(self, name: str, part: Slice, config: Config) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The part `part` of a weight, rotary pairs in the HF order; and its scale where it is FP8, else None."""
+        weight, scale = self.read(name, part), scale_name(name)
+        if self.native and name.endswith(("q_proj.weight", "k_proj.weight")):
+            head_dim = config.vision.head_dim if name.startswith("vision_tower.") else config.head_dim
+            weight = half_split(weight, head_dim)
+        if (weight.dtype == fp8.E4M3) != (scale in self.tensors):
+            what = (
+                f"is FP8, but {scale} is missing" if weight.dtype == fp8.E4M3 else f"is not FP8, but {scale} is there"
+            )
+            raise UserError(f"{self.tensors[name].file}: {name} {what}")
+        return weight, self.scale(scale) if scale in self.tensors else None
+
+
+def is_quantized(name: str) -> bool:
+    """Whether an FP8 checkpoint stores the weight of this name in FP8: the decoder's seven linears a layer."""
+    return re.fullmatch(r"layers\..*_proj\.weight", name) is not None
+
+
+def scale_name(name: str) -> str:
+    return f"{name.removesuffix('.weight')}.weight_scale_inv"
+
 
 def layers_with_slices(model: nn.Module) -> dict[str, tuple[nn.Module, Slice]]:
     """Canonical tensor name -> (the layer that holds a part of it, that part), for every parameter of `model`."""
@@ -181,10 +203,6 @@ def layers_with_slices(model: nn.Module) -> dict[str, tuple[nn.Module, Slice]]:
 def half_split(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Rows of a native q or k projection (heads · D, in), rotary pairs (2i, 2i+1), to the HF order (i, i + D/2)."""
     return weight.view(-1, head_dim // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-
-
-def head_dim_of(name: str, config: Config) -> int:
-    return config.vision.head_dim if name.startswith("vision_tower.") else config.head_dim
 
 
 def some(names: Iterable[str]) -> str:
@@ -271,26 +289,17 @@ def initialize(model: nn.Module, seed: int) -> None:
 
 def prepare(checkpoint: Checkpoint, name: str, layer: nn.Module, part: Slice, config: Config, device) -> torch.Tensor:
     """One parameter as its layer holds it: read, reordered, dequantized or cast, padded, on its device."""
-    weight = checkpoint.read(name, part)
-    if checkpoint.native and name.endswith(("q_proj.weight", "k_proj.weight")):
-        weight = half_split(weight, config.vision.head_dim if name.startswith("vision_tower.") else config.head_dim)
+    weight, scale = checkpoint.weight(name, part, config)
     weight = weight.to(device)
-    stem = name.removesuffix(".weight")
     keep_fp8 = getattr(layer, "weight_scale", None) is not None
-    if weight.dtype == fp8.E4M3:
-        if f"{stem}.weight_scale_inv" not in checkpoint.tensors:
-            raise UserError(f"{checkpoint.tensors[name].file}: {name} is FP8, but {stem}.weight_scale_inv is missing")
-        scale = checkpoint.scale(f"{stem}.weight_scale_inv").to(device)
-        if keep_fp8:
-            layer.weight_scale = scale
-            if f"{stem}.activation_scale" in checkpoint.tensors:
-                layer.activation_scale = checkpoint.scale(f"{stem}.activation_scale").to(device)
-        else:
-            weight = fp8.dequantize(weight, scale, layer.weight.dtype)
-    elif f"{stem}.weight_scale_inv" in checkpoint.tensors:
-        raise UserError(f"{checkpoint.tensors[name].file}: {name} is not FP8, yet there is a {stem}.weight_scale_inv")
-    elif keep_fp8:
+    if keep_fp8 and scale is None:
         raise UserError(f"{checkpoint.tensors[name].file}: {name} is not FP8; run with --weights dequantized")
+    if keep_fp8:
+        layer.weight_scale = scale.to(device)
+        if (inputs := name.replace(".weight", ".activation_scale")) in checkpoint.tensors:
+            layer.activation_scale = checkpoint.scale(inputs).to(device)
+    elif scale is not None:
+        weight = fp8.dequantize(weight, scale.to(device), layer.weight.dtype)
     if weight.shape == part.local_shape:
         return weight.to(layer.weight.dtype)
     out = torch.zeros(part.local_shape, dtype=layer.weight.dtype, device=device)
@@ -331,6 +340,7 @@ def save(
             shard = {hf_name(name, config): tensor.contiguous() for name, (_, tensor) in zip(names, stream)}
             weight_map |= dict.fromkeys(shard, file)
             save_file(shard, os.path.join(partial, file), metadata={"format": "pt"})
+            os.chmod(os.path.join(partial, file), 0o644)  # not for the writer's eyes alone
         write_json(
             os.path.join(partial, "model.safetensors.index.json"),
             {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map},
@@ -346,6 +356,16 @@ def save(
         raise UserError(f"{directory}: cannot be written ({error.strerror or error})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def export_config(config: Config, in_fp8: bool, activation_scheme: str = "dynamic") -> Config:
+    """The config of the model as written: its precision, whatever the checkpoint's was."""
+    raw = json.loads(json.dumps(config.raw))
+    for fields in (raw, raw.get("text_config"), raw.get("vision_config")):
+        if fields and ("dtype" in fields or "torch_dtype" in fields or fields is raw):
+            fields.pop("torch_dtype", None)
+            fields["dtype"] = "bfloat16"
+    return replace(config, raw=raw, fp8=in_fp8, activation_scheme=activation_scheme)
 
 
 def write_json(path: str, value) -> None:

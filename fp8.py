@@ -8,7 +8,9 @@ whole tensor, named `weight_scale_inv` although it is the multiplier: `w = w_fp8
 - stay FP8 and **multiply in FP8** (`torch._scaled_mm`): the inputs are quantized too, with the checkpoint's static
   `activation_scale`, or with one measured on the spot. Fast on GPUs of compute capability 8.9 and later.
 
-`python fp8.py IN OUT [--to fp8|bfloat16]` rewrites a checkpoint, tensor by tensor.
+    python fp8.py IN OUT [--to fp8|bfloat16] [--calibrate CHATS.jsonl]
+
+rewrites a checkpoint of any layout in the HF layout; `convert.py` is that program, this file the arithmetic.
 """
 
 import torch
@@ -89,3 +91,10 @@ def linear(
     if in_fp8 and not (weight.shape[0] % 16 or weight.shape[1] % 16):
         return fp8_matmul(x, weight, weight_scale, activation_scale)
     return _DequantizingLinear.apply(x, weight, weight_scale)
+
+
+if __name__ == "__main__":
+    from convert import main
+    from parallel import run_program
+
+    run_program(main)

@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -22,8 +21,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fp8
-from checkpoint import save, write_json
-from config import Config, UserError, read_json
+from checkpoint import export_config, is_quantized, save, scale_name, write_json
+from config import UserError, read_json
 from optimizer import Optimizer, Trained, held_tensors
 from parallel import Slice, gather_objects, together
 
@@ -161,7 +160,7 @@ def export(directory: str, model: nn.Module, precision: str, source: str) -> Non
         for name in whole:
             if name in owned:
                 dist.send(owned[name].parameter.data.cpu(), dst=0)
-    in_fp8 = {name for name in whole if precision == "fp8" and re.fullmatch(r"layers\..*_proj\.weight", name)}
+    in_fp8 = {name for name in whole if precision == "fp8" and is_quantized(name)}
 
     def write() -> None:
         if place.rank > 0:
@@ -174,7 +173,7 @@ def export(directory: str, model: nn.Module, precision: str, source: str) -> Non
         stream = gathered(whole, holders, owned, model.dtype, in_fp8)
         shutil.rmtree(directory, ignore_errors=True)
         try:
-            save(directory, export_config(config, precision), sizes, stream, source)
+            save(directory, export_config(config, precision == "fp8"), sizes, stream, source)
         finally:
             for _ in stream:  # after an error the other ranks still wait to send the rest
                 pass
@@ -204,17 +203,3 @@ def gathered(
             scale = fp8.scale_of(tensor.abs().amax())
             yield name, fp8.quantize(tensor, scale)
             yield scale_name(name), scale
-
-
-def scale_name(name: str) -> str:
-    return f"{name.removesuffix('.weight')}.weight_scale_inv"
-
-
-def export_config(config: Config, precision: str) -> Config:
-    """The config of the model as written: its precision, whatever the checkpoint's was."""
-    raw = json.loads(json.dumps(config.raw))
-    for fields in (raw, raw.get("text_config"), raw.get("vision_config")):
-        if fields and ("dtype" in fields or "torch_dtype" in fields or fields is raw):
-            fields.pop("torch_dtype", None)
-            fields["dtype"] = "bfloat16"
-    return replace(config, raw=raw, fp8=precision == "fp8", activation_scheme="dynamic")

@@ -1,0 +1,165 @@
+"""`python fp8.py IN OUT`: the numbers it writes, the layouts it reads, the scales it measures, what it refuses."""
+
+import json
+import os
+
+import pytest
+import torch
+from helpers import PROJECTIONS, load, random_state, text_fields, to_fp8, write_checkpoint, write_tekken
+from safetensors.torch import load_file
+
+from checkpoint import canonical_name
+from config import UserError
+from convert import main
+
+LINEARS = [f"layers.{i}.{name}.weight" for i in range(3) for name in PROJECTIONS]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A checkpoint of random BF16 weights and the canonical state it holds."""
+    fields = text_fields()
+    fields["vocab_size"] = write_tekken_size(tmp_path)
+    state = {name: tensor.bfloat16() for name, tensor in random_state(fields).items()}
+    return fields, state
+
+
+def write_tekken_size(folder) -> int:
+    (folder / "in").mkdir()
+    return write_tekken(folder / "in")
+
+
+def written(folder) -> dict[str, torch.Tensor]:
+    return {canonical_name(name, False): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+def test_quantizes_the_seven_linears_and_nothing_else(tmp_path, source):
+    fields, state = source
+    write_checkpoint(tmp_path / "in", fields, state)
+    main([str(tmp_path / "in"), str(tmp_path / "out")])
+    out = written(tmp_path / "out")
+    assert {name for name, tensor in out.items() if tensor.dtype == torch.float8_e4m3fn} == set(LINEARS)
+    for name in LINEARS:
+        weight, scale = out[name], out[name.replace("weight", "weight_scale_inv")]
+        assert scale.shape == () and scale.dtype == torch.float32
+        torch.testing.assert_close(scale.double(), state[name].double().abs().max() / 448, rtol=1e-6, atol=0)
+        error = (weight.double() * scale.double() - state[name].double()).abs()
+        step = torch.maximum(state[name].double().abs() * 2**-4, scale.double() * 2**-10)  # half of E4M3's spacing
+        assert (error <= step * 1.0001).all()
+    for name in set(state) - set(LINEARS):
+        assert torch.equal(out[name], state[name]), name
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["activation_scheme"] == "dynamic"
+    assert not [name for name in out if name.endswith("activation_scale")]
+    assert (tmp_path / "out" / "tekken.json").read_bytes() == (tmp_path / "in" / "tekken.json").read_bytes()
+    load(tmp_path / "out", keep_fp8=True)
+
+
+@pytest.mark.parametrize("layout", ["text", "native"])
+def test_fp8_stays_as_it_is_and_dequantizes_exactly(tmp_path, source, layout):
+    fields, state = source
+    stored, _ = to_fp8(state, static=True)
+    write_checkpoint(tmp_path / "in", fields, stored, layout, fp8="static")
+    main([str(tmp_path / "in"), str(tmp_path / "same")])
+    same = written(tmp_path / "same")
+    assert set(same) == set(stored)
+    for name, tensor in stored.items():
+        assert torch.equal(same[name].float(), tensor.float()), name
+    config = json.loads((tmp_path / "same" / "config.json").read_text())
+    assert config["quantization_config"]["activation_scheme"] == "static"
+
+    main([str(tmp_path / "in"), str(tmp_path / "plain"), "--to", "bfloat16"])
+    plain = written(tmp_path / "plain")
+    assert set(plain) == set(state) and all(tensor.dtype == torch.bfloat16 for tensor in plain.values())
+    for name in LINEARS:
+        scale = stored[name.replace("weight", "weight_scale_inv")].double()
+        assert torch.equal(plain[name], (stored[name].double() * scale).bfloat16()), name
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+
+
+def write_chats(folder) -> str:
+    path = os.path.join(folder, "chats.jsonl")
+    with open(path, "w") as file:
+        for text in ("the hat", "in the weather", "where is it then?"):
+            turns = [{"role": "user", "content": text}, {"role": "assistant", "content": text.upper()}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    return path
+
+
+def chat_ids(folder, path: str) -> list[list[int]]:
+    from chat import encode_chat
+    from tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(str(folder))
+    chats = [json.loads(line)["messages"] for line in open(path)]
+    return [encode_chat(tokenizer, messages, training=True).ids[:-1] for messages in chats]
+
+
+def test_calibration_measures_the_largest_inputs(tmp_path, source):
+    """The first layer's inputs by hand: norm of the embeddings. Others are compared with transformers, below."""
+    fields, state = source
+    write_checkpoint(tmp_path / "in", fields, state)
+    chats = write_chats(tmp_path)
+    main([str(tmp_path / "in"), str(tmp_path / "out"), "--calibrate", chats])
+    out = written(tmp_path / "out")
+    amax = 0.0
+    for ids in chat_ids(tmp_path / "in", chats):
+        x = state["embed_tokens.weight"][ids].double()
+        x = x / (x.pow(2).mean(1, keepdim=True) + 1e-5).sqrt() * state["layers.0.input_layernorm.weight"].double()
+        amax = max(amax, x.abs().max().item())
+    for name in "qkv":
+        assert out[f"layers.0.self_attn.{name}_proj.activation_scale"].item() == pytest.approx(amax / 448, rel=0.01)
+    assert len([name for name in out if name.endswith("activation_scale")]) == len(LINEARS)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["activation_scheme"] == "static"
+
+
+def test_calibration_against_transformers(tmp_path, source):
+    transformers = pytest.importorskip("transformers")
+    fields, state = source
+    write_checkpoint(tmp_path / "in", fields, state)
+    chats = write_chats(tmp_path)
+    main([str(tmp_path / "in"), str(tmp_path / "out"), "--calibrate", chats])
+    out = written(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype=torch.bfloat16)
+    seen: dict[str, float] = {}
+    for name, module in model.model.layers.named_modules():
+        if name.endswith("_proj"):
+            key = f"layers.{name}.activation_scale"
+            module.register_forward_pre_hook(
+                lambda _, x, key=key: seen.update({key: max(seen.get(key, 0.0), x[0].abs().max().item() / 448)})
+            )
+    with torch.inference_mode():
+        for ids in chat_ids(tmp_path / "in", chats):
+            model(torch.tensor([ids]))
+    assert set(seen) == {name for name in out if name.endswith("activation_scale")}
+    for name, scale in seen.items():
+        assert out[name].item() == pytest.approx(scale, rel=0.03), name  # BF16 rounds at other places
+
+
+def test_refusals_leave_nothing_behind(tmp_path, source):
+    fields, state = source
+    write_checkpoint(tmp_path / "in", fields, state)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n{"x"\n')
+    for argv, words in (
+        (["in", "full"], "already exists"),
+        (["nowhere", "out"], "no such directory"),
+        (["in", "out", "--to", "int4"], "invalid choice"),
+        (["in", "out", "--to", "bfloat16", "--calibrate", str(bad)], "leave it out"),
+        (["in", "out", "--calibrate", str(bad)], "line 2"),
+        (["in", "out", "--calibrate", str(tmp_path / "none.jsonl")], "cannot be read"),
+    ):
+        argv = [str(tmp_path / a) if a in ("in", "out", "full", "nowhere") else a for a in argv]
+        with pytest.raises(UserError, match=words) as caught:
+            main(argv)
+        assert "\n" not in str(caught.value)
+    damaged = dict(state)
+    damaged.pop("layers.1.mlp.up_proj.weight")
+    os.remove(tmp_path / "in" / "model.safetensors")
+    write_checkpoint(tmp_path / "in", fields, damaged)
+    with pytest.raises(UserError, match="layers.1.mlp.up_proj.weight"):
+        main([str(tmp_path / "in"), str(tmp_path / "out")])
+    assert sorted(os.listdir(tmp_path)) == ["bad.jsonl", "full", "in"]
