@@ -104,7 +104,7 @@ def start(argv: list[str], topology: tuple[int, int, int] = (1, 1, 1), **popen) 
             port = probe.getsockname()[1]
         command += ["-m", "torch.distributed.run", f"--nproc-per-node={tp * pp * dp}", f"--master-port={port}"]
         argv = [*argv, "--tp", str(tp), "--pp", str(pp)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         [*command, os.path.join(ROOT, "train.py"), *argv], env=environment, stderr=subprocess.PIPE,
         stdout=subprocess.PIPE, text=True, start_new_session=True, **popen,
