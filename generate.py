@@ -23,7 +23,7 @@ from chat import encode_chat, parse_answer
 from checkpoint import Checkpoint, fill
 from config import UserError, read_config
 from engine import Engine, Request
-from parallel import Place, find_place, run_program, together
+from parallel import Place, find_place, gather_objects, run_program, together
 from tokenizer import load_tokenizer
 from vision import MistralMedium, grid, image_size, load_image, pixels
 
@@ -188,7 +188,7 @@ class Session:
             raise UserError(f"{directory}: its weights are not FP8; leave out --weights fp8")
         self.seed = args.seed
         if self.seed is None:
-            self.seed = together(place, lambda: random.getrandbits(32))
+            self.seed = gather_objects(random.getrandbits(32))[0]
         self.model = MistralMedium(self.config, place, getattr(torch, args.dtype), keep_fp8)
         together(place, lambda: fill(self.model, checkpoint, Progress(checkpoint, place)))
         self.model.eval()
@@ -250,11 +250,8 @@ class Session:
             stats[f"{phase}_tokens_per_s"] = round(engine.tokens[phase] / seconds, 2) if seconds else 0.0
         weights = {id(t): t.numel() * t.element_size() for t in (*self.model.parameters(), *self.model.buffers())}
         mine = (peak_memory(self.place), sum(weights.values()), self.bytes_read)
-        every = [mine]
-        if dist.is_initialized():
-            every = [None] * dist.get_world_size()
-            dist.all_gather_object(every, mine)
-        stats |= dict(zip(("peak_memory_bytes", "weight_bytes", "bytes_read"), map(list, zip(*every))))
+        every = map(list, zip(*gather_objects(mine)))
+        stats |= dict(zip(("peak_memory_bytes", "weight_bytes", "bytes_read"), every))
         results = []
         for spec, request, answer in zip(specs, requests, answers):
             if "raw" in spec:
