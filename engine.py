@@ -259,7 +259,8 @@ class Engine:
                 continue
             keys[i] /= temperature
             if top_p < 1:
-                keys[i].masked_fill_(keys[i] < nucleus(all_gather(keys[i], head.group).flatten(), top_p), -torch.inf)
+                inside = nucleus(all_gather(keys[i], head.group).flatten(), top_p)
+                keys[i].masked_fill_(~inside[head.start :][: keys.shape[1]], -torch.inf)
             noise = torch.empty(head.vocab_size).exponential_(generator=row.generator)[head.start : head.stop]
             keys[i, : len(noise)] -= noise.log().to(keys.device)
         best, index = keys.max(dim=1)
@@ -272,10 +273,11 @@ class Engine:
 
 
 def nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The smallest of `logits` (V,) inside the nucleus: the fewest tokens whose probabilities reach `top_p`.
+    """(V,) -> (V,) bool: the fewest tokens whose probabilities reach `top_p`; of equal ones those that come first.
 
     Holtzman et al., arXiv:1904.09751.
     """
-    ordered = logits.sort(descending=True).values
-    outside = ordered.softmax(0).cumsum(0) < top_p
-    return ordered[outside.sum().clamp(max=len(ordered) - 1)]
+    ordered, tokens = logits.sort(descending=True, stable=True)
+    outside = ordered.softmax(0).cumsum(0).roll(1) >= top_p  # what the likelier tokens sum up to
+    outside[0] = False
+    return torch.empty_like(outside).scatter_(0, tokens, ~outside)
