@@ -91,6 +91,7 @@ def test_tied(tmp_path):
     directory = write_checkpoint(tmp_path, fields, state)
     config = read_config(directory)
     opened, model = Checkpoint(directory), MistralMedium(config, dtype=torch.float32)
+    assert model.lm_head.weight is model.embed_tokens.weight  # before they have values: parameters count once
     fill(model, opened)
     assert model.lm_head.weight is model.embed_tokens.weight
     assert opened.bytes_read == sum(4 * t.numel() for t in state.values())
