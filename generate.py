@@ -168,6 +168,17 @@ class Session:
     def __init__(self, args: argparse.Namespace, place: Place):
         self.args, self.place = args, place
         started = time.perf_counter()
+        checkpoint = together(place, self.prepare)
+        self.seed = args.seed
+        if self.seed is None:
+            self.seed = gather_objects(random.getrandbits(32))[0]
+        together(place, lambda: fill(self.model, checkpoint, Progress(checkpoint, place)))
+        self.model.eval()
+        self.load_s, self.bytes_read = time.perf_counter() - started, checkpoint.bytes_read
+
+    def prepare(self) -> Checkpoint:
+        """Everything but the weights: config, tokenizer, and this rank's part of the model on `meta`."""
+        args = self.args
         directory = args.ckpt or TINY
         if not args.ckpt and not os.path.isdir(TINY):
             raise UserError("this repository holds no checkpoint of its own; name one with --ckpt DIR")
@@ -181,18 +192,12 @@ class Session:
         self.max_context = min(
             args.max_context or self.config.max_position_embeddings, self.config.max_position_embeddings
         )
-        keep_fp8 = args.weights == "fp8" or (
-            args.weights == "auto" and place.device.type == "cuda" and checkpoint.is_fp8()
-        )
-        if keep_fp8 and not checkpoint.is_fp8():
+        on_gpu, stored_fp8 = self.place.device.type == "cuda", checkpoint.is_fp8()
+        if args.weights == "fp8" and not stored_fp8:
             raise UserError(f"{directory}: its weights are not FP8; leave out --weights fp8")
-        self.seed = args.seed
-        if self.seed is None:
-            self.seed = gather_objects(random.getrandbits(32))[0]
-        self.model = MistralMedium(self.config, place, getattr(torch, args.dtype), keep_fp8)
-        together(place, lambda: fill(self.model, checkpoint, Progress(checkpoint, place)))
-        self.model.eval()
-        self.load_s, self.bytes_read = time.perf_counter() - started, checkpoint.bytes_read
+        keep_fp8 = args.weights == "fp8" or (args.weights == "auto" and on_gpu and stored_fp8)
+        self.model = MistralMedium(self.config, self.place, getattr(torch, args.dtype), keep_fp8)
+        return checkpoint
 
     def request(self, spec: dict, base: str = "") -> Request:
         """A JSON request -> token ids, pixels and settings. Raises UserError that begins with `spec["where"]`."""
@@ -407,10 +412,10 @@ def print_calls(result: dict) -> None:
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
-    specs, base = ([], "") if args.interactive else read_requests(args)
     place = find_place(args.tp, args.pp)
     if place.dp_size > 1:
         raise UserError(f"--tp {place.tp_size} × --pp {place.pp_size} should be the number of processes; see --help")
+    specs, base = ([], "") if args.interactive else together(place, lambda: read_requests(args))
     session = Session(args, place)
     if args.interactive:
         return interact(session)

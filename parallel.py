@@ -13,6 +13,8 @@ checkpoint's tensor they are, and the loader reads just that.
 
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +27,7 @@ from torch import nn
 import fp8
 from config import UserError
 
+LOST_SECONDS = 10  # a rank that lost another one waits so long before it says so: the cause should be said first
 FLOAT32_ROWS = 64  # a CPU multiplies at least so many BF16 rows in float32; see _Float32Matmul
 
 # ---------------------------------------------------------------------------------------------- a rank's place
@@ -66,6 +69,8 @@ class Place:
     def layers(self, num_hidden_layers: int) -> range:
         """The layers of this stage; where they do not divide, the earlier stages have one more."""
         each, more = divmod(num_hidden_layers, self.pp_size)
+        if each == 0:
+            raise UserError(f"--pp {self.pp_size} is more than the {num_hidden_layers} layers; every stage needs one")
         start = self.pp_rank * each + min(self.pp_rank, more)
         return range(start, start + each + (self.pp_rank < more))
 
@@ -142,26 +147,69 @@ def together(place: Place, action: Callable):
 
 
 def run_program(main: Callable[[list[str]], None]) -> None:
-    """Run `main(arguments)` on every rank. A mistake of the user's is one line from rank 0 and exit status 2 on all."""
-    status, agreed, rank = 0, True, int(os.environ.get("RANK", 0))
+    """Run `main(arguments)` on every rank, then exit: with status 0, or with one line in all that says what went wrong.
+
+    A mistake of the user's is raised on all ranks (see `together`), and their status is 2. Anything else that one rank
+    meets ends the whole job with status 1: its connections break, and whoever notices keeps quiet for LOST_SECONDS, in
+    which the launcher ends it. One process alone shows the traceback, for what is then a bug.
+    """
+    status, line, meet = 0, None, False
     try:
         start_world()
         main(sys.argv[1:])
+        if dist.is_initialized():
+            dist.barrier()  # who leaves early takes the others' connections along
     except UserError as error:
-        status = error.status
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        status, line, meet = error.status, f"error: {error}", True
     except KeyboardInterrupt:
-        status, agreed = 130, False
+        status = 130
     except BrokenPipeError:  # the reader of our output went away
-        status, agreed = 1, False
+        status = 1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if dist.is_initialized():
-        if agreed:
-            dist.barrier()  # nobody leaves, and has the others killed, before the line above is out
-        sys.stdout.flush()
+    except Exception as error:
+        rank = os.environ.get("RANK")
+        if rank is None:
+            raise
+        file, number, *_ = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(str(error).split())
+        line = f"error: rank {rank}: {type(error).__name__}: {reason} ({os.path.basename(file)} line {number})"
+        status = 1
+        if isinstance(error, dist.DistError) or "gloo" in reason or "NCCL" in reason:
+            time.sleep(LOST_SECONDS)
+    if not dist.is_initialized():
+        if line is not None:
+            print(line, file=sys.stderr, flush=True)
+        sys.exit(status)
+    sys.stdout.flush()
+    if status == 0:
         dist.destroy_process_group()
-    sys.exit(status)
+        sys.exit(0)
+    speak_once(line)
+    if meet:
+        wait_for_all()
+    os._exit(status)  # tidying up could wait for ever, for ranks that are not there any more
+
+
+def speak_once(line: str | None) -> None:
+    """Print `line` unless another rank has said why the job ends. The store is what start_world's ranks met at."""
+    try:
+        first = line is not None and dist.distributed_c10d._get_default_store().add("spoken", 1) == 1
+    except RuntimeError:  # the store went down with rank 0
+        first = True
+    if first:
+        print(line, file=sys.stderr, flush=True)
+
+
+def wait_for_all() -> None:
+    """Return when every rank is here, so that no launcher kills the others for the first one's exit; 10 s at most."""
+    deadline, store = time.monotonic() + 10, dist.distributed_c10d._get_default_store()
+    try:
+        here = store.add("leaving", 1)
+        while here < dist.get_world_size() and time.monotonic() < deadline:
+            time.sleep(0.02)
+            here = store.add("leaving", 0)
+    except RuntimeError:  # rank 0, which may keep the store, saw everybody and left
+        pass
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ class Trainer:
 
     def build_model(self) -> MistralMedium:
         args, place = self.args, self.place
-        model = MistralMedium(self.config, place, getattr(torch, args.dtype))
+        model = together(place, lambda: MistralMedium(self.config, place, getattr(torch, args.dtype)))
         if args.ckpt:
             checkpoint = Checkpoint(args.ckpt)
             together(place, lambda: fill(model, checkpoint, Progress(checkpoint, place)))
