@@ -134,11 +134,11 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span) -> tor
     B, H, T, D = q.shape
     KV, S = k.shape[1], k.shape[2]
     if T == 1:  # the queries of a group stand where a longer call's tokens stand
-        return F.scaled_dot_product_attention(q.view(B, KV, H // KV, D), k, v, attn_mask=span.mask).view(B, H, 1, D)
+        return F.scaled_dot_product_attention(q.view(B, KV, H // KV, D), k, v, attn_mask=span.mask).reshape(B, H, 1, D)
     q = q.reshape(B * KV, H // KV, T, D)
     k, v = (x.flatten(0, 1)[:, None].expand(-1, H // KV, -1, -1) for x in (k, v))
     if S == T:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).view(B, H, T, D)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).reshape(B, H, T, D)
     rows, out = max(1, MASK_ELEMENTS // S), torch.empty_like(q)
     for first in range(0, T, rows):
         last = min(first + rows, T)
