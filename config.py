@@ -177,6 +177,7 @@ def parse_config(raw: dict, where: str = "config.json") -> Config:
         v = _Fields(raw["vision_config"], f"{where}, vision_config")
         v.only("model_type", "pixtral")
         v.only("hidden_act", "gelu", "silu")
+        v.only("num_channels", 3)
         rope = _Fields(v.values.get("rope_parameters") or {}, f"{where}, vision_config.rope_parameters")
         rope.only("rope_type", "axial", "default")
         if (
@@ -309,6 +310,7 @@ def parse_params(raw: dict, where: str = "params.json") -> Config:
         v.only("mm_projector_id", "patch_merge")
         v.only("add_pre_mm_projector_layer_norm", True)
         v.only("adapter_bias", False)
+        v.only("num_channels", 3)
         vision = VisionConfig(
             hidden_size=v.size("hidden_size"),
             intermediate_size=v.size("intermediate_size"),

@@ -1,0 +1,169 @@
+"""Pictures through generate.py: --image, image parts in --requests, /image in the chat, and what is refused."""
+
+import base64
+import io
+import json
+
+import pytest
+import torch
+from helpers import randomize, text_fields, write_checkpoint, write_tekken
+from PIL import Image
+from test_generate import answers, program  # noqa: F401  (a fixture)
+
+import engine
+from checkpoint import layers_with_slices
+from config import parse_config
+from helpers import layout_config
+from vision import MistralMedium, grid, load_image, pixels
+
+SIZES = [(40, 61), (100, 30), (9, 9), (75, 84), (57, 29)]
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory) -> str:
+    """A tiny checkpoint with a tower, and a few noisy pictures beside it."""
+    root = tmp_path_factory.mktemp("eyes")
+    fields = text_fields("yarn, short", vocab_size=write_tekken(root), max_position_embeddings=900)
+    fields["vision_config"] = dict(
+        model_type="pixtral", hidden_size=36, intermediate_size=22, num_hidden_layers=2, num_attention_heads=3,
+        head_dim=12, num_channels=3, patch_size=7, image_size=84, hidden_act="silu",
+        rope_parameters=dict(rope_type="axial", rope_theta=1e4),
+    )  # fmt: skip
+    model = MistralMedium(parse_config(layout_config(fields, "new")[1]))
+    draw = torch.Generator().manual_seed(5)
+    state = {
+        name: randomize(name, torch.empty(part.shape), draw) for name, (_, part) in layers_with_slices(model).items()
+    }
+    write_checkpoint(root, fields, state, "new")
+    for i, size in enumerate(SIZES):
+        Image.effect_noise(size, 90).convert("RGB").save(root / f"{i}.png")
+    return str(root)
+
+
+def part(url: str) -> dict:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def text(words: str) -> dict:
+    return {"type": "text", "text": words}
+
+
+def chats(root: str) -> list[dict]:
+    with open(f"{root}/3.png", "rb") as file:
+        data = "data:image/png;base64," + base64.b64encode(file.read()).decode()
+    user = lambda *parts: {"role": "user", "content": list(parts)}  # noqa: E731
+    return [
+        dict(messages=[user(part("0.png"), text("the hat"))]),
+        dict(messages=[{"role": "user", "content": "no picture here"}]),
+        dict(messages=[user(text("then"), part("1.png"), text("and"), part(data), part("2.png"))]),
+        dict(raw="the weather"),
+        dict(
+            messages=[
+                user(part("4.png"), part("0.png"), text("in it")),
+                {"role": "assistant", "content": "there"},
+                user(*(part(f"{i}.png") for i in (3, 2, 1)), text("?")),
+            ]
+        ),
+    ]
+
+
+def write_requests(path, specs: list[dict]):
+    path.write_text("".join(json.dumps(spec) + "\n" for spec in specs))
+    return path
+
+
+def score(program, root: str, specs: list[dict], *options) -> list[dict]:  # noqa: F811
+    path = f"{root}/requests.jsonl"  # the pictures' paths are relative to it
+    with open(path, "w") as file:
+        file.write("".join(json.dumps({**spec, "max_new_tokens": 0}) + "\n" for spec in specs))
+    return answers(program("--ckpt", root, "--requests", path, "--dtype", "float32", "--json", *options))
+
+
+def test_together_as_alone_and_in_small_chunks(ckpt, program, monkeypatch):  # noqa: F811
+    specs = chats(ckpt)
+    together = score(program, ckpt, specs)
+    monkeypatch.setattr(engine, "CHUNK", 7)  # cuts images in the middle of a row
+    for spec, answer in zip(specs, together):
+        (alone,) = score(program, ckpt, [spec])
+        assert alone["prompt_tokens"] == answer["prompt_tokens"]
+        assert alone["prompt_logprobs"][1:] == pytest.approx(answer["prompt_logprobs"][1:], abs=1e-4)
+
+
+def test_log_probabilities_equal_transformers(ckpt, program):  # noqa: F811
+    """1 to 5 images in one turn and across turns, from the file to the log-probability."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.Mistral3ForConditionalGeneration.from_pretrained(ckpt, dtype=torch.float32)
+    vision = MistralMedium(parse_config(json.load(open(f"{ckpt}/config.json")))).config.vision
+    specs = chats(ckpt)
+    for spec, answer in zip(specs, score(program, ckpt, specs)):
+        urls = [
+            p["image_url"]["url"]
+            for message in spec.get("messages", [])
+            if isinstance(message["content"], list)
+            for p in message["content"]
+            if p["type"] == "image_url"
+        ]
+        images = [pixels(load_image(url, ckpt), vision) for url in urls]
+        more = {}
+        if images:
+            height, width = (max(image.shape[i] for image in images) for i in (1, 2))
+            padded = [
+                torch.nn.functional.pad(image, (0, width - image.shape[2], 0, height - image.shape[1]))
+                for image in images
+            ]
+            more = dict(
+                pixel_values=torch.stack(padded), image_sizes=torch.tensor([list(image.shape[1:]) for image in images])
+            )
+        ids = torch.tensor([answer["prompt_tokens"]])
+        with torch.inference_mode():
+            logits = theirs(input_ids=ids, **more).logits[0].log_softmax(-1)
+        expected = logits[:-1].gather(1, ids[0, 1:, None])[:, 0].tolist()
+        assert answer["prompt_logprobs"][0] is None
+        assert answer["prompt_logprobs"][1:] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_option_and_the_chat(ckpt, program):  # noqa: F811
+    """--image puts the images first; /image gives one to the next turn, which history keeps."""
+    common = ("--ckpt", ckpt, "--dtype", "float32", "--max-new-tokens", 4)
+    images = ("--image", f"{ckpt}/0.png", "--image", f"{ckpt}/4.png")
+    (answer,) = answers(program(*common, *images, "--prompt", "hat", "--json"))
+    vision = MistralMedium(parse_config(json.load(open(f"{ckpt}/config.json")))).config.vision
+    expected = sum(rows * columns for rows, columns in (grid(*SIZES[i], vision) for i in (0, 4)))
+    prompt = answer["prompt_tokens"]
+    assert prompt.count(10) == expected and prompt.count(13) == 2
+    assert prompt.index(3) < prompt.index(10) < len(prompt) - 1 - prompt[::-1].index(13) < prompt.index(4)
+    status, out, err = program(*common, "--interactive", stdin=f"/image {ckpt}/0.png\nhat\nthen\n/exit\n")
+    assert status == 0 and "error" not in err
+    status, out, err = program(*common, "--interactive", stdin=f"/image {ckpt}/none.png\nhat\nthen\n")
+    assert status == 0 and err.count("error:") == 1 and "none.png" in err and out.strip()
+
+
+def refused(result, *words: str) -> None:
+    status, out, err = result
+    assert status == 2 and out == "" and len(err.splitlines()) == 1, (status, out, err)
+    assert all(word in err for word in words), err
+
+
+def test_mistakes(ckpt, program, tmp_path):  # noqa: F811
+    (tmp_path / "text.png").write_text("this is no image")
+    whole = io.BytesIO()
+    Image.effect_noise((70, 70), 50).save(whole, "PNG")
+    (tmp_path / "cut.png").write_bytes(whole.getvalue()[:900])
+    common = ("--ckpt", ckpt, "--prompt", "hat", "--image")
+    refused(program(*common, tmp_path / "text.png"), "text.png", "not an image")
+    refused(program(*common, tmp_path / "cut.png"), "cut.png")
+    refused(program(*common, tmp_path / "none.png"), "none.png", "no such file")
+    refused(program(*common, "https://example.com/a.png"), "nothing is fetched")
+    refused(program(*common, f"{ckpt}/0.png", "--max-context", 20), "context of 20")
+    bad = write_requests(
+        tmp_path / "r.jsonl", [chats(ckpt)[1], dict(messages=[{"role": "user", "content": [part("x")]}])]
+    )
+    refused(program("--ckpt", ckpt, "--requests", bad), "r.jsonl line 2", "x")
+
+
+def test_text_only_checkpoints_refuse_images(ckpt, program, tmp_path):  # noqa: F811
+    fields = text_fields("plain", vocab_size=write_tekken(tmp_path))
+    model = MistralMedium(parse_config(layout_config(fields, "text")[1]))
+    state = {name: torch.randn(part.shape) for name, (_, part) in layers_with_slices(model).items()}
+    write_checkpoint(tmp_path, fields, state, "text")
+    refused(program("--ckpt", tmp_path, "--image", f"{ckpt}/0.png", "--prompt", "hat"), "takes no images")
