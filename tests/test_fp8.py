@@ -123,6 +123,9 @@ def test_linear_chooses(monkeypatch):
         fast = fp8.fp8_matmul(x, weight, scale, activation)
         assert torch.equal(fp8.linear(x, weight, scale, activation), fast) and not torch.equal(fast, slow)
     assert torch.equal(fp8.linear(x, odd, scale, act), F.linear(x, fp8.dequantize(odd, scale, x.dtype)))
+    narrow = x[:, :40].contiguous()
+    inner = weight[:, :40].contiguous()
+    assert torch.equal(fp8.linear(narrow, inner, scale, act), F.linear(narrow, fp8.dequantize(inner, scale, x.dtype)))
     assert torch.equal(fp8.linear(x.clone().requires_grad_(), weight, scale, act), slow)
     with torch.no_grad():
         assert torch.equal(
