@@ -159,7 +159,7 @@ def export(directory: str, model: nn.Module, precision: str, source: str) -> Non
     if place.rank > 0:
         for name in whole:
             if name in owned:
-                dist.send(owned[name].parameter.data.cpu(), dst=0)
+                dist.send(owned[name].parameter.data.cpu().contiguous(), dst=0)
     in_fp8 = {name for name in whole if precision == "fp8" and is_quantized(name)}
 
     def write() -> None:
