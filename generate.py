@@ -345,7 +345,7 @@ class Printer:
 
 
 def interact(session: Session) -> None:
-    """A chat with history. `/clear`, `/exit`, `/system TEXT`, `/effort none|high`, `/image PATH`."""
+    """A chat with history and the commands that it prints first. Ctrl-C cuts an answer short."""
     place, messages, system, images = session.place, [], session.args.system, []
     effort = session.args.reasoning_effort
     if place.rank == 0:
@@ -379,6 +379,11 @@ def interact(session: Session) -> None:
                 images = []
                 if place.rank == 0:
                     print(f"error: {error}", file=sys.stderr)
+                continue
+            except KeyboardInterrupt:  # Ctrl-C ends the answer; with several ranks it ends them all
+                if dist.is_initialized():
+                    raise
+                print()
                 continue
             if place.rank == 0:
                 printer.flush()

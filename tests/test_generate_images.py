@@ -6,14 +6,13 @@ import json
 
 import pytest
 import torch
-from helpers import randomize, text_fields, write_checkpoint, write_tekken
+from helpers import layout_config, randomize, text_fields, write_checkpoint, write_tekken
 from PIL import Image
 from test_generate import answers, program  # noqa: F401  (a fixture)
 
 import engine
 from checkpoint import layers_with_slices
 from config import parse_config
-from helpers import layout_config
 from vision import MistralMedium, grid, load_image, pixels
 
 SIZES = [(40, 61), (100, 30), (9, 9), (75, 84), (57, 29)]
