@@ -1,0 +1,105 @@
+"""MedPix-VQA for train.py: the data set's parquet files become chats (jsonl) and image files.
+
+    hf download mmoukouba/MedPix-VQA --repo-type dataset --local-dir medpix-parquet
+    python examples/medpix.py medpix-parquet medpix        # writes medpix/train.jsonl, validation.jsonl, images/
+
+Each row has an image (`image_id`: the encoded file's bytes and its path, as Hugging Face `datasets` stores images), a
+`mode`, a `case_id`, a `question` and an `answer`, and becomes one chat: image and question, then the answer. Images
+are copied as they are, once each: several questions may be about the same one. The name of a parquet file says which
+split it belongs to, as in `data/train-00000-of-00004.parquet`.
+
+Needs pyarrow (`pip install pyarrow`), which nothing else here does.
+"""
+
+import argparse
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+
+sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from config import UserError  # noqa: E402
+from parallel import run_program  # noqa: E402
+
+COLUMNS = ("image_id", "mode", "case_id", "question", "answer")
+SUFFIXES = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"BM": ".bmp", b"RIFF": ".webp"}
+ROWS_AT_ONCE = 64  # a row holds a whole image
+
+
+def convert(source: str, target: str) -> dict[str, int]:
+    """Write `target`/SPLIT.jsonl and `target`/images/ from the parquet files under `source`; returns rows by split."""
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise UserError("reading parquet files needs pyarrow: pip install pyarrow") from None
+    files = sorted(glob.glob(os.path.join(glob.escape(source), "**", "*.parquet"), recursive=True))
+    if not files:
+        raise UserError(f"{source}: no *.parquet in this folder; download the data set into it")
+    if os.path.exists(target):
+        raise UserError(f"{target}: already exists; choose a new folder or remove it")
+    partial, counts, lines = f"{target.rstrip('/')}.partial-{os.getpid()}", {}, {}
+    os.makedirs(os.path.join(partial, "images"))
+    try:
+        for path in files:
+            split = re.split(r"[-.]", os.path.basename(path))[0]
+            try:
+                file = parquet.ParquetFile(path)
+            except (pyarrow.ArrowException, OSError) as error:
+                raise UserError(f"{path}: cannot be read as parquet ({error})") from None
+            if missing := [name for name in COLUMNS if name not in file.schema_arrow.names]:
+                raise UserError(f"{path}: has no column {missing[0]!r}; MedPix-VQA has {', '.join(COLUMNS)}")
+            if split not in lines:
+                lines[split] = open(os.path.join(partial, f"{split}.jsonl"), "w", encoding="utf-8")  # noqa: SIM115
+            row_number = 0
+            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=list(COLUMNS)):
+                for row in batch.to_pylist():
+                    row_number += 1
+                    where = f"{path} row {row_number}"
+                    lines[split].write(json.dumps(chat_of(row, partial, where), ensure_ascii=False) + "\n")
+                    counts[split] = counts.get(split, 0) + 1
+        for file in lines.values():
+            file.close()
+        os.rename(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return counts
+
+
+def chat_of(row: dict, folder: str, where: str) -> dict:
+    """One row as a chat; its image is written to `folder`/images under the hash of its bytes."""
+    image = row["image_id"]
+    content = image.get("bytes") if isinstance(image, dict) else None
+    if not content:
+        raise UserError(f"{where}: image_id holds no image bytes")
+    for name in ("question", "answer"):
+        if not isinstance(row[name], str) or not row[name].strip():
+            raise UserError(f"{where}: {name} is empty")
+    suffix = next((suffix for magic, suffix in SUFFIXES.items() if content.startswith(magic)), None)
+    if suffix is None:
+        raise UserError(f"{where}: image_id is in no known image format ({content[:4]!r})")
+    name = os.path.join("images", hashlib.sha256(content).hexdigest()[:24] + suffix)
+    path = os.path.join(folder, name)
+    if not os.path.exists(path):
+        with open(path, "wb") as file:
+            file.write(content)
+    question = [{"type": "image_url", "image_url": {"url": name}}, {"type": "text", "text": row["question"].strip()}]
+    answer = {"role": "assistant", "content": row["answer"].strip()}
+    return {"messages": [{"role": "user", "content": question}, answer]}
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", help="folder with the data set's parquet files")
+    parser.add_argument("target", help="new folder for the jsonl files and the images")
+    args = parser.parse_args(argv)
+    for split, count in convert(args.source, args.target).items():
+        print(f"{os.path.join(args.target, split)}.jsonl: {count} chats", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_program(main)

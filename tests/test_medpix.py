@@ -1,0 +1,154 @@
+"""examples/medpix.py on a parquet file like the data set's, and examples/medpix.sbatch down to its command."""
+
+import io
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from train_cases import IMAGES, ROOT, arguments, make_checkpoint, metrics
+
+import train
+from config import UserError
+
+sys.path.append(os.path.join(ROOT, "examples"))
+import medpix  # noqa: E402
+
+SBATCH = os.path.join(ROOT, "examples", "medpix.sbatch")
+
+
+def encoded(color: str, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (23, 31), color).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_parquet(path, rows: list[dict], drop: str = "") -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    columns = {
+        "image_id": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+        "mode": pa.string(),
+        "case_id": pa.string(),
+        "question": pa.string(),
+        "answer": pa.string(),
+    }
+    columns.pop(drop, None)
+    schema = pa.schema(columns.items())
+    # As `datasets` writes it: the feature types ride along in the schema's metadata.
+    features = {"info": {"features": {"image_id": {"_type": "Image"}, "question": {"_type": "Value"}}}}
+    table = pa.Table.from_pylist(rows, schema=schema.with_metadata({"huggingface": json.dumps(features)}))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    parquet.write_table(table, path, row_group_size=2)
+
+
+def row(content: bytes, question: str = "Is it red?", answer: str = " Yes. ") -> dict:
+    image = {"bytes": content, "path": "synpic1.jpg"}
+    return {"image_id": image, "mode": "CT", "case_id": "MPX1", "question": question, "answer": answer}
+
+
+def test_parquet_to_chats(tmp_path):
+    red, blue = encoded("red", "JPEG"), encoded("blue", "PNG")
+    source, target = tmp_path / "parquet", tmp_path / "medpix"
+    write_parquet(str(source / "data" / "train-00000-of-00002.parquet"), [row(red), row(red, "Really?"), row(blue)])
+    write_parquet(str(source / "data" / "train-00001-of-00002.parquet"), [row(blue, "Größer?", "Ja\nund nein")])
+    write_parquet(str(source / "data" / "validation-00000-of-00001.parquet"), [row(blue)])
+    assert medpix.convert(str(source), str(target)) == {"train": 4, "validation": 1}
+    chats = [json.loads(line) for line in (target / "train.jsonl").read_text().splitlines()]
+    names = []
+    for chat, (question, answer) in zip(
+        chats, [("Is it red?", "Yes."), ("Really?", "Yes."), ("Is it red?", "Yes."), ("Größer?", "Ja\nund nein")]
+    ):
+        image, text = chat["messages"][0]["content"]
+        assert text == {"type": "text", "text": question}
+        assert chat["messages"][1] == {"role": "assistant", "content": answer}
+        names.append(image["image_url"]["url"])
+    assert [os.path.splitext(name)[1] for name in names] == [".jpg", ".jpg", ".png", ".png"]
+    assert [(target / name).read_bytes() for name in names] == [red, red, blue, blue]
+    assert len(os.listdir(target / "images")) == 2
+
+    ckpt = make_checkpoint(tmp_path / "ckpt", IMAGES)
+    argv = arguments(
+        ckpt, str(target / "train.jsonl"), tmp_path / "out", max_steps=2, val=str(target / "validation.jsonl")
+    )
+    train.main(argv)
+    assert [line["step"] for line in metrics(tmp_path / "out")] == [1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "rows, drop, message",
+    [
+        ([row(b"")], "", "row 1: image_id holds no image bytes"),
+        ([row(encoded("red", "PNG")), row(b"not an image")], "", "row 2: image_id is in no known image format"),
+        ([row(encoded("red", "PNG"), answer="  ")], "", "row 1: answer is empty"),
+        ([row(encoded("red", "PNG"))], "case_id", "has no column 'case_id'"),
+    ],
+)
+def test_bad_parquet(rows, drop, message, tmp_path):
+    write_parquet(str(tmp_path / "in" / "train-0.parquet"), rows, drop)
+    with pytest.raises(UserError, match=message):
+        medpix.convert(str(tmp_path / "in"), str(tmp_path / "out"))
+    assert os.listdir(tmp_path) == ["in"]
+
+
+def test_other_mistakes(tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    with pytest.raises(UserError, match="no .*parquet in this folder"):
+        medpix.convert(str(tmp_path), str(tmp_path / "out"))
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(UserError, match="cannot be read as parquet"):
+        medpix.convert(str(tmp_path), str(tmp_path / "out"))
+    with pytest.raises(UserError, match="already exists"):
+        medpix.convert(str(tmp_path), str(tmp_path))
+
+
+def test_without_pyarrow(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match="needs pyarrow: pip install pyarrow"):
+        medpix.convert(str(tmp_path), str(tmp_path / "out"))
+
+
+# --------------------------------------------------------------------------------------------------- the Slurm job
+
+
+def dry_run(**changes) -> subprocess.CompletedProcess:
+    slurm = {"SLURM_JOB_ID": "41234", "SLURM_JOB_NUM_NODES": "8", "SLURM_JOB_NODELIST": "gpu[01-08]"}
+    slurm |= {"SLURM_SUBMIT_DIR": ROOT, "HEAD_NODE": "gpu01", "DRY_RUN": "1", "PATH": os.environ["PATH"]}
+    slurm |= {"CKPT": "/data/my model", "DATA": "/data/medpix", "OUT": "/data/run"}
+    environment = {name: value for name, value in (slurm | changes).items() if value is not None}
+    return subprocess.run(["bash", SBATCH], env=environment, capture_output=True, text=True, timeout=30)
+
+
+def test_the_job_script_launches_the_recipe():
+    assert subprocess.run(["bash", "-n", SBATCH], timeout=30).returncode == 0
+    result = dry_run()
+    assert result.returncode == 0, result.stderr
+    command = shlex.split(result.stdout)
+    assert command[0] == "srun" and command[command.index("torchrun") :][:5] == [
+        "torchrun", "--nnodes", "8", "--nproc-per-node", "8",
+    ]  # fmt: skip
+    assert command[command.index("--rdzv-endpoint") + 1] == "gpu01:21234"
+    args = train.parse_args(command[command.index(os.path.join(ROOT, "train.py")) + 1 :])
+    recipe = train.parse_args(["--ckpt", "x", "--data", "y", "--out", "z"])  # whose defaults are the recipe's numbers
+    for name in ("optimizer", "lr", "min_lr", "betas", "eps", "weight_decay", "max_grad_norm", "max_length", "dtype"):
+        assert getattr(args, name) == getattr(recipe, name)
+    assert (args.tp, args.pp, args.micro_batch_size, args.global_batch_size, args.max_steps) == (8, 8, 1, 64, 100)
+    assert args.freeze == ["vision_tower", "projector", "embeddings"] and args.activation_checkpointing and args.resume
+    assert (args.ckpt, args.data, args.out) == ("/data/my model", "/data/medpix/train.jsonl", "/data/run")
+    with open(SBATCH, encoding="utf-8") as file:
+        directives = dict(line[11:].strip().partition("=")[::2] for line in file if line.startswith("#SBATCH "))
+    assert (directives["nodes"], directives["gpus-per-node"], directives["ntasks-per-node"]) == ("8", "8", "1")
+
+
+def test_the_job_script_in_a_container_and_its_mistakes():
+    command = shlex.split(dry_run(CONTAINER="pytorch.sqsh").stdout)
+    assert command[command.index("--container-image") + 1] == "pytorch.sqsh"
+    assert "/data/my model:/data/my model" in command[command.index("--container-mounts") + 1]
+    result = dry_run(CKPT=None)
+    assert result.returncode != 0 and "set CKPT to the checkpoint folder" in result.stderr
+    result = dry_run(SLURM_SUBMIT_DIR="/nowhere")
+    assert result.returncode == 2 and "no train.py in /nowhere" in result.stderr
