@@ -5,8 +5,8 @@
 
 Each row has an image (`image_id`: the encoded file's bytes and its path, as Hugging Face `datasets` stores images), a
 `mode`, a `case_id`, a `question` and an `answer`, and becomes one chat: image and question, then the answer. Images
-are copied as they are, once each: several questions may be about the same one. The name of a parquet file says which
-split it belongs to, as in `data/train-00000-of-00004.parquet`.
+are copied as they are, once each: several questions may be about the same one. Rows without a question or an answer are
+left out and counted. The name of a parquet file says its split, as in `data/train-00000-of-00004.parquet`.
 
 Needs pyarrow (`pip install pyarrow`), which nothing else here does.
 """
@@ -30,8 +30,11 @@ SUFFIXES = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"BM":
 ROWS_AT_ONCE = 64  # a row holds a whole image
 
 
-def convert(source: str, target: str) -> dict[str, int]:
-    """Write `target`/SPLIT.jsonl and `target`/images/ from the parquet files under `source`; returns rows by split."""
+def convert(source: str, target: str) -> dict[str, list[int]]:
+    """Write `target`/SPLIT.jsonl and `target`/images/ from the parquet files under `source`.
+
+    Returns [chats, rows left out] by split.
+    """
     try:
         import pyarrow
         import pyarrow.parquet as parquet
@@ -59,9 +62,10 @@ def convert(source: str, target: str) -> dict[str, int]:
             for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=list(COLUMNS)):
                 for row in batch.to_pylist():
                     row_number += 1
-                    where = f"{path} row {row_number}"
-                    lines[split].write(json.dumps(chat_of(row, partial, where), ensure_ascii=False) + "\n")
-                    counts[split] = counts.get(split, 0) + 1
+                    chat = chat_of(row, partial, f"{path} row {row_number}")
+                    if chat is not None:
+                        lines[split].write(json.dumps(chat, ensure_ascii=False) + "\n")
+                    counts.setdefault(split, [0, 0])[chat is None] += 1
         for file in lines.values():
             file.close()
         os.rename(partial, target)
@@ -70,18 +74,15 @@ def convert(source: str, target: str) -> dict[str, int]:
     return counts
 
 
-def chat_of(row: dict, folder: str, where: str) -> dict:
-    """One row as a chat; its image is written to `folder`/images under the hash of its bytes."""
+def chat_of(row: dict, folder: str, where: str) -> dict | None:
+    """One row as a chat, its image written to `folder`/images under the hash of its bytes; None if a text is empty."""
     image = row["image_id"]
     content = image.get("bytes") if isinstance(image, dict) else None
     if not content:
         raise UserError(f"{where}: image_id holds no image bytes")
-    for name in ("question", "answer"):
-        if not isinstance(row[name], str) or not row[name].strip():
-            raise UserError(f"{where}: {name} is empty")
-    suffix = next((suffix for magic, suffix in SUFFIXES.items() if content.startswith(magic)), None)
-    if suffix is None:
-        raise UserError(f"{where}: image_id is in no known image format ({content[:4]!r})")
+    if not all(isinstance(row[name], str) and row[name].strip() for name in ("question", "answer")):
+        return None
+    suffix = next((suffix for magic, suffix in SUFFIXES.items() if content.startswith(magic)), "")
     name = os.path.join("images", hashlib.sha256(content).hexdigest()[:24] + suffix)
     path = os.path.join(folder, name)
     if not os.path.exists(path):
@@ -97,8 +98,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("source", help="folder with the data set's parquet files")
     parser.add_argument("target", help="new folder for the jsonl files and the images")
     args = parser.parse_args(argv)
-    for split, count in convert(args.source, args.target).items():
-        print(f"{os.path.join(args.target, split)}.jsonl: {count} chats", file=sys.stderr)
+    for split, (chats, left_out) in convert(args.source, args.target).items():
+        print(f"{os.path.join(args.target, split)}.jsonl: {chats} chats, {left_out} rows left out", file=sys.stderr)
 
 
 if __name__ == "__main__":

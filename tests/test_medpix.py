@@ -55,9 +55,10 @@ def test_parquet_to_chats(tmp_path):
     red, blue = encoded("red", "JPEG"), encoded("blue", "PNG")
     source, target = tmp_path / "parquet", tmp_path / "medpix"
     write_parquet(str(source / "data" / "train-00000-of-00002.parquet"), [row(red), row(red, "Really?"), row(blue)])
-    write_parquet(str(source / "data" / "train-00001-of-00002.parquet"), [row(blue, "Größer?", "Ja\nund nein")])
+    more = [row(blue, "Größer?", "Ja\nund nein"), row(red, answer="  "), row(red, question="")]
+    write_parquet(str(source / "data" / "train-00001-of-00002.parquet"), more)
     write_parquet(str(source / "data" / "validation-00000-of-00001.parquet"), [row(blue)])
-    assert medpix.convert(str(source), str(target)) == {"train": 4, "validation": 1}
+    assert medpix.convert(str(source), str(target)) == {"train": [4, 2], "validation": [1, 0]}
     chats = [json.loads(line) for line in (target / "train.jsonl").read_text().splitlines()]
     names = []
     for chat, (question, answer) in zip(
@@ -83,8 +84,7 @@ def test_parquet_to_chats(tmp_path):
     "rows, drop, message",
     [
         ([row(b"")], "", "row 1: image_id holds no image bytes"),
-        ([row(encoded("red", "PNG")), row(b"not an image")], "", "row 2: image_id is in no known image format"),
-        ([row(encoded("red", "PNG"), answer="  ")], "", "row 1: answer is empty"),
+        ([row(encoded("red", "PNG")), {**row(b""), "image_id": None}], "", "row 2: image_id holds no image bytes"),
         ([row(encoded("red", "PNG"))], "case_id", "has no column 'case_id'"),
     ],
 )
@@ -140,7 +140,7 @@ def test_the_job_script_launches_the_recipe():
     assert args.freeze == ["vision_tower", "projector", "embeddings"] and args.activation_checkpointing and args.resume
     assert (args.ckpt, args.data, args.out) == ("/data/my model", "/data/medpix/train.jsonl", "/data/run")
     with open(SBATCH, encoding="utf-8") as file:
-        directives = dict(line[11:].strip().partition("=")[::2] for line in file if line.startswith("#SBATCH "))
+        directives = dict(line[10:].strip().partition("=")[::2] for line in file if line.startswith("#SBATCH "))
     assert (directives["nodes"], directives["gpus-per-node"], directives["ntasks-per-node"]) == ("8", "8", "1")
 
 
