@@ -457,3 +457,9 @@ class VocabParallelHead(Linear):
         own = logits.gather(1, local[:, None])[:, 0].masked_fill(~here, -torch.inf)
         parts = all_gather(torch.stack((own, logits.logsumexp(1))), self.group)  # (tp, 2, N)
         return parts[:, 0].amax(0) - parts[:, 1].logsumexp(0)
+
+
+if __name__ == "__main__":
+    import plan  # built on the model, which is built on this file
+
+    run_program(plan.main)

@@ -1,0 +1,318 @@
+"""What a topology needs, before anyone rents it: memory a rank, stage by stage. `python parallel.py --plan`.
+
+Every rank's part of the model is built with the real classes on the `meta` device, where a tensor has a shape but no
+memory, so the counts of parameters, weights, gradients and optimizer state are those of a real run. Two columns are
+not counted but estimated: activations, by the formulas in `layer_activations` and below it, and RESERVE.
+
+Activations in training. The schedule keeps min(p - s, m) micro-batches on stage s of p, with m of them a step (see
+`pipeline.py`). Each costs what its layers keep for the backward pass, or with activation checkpointing only what goes
+into each layer; then one layer is recomputed at a time and its inside comes on top. The last stage adds logits, for
+one micro-batch. Images are taken at their worst, as if every token came from one. An Adam step needs room too, but
+when activations are gone: the larger of the two counts.
+"""
+
+import argparse
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from config import Config, UserError, read_config
+from engine import CHUNK, LOGIT_ROWS
+from fp8 import BLOCK
+from generate import SIZE, Parser, number
+from model import MASK_ELEMENTS
+from optimizer import BUCKET, Trained, held_tensors
+from parallel import Linear, Place
+from state import len_inside
+from train import FREEZABLE
+from vision import PATCHES_AT_ONCE, MistralMedium
+
+RESERVE = 2_000_000_000  # bytes a GPU: CUDA context, workspaces of libraries, NCCL's buffers, what the allocator wastes
+BF16, FP32 = 2, 4
+
+
+@dataclass
+class Stage:
+    """Bytes (and parameters) of one rank of a pipeline stage; the stage's tensor-parallel ranks are alike."""
+
+    stage: int
+    layers: list[int]  # the first and the last
+    parameters: int  # as held: with padding, and with what other ranks hold too
+    weight_bytes: int
+    gradient_bytes: int = 0
+    optimizer_bytes: int = 0
+    cache_bytes: int = 0
+    activation_bytes: int = 0  # an estimate
+    reserve_bytes: int = RESERVE
+    fits: bool = True
+
+    @property
+    def peak_bytes(self) -> int:
+        parts = (self.weight_bytes, self.gradient_bytes, self.optimizer_bytes, self.cache_bytes, self.activation_bytes)
+        return sum(parts) + self.reserve_bytes
+
+
+# --------------------------------------------------------------------------------------------------- what is exact
+
+
+def places(tp: int, pp: int, dp: int = 1) -> list[list[Place]]:
+    """One replica's places, stage by stage, without process groups: enough to build models on `meta`."""
+    meta = torch.device("meta")
+    return [
+        [Place(s * dp * tp + t, t, tp, s, pp, dp_size=dp, device=meta) for t in range(tp)] for s in range(pp)
+    ]
+
+
+def weight_bytes(model: MistralMedium) -> int:
+    """Of a loaded model: parameters, FP8 scales and all other buffers."""
+    tensors = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+    kept = sum(isinstance(m, Linear) and m.weight_scale is not None for m in model.modules())
+    static = model.config.activation_scheme == "static"  # the loader adds the scales of activations
+    return sum(tensors.values()) + (FP32 * kept if static else 0)
+
+
+def is_trained(name: str, config: Config, freeze: list[str]) -> bool:
+    """Whether train.py trains the tensor `name` under `--freeze`; a tied head is the embedding."""
+    if config.tie_word_embeddings and name.startswith("lm_head."):
+        name = "embed_tokens.weight"
+    return not name.startswith(tuple(prefix for part in freeze for prefix in FREEZABLE[part]))
+
+
+def tally(tensor: Trained, layer: nn.Module) -> tuple[str, int, int]:
+    """(what it counts as, its parameters, the zeros it is padded with) for one tensor of one rank."""
+    inside = len_inside(tensor.part) * math.prod(tensor.part.shape) // tensor.part.shape[tensor.part.dim]
+    kind = "model"
+    if not tensor.owner:
+        kind = "norms" if len(tensor.part.shape) == 1 else "patch_conv"
+        kind = "key/value heads" if tensor.sharers > 1 else kind
+        kind = "tied embedding" if tensor.name.startswith("embed_tokens.") else kind
+    return kind, inside, layer.numel() - inside
+
+
+# ------------------------------------------------------------------------------------------------ what is estimated
+
+
+def layer_activations(config: Config, tp: int, tokens: int) -> int:
+    """Bytes in BF16 that a decoder layer keeps for its backward pass.
+
+    Both halves of a layer keep x, x / rms(x) and that times the norm's weight. Attention keeps q, k and v after the
+    rotation, its result and the result with the heads side by side; the MLP keeps gate, silu(gate), up and their
+    product. In FP32: what each norm divided by, and the logarithm of each head's sum of exponentials.
+    """
+    heads, kv_heads = config.num_attention_heads // tp, max(1, config.num_key_value_heads // tp)
+    width = 6 * config.hidden_size + (3 * heads + 2 * kv_heads) * config.head_dim + 4 * config.intermediate_size // tp
+    return tokens * (BF16 * width + FP32 * (2 + heads))
+
+
+def layer_backward(config: Config, tp: int, tokens: int) -> int:
+    """Bytes that come and go while one layer's backward pass runs: gradients of the MLP's inside, of the residual and
+    of the norms (in BF16), and of one weight before it is added to the sum in FP32."""
+    C, F = config.hidden_size, config.intermediate_size // tp
+    return BF16 * (tokens * (3 * F + 3 * C) + max(F, config.num_attention_heads * config.head_dim // tp) * C)
+
+
+def vision_layer_activations(config: Config, tp: int, patches: int) -> int:
+    """As `layer_activations`, for a layer of the tower."""
+    v = config.vision
+    width = 6 * v.hidden_size + 5 * v.hidden_size // tp + 4 * v.intermediate_size // tp
+    return patches * (BF16 * width + FP32 * (2 + v.num_attention_heads // tp))
+
+
+def vision_pass(config: Config, tp: int, patches: int) -> int:
+    """Bytes at the worst moment of a forward pass that keeps nothing: the residual, the norm's two and the inside."""
+    v = config.vision
+    return BF16 * patches * (3 * v.hidden_size + max(7 * v.hidden_size, 3 * v.intermediate_size) // tp)
+
+
+def training_activations(
+    config: Config, place: Place, micro_batch: int, length: int, micro_batches: int, checkpointing: bool, freeze: list
+) -> int:
+    """Bytes at the worst moment of a step's forward and backward passes, for a rank at `place`."""
+    tp, tokens, row = place.tp_size, micro_batch * length, BF16 * micro_batch * length * config.hidden_size
+    layers = len(place.layers(config.num_hidden_layers))
+    inside = layer_activations(config, tp, tokens)
+    held = layers * (row if checkpointing else inside)
+    moment = layer_backward(config, tp, tokens) + (inside if checkpointing else 0)
+    if config.vision is not None and place.first_stage:
+        v = config.vision
+        patches = tokens * v.spatial_merge_size**2
+        once = vision_pass(config, tp, patches)
+        if not {"vision_tower", "projector"} <= set(freeze):
+            held += BF16 * (4 * patches * v.hidden_size + tokens * (v.hidden_size + 2 * config.hidden_size // tp))
+        if "vision_tower" not in freeze:
+            inside = vision_layer_activations(config, tp, patches)
+            held += v.num_hidden_layers * (BF16 * patches * v.hidden_size if checkpointing else inside)
+            once = inside + once
+        moment = max(moment, once)
+    if place.last_stage:
+        vocabulary = -(-config.vocab_size // tp)
+        held += 4 * row  # the last layer's output, where targets are, and the norm's two
+        moment = max(moment, tokens * vocabulary * (BF16 + FP32) + BF16 * vocabulary * config.hidden_size)
+    messages = 4 * row if place.pp_size > 1 else row  # hidden states and gradients, to and from the neighbours
+    return min(place.pp_size - place.pp_rank, micro_batches) * held + moment + messages
+
+
+def step_memory(sizes: list[int]) -> int:
+    """Bytes of an Adam step beyond its state: one FP32 tensor as large as the largest bucket."""
+    return FP32 * max(*sizes, min(BUCKET, sum(sizes))) if sizes else 0
+
+
+def inference_activations(config: Config, place: Place, context: int, keep_fp8: bool) -> int:
+    """Bytes at the worst moment of a prefill chunk: hidden states, one layer's inside, and its attention mask.
+
+    FP8 adds either an input in FP32 and FP8, where the GPU multiplies FP8, or one weight in BF16, where it does not.
+    """
+    tp, tokens = place.tp_size, min(CHUNK, context)
+    C, F = config.hidden_size, config.intermediate_size // tp
+    q = config.num_attention_heads * config.head_dim // tp
+    moment = BF16 * tokens * max(6 * q, 3 * F) + 3 * MASK_ELEMENTS
+    if keep_fp8:
+        moment += max(tokens * (2 * FP32 + 1) * max(C, F, q), BF16 * C * max(F, q) + FP32 * BLOCK)
+    if config.vision is not None and place.first_stage:
+        v = config.vision
+        largest = (v.image_size // v.patch_size) ** 2
+        most = min(context * v.spatial_merge_size**2, max(PATCHES_AT_ONCE, largest))
+        moment = max(moment, vision_pass(config, tp, most))
+    if place.last_stage:
+        moment = max(moment, LOGIT_ROWS * -(-config.vocab_size // tp) * (BF16 + 2 * FP32))
+    return 4 * BF16 * tokens * C + moment
+
+
+# --------------------------------------------------------------------------------------------------------- the plan
+
+
+def make_plan(config: Config, args: argparse.Namespace) -> dict:
+    """The plan as the JSON object that --json prints. Raises UserError where the topology does not divide the model."""
+    keep_fp8 = args.inference and (args.weights or ("fp8" if config.fp8 else "dequantized")) == "fp8"
+    micro_batches = -(-(-(-args.global_batch_size // args.micro_batch_size)) // args.dp)
+    parameters, padding, copies, stages = 0, 0, Counter(), []
+    for stage_places in places(args.tp, args.pp, args.dp):
+        ranks = []
+        for place in stage_places:
+            model = MistralMedium(config, place, torch.bfloat16, keep_fp8)
+            held = held_tensors(model)
+            for tensor in held:
+                kind, inside, zeros = tally(tensor, tensor.parameter)
+                padding += zeros
+                if kind == "model":
+                    parameters += inside
+                else:
+                    copies[kind] += inside
+            layers = [int(i) for i in model.layers]
+            stage = Stage(
+                place.pp_rank,
+                [layers[0], layers[-1]],
+                sum(tensor.parameter.numel() for tensor in held),
+                weight_bytes(model),
+            )
+            if args.inference:
+                cache = model.new_cache(1, args.max_context)
+                stage.cache_bytes = sum(t.numel() * t.element_size() for t in (cache.keys, cache.values))
+                stage.activation_bytes = inference_activations(config, place, args.max_context, keep_fp8)
+            else:
+                sizes = [t.parameter.numel() for t in held if is_trained(t.name, config, args.freeze)]
+                stage.gradient_bytes, stage.optimizer_bytes = FP32 * sum(sizes), 3 * FP32 * sum(sizes)
+                passes = training_activations(
+                    *(config, place, args.micro_batch_size, args.max_length, micro_batches),
+                    args.activation_checkpointing,
+                    args.freeze,
+                )
+                stage.activation_bytes = max(passes, step_memory(sizes))
+            ranks.append(stage)
+        stage = max(ranks, key=lambda s: s.peak_bytes)
+        stage.fits = stage.peak_bytes <= args.gpu_memory_gb * 1e9
+        stages.append(stage)
+    plan = {
+        "gpus": args.tp * args.pp * args.dp,
+        "parameters": parameters,
+        "padding": padding,
+        "copies": dict(copies),
+        "stages": [{**asdict(stage), "peak_bytes": stage.peak_bytes} for stage in stages],
+        "fits": all(stage.fits for stage in stages),
+    }
+    if args.inference:
+        rooms = [
+            (args.gpu_memory_gb * 1e9 - (s.peak_bytes - s.cache_bytes)) * args.max_context / s.cache_bytes
+            for s in stages
+        ]
+        plan["largest_context"] = max(0, min(config.max_position_embeddings, *map(int, rooms)))
+    else:
+        plan["micro_batches"] = micro_batches
+        plan["bubble"] = (args.pp - 1) / (micro_batches + args.pp - 1)
+    return plan
+
+
+def show(plan: dict, args: argparse.Namespace) -> str:
+    """The plan as a table."""
+    gb = lambda count: f"{count / 1e9:.2f}"  # noqa: E731
+    middle = ["KV cache"] if args.inference else ["gradients", "optimizer"]
+    fields = ["cache_bytes"] if args.inference else ["gradient_bytes", "optimizer_bytes"]
+    names = ["stage", "layers", "parameters", "weights", *middle, "activations*", "reserve*", "peak", "fits"]
+    fields = ["weight_bytes", *fields, "activation_bytes", "reserve_bytes", "peak_bytes"]
+    rows = [
+        [str(s["stage"]), "{}-{}".format(*s["layers"]), f"{s['parameters']:,}", *(gb(s[f]) for f in fields)]
+        + ["yes" if s["fits"] else "no"]
+        for s in plan["stages"]
+    ]
+    widths = [max(map(len, column)) for column in zip(names, *rows)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [names, *rows]]
+    lines += ["", "GB (10^9 bytes) and parameters of one rank; * estimated"]
+    copies = ", ".join(f"{name} {count:,}" for name, count in plan["copies"].items())
+    lines.append(
+        f"{plan['parameters']:,} parameters; besides, over all ranks of a replica: copies {copies or 0}; "
+        f"padding {plan['padding']:,}"
+    )
+    if args.inference:
+        lines.append(f"context {args.max_context:,} tokens, one request; the largest that fits: "
+                     f"{plan['largest_context']:,}")  # fmt: skip
+    else:
+        lines.append(
+            f"bubble {100 * plan['bubble']:.1f} % of the time: {args.pp} stages, {plan['micro_batches']} micro-batches "
+            f"a step"
+        )
+    verdict = "fits" if plan["fits"] else "does not fit"
+    lines.append(f"{verdict} on {plan['gpus']} × {args.gpu_memory_gb:g} GB")
+    return "\n".join(lines)
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="parallel.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--plan", action="store_true", required=True)
+    add("--config", required=True, metavar="CONFIG.json", help="config.json or params.json of the model")
+    add("--tp", type=SIZE, default=1, metavar="N", help="tensor-parallel size")
+    add("--pp", type=SIZE, default=1, metavar="N", help="pipeline-parallel size")
+    add("--dp", type=SIZE, default=1, metavar="N", help="data-parallel size")
+    add("--gpu-memory-gb", type=number(float, 0, 1e6, above=True), default=80.0, metavar="F", help="10^9 bytes a GPU")
+    add("--json", action="store_true", help="one JSON object on stdout")
+    add("--max-length", type=SIZE, metavar="N", help="tokens of a sample; default 2048, or the model's context")
+    add("--micro-batch-size", type=SIZE, default=1, metavar="N")
+    add("--global-batch-size", type=SIZE, default=64, metavar="N", help="samples a step, which decide the bubble")
+    add("--activation-checkpointing", action="store_true")
+    add("--freeze", nargs="+", default=[], choices=sorted(FREEZABLE), metavar="NAME", help=", ".join(FREEZABLE))
+    add("--inference", action="store_true", help="plan generate.py with one request, not train.py")
+    add("--weights", choices=["fp8", "dequantized"], help="with --inference: FP8 weights in memory; default: as stored")
+    add("--max-context", type=SIZE, metavar="N", help="with --inference: tokens; default: the model's context")
+    args = parser.parse_args(argv)
+    if args.inference and (args.dp > 1 or args.freeze or args.activation_checkpointing or args.max_length):
+        raise UserError("--dp, --freeze, --activation-checkpointing and --max-length are for training, not --inference")
+    if not args.inference and (args.weights or args.max_context):
+        raise UserError("--weights and --max-context go with --inference")
+    return args
+
+
+def main(argv: list[str]) -> None:
+    args = parse_args(argv)
+    config = read_config(args.config)
+    limit = config.max_position_embeddings
+    args.max_length, args.max_context = args.max_length or min(2048, limit), args.max_context or limit
+    if max(args.max_length, args.max_context) > limit:
+        raise UserError(f"this model's context is {limit} tokens; --max-length and --max-context go up to that")
+    if args.weights == "fp8" and not config.fp8:
+        raise UserError(f"{args.config}: its weights are not FP8; leave out --weights fp8")
+    plan = make_plan(config, args)
+    print(json.dumps(plan) if args.json else show(plan, args))

@@ -1,0 +1,147 @@
+"""Every topology gives one process's answers: text and images, batches, sampling, FP8, both layouts."""
+
+import json
+import os
+
+import pytest
+import torch
+from helpers import layout_config, random_tokens, randomize, text_fields, to_fp8, write_checkpoint
+from ranks import run_ranks
+from test_engine import Letters
+
+import engine
+from checkpoint import Checkpoint, fill, layers_with_slices
+from config import parse_config, read_config
+from engine import Engine, Request
+from parallel import Place, find_place
+from vision import MistralMedium
+
+TOPOLOGIES = [(1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1)]
+EYES = dict(
+    model_type="pixtral", hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=8, head_dim=6,
+    num_channels=3, patch_size=3, image_size=60, hidden_act="silu", rope_parameters=dict(rope_theta=100.0),
+)  # fmt: skip
+SIZES = dict(
+    hidden_size=40, intermediate_size=56, num_hidden_layers=5, num_attention_heads=8, num_key_value_heads=2, head_dim=6,
+    vocab_size=301, vision_config=EYES,
+)  # fmt: skip
+# name -> layout, FP8 scheme on disk, whether the weights stay FP8, whether the fields differ from SIZES
+CASES = {
+    "shared key/value heads": ("new", None, False, {}),
+    "own key/value heads, tied, native": ("native", None, False, dict(num_key_value_heads=8, tie_word_embeddings=True)),
+    "fp8 dequantized": ("new", "static", False, dict(num_key_value_heads=4)),
+    "fp8 kept, native": ("native", "static", True, {}),
+    "fp8 kept, text only": ("text", "dynamic", True, dict(num_key_value_heads=8, vocab_size=17, vision_config=None)),
+}
+
+
+class Tokens(Letters):
+    """So many tokens, none of which ends an answer."""
+
+    eos_id = -1
+
+    def token_bytes(self, id: int, first: bool) -> tuple[bytes, bool]:
+        return b"x", False
+
+
+def make(directory, layout: str, fp8: str | None, changes: dict, seed: int = 0) -> str:
+    fields = text_fields("yarn, short", **(SIZES | changes))
+    draw, config = torch.Generator().manual_seed(seed), parse_config(layout_config(fields, "new")[1])
+    parts = {name: part.shape for name, (_, part) in layers_with_slices(MistralMedium(config)).items()}
+    if config.tie_word_embeddings:
+        del parts["lm_head.weight"]
+    state = {name: randomize(name, torch.empty(shape), draw) for name, shape in parts.items()}
+    if fp8:
+        state, _ = to_fp8(state, fp8 == "static")
+    write_checkpoint(directory, fields, state, layout, shards=3, fp8=fp8)
+    if layout == "native" and fields["vision_config"]:
+        path = os.path.join(str(directory), "params.json")
+        with open(path) as file:
+            params = json.load(file)
+        params["vision_encoder"] = {name: value for name, value in EYES.items() if name != "rope_parameters"}
+        params["vision_encoder"] |= dict(
+            rope_theta=100.0, image_token_id=10, max_image_size=60, mm_projector_id="patch_merge",
+            add_pre_mm_projector_layer_norm=True, adapter_bias=False,
+        )  # fmt: skip
+        with open(path, "w") as file:
+            json.dump(params, file)
+    return str(directory)
+
+
+def requests(vocab_size: int, images: bool) -> list[list[Request]]:
+    """Batches: of different lengths, of samplers, of images between text, and a single request."""
+
+    def text(count: int, seed: int) -> list[int]:
+        return [11 + token % (vocab_size - 11) for token in random_tokens(count, 1 << 20, seed)]  # no image token
+
+    def ask(count: int, new: int, **more) -> Request:
+        return Request(text(count, count), max_new_tokens=new, **more)
+
+    batches = [
+        [ask(17, 6, logprobs=True), ask(3, 9, logprobs=True), ask(1, 1), ask(30, 0, logprobs=True), ask(8, 4)],
+        [
+            ask(5, 8, temperature=1.0, seed=3),
+            ask(5, 8, temperature=0.7, top_p=0.6, seed=4),
+            ask(9, 8),
+            ask(4, 8, temperature=2.0, top_p=0.95, seed=5, logprobs=True),
+        ],
+        [ask(12, 5, logprobs=True)],
+    ]
+    if images:
+        draw = torch.Generator().manual_seed(1)
+
+        def look(*grids: tuple[int, int]) -> Request:
+            prompt, pixels = text(3, 5), []
+            for rows, columns in grids:
+                for row in range(rows):
+                    prompt += [10] * columns + [12 if row < rows - 1 else 13]
+                prompt += text(4, rows)
+                pixels.append(torch.randn(3, rows * 6, columns * 6, generator=draw))
+            return Request(prompt, pixels, max_new_tokens=5, logprobs=True)
+
+        batches.append([look((2, 3)), ask(6, 5, logprobs=True), look((1, 1), (3, 2))])
+    return batches
+
+
+def answer(cases: list[tuple[str, bool, bool]], place: Place) -> list:
+    """(tokens, log-probabilities, those of the prompt) of every request of every batch of every case."""
+    answers = []
+    for directory, keep_fp8, images in cases:
+        config = read_config(directory)
+        model = MistralMedium(config, place, torch.float32, keep_fp8)
+        fill(model, Checkpoint(directory))
+        batches = requests(config.vocab_size, images)
+        results = [Engine(model, Tokens(), 64).generate(batch) for batch in batches]
+        answers += [(a.tokens, a.logprobs, a.prompt_logprobs[1:]) for batch in results for a in batch]
+    return answers
+
+
+def answer_on_a_rank(cases, tp: int, pp: int) -> list:
+    engine.CHUNK = 7  # so that chunks cut prompts and images
+    return answer(cases, find_place(tp, pp))
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    """The checkpoints, and one process's answers."""
+    made = []
+    for i, (layout, fp8, keep_fp8, changes) in enumerate(CASES.values()):
+        directory = make(tmp_path_factory.mktemp("case"), layout, fp8, changes, seed=i)
+        made.append((directory, keep_fp8, changes.get("vision_config", EYES) is not None))
+    expected = answer(made, Place())
+    assert len({tuple(tokens) for tokens, *_ in expected}) > 40
+    return made, expected
+
+
+@pytest.mark.time_limit(300)
+@pytest.mark.parametrize(
+    "tp, pp", [t if t in ((2, 1), (1, 2), (2, 2)) else pytest.param(*t, marks=pytest.mark.slow) for t in TOPOLOGIES]
+)
+def test_a_topology_equals_one_process(tp, pp, cases):
+    made, expected = cases
+    ranks = run_ranks(answer_on_a_rank, tp * pp, made, tp, pp, seconds=280)
+    for rank in ranks:
+        assert rank == ranks[0]
+    for got, want in zip(ranks[0], expected, strict=True):
+        assert got[0] == want[0]
+        assert got[1] == pytest.approx(want[1], abs=1e-4) and got[2] == pytest.approx(want[2], abs=1e-4)
