@@ -26,6 +26,7 @@ from tokenizer import load_tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 KEYS = ["prompt_tokens", "tokens", "text", "reasoning", "tool_calls", "finish_reason", "stats"]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # a tiny model gains nothing from more, least on a busy machine
 STATS = {"load_s", "prefill_tokens_per_s", "decode_tokens_per_s", "peak_memory_bytes", "weight_bytes", "bytes_read"}
 
 
@@ -42,7 +43,8 @@ def start(*arguments, stdin: str | bytes = b"", **options) -> subprocess.Complet
     """`python generate.py` in a process of its own."""
     stdin = stdin.encode() if isinstance(stdin, str) else stdin
     command = [sys.executable, os.path.join(ROOT, "generate.py"), *arguments]
-    return subprocess.run(command, input=stdin, capture_output=True, timeout=100, **options)
+    options.setdefault("env", ONE_THREAD)
+    return subprocess.run(command, input=stdin, capture_output=True, timeout=400, **options)
 
 
 @pytest.fixture
@@ -205,6 +207,7 @@ def test_context(ckpt, program):
 # --------------------------------------------------------------------------------------------------- interactive
 
 
+@pytest.mark.time_limit(300)
 def test_interactive(ckpt):
     """A chat over a pipe: commands, history, and the same answers as asked alone."""
     common = ("--ckpt", ckpt, "--dtype", "float32", "--max-new-tokens", "6")
@@ -247,7 +250,7 @@ def test_interactive_needs_no_flag_in_a_terminal(ckpt):
     parent, child = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, os.path.join(ROOT, "generate.py"), "--ckpt", ckpt, "--max-new-tokens", "2"],
-        stdin=child, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdin=child, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ONE_THREAD,
     )  # fmt: skip
     os.write(parent, b"the\n/exit\n")
     out, err = process.communicate(timeout=60)
@@ -374,6 +377,7 @@ def test_bad_checkpoints(ckpt, program, tmp_path):
     refused(ask(tmp_path), "config.json")
 
 
+@pytest.mark.time_limit(300)
 def test_mistakes_in_a_process(ckpt, tmp_path):
     """The whole way: exit status 2, one line, no traceback. With the shell's raw bytes, too."""
     path = tmp_path / "r.jsonl"
@@ -389,11 +393,12 @@ def test_mistakes_in_a_process(ckpt, tmp_path):
         refused((done.returncode, done.stdout.decode(), done.stderr.decode()), named)
 
 
+@pytest.mark.time_limit(300)
 def test_bad_bytes_in_the_chat(ckpt):
     """Invalid UTF-8 on stdin is one line, too, and the chat goes on."""
     for mode in ("utf-8:strict", "utf-8:surrogateescape"):
         arguments = ("--ckpt", ckpt, "--interactive", "--max-new-tokens", "2")
-        done = start(*arguments, stdin=b"hi\n\xff\xfe\nhi\n", env={**os.environ, "PYTHONIOENCODING": mode})
+        done = start(*arguments, stdin=b"hi\n\xff\xfe\nhi\n", env={**ONE_THREAD, "PYTHONIOENCODING": mode})
         errors = [line for line in done.stderr.splitlines() if line.startswith(b"error: ")]
         assert done.returncode == 0 and b"Traceback" not in done.stderr
         assert len(errors) == 1 and b"UTF-8" in errors[0]
@@ -410,7 +415,7 @@ def test_a_reader_that_goes_away(ckpt, tmp_path):
     path.write_text('{"raw": "a", "max_new_tokens": 1}\n' * 3000)
     process = subprocess.Popen(
         [sys.executable, os.path.join(ROOT, "generate.py"), "--ckpt", ckpt, "--requests", str(path), "--json"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ONE_THREAD,
     )  # fmt: skip
     process.stdout.readline()
     process.stdout.close()
@@ -439,7 +444,7 @@ def test_real_weights():
     said = {}
     for layout in ("hf", "fp8", "native"):
         arguments = ("--ckpt", os.path.join(os.environ["SMOLLM"], layout), "--raw", "--json", "--max-new-tokens", "64")
-        done = start(*arguments, "--prompt", "The capital of France is")
+        done = start(*arguments, "--prompt", "The capital of France is", env=os.environ)
         assert done.returncode == 0, done.stderr
         said[layout] = json.loads(done.stdout)
         assert "Paris" in said[layout]["text"], said[layout]["text"]
