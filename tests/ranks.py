@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import socket
 import time
 import traceback
@@ -35,7 +36,7 @@ def run_ranks(work, world: int, *arguments, seconds: float = 110) -> list:
             ready = wait([p for i, p in enumerate(pipes) if i not in results], deadline - time.monotonic())
             assert ready, f"ranks {sorted(set(range(world)) - set(results))} were not done after {seconds} s"
             for pipe in ready:
-                good, value = pipe.recv()  # EOFError: the rank was killed
+                good, value = pickle.loads(pipe.recv_bytes())  # EOFError: the rank was killed
                 assert good, f"rank {pipes.index(pipe)}:\n{value}"
                 results[pipes.index(pipe)] = value
     finally:
@@ -56,6 +57,6 @@ def _rank(pipe, rank: int, world: int, port: int, work, arguments) -> None:
         answer = (False, traceback.format_exc())
     if answer[0] and dist.is_initialized():
         dist.barrier()
-    pipe.send(answer)
+    pipe.send_bytes(pickle.dumps(answer))  # by value; torch's own pickler would share memory that is gone too soon
     pipe.close()
     os._exit(0)
