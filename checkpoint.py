@@ -213,9 +213,14 @@ def some(names: Iterable[str]) -> str:
 def check_names(checkpoint: Checkpoint, config: Config, whole_model: nn.Module) -> None:
     """Every tensor of the whole model is in the checkpoint, with a scale where it has one, and nothing else is."""
     expected = set(layers_with_slices(whole_model))
+    here = set(checkpoint.tensors)
     if config.tie_word_embeddings:
         expected.discard("lm_head.weight")
-    here = set(checkpoint.tensors)
+        if "lm_head.weight" in here:
+            raise UserError(
+                f"{checkpoint.directory}: holds an lm_head, but its config says (or leaves it to the default) that the "
+                "head is tied to the embeddings; set tie_word_embeddings to false in it"
+            )
     scales = {name for name in here if name.endswith((".weight_scale_inv", ".activation_scale"))}
     if missing := expected - here:
         raise UserError(f"{checkpoint.directory}: {len(missing)} tensors are missing: {some(missing)}")
@@ -300,8 +305,7 @@ def prepare(checkpoint: Checkpoint, name: str, layer: nn.Module, part: Slice, co
             layer.activation_scale = checkpoint.scale(inputs).to(device)
     elif scale is not None:
         weight = fp8.dequantize(weight, scale.to(device), layer.weight.dtype)
-    if weight.shape == part.local_shape:
-        return weight.to(layer.weight.dtype)
+    # Always a copy: what was read is a view of the mapped file, which somebody may truncate while the program runs.
     out = torch.zeros(part.local_shape, dtype=layer.weight.dtype, device=device)
     out[tuple(slice(0, n) for n in weight.shape)] = weight
     return out

@@ -157,9 +157,8 @@ def parse_config(raw: dict, where: str = "config.json") -> Config:
         text.only(name, False, None)
     hidden_size, heads = text.size("hidden_size"), text.size("num_attention_heads")
     max_positions = text.size("max_position_embeddings")
-    tied = [f.get("tie_word_embeddings", bool) for f in (text, top) if f.values.get("tie_word_embeddings") is not None]
-    if len(set(tied)) > 1:
-        raise UserError(f"{where}: tie_word_embeddings is {tied[1]} at the top but {tied[0]} in text_config")
+    # The top's word counts where the two differ, as in transformers, whose own defaults do; without a word, its defaults.
+    tied = top.get("tie_word_embeddings", bool, text.get("tie_word_embeddings", bool, nested))
 
     fp8, scheme = False, "static"
     if (quantization := raw.get("quantization_config")) is not None:
@@ -212,7 +211,7 @@ def parse_config(raw: dict, where: str = "config.json") -> Config:
         head_dim=text.size("head_dim", max(1, hidden_size // heads)),
         rms_norm_eps=text.positive("rms_norm_eps"),
         max_position_embeddings=max_positions,
-        tie_word_embeddings=tied[0] if tied else nested,  # the defaults of the two HF classes differ
+        tie_word_embeddings=tied,
         rope=parse_rope(text, max_positions),
         vision=vision,
         fp8=fp8,
