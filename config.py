@@ -157,7 +157,7 @@ def parse_config(raw: dict, where: str = "config.json") -> Config:
         text.only(name, False, None)
     hidden_size, heads = text.size("hidden_size"), text.size("num_attention_heads")
     max_positions = text.size("max_position_embeddings")
-    # The top's word counts where the two differ, as in transformers, whose own defaults do; without a word, its defaults.
+    # Where the two differ the top's word counts, as in transformers, whose own defaults differ.
     tied = top.get("tie_word_embeddings", bool, text.get("tie_word_embeddings", bool, nested))
 
     fp8, scheme = False, "static"
