@@ -1,0 +1,135 @@
+"""Scenes of coloured shapes with a digit or a word, and the pictures of them.
+
+A scene is a grid of cells, of which some hold a shape. Cells, and with them shapes, vary in size, are not square and
+not aligned with the vision tower's patches, so that the tower has to find out what is where.
+"""
+
+import math
+import random
+from dataclasses import dataclass, field
+
+from PIL import Image, ImageDraw, ImageFont
+
+COLOURS = {
+    "red": (215, 40, 40),
+    "green": (40, 160, 70),
+    "blue": (40, 90, 220),
+    "yellow": (235, 200, 40),
+    "purple": (140, 60, 180),
+}
+NEW_COLOUR = {"pink": (250, 140, 190)}
+SHAPES = {"circle": "circles", "square": "squares", "triangle": "triangles", "star": "stars", "cross": "crosses"}
+WORDS = ("cat", "dog", "sun", "key", "map", "box", "tree", "fish", "moon", "ship", "bird", "lamp")
+BACKGROUNDS = {(255, 255, 255): (20, 20, 20), (238, 234, 222): (60, 40, 30), (40, 42, 54): (245, 245, 245)}  # and ink
+SUPERSAMPLE = 4
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A shape in a cell of the picture's grid."""
+
+    colour: str
+    shape: str
+    column: int
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+    def place(self, axis: int) -> int:
+        return (self.column, self.row)[axis]
+
+
+@dataclass
+class Scene:
+    """What a picture shows: shapes, at most one of a digit and a word, and the grid's size in cells and pixels."""
+
+    columns: int
+    rows: int
+    cell: tuple[float, float]
+    things: list[Thing]
+    digit: str = ""
+    word: str = ""
+    text_row: int = 0
+    text_column: int = 0
+    things_by: list[list[Thing]] = field(init=False)  # from left to right, and from top to bottom
+
+    def __post_init__(self):
+        self.things_by = [
+            sorted(self.things, key=lambda t: (t.column, t.row)),
+            sorted(self.things, key=lambda t: (t.row, t.column)),
+        ]
+
+
+def draw_scene(
+    rng: random.Random, least: int = 1, most: int = 6, wide: bool = False, colours=tuple(COLOURS), must: str = ""
+) -> Scene:
+    """A random scene of `least` to `most` shapes, fewer where there is no room.
+
+    wide: sides in a ratio above 2.5 instead of below 2.2. must: a colour that at least one shape has.
+    """
+    while True:
+        columns, rows = rng.randint(1, 4), rng.randint(1, 4)
+        cell = [rng.uniform(24, max(24.1, min(46, 112 / n))) for n in (columns, rows)]
+        ratio = max(columns * cell[0] / (rows * cell[1]), rows * cell[1] / (columns * cell[0]))
+        if (2.5 < ratio < 5) if wide else ratio < 2.2:
+            break
+    free = [(c, r) for c in range(columns) for r in range(rows)]
+    text = {}
+    if rng.random() < 0.35 and len(free) > 1:
+        if columns > 1 and rows > 1 and rng.random() < 0.5:
+            text = dict(word=rng.choice(WORDS), text_row=rng.randrange(rows))
+            free = [(c, r) for c, r in free if r != text["text_row"]]
+        else:
+            column, row = free.pop(rng.randrange(len(free)))
+            text = dict(digit=str(rng.randrange(10)), text_row=row, text_column=column)
+    rng.shuffle(free)
+    few_shapes = rng.sample(list(SHAPES), rng.randint(2, 5))  # so that some occur more than once
+    few_colours = rng.sample(colours, rng.randint(2, len(colours)))
+    count = min(rng.randint(least, most), len(free))
+    things = [Thing(rng.choice(few_colours), rng.choice(few_shapes), *cell) for cell in free[:count]]
+    if must and not any(thing.colour == must for thing in things):
+        things[0] = Thing(must, things[0].shape, things[0].column, things[0].row)
+    return Scene(columns, rows, tuple(cell), things, **text)
+
+
+def render(scene: Scene, rng: random.Random, scale: float = 1.0) -> Image.Image:
+    """The scene as a picture; sizes, places in the cells and colours vary a little."""
+    s = scale * SUPERSAMPLE
+    cw, ch = scene.cell[0] * s, scene.cell[1] * s
+    size = [round(n * c / SUPERSAMPLE) * SUPERSAMPLE for n, c in ((scene.columns, cw), (scene.rows, ch))]
+    background, ink = rng.choice(list(BACKGROUNDS.items()))
+    image = Image.new("RGB", size, background)
+    draw = ImageDraw.Draw(image)
+    for thing in scene.things:
+        r = min(cw, ch) * rng.uniform(0.32, 0.44)
+        x = (thing.column + 0.5) * cw + rng.uniform(-1, 1) * (cw / 2 - r) * 0.6
+        y = (thing.row + 0.5) * ch + rng.uniform(-1, 1) * (ch / 2 - r) * 0.6
+        colour = (COLOURS | NEW_COLOUR)[thing.colour]
+        draw_shape(draw, thing.shape, x, y, r, tuple(min(255, max(0, c + rng.randint(-14, 14))) for c in colour))
+    if text := scene.digit or scene.word:
+        width = cw if scene.digit else scene.columns * cw
+        font = ImageFont.load_default(100)
+        left, top, right, bottom = font.getbbox(text)
+        height = min(ch * rng.uniform(0.65, 0.85), (bottom - top) * width * 0.9 / (right - left))
+        font = ImageFont.load_default(100 * height / (bottom - top))
+        x = (scene.text_column + 0.5) * cw if scene.digit else scene.columns * cw / 2
+        draw.text((x, (scene.text_row + 0.5) * ch), text, fill=ink, font=font, anchor="mm")
+    return image.reduce(SUPERSAMPLE)
+
+
+def draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill: tuple) -> None:
+    """A shape with centre (x, y) that reaches r pixels far."""
+    if shape == "circle":
+        draw.ellipse((x - r, y - r, x + r, y + r), fill)
+    elif shape == "square":
+        draw.rectangle((x - 0.85 * r, y - 0.85 * r, x + 0.85 * r, y + 0.85 * r), fill)
+    elif shape == "triangle":
+        draw.polygon([(x, y - r), (x - r, y + 0.8 * r), (x + r, y + 0.8 * r)], fill)
+    elif shape == "star":
+        turns = [math.pi * i / 5 for i in range(10)]
+        reach = [1.1 * r, 0.45 * r] * 5
+        draw.polygon([(x + q * math.sin(t), y - q * math.cos(t)) for q, t in zip(reach, turns)], fill)
+    else:
+        draw.rectangle((x - r, y - 0.3 * r, x + r, y + 0.3 * r), fill)
+        draw.rectangle((x - 0.3 * r, y - r, x + 0.3 * r, y + r), fill)

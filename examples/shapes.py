@@ -1,0 +1,210 @@
+"""Pictures of shapes, questions about them, and everything else that the small checkpoint is trained and tested on.
+
+    python examples/shapes.py OUT --chats 128000 --seed 0
+
+OUT then holds the chats that `train.py` reads, each set beside the folder of its pictures, with no picture in two sets:
+
+    train.jsonl                 the training chats, in the order in which they are to be read (see `training_chats`)
+    val.jsonl, calibrate.jsonl  a few more of the same kind
+    single.jsonl, several.jsonl, tools.jsonl, text.jsonl    held-out questions, one a chat, for `evaluate.py`
+    large.jsonl, wide.jsonl     single-step questions on pictures of twice the size, or of shapes not trained on
+    pink_train.jsonl, pink.jsonl    a colour that occurs nowhere else, for a fine-tune
+    start/                      config.json and the tokenizer, learned from the training text (`tiny_tokenizer.py`)
+
+Beside each held-out set, NAME.kinds names the kind of each of its questions. Everything follows from the seed.
+
+A chat about a picture has several turns, because looking costs more than answering. Questions of several steps have a
+thought, which scans the picture and then counts in the text; it is used with reasoning effort "high" and left
+out with "none". The shortest side of a picture is 24 pixels and the longest 112; cells, and with them shapes, are not
+square, not aligned with the patches and vary in size, so that the tower has to find out what is where.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterable, Iterator
+
+from pictures import COLOURS, NEW_COLOUR, SHAPES, WORDS, draw_scene, render
+from PIL import Image
+from questions import CALLS, NUMBERS, SEVERAL, SINGLE, TOOLS, Asker, Question, small_talk
+from tiny_tokenizer import write_tekken
+
+
+def chat(questions: list[Question], image: str = "", effort: str = "none", offered: tuple[str, ...] = ()) -> dict:
+    """Questions and answers as one training chat; with effort "high" the assistant thinks before it answers."""
+    messages = []
+    for i, question in enumerate(questions):
+        content: list[dict] | str = question.text
+        if image and i == 0:
+            content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": question.text}]
+        messages.append({"role": "user", "content": content})
+        answer = [{"type": "text", "text": question.answer}] if question.answer else []
+        if effort == "high" and question.thought:
+            answer.insert(0, {"type": "thinking", "thinking": question.thought})
+        messages.append({"role": "assistant", "content": answer})
+        if question.call:
+            messages[-1]["tool_calls"] = [{"id": f"call{i}", "type": "function", "function": question.call}]
+            if i + 1 < len(questions):
+                messages.append({"role": "tool", "tool_call_id": f"call{i}", "content": "ok"})
+                messages.append({"role": "assistant", "content": "done"})
+    tools = {"tools": [TOOLS[name] for name in offered]} if offered else {}
+    return {"messages": messages, **tools, "reasoning_effort": effort}
+
+
+class Album:
+    """A folder of pictures, none of them twice and none that `seen`, shared between albums, knows already."""
+
+    def __init__(self, out: str, name: str, seen: set[bytes]):
+        self.out, self.folder, self.seen, self.count = out, f"images/{name}", seen, 0
+
+    def add(self, image: Image.Image) -> str | None:
+        """The picture's path relative to OUT, or None if it has been drawn before."""
+        digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
+        if digest in self.seen:
+            return None
+        self.seen.add(digest)
+        path = f"{self.folder}/{self.count // 1000}/{self.count}.png"
+        os.makedirs(os.path.dirname(os.path.join(self.out, path)), exist_ok=True)
+        image.save(os.path.join(self.out, path))
+        self.count += 1
+        return path
+
+
+def training_chats(album: Album, count: int, rng: random.Random) -> Iterator[dict]:
+    """`count` chats, easy ones first: a model that cannot see yet learns it from pictures of one or two shapes."""
+    made = 0
+    while made < count:
+        done = made / count
+        early, most = done < 0.2, 2 if done < 0.1 else 3 if done < 0.2 else 6
+        what = rng.choices(("none", "high", "tools", "text"), (70, 20, 0 if early else 8, 2))[0]
+        if what == "text":
+            questions = [small_talk(rng) for _ in range(rng.randint(2, 6))]
+            made += 1
+            yield chat(questions, effort=rng.choice(("none", "high")))
+            continue
+        scene = draw_scene(rng, 1 if early or rng.random() < 0.5 else 3, most)
+        asker, effort, offered = Asker(scene, rng), "none", []
+        if what == "none":
+            questions = asker.draw(SINGLE if early or rng.random() < 0.5 else SINGLE + SEVERAL, rng.randint(5, 7))
+            if early or rng.random() < 0.5:
+                questions.insert(rng.choice((0, len(questions))) if early else len(questions), asker.describe())
+        elif what == "high":
+            effort = "high"
+            questions = asker.draw(SINGLE if early else SINGLE[:4] + SEVERAL * 2, rng.randint(2, 4))
+        else:
+            effort = rng.choice(("none", "none", "high"))
+            questions = asker.draw(CALLS, rng.randint(1, 3)) + asker.draw(SINGLE, 1)
+            rng.shuffle(questions)
+            wanted = {question.call["name"] for question in questions if question.call}
+            offered = [name for name in TOOLS if name in wanted or rng.random() < 0.3]
+            rng.shuffle(offered)
+        if questions and (image := album.add(render(scene, rng))):
+            made += 1
+            yield chat(questions, image, effort, tuple(offered))
+
+
+def sorted_in_groups(chats: Iterator[dict], size: int) -> Iterator[dict]:
+    """The same chats, but each `size` of them, the batch of a step, by length: micro-batches with little padding."""
+    group = []
+    for one in chats:
+        group.append((len(json.dumps(one)), one))
+        if len(group) == size:
+            yield from (one for _, one in sorted(group, key=lambda pair: pair[0]))
+            group = []
+    yield from (one for _, one in sorted(group, key=lambda pair: pair[0]))
+
+
+def write(out: str, name: str, chats: Iterable[dict], kinds: list[str] | None = None) -> None:
+    with open(os.path.join(out, f"{name}.jsonl"), "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(chat, ensure_ascii=False) + "\n" for chat in chats)
+    if kinds is not None:
+        with open(os.path.join(out, f"{name}.kinds"), "w", encoding="utf-8") as file:
+            file.writelines(kind + "\n" for kind in kinds)
+
+
+def held_out(
+    album: Album,
+    count: int,
+    rng: random.Random,
+    kinds: tuple[str, ...],
+    scale: float = 1.0,
+    think: bool = True,
+    **scene,
+) -> tuple[list[dict], list[str]]:
+    """Chats of one question about one picture each, and the questions' kinds. `scene`: what `draw_scene` is told."""
+    chats, asked = [], []
+    while len(chats) < count:
+        drawn = draw_scene(rng, **scene)
+        questions = Asker(drawn, rng, scene.get("colours", tuple(COLOURS))).draw(kinds, 1)
+        if not questions or scene.get("must", "") not in questions[0].text + questions[0].answer:
+            continue
+        if image := album.add(render(drawn, rng, scale)):
+            offered = tuple(TOOLS) if questions[0].call else ()
+            chats.append(chat(questions, image, "high" if think else "none", offered))
+            asked.append(questions[0].kind)
+    return chats, asked
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", metavar="OUT")
+    parser.add_argument("--chats", type=int, default=128000, metavar="N", help="training chats")
+    parser.add_argument("--held-out", type=int, default=500, metavar="N", help="pictures a held-out set")
+    parser.add_argument("--group", type=int, default=32, metavar="N", help="chats a step, which are sorted by length")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    args = parser.parse_args()
+    os.makedirs(args.out)
+    out, n, seen = args.out, args.held_out, set()
+
+    def rng(name: str) -> random.Random:
+        return random.Random(f"{args.seed} {name}")
+
+    pink = dict(colours=(*COLOURS, *NEW_COLOUR), must="pink")
+    for name, count, kinds, extra in (
+        ("single", n, SINGLE, {}),
+        ("several", n, SEVERAL, dict(least=3)),
+        ("tools", n, CALLS, {}),
+        ("large", n, SINGLE, dict(scale=2.0)),
+        ("wide", n, SINGLE, dict(wide=True)),
+        ("pink", n, SINGLE, pink),
+        ("pink_train", 500, SINGLE, dict(think=False, **pink)),
+    ):
+        write(out, name, *held_out(Album(out, name, seen), count, rng(name), kinds, **extra))
+    talk = [small_talk(rng(f"text {i}")) for i in range(n // 2)]
+    write(out, "text", [chat([question]) for question in talk], [question.kind for question in talk])
+    for name, count in (("val", n), ("calibrate", n // 2), ("train", args.chats)):
+        chats = training_chats(Album(out, name, seen), count, rng(name))
+        write(out, name, sorted_in_groups(chats, args.group))
+
+    start = os.path.join(out, "start")
+    os.makedirs(start)
+    shutil.copy(os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny_config.json"), f"{start}/config.json")
+    with open(os.path.join(out, "val.jsonl"), encoding="utf-8") as file:
+        texts = [text for line in file for text in strings(json.loads(line))]
+    texts += [json.dumps(tool) for tool in TOOLS.values()] * 40
+    texts += ['{"reasoning_effort": "none"}', '{"reasoning_effort": "high"}'] * 200
+    for word in (*COLOURS, *NEW_COLOUR, *SHAPES, *SHAPES.values(), *WORDS, *NUMBERS):
+        texts += [word, f" {word}"] * 20
+    write_tekken(os.path.join(start, "tekken.json"), texts)
+
+
+def strings(value) -> Iterator[str]:
+    """Every text in a JSON value that the model will read."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            if key == "arguments":
+                yield json.dumps(part)
+            elif key not in ("type", "role", "url", "id", "tool_call_id", "tools", "reasoning_effort"):
+                yield from strings(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from strings(part)
+    else:
+        yield value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Makes the small checkpoint: data, training from random weights, FP8, and a measurement.
+#
+#     bash examples/train_tiny.sh OUT
+#
+# OUT/tiny is the checkpoint. Two processes on two cores; CHATS, HELD_OUT and PROCESSES make it smaller or wider.
+set -euo pipefail
+out=$(realpath -m "${1:?say where to: bash examples/train_tiny.sh OUT}")
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export OMP_NUM_THREADS=1
+data=$out/data
+
+[ -d "$data" ] || {
+    python examples/shapes.py "$data.partial" --chats "${CHATS:-128000}" --held-out "${HELD_OUT:-500}"
+    mv "$data.partial" "$data"
+}
+
+# One epoch in the order of the file, which begins with easy pictures. A rate this high needs a short warm-up.
+torchrun --standalone --nproc-per-node "${PROCESSES:-2}" train.py --init "$data/start/config.json" \
+    --tokenizer "$data/start" --data "$data/train.jsonl" --out "$out/run" --resume --save-every 200 \
+    --no-shuffle --epochs 1 --global-batch-size 32 --micro-batch-size 16 --dtype float32 \
+    --lr 1.5e-3 --min-lr 5e-5 --warmup-steps 60 --betas 0.9 0.98
+
+rm -rf "$out/tiny"
+python fp8.py "$out/run/model" "$out/tiny" --calibrate "$data/calibrate.jsonl"
+python examples/evaluate.py "$data" --ckpt "$out/tiny" --by-kind
