@@ -6,7 +6,6 @@ import random
 import re
 import resource
 import shutil
-import signal
 import sys
 import time
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 from helpers import load, log_probabilities, write_json, write_tekken
 from safetensors.torch import load_file, save_file
-from train_cases import IMAGES, ROOT, TEXT, arguments, launch, make_chats, make_checkpoint, metrics, start, worst
+from train_cases import IMAGES, ROOT, TEXT, arguments, kill, launch, make_chats, make_checkpoint, metrics, start, worst
 
 import train
 from checkpoint import Checkpoint
@@ -46,10 +45,7 @@ def kill_after(argv: list[str], topology: tuple[int, int, int], step: int, delay
             time.sleep(delay)
             break
     alive = process.poll() is None
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+    kill(process)
     process.communicate()
     return alive
 

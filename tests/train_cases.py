@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def make_checkpoint(folder, config: Config, seed: int = 0, dtype=torch.float32) 
         tensors[hf_name(tensor.name, config)] = weight.to(dtype)
     save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
     write_json(os.path.join(folder, "config.json"), to_hf(config))
-    assert write_tekken(folder) <= VOCABULARY
+    assert write_tekken(folder) <= config.vocab_size
     return str(folder)
 
 
@@ -96,7 +97,7 @@ def arguments(ckpt: str, data: str, out, **options) -> list[str]:
 
 
 def start(argv: list[str], topology: tuple[int, int, int] = (1, 1, 1), **popen) -> subprocess.Popen:
-    """train.py with torchrun on tp × pp × dp processes, or by itself, in a process group of its own."""
+    """train.py with torchrun on tp × pp × dp processes, or by itself."""
     (tp, pp, dp), command = topology, [sys.executable]
     if tp * pp * dp > 1:
         with socket.socket() as probe:
@@ -107,8 +108,30 @@ def start(argv: list[str], topology: tuple[int, int, int] = (1, 1, 1), **popen) 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         [*command, os.path.join(ROOT, "train.py"), *argv], env=environment, stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE, text=True, start_new_session=True, **popen,
+        stdout=subprocess.PIPE, text=True, **popen,
     )  # fmt: skip
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL a run with all its ranks; torchrun, which would tell them to stop, is halted first."""
+    try:
+        os.kill(process.pid, signal.SIGSTOP)
+    except ProcessLookupError:
+        return
+    family = [process.pid]
+    for entry in os.listdir("/proc"):
+        try:
+            with open(f"/proc/{entry}/stat", encoding="utf-8") as file:
+                parent = int(file.read().rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):
+            continue
+        if parent == process.pid:
+            family.insert(0, int(entry))
+    for pid in family:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
 
 
 def launch(argv: list[str], topology: tuple[int, int, int] = (1, 1, 1), timeout: int = 300, **popen):
@@ -118,7 +141,7 @@ def launch(argv: list[str], topology: tuple[int, int, int] = (1, 1, 1), timeout:
         _, errors = process.communicate(timeout=timeout)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, 9)
+            kill(process)
     return process.returncode, errors
 
 
