@@ -229,11 +229,14 @@ class Asker:
             return Question("move_shape", f"Move the {name} shape {side}.", "", question.thought, call)
 
     def draw(self, kinds: tuple[str, ...], count: int) -> list[Question]:
-        """Up to `count` different questions of kinds drawn from `kinds`."""
+        """Up to `count` different questions of kinds drawn from `kinds`, in equal shares as far as the scene allows."""
         found = {}
-        for _ in range(8 * count):
-            if (question := getattr(self, self.rng.choice(kinds))()) is not None:
-                found.setdefault(question.text, question)
+        for _ in range(2 * count):
+            kind = self.rng.choice(kinds)
+            for _ in range(6):
+                if (question := getattr(self, kind)()) is not None and question.text not in found:
+                    found[question.text] = question
+                    break
             if len(found) == count:
                 break
         return list(found.values())

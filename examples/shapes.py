@@ -136,15 +136,16 @@ def held_out(
 ) -> tuple[list[dict], list[str]]:
     """Chats of one question about one picture each, and the questions' kinds. `scene`: what `draw_scene` is told."""
     chats, asked = [], []
-    while len(chats) < count:
-        drawn = draw_scene(rng, **scene)
-        questions = Asker(drawn, rng, scene.get("colours", tuple(COLOURS))).draw(kinds, 1)
-        if not questions or scene.get("must", "") not in questions[0].text + questions[0].answer:
-            continue
-        if image := album.add(render(drawn, rng, scale)):
-            offered = tuple(TOOLS) if questions[0].call else ()
-            chats.append(chat(questions, image, "high" if think else "none", offered))
-            asked.append(questions[0].kind)
+    for _ in range(count):
+        kind, image = rng.choice(kinds), None
+        while image is None:
+            drawn = draw_scene(rng, **scene)
+            questions = Asker(drawn, rng, scene.get("colours", tuple(COLOURS))).draw((kind,), 1)
+            if questions and scene.get("must", "") in questions[0].text + questions[0].answer:
+                image = album.add(render(drawn, rng, scale))
+        offered = tuple(TOOLS) if questions[0].call else ()
+        chats.append(chat(questions, image, "high" if think else "none", offered))
+        asked.append(questions[0].kind)
     return chats, asked
 
 
@@ -162,15 +163,17 @@ def main() -> None:
     def rng(name: str) -> random.Random:
         return random.Random(f"{args.seed} {name}")
 
+    about_shapes = tuple(kind for kind in SINGLE if kind != "read")
+    anywhere = tuple(kind for kind in SINGLE if kind != "where")  # such narrow pictures have no four corners
     pink = dict(colours=(*COLOURS, *NEW_COLOUR), must="pink")
     for name, count, kinds, extra in (
         ("single", n, SINGLE, {}),
         ("several", n, SEVERAL, dict(least=3)),
         ("tools", n, CALLS, {}),
         ("large", n, SINGLE, dict(scale=2.0)),
-        ("wide", n, SINGLE, dict(wide=True)),
-        ("pink", n, SINGLE, pink),
-        ("pink_train", 500, SINGLE, dict(think=False, **pink)),
+        ("wide", n, anywhere, dict(wide=True)),
+        ("pink", n, about_shapes, pink),
+        ("pink_train", 500, about_shapes, dict(think=False, **pink)),
     ):
         write(out, name, *held_out(Album(out, name, seen), count, rng(name), kinds, **extra))
     talk = [small_talk(rng(f"text {i}")) for i in range(n // 2)]

@@ -1,0 +1,302 @@
+"""The small checkpoint's data: pictures that show their scenes, answers that are right, sets that share no picture."""
+
+import glob
+import hashlib
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+EXAMPLES = os.path.join(ROOT, "examples")
+sys.path.insert(0, EXAMPLES)
+
+from evaluate import SETS, is_right
+from pictures import COLOURS, SHAPES, WORDS, Scene, Thing, draw_scene, render
+from questions import CALLS, NUMBERS, SEVERAL, SIDES, SINGLE, Asker
+
+from chat import encode_chat
+from config import read_config
+from data import Chats
+from parallel import Place
+from tokenizer import load_tokenizer
+from vision import MistralMedium
+
+
+def make(folder, *options: str) -> str:
+    command = [sys.executable, os.path.join(EXAMPLES, "shapes.py"), str(folder), "--chats", "120", "--held-out", "15"]
+    subprocess.run([*command, *options], check=True, timeout=100)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    return make(tmp_path_factory.mktemp("shapes") / "data")
+
+
+def contents(folder: str) -> dict[str, bytes]:
+    paths = [path for path in glob.glob(f"{folder}/**", recursive=True) if os.path.isfile(path)]
+    return {os.path.relpath(path, folder): open(path, "rb").read() for path in paths}
+
+
+def chats(folder: str, name: str) -> list[dict]:
+    with open(os.path.join(folder, f"{name}.jsonl"), encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+# ---- pictures
+
+
+def nearest(pixel: tuple, colours: dict) -> str:
+    return min(colours, key=lambda name: sum((a - b) ** 2 for a, b in zip(pixel, colours[name])))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_picture_shows_its_scene(scale):
+    """Every shape's colour is at its place, and there is nothing but background in cells without one."""
+    rng = random.Random(3)
+    for _ in range(60):
+        scene = draw_scene(rng)
+        image = render(scene, rng, scale)
+        width, height = (n * size * scale for n, size in zip((scene.columns, scene.rows), scene.cell))
+        assert abs(image.width - width) < 1 and abs(image.height - height) < 1
+        background = image.getpixel((0, 0))
+        filled = {(thing.column, thing.row): thing for thing in scene.things}
+        for column in range(scene.columns):
+            for row in range(scene.rows):
+                box = [round(v) for v in (column * width / scene.columns, row * height / scene.rows)]
+                box += [round(v) for v in ((column + 1) * width / scene.columns, (row + 1) * height / scene.rows)]
+                found = image.crop(box).getcolors(1 << 20)
+                thing = filled.get((column, row))
+                if thing is None:
+                    assert len(found) == 1 or scene.digit or scene.word
+                    continue
+                shares = [(n, pixel) for n, pixel in found if max(abs(a - b) for a, b in zip(pixel, background)) > 60]
+                assert nearest(max(shares)[1], COLOURS) == thing.colour
+
+
+def pixels_of(image: Image.Image) -> list[tuple]:
+    return [image.getpixel((x, y)) for y in range(image.height) for x in range(image.width)]
+
+
+def test_shapes_look_different():
+    """How much of the same square each shape covers tells them apart; a cross and a star are no circle."""
+    areas = {}
+    for shape in SHAPES:
+        scene = Scene(1, 1, (44.0, 44.0), [Thing("blue", shape, 0, 0)])
+        image = render(scene, random.Random(1), 3.0)
+        areas[shape] = sum(nearest(p, {**COLOURS, "": image.getpixel((0, 0))}) == "blue" for p in pixels_of(image))
+    assert len({round(area, -2) for area in areas.values()}) == len(SHAPES), areas
+    assert areas["star"] < areas["cross"] < areas["square"]
+
+
+@pytest.mark.parametrize("text", [*WORDS, "4"])
+def test_texts_stay_inside_the_picture(text):
+    scene = Scene(3, 2, (26.0, 30.0), [Thing("red", "star", 1, 0)], text_row=1, text_column=2)
+    scene.digit, scene.word = (text, "") if text.isdigit() else ("", text)
+    image = render(scene, random.Random(0), 2.0)
+    lower = image.crop((0, image.height // 2 + 2, image.width, image.height))
+    edge = [lower.getpixel((x, y)) for x in (0, lower.width - 1) for y in range(lower.height)]
+    assert len(set(edge)) == 1 and len(lower.getcolors(1 << 20)) > 2
+
+
+# ---- questions
+
+
+def members(plural: str, things: list[Thing]) -> list[Thing]:
+    """What a name such as "red circles", "stars" or "blue shapes" speaks of, written down from scratch."""
+    words = plural[:-2] if plural.endswith("crosses") else plural[:-1]
+    return [t for t in things if all(word in (t.colour, t.shape, "shape") for word in words.split())]
+
+
+def truth(kind: str, text: str, scene: Scene) -> str:
+    """The answer, found in another way than by the code that asked."""
+    things = scene.things
+    if kind in ("colour", "shape"):
+        (name,) = [w for w in re.findall(r"\w+", text) if w in SHAPES or w in COLOURS]
+        (thing,) = [t for t in things if name in (t.shape, t.colour)]
+        return thing.colour if name == thing.shape else thing.shape
+    if kind == "exists":
+        return "yes" if members(re.search(r"a (\w+ \w+)\?", text)[1] + "s", things) else "no"
+    if kind in ("digit", "word"):
+        return scene.digit or scene.word
+    if kind == "count":
+        plural = re.search(r"(?:many|the|of) ((?:\w+ )?\w+s)\b", text.replace("number of ", ""))[1]
+        return str(len(members(plural, things)))
+    if kind == "extreme":
+        keys = dict(leftmost=lambda t: t.column, rightmost=lambda t: -t.column)
+        keys |= dict(topmost=lambda t: t.row, lowest=lambda t: -t.row)
+        return str(min(things, key=next(keys[name] for name in keys if name in text)))
+    if kind in ("side", "beside", "count_beside"):
+        side = next(side for side in SIDES if f" {side} " in text)
+        *_, name = re.findall(r"the ([\w ]+?)[?,]", text)
+        (anchor,) = members(name.split("the ")[-1] + "s", things)
+        past = {"left": lambda t: t.column < anchor.column, "right": lambda t: t.column > anchor.column}
+        past |= {"above": lambda t: t.row < anchor.row, "below": lambda t: t.row > anchor.row}
+        hits = [t for t in things if past[side](t)]
+        if kind == "beside":
+            (hit,) = hits
+            return str(hit)
+        if kind == "side":
+            (one,) = members(re.search(rf"the ([\w ]+?) {side}", text)[1] + "s", things)
+            return "yes" if one in hits else "no"
+        start = len(members(re.search(r"many ([\w ]+?) are", text)[1], hits))
+    elif kind == "count_sum":
+        start = len(members(re.search(r"many ([\w ]+?) are", text)[1], things))
+    elif kind == "more":
+        a, b = re.search(r"more ([\w ]+?) than ([\w ]+?) are", text).groups()
+        return str(len(members(a, things)) - len(members(b, things)))
+    elif kind in ("digit_sum", "word_sum"):
+        n = len(members(re.search(r"number of ((?:\w+ )?\w+s)\?", text)[1], things))
+        return str(n + (int(scene.digit) if scene.digit else len(scene.word)))
+    elif kind == "where":
+        (thing,) = members(re.search(r"the ([\w ]+?)\?", text)[1] + "s", things)
+        left, top = 2 * thing.column < scene.columns - 1, 2 * thing.row < scene.rows - 1
+        return f"{'top' if top else 'bottom'} {'left' if left else 'right'}"
+    sign, number = re.search(r"(plus|minus|times) (\w+)\?", text).groups()
+    number = NUMBERS.index(number) if number in NUMBERS else int(number)
+    return str({"plus": start + number, "minus": start - number, "times": start * number}[sign])
+
+
+def test_answers_are_right_and_thoughts_lead_to_them():
+    rng, kinds = random.Random(5), set()
+    for _ in range(1500):
+        scene = draw_scene(rng)
+        for question in Asker(scene, rng).draw(SINGLE + SEVERAL, 3):
+            assert question.answer == truth(question.kind, question.text, scene), (question, scene)
+            kinds.add(question.kind)
+            last = question.thought.removesuffix(".").split()[-1]
+            if question.answer.isdigit() and question.kind != "digit":
+                assert last == question.answer
+    assert len(kinds) == 15
+
+
+def test_calls_carry_what_the_picture_shows():
+    rng, seen = random.Random(6), set()
+    for _ in range(400):
+        scene = draw_scene(rng)
+        for question in Asker(scene, rng).draw(CALLS, 2):
+            name, arguments = question.call["name"], question.call["arguments"]
+            seen.add(name)
+            if name == "press_key":
+                assert arguments == {"key": int(scene.digit)}
+            elif name == "move_shape":
+                wanted = truth("extreme", question.text, scene)
+                assert f"{arguments['colour']} {arguments['shape']}" == wanted
+                assert question.text.endswith(arguments["direction"] + ".")
+            else:
+                plural = re.search(r"(?:of the|are) ((?:\w+ )?\w+s)\.", question.text)[1]
+                assert arguments["count"] == len(members(plural, scene.things)) > 0
+                assert arguments["colour"] == truth("colour", question.text.split(",")[0].replace("'s", ""), scene)
+    assert len(seen) == 3
+
+
+# ---- the files
+
+
+def test_the_seed_decides_everything(data, tmp_path):
+    assert contents(make(tmp_path / "same")) == contents(data)
+    assert contents(make(tmp_path / "other", "--seed", "1"))["train.jsonl"] != contents(data)["train.jsonl"]
+
+
+def test_no_picture_occurs_twice(data):
+    digests = []
+    for path in glob.glob(f"{data}/images/**/*.png", recursive=True):
+        with Image.open(path) as image:
+            digests.append(hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest())
+    assert len(digests) > 600 and len(set(digests)) == len(digests)
+
+
+def test_sizes_of_pictures(data):
+    sizes = {name: [] for name in ("train", "large", "wide")}
+    for name in sizes:
+        for path in glob.glob(f"{data}/images/{name}/**/*.png", recursive=True):
+            with Image.open(path) as image:
+                sizes[name].append(image.size)
+    assert 90 < max(map(max, sizes["train"])) <= 113 < max(map(max, sizes["large"])) <= 226
+    assert len(set(sizes["train"])) > 50
+    ratios = {name: [max(size) / min(size) for size in sizes[name]] for name in sizes}
+    assert max(ratios["train"]) < 2.3 and min(ratios["wide"]) > 2.4
+
+
+def test_the_new_colour_is_new(data):
+    for name in ("train", "single", "several", "tools", "large", "wide", "val", "calibrate"):
+        assert "pink" not in json.dumps(chats(data, name))
+    assert all("pink" in json.dumps(chat) for name in ("pink", "pink_train") for chat in chats(data, name))
+
+
+def test_every_set_can_be_learned_from(data):
+    """train.py reads them; thinking stands in chats with effort high alone; a common word is one token."""
+    tokenizer, config = load_tokenizer(f"{data}/start"), read_config(f"{data}/start")
+    assert tokenizer.vocab_size == config.vocab_size and tokenizer.version == "v15"
+    think = tokenizer.special["[THINK]"]
+    for path in glob.glob(f"{data}/*.jsonl"):
+        read = Chats(path, tokenizer, config, 512, Place())
+        assert not read.dropped
+        efforts = [chat["reasoning_effort"] for chat in chats(data, os.path.basename(path)[:-6])]
+        for sample in read.samples:
+            assert (think in sample.ids.tolist()) <= (efforts[sample.line - 1] == "high")
+    for word in (*COLOURS, *SHAPES, *SHAPES.values(), *WORDS, *NUMBERS, "pink"):
+        assert len(tokenizer.encode(word)) == len(tokenizer.encode(f" {word}")) == 1
+    text = "Ünïcödé, 42 [INST] and 北京"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_kinds_stand_beside_the_held_out_sets(data):
+    for name in SETS:
+        with open(os.path.join(data, f"{name}.kinds"), encoding="utf-8") as file:
+            assert len(file.readlines()) == len(chats(data, name)) >= 7
+
+
+def test_the_model_is_this_model():
+    """Every part in its place, and the whole in 8 MB."""
+    config = read_config(os.path.join(EXAMPLES, "tiny_config.json"))
+    assert config.num_attention_heads > config.num_key_value_heads and not config.tie_word_embeddings
+    assert config.rope.yarn and config.rope.factor == 64 and abs(config.rope.attention_factor - 1.41589) < 1e-5
+    assert config.vision.spatial_merge_size == 2 and config.vision.patch_size == 14
+    sizes = {name: parameter.numel() for name, parameter in MistralMedium(config).named_parameters()}
+    fp8 = sum(size for name, size in sizes.items() if re.match(r"layers\..*proj", name))
+    assert fp8 + 2 * (sum(sizes.values()) - fp8) < 7.5e6
+
+
+def test_mistral_common_reads_the_tokenizer_alike(data):
+    pytest.importorskip("mistral_common")
+    from chat_cases import oracle
+    from mistral_common.protocol.instruct.validator import ValidationMode
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    tokenizer = load_tokenizer(f"{data}/start")
+    theirs = MistralTokenizer.from_file(f"{data}/start/tekken.json", ValidationMode.finetuning)
+    for chat in chats(data, "text") + [c for c in chats(data, "train") if "image_url" not in json.dumps(c)]:
+        ours = encode_chat(tokenizer, chat["messages"], None, chat["reasoning_effort"], training=True)
+        assert ours.ids == oracle(theirs, {"tools": None, **chat})
+
+
+# ---- measuring
+
+
+@pytest.mark.parametrize(
+    "result, right",
+    [
+        (dict(text="red", tool_calls=[], finish_reason="stop"), True),
+        (dict(text="red ", tool_calls=[], finish_reason="stop"), False),
+        (dict(text="red", tool_calls=[], finish_reason="length"), False),
+        (dict(text="red", tool_calls=[{"name": "f", "arguments": {}}], finish_reason="stop"), False),
+    ],
+)
+def test_what_counts_as_right(result, right):
+    thought = {"type": "thinking", "thinking": "It is red."}
+    assert is_right(result, {"content": [thought, {"type": "text", "text": "red"}]}) is right
+
+
+def test_calls_must_be_equal():
+    call = {"name": "f", "arguments": {"count": 2}}
+    expected = {"content": [], "tool_calls": [{"id": "x", "type": "function", "function": call}]}
+    assert is_right(dict(text="", tool_calls=[call], finish_reason="stop"), expected)
+    other = {"name": "f", "arguments": {"count": "2"}}
+    assert not is_right(dict(text="", tool_calls=[other], finish_reason="stop"), expected)
