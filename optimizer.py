@@ -6,8 +6,8 @@ many micro-batches are summed in FP32 for the same reason: a hook moves each par
 soon as the backward pass has it, and BF16 gradients never exist for more than a layer or so.
 
 Parameters live in *buckets*: one flat tensor each for masters, gradients and the two moments. A bucket is what
-data-parallel replicas all-reduce in one go, as soon as the last micro-batch's backward pass has filled it, and what an
-Adam step updates with six kernels. A rank's memory is 2 + 4·4 = 18 bytes for each of its trained weights (16 in
+data-parallel replicas all-reduce in one go, as soon as the last micro-batch's backward pass has filled it, and what
+Adam updates with a handful of kernels. A rank's memory is 2 + 4·4 = 18 bytes for each of its trained weights (16 in
 float32, where the model's weights are views of the masters).
 
 What tensor and pipeline parallelism add: key/value heads shared by several ranks, whose gradients must be summed; an
@@ -24,6 +24,7 @@ from checkpoint import layers_with_slices
 from parallel import Place, Slice
 
 BUCKET = 1 << 25  # elements; a larger parameter has a bucket of its own
+CPU_CHUNK = 1 << 16  # elements that Adam updates at a time on a CPU, so that they are still in its cache
 
 
 @dataclass
@@ -72,6 +73,7 @@ class Bucket:
             if tensor.parameter.dtype == torch.float32:
                 tensor.parameter.data = master
         self.missing = 0  # parameters without a gradient so far, in the last micro-batch
+        self.empty: set[int] = set()  # parameters without a gradient so far, in this step
         self.reduction: dist.Work | None = None
 
 
@@ -99,12 +101,18 @@ class Optimizer:
         self.buckets = [Bucket(group) for group in groups]
         self.launched = 0
         for bucket in self.buckets:
-            for tensor, grad in zip(bucket.tensors, bucket.views["grads"]):
-                tensor.parameter.register_post_accumulate_grad_hook(self._hook(bucket, grad))
+            for i, tensor in enumerate(bucket.tensors):
+                tensor.parameter.register_post_accumulate_grad_hook(self._hook(bucket, i))
 
-    def _hook(self, bucket: Bucket, grad: torch.Tensor):
+    def _hook(self, bucket: Bucket, i: int):
+        grad = bucket.views["grads"][i]
+
         def move(parameter: nn.Parameter) -> None:
-            grad.add_(parameter.grad)
+            if i in bucket.empty:
+                bucket.empty.remove(i)
+                grad.copy_(parameter.grad)
+            else:
+                grad.add_(parameter.grad)
             parameter.grad = None
             if self.last:
                 bucket.missing -= 1
@@ -116,8 +124,8 @@ class Optimizer:
         """Forget the last step's gradients."""
         self.last, self.launched = False, 0
         for bucket in self.buckets:
-            bucket.grads.zero_()
             bucket.missing, bucket.reduction = len(bucket.tensors), None
+            bucket.empty = set(range(len(bucket.tensors)))
 
     def before_last_backward(self) -> None:
         self.last = True
@@ -126,6 +134,8 @@ class Optimizer:
         """All-reduce the next buckets over the replicas: always in the same order, since collectives match by order."""
         while self.launched < len(self.buckets) and not (only_filled and self.buckets[self.launched].missing):
             bucket = self.buckets[self.launched]
+            for i in bucket.empty:
+                bucket.views["grads"][i].zero_()
             if self.place.dp_group is not None:
                 bucket.reduction = dist.all_reduce(bucket.grads, group=self.place.dp_group, async_op=True)
             self.launched += 1
@@ -172,18 +182,19 @@ class Optimizer:
         self.steps += 1
         (b1, b2), decay = self.betas, self.weight_decay
         correction1, correction2 = 1 - b1**self.steps, 1 - b2**self.steps
-        for bucket in self.buckets:
-            grads, masters = bucket.grads, bucket.masters
+        chunk = CPU_CHUNK if self.place.device.type == "cpu" else BUCKET
+        flat = [(b.grads, b.masters, b.exp_avg, b.exp_avg_sq) for b in self.buckets]
+        for grads, masters, exp_avg, exp_avg_sq in (c for f in flat for c in zip(*(x.split(chunk) for x in f))):
             if scale != 1:
                 grads.mul_(scale)
             if decay and self.decoupled:
                 masters.mul_(1 - lr * decay)
             elif decay:
                 grads.add_(masters, alpha=decay)
-            bucket.exp_avg.lerp_(grads, 1 - b1)
-            bucket.exp_avg_sq.mul_(b2).addcmul_(grads, grads, value=1 - b2)
-            spread = bucket.exp_avg_sq.sqrt().div_(correction2**0.5).add_(self.eps)
-            masters.addcdiv_(bucket.exp_avg, spread, value=-lr / correction1)
+            exp_avg.lerp_(grads, 1 - b1)
+            exp_avg_sq.mul_(b2).addcmul_(grads, grads, value=1 - b2)
+            spread = exp_avg_sq.sqrt().div_(correction2**0.5).add_(self.eps)
+            masters.addcdiv_(exp_avg, spread, value=-lr / correction1)
         self.write_weights()
 
     @torch.no_grad()

@@ -2,9 +2,10 @@
 
     python benchmarks/train_vs_transformers.py [--dtype float32] [--rounds 5] [--question-words 60 --answer-words 12]
 
-The model has random weights and 49 million parameters, 4 of them in the head. A round is one step of each, with the
-same micro-batches: forward, backward, clipping, Adam. Rounds alternate, so that a machine whose speed drifts drifts for
-both; where other programs compete for its cores, look at the ratio of CPU seconds, with OMP_NUM_THREADS=1.
+The model has random weights and the sizes of SmolLM2-135M, with ten of its thirty layers unless --layers says otherwise.
+A round is one step of each, with the same micro-batches: forward, backward, clipping, Adam. Rounds alternate, so that a
+machine whose speed drifts drifts for both; where other programs compete for its cores, look at the ratio of CPU
+seconds, with OMP_NUM_THREADS=1.
 transformers computes logits for all tokens, train.py for those only that an assistant wrote, so that the share of these
 matters: measure more than one.
 """
@@ -17,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -31,12 +33,12 @@ from data import IGNORE  # noqa: E402
 from parallel import find_place  # noqa: E402
 
 CONFIG = Config(
-    vocab_size=8192,
-    hidden_size=512,
-    intermediate_size=1792,
-    num_hidden_layers=12,
-    num_attention_heads=8,
-    num_key_value_heads=2,
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=10,
+    num_attention_heads=9,
+    num_key_value_heads=3,
     head_dim=64,
     rms_norm_eps=1e-5,
     max_position_embeddings=8192,
@@ -59,6 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--micro-batch-size", type=int, default=2)
     parser.add_argument("--micro-batches", type=int, default=2)
     parser.add_argument("--question-words", type=int, default=60)
@@ -68,7 +71,7 @@ def main() -> None:
         data = os.path.join(folder, "chats.jsonl")
         batch_size = args.micro_batch_size * args.micro_batches
         write_chats(data, batch_size * args.rounds, args.question_words, args.answer_words)
-        ckpt = make_checkpoint(os.path.join(folder, "ckpt"), CONFIG)
+        ckpt = make_checkpoint(os.path.join(folder, "ckpt"), replace(CONFIG, num_hidden_layers=args.layers))
         argv = ["--ckpt", ckpt, "--data", data, "--out", folder, "--dtype", args.dtype, "--min-lr", "1e-5"]
         argv += ["--micro-batch-size", str(args.micro_batch_size), "--global-batch-size", str(batch_size)]
         ours = train.Trainer(train.parse_args(argv), find_place(1, 1))
