@@ -150,8 +150,8 @@ def run_program(main: Callable[[list[str]], None]) -> None:
     """Run `main(arguments)` on every rank, then exit: with status 0, or with one line in all that says what went wrong.
 
     A mistake of the user's is raised on all ranks (see `together`), and their status is 2. Anything else that one rank
-    meets ends the whole job with status 1: its connections break, and whoever notices keeps quiet for LOST_SECONDS, in
-    which the launcher ends it. One process alone shows the traceback, for what is then a bug.
+    meets ends the whole job with status 1: its connections break, and whoever notices keeps quiet until the launcher
+    ends it, for LOST_SECONDS. One process alone shows the traceback, for what is then a bug.
     """
     status, line, meet = 0, None, False
     try:
@@ -175,7 +175,7 @@ def run_program(main: Callable[[list[str]], None]) -> None:
         line = f"error: rank {rank}: {type(error).__name__}: {reason} ({os.path.basename(file)} line {number})"
         status = 1
         if isinstance(error, dist.DistError) or "gloo" in reason or "NCCL" in reason:
-            time.sleep(LOST_SECONDS)
+            await_cause()
     if not dist.is_initialized():
         if line is not None:
             print(line, file=sys.stderr, flush=True)
@@ -184,32 +184,43 @@ def run_program(main: Callable[[list[str]], None]) -> None:
     if status == 0:
         dist.destroy_process_group()
         sys.exit(0)
-    speak_once(line)
+    if line is not None and count("spoken", 1) <= 1:  # the first rank to say something is the only one
+        print(line, file=sys.stderr, flush=True)
     if meet:
         wait_for_all()
     os._exit(status)  # tidying up could wait for ever, for ranks that are not there any more
 
 
-def speak_once(line: str | None) -> None:
-    """Print `line` unless another rank has said why the job ends. The store is what start_world's ranks met at."""
+def count(name: str, more: int) -> int:
+    """Add to a counter that all ranks share, in the store at which they met; 0 if it went down with rank 0."""
     try:
-        first = line is not None and dist.distributed_c10d._get_default_store().add("spoken", 1) == 1
-    except RuntimeError:  # the store went down with rank 0
-        first = True
-    if first:
-        print(line, file=sys.stderr, flush=True)
+        return dist.distributed_c10d._get_default_store().add(name, more)
+    except RuntimeError:
+        return 0
+
+
+def await_cause() -> None:
+    """This rank lost another one. Give that one, or the launcher, LOST_SECONDS to say why and to end the job."""
+    deadline = time.monotonic() + LOST_SECONDS
+    while count("spoken", 0) == 0 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(1)  # the rank that spoke should be seen to end first
 
 
 def wait_for_all() -> None:
-    """Return when every rank is here, so that no launcher kills the others for the first one's exit; 10 s at most."""
-    deadline, store = time.monotonic() + 10, dist.distributed_c10d._get_default_store()
-    try:
-        here = store.add("leaving", 1)
-        while here < dist.get_world_size() and time.monotonic() < deadline:
-            time.sleep(0.02)
-            here = store.add("leaving", 0)
-    except RuntimeError:  # rank 0, which may keep the store, saw everybody and left
-        pass
+    """Return when all ranks are about to leave, so that no launcher kills the others for the first one's exit.
+
+    Rank 0, which may keep the store, leaves when the others have looked there for the last time.
+    """
+    world, deadline = dist.get_world_size(), time.monotonic() + LOST_SECONDS
+    here = count("leaving", 1)
+    while 0 < here < world and time.monotonic() < deadline:
+        time.sleep(0.02)
+        here = count("leaving", 0)
+    if dist.get_rank() > 0:
+        count("left", 1)
+    while dist.get_rank() == 0 and count("left", 0) < world - 1 and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 @dataclass(frozen=True)

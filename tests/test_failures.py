@@ -1,0 +1,241 @@
+"""When one rank fails, all end: soon, with the right status, and with the cause on one line."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+from helpers import random_state, text_fields, write_checkpoint, write_tekken
+from test_parallel import EYES, make
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ROOT}
+ASK = ("--raw", "--prompt", "the", "--json", "--dtype", "float32", "--temperature", "0")
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory) -> str:
+    """Text only: 8 heads, 2 key/value heads, 5 layers."""
+    root = tmp_path_factory.mktemp("ckpt")
+    fields = text_fields(
+        vocab_size=write_tekken(root) + 1, num_attention_heads=8, head_dim=6, hidden_size=40, intermediate_size=56,
+        num_hidden_layers=5,
+    )  # fmt: skip
+    return write_checkpoint(root, fields, random_state(fields), shards=6)
+
+
+def by_hand(world: int, program: list[str], seconds: float = 100) -> list[tuple[int, str, str]]:
+    """(exit status, stdout, stderr) of each rank, with no launcher that would end the others after the first."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    where = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**ENVIRONMENT, **where, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    try:
+        outputs = [rank.communicate(timeout=seconds) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [(rank.returncode, *output) for rank, output in zip(ranks, outputs)]
+
+
+def torchrun(world: int, program: list[str], seconds: float = 100) -> tuple[int, str, list[str], float]:
+    """(exit status, stdout, the ranks' own lines on stderr, seconds). torchrun's lines tell of exit codes and signals."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), *program]
+    started = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=ENVIRONMENT)
+    lines = [line for line in done.stderr.splitlines() if line.startswith(("error:", "caution:"))]
+    assert "generate.py" not in done.stderr.split("Traceback")[0] or done.returncode
+    return done.returncode, done.stdout, lines, time.monotonic() - started
+
+
+def generate(ckpt: str, *options: str) -> list[str]:
+    return [os.path.join(ROOT, "generate.py"), "--ckpt", ckpt, *ASK, *options]
+
+
+# ------------------------------------------------------------------------------------------------ the user's mistakes
+
+
+def damaged(ckpt: str, tmp_path) -> str:
+    """A copy whose last file, which only the last stage opens, was cut off."""
+    for name in os.listdir(ckpt):
+        with open(os.path.join(ckpt, name), "rb") as source, open(tmp_path / name, "wb") as target:
+            data = source.read()
+            target.write(data[: len(data) // 2] if name == files_of("lm_head.weight", ckpt) else data)
+    return str(tmp_path)
+
+
+def files_of(tensor: str, ckpt: str) -> str:
+    with open(os.path.join(ckpt, "model.safetensors.index.json")) as file:
+        return json.load(file)["weight_map"][tensor]
+
+
+@pytest.mark.parametrize(
+    "world, options, says",
+    [
+        (4, ("--tp", "3"), "--tp 3 × --pp 1 does not divide the 4 processes"),
+        (4, ("--tp", "2"), "--tp 2 × --pp 1 should be the number of processes"),
+        (2, ("--tp", "2", "--pp", "2"), "--tp 2 × --pp 2 does not divide the 2 processes"),
+        (3, ("--tp", "3"), "--tp 3 does not divide the 8 attention heads"),
+        pytest.param(6, ("--pp", "6"), "--pp 6 is more than the 5 layers", marks=pytest.mark.slow),
+        (2, ("--tp", "2", "--weights", "fp8"), "not FP8"),
+        (2, ("--tp", "2", "--max-new-tokens", "-1"), "--max-new-tokens"),
+    ],
+)
+def test_mistakes(world, options, says, ckpt):
+    ranks = by_hand(world, generate(ckpt, *options))
+    assert [status for status, _, _ in ranks] == [2] * world
+    assert "".join(out for _, out, _ in ranks) == ""
+    said = "".join(err for _, _, err in ranks)
+    assert said.startswith("error: ") and said.count("\n") == 1 and says in said
+
+
+@pytest.mark.slow
+def test_more_ranks_than_heads(ckpt):
+    status, out, lines, _ = torchrun(16, generate(ckpt, "--tp", "16"))
+    assert status != 0 and out == ""
+    assert lines == ["error: --tp 16 does not divide the 8 attention heads; choose a size that does"]
+
+
+@pytest.mark.slow
+def test_a_file_that_one_rank_opens(ckpt, tmp_path):
+    """The other ranks never look at it, and yet all end with status 2 and one line."""
+    broken = damaged(ckpt, tmp_path)
+    ranks = by_hand(3, generate(broken, "--pp", "3"))
+    said = "".join(err for _, _, err in ranks)
+    assert [status for status, _, _ in ranks] == [2] * 3
+    assert said.count("\n") == 1 and files_of("lm_head.weight", ckpt) in said and "not a whole safetensors file" in said
+    status, out, lines, seconds = torchrun(3, generate(broken, "--pp", "3"))
+    assert status != 0 and out == "" and lines == [said.strip()] and seconds < 60
+
+
+def test_only_the_first_stage_has_a_tower(tmp_path):
+    """Heads of the tower that do not divide: a mistake that only the first stage could see."""
+    eyes = {**EYES, "hidden_size": 42, "num_attention_heads": 7}
+    vocab_size = write_tekken(tmp_path)
+    directory = make(tmp_path, "new", None, dict(vision_config=eyes, vocab_size=vocab_size))
+    ranks = by_hand(4, generate(directory, "--tp", "2", "--pp", "2"))
+    assert [status for status, _, _ in ranks] == [2] * 4
+    said = "".join(err for _, _, err in ranks)
+    assert said.count("\n") == 1 and "--tp 2 does not divide the 7 attention heads of the vision tower" in said
+
+
+def test_a_file_that_one_rank_lacks(ckpt, tmp_path):
+    """Requests on the first machine's disk only."""
+    path = tmp_path / "requests.jsonl"
+    path.write_text('{"raw": "the"}\n')
+    program = f"""
+        import os, sys, generate, parallel
+        sys.argv = ["", "--ckpt", {ckpt!r}, "--tp", "2", "--json", "--requests"]
+        sys.argv.append({str(path)!r} if os.environ["RANK"] == "0" else "elsewhere")
+        parallel.run_program(generate.main)
+    """
+    ranks = by_hand(2, ["-c", textwrap.dedent(program)])
+    assert [status for status, _, _ in ranks] == [2, 2]
+    said = "".join(err for _, _, err in ranks)
+    assert said.count("\n") == 1 and "elsewhere" in said
+
+
+# ----------------------------------------------------------------------------------------------------- everything else
+
+FAIL = """
+    import os, signal, sys, time
+    import engine, generate, parallel
+    what, place, bad = sys.argv[1], sys.argv[2], int(os.environ["RANK"]) == 1
+
+    def fail():
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "mistake":
+            raise parallel.UserError("only this rank thinks so")
+        raise RuntimeError("the oven\\nis hot")
+
+    real = getattr(engine.Engine, place)
+    calls = 0
+    def instead(self, *arguments):
+        global calls
+        calls += 1
+        if bad and calls == (3 if place == "decode" else 1):
+            fail()
+        return real(self, *arguments)
+
+    setattr(engine.Engine, place, instead)
+    sys.argv = ["", *sys.argv[3:]]
+    parallel.run_program(generate.main)
+"""
+
+
+@pytest.fixture
+def failing(tmp_path):
+    path = tmp_path / "failing.py"
+    path.write_text(textwrap.dedent(FAIL))
+    return lambda ckpt, what, place, *options: [str(path), what, place, "--ckpt", ckpt, *ASK, *options]
+
+
+@pytest.mark.parametrize("place, options", [("decode", ("--tp", "2")), ("prefill", ("--pp", "2"))])
+def test_an_exception_on_one_rank(place, options, ckpt, failing):
+    """Under torchrun: the rank that failed says why, the other one says nothing."""
+    status, out, lines, seconds = torchrun(2, failing(ckpt, "raise", place, *options))
+    assert status == 1 and out == "" and seconds < 30 + 20  # starting up is not part of the 30
+    assert lines == ["error: rank 1: RuntimeError: the oven is hot (failing.py line 11)"]
+
+
+@pytest.mark.slow
+def test_an_exception_without_a_launcher(ckpt, failing):
+    """Nobody ends the others: they do so themselves. Those that outlive rank 0, where all look, may say a line more."""
+    started = time.monotonic()
+    ranks = by_hand(4, failing(ckpt, "raise", "decode", "--tp", "2", "--pp", "2"))
+    assert [status for status, _, _ in ranks] == [1] * 4 and time.monotonic() - started < 60
+    said = [line for _, _, err in ranks for line in err.splitlines() if line.startswith("error:")]
+    assert said.count("error: rank 1: RuntimeError: the oven is hot (failing.py line 11)") == 1
+    assert not any("error:" in err for rank, (_, _, err) in enumerate(ranks) if rank == 0)
+    assert not any("Traceback" in err for _, _, err in ranks)
+
+
+def test_a_killed_rank(ckpt, failing):
+    """torchrun says which one, and by which signal; the others do not add that they miss it."""
+    command = failing(ckpt, "kill", "decode", "--tp", "2", "--pp", "2")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", *command]
+    started = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=ENVIRONMENT)
+    assert done.returncode != 0 and done.stdout == "" and time.monotonic() - started < 50
+    assert "error:" not in [line[:6] for line in done.stderr.splitlines()]
+    assert f"exitcode: {-signal.SIGKILL}) local_rank: 1" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_rank_without_a_launcher(ckpt, failing):
+    ranks = by_hand(3, failing(ckpt, "kill", "prefill", "--pp", "3"))
+    assert [status for status, _, _ in ranks] == [1, -signal.SIGKILL, 1]
+    said = [line for _, _, err in ranks for line in err.splitlines() if line.startswith("error:")]
+    assert 1 <= len(said) <= 2 and all("Connection" in line for line in said)
+    assert not any("Traceback" in err for _, _, err in ranks)
+
+
+@pytest.mark.slow
+def test_a_mistake_that_one_rank_alone_finds(ckpt, failing):
+    """No program should raise one without `together`; if it does, the job ends all the same, and says why."""
+    started = time.monotonic()
+    ranks = by_hand(2, failing(ckpt, "mistake", "decode", "--tp", "2"))
+    assert [status for status, _, _ in ranks] == [1, 2] and time.monotonic() - started < 60
+    errors = [line for _, _, err in ranks for line in err.splitlines() if line.startswith("error:")]
+    assert errors == ["error: only this rank thinks so"]
+
+
+def test_one_process_shows_the_traceback(ckpt, failing):
+    done = subprocess.run(
+        [sys.executable, "-c", "import parallel; parallel.run_program(lambda argv: 1 // 0)"],
+        capture_output=True, text=True, timeout=100, env=ENVIRONMENT, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr and "Traceback" in done.stderr
