@@ -2,8 +2,8 @@
 
     python benchmarks/train_vs_transformers.py [--dtype float32] [--rounds 5] [--question-words 60 --answer-words 12]
 
-The model has random weights and the sizes of SmolLM2-135M, with ten of its thirty layers unless --layers says otherwise.
-A round is one step of each, with the same micro-batches: forward, backward, clipping, Adam. Rounds alternate, so that a
+The model has random weights and the sizes of SmolLM2-135M, with ten of its thirty layers unless --layers says so. A
+round is one step of each, with the same micro-batches: forward, backward, clipping, Adam. Rounds alternate, so that a
 machine whose speed drifts drifts for both; where other programs compete for its cores, look at the ratio of CPU
 seconds, with OMP_NUM_THREADS=1.
 transformers computes logits for all tokens, train.py for those only that an assistant wrote, so that the share of these

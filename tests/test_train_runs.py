@@ -76,21 +76,26 @@ def test_resuming_after_a_kill(text, tmp_path):
     "topologies", [[(1, 1, 1)], [(2, 1, 1)], [(1, 2, 1), (1, 1, 2), (2, 1, 1), (1, 1, 1)]], ids=["alone", "tp", "mixed"]
 )
 def test_twenty_kills(topologies, text, tmp_path):
-    """At random moments, a save after every step; each time the run goes on from what is there."""
-    options = {"max_steps": 400, "global_batch_size": 4, "save_every": 1}
+    """At random moments, a save after every step; each time the run goes on from what is there.
+
+    Bit for bit on one topology. On others the order of sums differs, and 220 steps would let that grow at a high
+    learning rate: with whole runs just the same.
+    """
+    options = {"max_steps": 220, "global_batch_size": 4, "save_every": 1, "lr": 1e-4}
     draw, kills, moments = random.Random(len(topologies)), 0, []
-    train.main(arguments(*text, tmp_path / "whole", **{**options, "save_every": 400}))
+    status, errors = launch(arguments(*text, tmp_path / "whole", **{**options, "save_every": 220}), topologies[-1])
+    assert status == 0, errors
     argv = arguments(*text, tmp_path / "cut", resume=True, **options)
     while kills < 20:
         newest = newest_checkpoint(str(tmp_path / "cut" / "checkpoints"))
         done = int(newest.rsplit("-", 1)[1]) if newest else 0
         topology = topologies[kills % len(topologies)]
-        assert kill_after(argv, topology, done + draw.randint(1, 8), draw.random() * 0.1), "the run ended too early"
+        assert kill_after(argv, topology, done + draw.randint(1, 6), draw.random() * 0.1), "the run ended too early"
         kills += 1
         moments.append(sorted(os.listdir(tmp_path / "cut" / "checkpoints"))[-1])
     assert launch(argv, topologies[0])[0] == 0
     ours, theirs = trained(tmp_path / "cut"), trained(tmp_path / "whole")
-    if topologies == [(1, 1, 1)]:
+    if len(topologies) == 1:
         assert ours == theirs
     else:
         for name in ("loss", "grad_norm"):
