@@ -304,7 +304,7 @@ def prepare(checkpoint: Checkpoint, name: str, layer: nn.Module, part: Slice, co
         if (inputs := name.replace(".weight", ".activation_scale")) in checkpoint.tensors:
             layer.activation_scale = checkpoint.scale(inputs).to(device)
     elif scale is not None:
-        weight = fp8.dequantize(weight, scale.to(device), layer.weight.dtype)
+        return fp8.dequantize(weight, scale.to(device), layer.weight.dtype)  # these are never padded
     # Always a copy: what was read is a view of the mapped file, which somebody may truncate while the program runs.
     out = torch.zeros(part.local_shape, dtype=layer.weight.dtype, device=device)
     out[tuple(slice(0, n) for n in weight.shape)] = weight

@@ -8,7 +8,7 @@ Activations in training. The schedule keeps min(p - s, m) micro-batches on stage
 `pipeline.py`). Each costs what its layers keep for the backward pass, or with activation checkpointing only what goes
 into each layer; then one layer is recomputed at a time and its inside comes on top. The last stage adds logits, for
 one micro-batch. Images are taken at their worst, as if every token came from one. An Adam step needs room too, but
-when activations are gone: the larger of the two counts. Against small real runs on a CPU the estimate is 0.9 to 1.3
+when activations are gone: the larger of the two counts. Against small real runs on a CPU the estimate is 0.9 to 1.4
 times what tensors took at the worst moment (`tests/test_plan.py`).
 """
 
@@ -254,13 +254,12 @@ def make_plan(config: Config, args: argparse.Namespace) -> dict:
 
 def show(plan: dict, args: argparse.Namespace) -> str:
     """The plan as a table."""
-    gb = lambda count: f"{count / 1e9:.2f}"  # noqa: E731
     middle = ["KV cache"] if args.inference else ["gradients", "optimizer"]
     fields = ["cache_bytes"] if args.inference else ["gradient_bytes", "optimizer_bytes"]
     names = ["stage", "layers", "parameters", "weights", *middle, "activations*", "reserve*", "peak", "fits"]
     fields = ["weight_bytes", *fields, "activation_bytes", "reserve_bytes", "peak_bytes"]
     rows = [
-        [str(s["stage"]), "{}-{}".format(*s["layers"]), f"{s['parameters']:,}", *(gb(s[f]) for f in fields)]
+        [str(s["stage"]), "{}-{}".format(*s["layers"]), f"{s['parameters']:,}", *(f"{s[f] / 1e9:.2f}" for f in fields)]
         + ["yes" if s["fits"] else "no"]
         for s in plan["stages"]
     ]

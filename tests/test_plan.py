@@ -222,7 +222,7 @@ def test_a_training_step(tp, pp, options, image, tmp_path):
             FROZEN[1:] if FROZEN[0] in options else (),
         )
         print(f"rank {rank}: estimate / measurement {ratio:.2f}, of the passes alone {passes / measured['passes']:.2f}")
-        assert 0.9 < ratio < 1.35  # below 1 where a norm in BF16, on a CPU, keeps its input in float32
+        assert 0.9 < ratio < 1.45  # below 1 where a norm in BF16, on a CPU, keeps its input in float32
         assert 0.9 < passes / measured["passes"] < 1.6
 
 
