@@ -17,7 +17,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import generate
 from config import UserError
-from parallel import Place, find_place, run_program, together
+from launch import run_program, together
+from parallel import Place, find_place
 
 SETS = {  # name: (what it is, the reasoning efforts it is asked with)
     "single": ("single-step questions", ("none", "high")),
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> None:
     defaults = ["--prompt", "", "--temperature", "0", "--top-p", "1", "--max-new-tokens", str(MAX_NEW_TOKENS)]
     args = generate.parse_args([*defaults, "--batch-size", "32", *rest])
     place: Place = find_place(args.tp, args.pp)
-    together(place, lambda: [read_set(own.data, name, 1) for name in own.sets])
+    together(lambda: [read_set(own.data, name, 1) for name in own.sets])
     session = generate.Session(args, place)
 
     def say(text: str) -> None:

@@ -93,29 +93,47 @@ def draw_scene(
     return Scene(columns, rows, tuple(cell), things, **text)
 
 
-def render(scene: Scene, rng: random.Random, scale: float = 1.0) -> Image.Image:
-    """The scene as a picture; sizes, places in the cells and colours vary a little."""
+def draw_one(rng: random.Random) -> Scene:
+    """A scene of a single shape, digit or word."""
+    what = rng.choices(("shape", "digit", "word"), (5, 2, 2))[0]
+    columns = 2 if what == "word" else 1
+    cell = (rng.uniform(24, 36), rng.uniform(33, 46))  # as wide as other pictures, so below 2.2 to 1
+    if what == "shape":
+        return Scene(1, 1, cell, [Thing(rng.choice(list(COLOURS)), rng.choice(list(SHAPES)), 0, 0)])
+    text = dict(digit=str(rng.randrange(10))) if what == "digit" else dict(word=rng.choice(WORDS))
+    return Scene(columns, 1, cell, [], **text)
+
+
+def render(scene: Scene, rng: random.Random, scale: float = 1.0, freedom: float = 1.0) -> Image.Image:
+    """The scene as a picture; sizes, places in the cells and colours vary a little.
+
+    `freedom` 0 makes every cell the 28 pixels of a token and puts shapes of one size in the middle; 1 does not.
+    """
     s = scale * SUPERSAMPLE
-    cw, ch = scene.cell[0] * s, scene.cell[1] * s
+    cw, ch = ((28 + (c - 28) * freedom) * s for c in scene.cell)
     size = [round(n * c / SUPERSAMPLE) * SUPERSAMPLE for n, c in ((scene.columns, cw), (scene.rows, ch))]
-    background, ink = rng.choice(list(BACKGROUNDS.items()))
+    background, ink = (vary(colour, rng, 8) for colour in rng.choice(list(BACKGROUNDS.items())))
     image = Image.new("RGB", size, background)
     draw = ImageDraw.Draw(image)
     for thing in scene.things:
-        r = min(cw, ch) * rng.uniform(0.32, 0.44)
-        x = (thing.column + 0.5) * cw + rng.uniform(-1, 1) * (cw / 2 - r) * 0.6
-        y = (thing.row + 0.5) * ch + rng.uniform(-1, 1) * (ch / 2 - r) * 0.6
+        r = min(cw, ch) * (0.4 + freedom * rng.uniform(-0.08, 0.04))
+        x = (thing.column + 0.5) * cw + rng.uniform(-1, 1) * (cw / 2 - r) * 0.6 * freedom
+        y = (thing.row + 0.5) * ch + rng.uniform(-1, 1) * (ch / 2 - r) * 0.6 * freedom
         colour = (COLOURS | NEW_COLOUR)[thing.colour]
-        draw_shape(draw, thing.shape, x, y, r, tuple(min(255, max(0, c + rng.randint(-14, 14))) for c in colour))
+        draw_shape(draw, thing.shape, x, y, r, vary(colour, rng, 14))
     if text := scene.digit or scene.word:
         width = cw if scene.digit else scene.columns * cw
         font = ImageFont.load_default(100)
         left, top, right, bottom = font.getbbox(text)
-        height = min(ch * rng.uniform(0.65, 0.85), (bottom - top) * width * 0.9 / (right - left))
+        height = min(ch * (0.8 + freedom * rng.uniform(-0.15, 0.05)), (bottom - top) * width * 0.9 / (right - left))
         font = ImageFont.load_default(100 * height / (bottom - top))
         x = (scene.text_column + 0.5) * cw if scene.digit else scene.columns * cw / 2
         draw.text((x, (scene.text_row + 0.5) * ch), text, fill=ink, font=font, anchor="mm")
     return image.reduce(SUPERSAMPLE)
+
+
+def vary(colour: tuple, rng: random.Random, most: int) -> tuple:
+    return tuple(min(255, max(0, c + rng.randint(-most, most))) for c in colour)
 
 
 def draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill: tuple) -> None:

@@ -147,9 +147,25 @@ class Asker:
 
     def describe(self):
         """Everything that there is: a lesson rather than a test."""
-        text = self.scene.digit and f"the digit {self.scene.digit}" or self.scene.word and f"the word {self.scene.word}"
-        answer = names(self.scene.things_by[0]) + (f", {text}" if text else "")
-        return Question("describe", self.say("Describe the picture.", "What do you see?"), answer, "")
+        parts = list(map(str, self.scene.things_by[0]))
+        parts += [f"the digit {self.scene.digit}"] * bool(self.scene.digit)
+        parts += [f"the word {self.scene.word}"] * bool(self.scene.word)
+        return Question("describe", self.say("Describe the picture.", "What do you see?"), ", ".join(parts), "")
+
+    def lesson(self):
+        """A question about the only thing in a picture; mostly with one word for an answer.
+
+        Right after the question is where a young model looks at the picture first, to find colours, which are easy. In
+        the middle of a sentence it has no reason to look before it can tell shapes, and without looking it cannot
+        learn to.
+        """
+        scene = self.scene
+        if self.rng.random() < 0.2:
+            return self.describe()
+        if self.things and self.rng.random() < 0.3:
+            return Question("lesson", self.say("What colour is it?", "Which colour is it?"), self.things[0].colour, "")
+        name = scene.digit or scene.word or self.things[0].shape
+        return Question("lesson", self.say("What is it?", "What is this?", "Name it."), name, "")
 
     # several steps
 

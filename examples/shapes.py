@@ -27,19 +27,24 @@ import random
 import shutil
 from collections.abc import Iterable, Iterator
 
-from pictures import COLOURS, NEW_COLOUR, SHAPES, WORDS, draw_scene, render
+from pictures import COLOURS, NEW_COLOUR, SHAPES, WORDS, draw_one, draw_scene, render
 from PIL import Image
 from questions import CALLS, NUMBERS, SEVERAL, SINGLE, TOOLS, Asker, Question, small_talk
 from tiny_tokenizer import write_tekken
 
+LESSONS, EASY = 0.15, 0.3  # the shares of training that are over when pictures of one thing, and of few, are
 
-def chat(questions: list[Question], image: str = "", effort: str = "none", offered: tuple[str, ...] = ()) -> dict:
-    """Questions and answers as one training chat; with effort "high" the assistant thinks before it answers."""
+
+def chat(questions: list[Question], images: list[str], effort: str = "none", offered: tuple[str, ...] = ()) -> dict:
+    """Questions and answers as one training chat; with effort "high" the assistant thinks before it answers.
+
+    images: one for each question, from the first on; when they run out, the questions go on about the last.
+    """
     messages = []
     for i, question in enumerate(questions):
         content: list[dict] | str = question.text
-        if image and i == 0:
-            content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": question.text}]
+        if i < len(images):
+            content = [{"type": "image_url", "image_url": {"url": images[i]}}, {"type": "text", "text": question.text}]
         messages.append({"role": "user", "content": content})
         answer = [{"type": "text", "text": question.answer}] if question.answer else []
         if effort == "high" and question.thought:
@@ -74,18 +79,31 @@ class Album:
 
 
 def training_chats(album: Album, count: int, rng: random.Random) -> Iterator[dict]:
-    """`count` chats, easy ones first: a model that cannot see yet learns it from pictures of one or two shapes."""
+    """`count` chats, easy ones first.
+
+    A model that cannot see learns to see from pictures of one thing, many in a chat, with everything in its place; then
+    from pictures of two or three; and then comes the rest. Taught everything at once it would learn to guess for long.
+    """
     made = 0
     while made < count:
         done = made / count
-        early, most = done < 0.2, 2 if done < 0.1 else 3 if done < 0.2 else 6
+        lesson = done < LESSONS or rng.random() < 0.05
+        early = done < EASY
+        if lesson:
+            scenes = [draw_one(rng) for _ in range(8)]
+            freedom = min(1.0, 1.5 * done / LESSONS)
+            images = [album.add(render(scene, rng, freedom=freedom)) for scene in scenes]
+            if all(images):
+                made += 1
+                yield chat([Asker(scene, rng).lesson() for scene in scenes], images)
+            continue
         what = rng.choices(("none", "high", "tools", "text"), (70, 20, 0 if early else 8, 2))[0]
         if what == "text":
             questions = [small_talk(rng) for _ in range(rng.randint(2, 6))]
             made += 1
-            yield chat(questions, effort=rng.choice(("none", "high")))
+            yield chat(questions, [], rng.choice(("none", "high")))
             continue
-        scene = draw_scene(rng, 1 if early or rng.random() < 0.5 else 3, most)
+        scene = draw_scene(rng, 1 if early or rng.random() < 0.5 else 3, 3 if early else 6)
         asker, effort, offered = Asker(scene, rng), "none", []
         if what == "none":
             questions = asker.draw(SINGLE if early or rng.random() < 0.5 else SINGLE + SEVERAL, rng.randint(5, 7))
@@ -103,7 +121,7 @@ def training_chats(album: Album, count: int, rng: random.Random) -> Iterator[dic
             rng.shuffle(offered)
         if questions and (image := album.add(render(scene, rng))):
             made += 1
-            yield chat(questions, image, effort, tuple(offered))
+            yield chat(questions, [image], effort, tuple(offered))
 
 
 def sorted_in_groups(chats: Iterator[dict], size: int) -> Iterator[dict]:
@@ -144,7 +162,7 @@ def held_out(
             if questions and scene.get("must", "") in questions[0].text + questions[0].answer:
                 image = album.add(render(drawn, rng, scale))
         offered = tuple(TOOLS) if questions[0].call else ()
-        chats.append(chat(questions, image, "high" if think else "none", offered))
+        chats.append(chat(questions, [image], "high" if think else "none", offered))
         asked.append(questions[0].kind)
     return chats, asked
 
@@ -154,7 +172,7 @@ def main() -> None:
     parser.add_argument("out", metavar="OUT")
     parser.add_argument("--chats", type=int, default=128000, metavar="N", help="training chats")
     parser.add_argument("--held-out", type=int, default=500, metavar="N", help="pictures a held-out set")
-    parser.add_argument("--group", type=int, default=32, metavar="N", help="chats a step, which are sorted by length")
+    parser.add_argument("--group", type=int, default=8, metavar="N", help="chats a step, which are sorted by length")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     args = parser.parse_args()
     os.makedirs(args.out)
@@ -177,7 +195,7 @@ def main() -> None:
     ):
         write(out, name, *held_out(Album(out, name, seen), count, rng(name), kinds, **extra))
     talk = [small_talk(rng(f"text {i}")) for i in range(n // 2)]
-    write(out, "text", [chat([question]) for question in talk], [question.kind for question in talk])
+    write(out, "text", [chat([question], []) for question in talk], [question.kind for question in talk])
     for name, count in (("val", n), ("calibrate", n // 2), ("train", args.chats)):
         chats = training_chats(Album(out, name, seen), count, rng(name))
         write(out, name, sorted_in_groups(chats, args.group))

@@ -12,9 +12,7 @@ import sys
 import pytest
 from PIL import Image
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-EXAMPLES = os.path.join(ROOT, "examples")
-sys.path.insert(0, EXAMPLES)
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "examples"))
 
 from evaluate import SETS, is_right
 from pictures import COLOURS, SHAPES, WORDS, Scene, Thing, draw_scene, render
@@ -26,6 +24,8 @@ from data import Chats
 from parallel import Place
 from tokenizer import load_tokenizer
 from vision import MistralMedium
+
+EXAMPLES = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "examples")
 
 
 def make(folder, *options: str) -> str:
@@ -69,8 +69,9 @@ def test_a_picture_shows_its_scene(scale):
         filled = {(thing.column, thing.row): thing for thing in scene.things}
         for column in range(scene.columns):
             for row in range(scene.rows):
-                box = [round(v) for v in (column * width / scene.columns, row * height / scene.rows)]
-                box += [round(v) for v in ((column + 1) * width / scene.columns, (row + 1) * height / scene.rows)]
+                left, top = column * width / scene.columns, row * height / scene.rows
+                right, bottom = left + width / scene.columns, top + height / scene.rows
+                box = (round(left) + 1, round(top) + 1, round(right) - 1, round(bottom) - 1)
                 found = image.crop(box).getcolors(1 << 20)
                 thing = filled.get((column, row))
                 if thing is None:

@@ -1,0 +1,125 @@
+"""The small checkpoint: that its recipe runs from end to end, and that the committed one does what its README says."""
+
+import glob
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from checkpoint import Checkpoint
+from config import read_config
+from tokenizer import load_tokenizer
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TINY = os.path.join(ROOT, "examples", "tiny")
+committed = pytest.mark.skipif(not os.path.isdir(TINY), reason="the repository holds no checkpoint yet")
+
+
+def python(*command: str, processes: int = 1, seconds: int = 100) -> subprocess.CompletedProcess:
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return subprocess.run(
+        [sys.executable, *launch, *command],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+
+
+def is_this_model(folder: str) -> None:
+    """Every part in its place: what makes a checkpoint a small Mistral Medium 3.5, in at most 8 MB."""
+    assert sum(os.path.getsize(path) for path in glob.glob(f"{folder}/*")) <= 8_000_000
+    config, checkpoint, tokenizer = read_config(folder), Checkpoint(folder), load_tokenizer(folder)
+    assert config.fp8 and config.activation_scheme == "static" and checkpoint.is_fp8()
+    assert config.raw["model_type"] == "mistral3" and config.raw["text_config"]["model_type"] == "ministral3"
+    assert config.raw["vision_config"]["model_type"] == "pixtral" and config.vision.spatial_merge_size == 2
+    assert config.rope.yarn and config.rope.factor == 64 and abs(config.rope.attention_factor - 1.41589) < 1e-5
+    assert config.num_attention_heads > config.num_key_value_heads and not config.tie_word_embeddings
+    assert tokenizer.version == "v15" and tokenizer.model_settings["reasoning_effort"]["values"] == ["none", "high"]
+    assert os.path.isfile(os.path.join(folder, "model.safetensors.index.json"))
+    with open(os.path.join(folder, "model.safetensors.index.json"), encoding="utf-8") as file:
+        names = json.load(file)["weight_map"]
+    linears = [name for name in names if "language_model.layers" in name and name.endswith("_proj.weight")]
+    assert len(linears) == 7 * config.num_hidden_layers
+    for name in linears:
+        assert {f"{name}_scale_inv", name.replace(".weight", ".activation_scale")} <= set(names)
+
+
+@pytest.mark.slow
+@pytest.mark.time_limit(500)
+def test_the_recipe_runs_from_end_to_end(tmp_path):
+    """Data, a few steps on two processes, FP8 with measured scales, evaluation; a second call goes on, not again."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    (bin_folder / "python").symlink_to(sys.executable)
+    torchrun = bin_folder / "torchrun"
+    torchrun.write_text(f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n')
+    torchrun.chmod(0o755)
+    env = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "CHATS": "24", "HELD_OUT": "6"}
+    command = ["bash", os.path.join(ROOT, "examples", "train_tiny.sh"), str(tmp_path / "out")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "step 3/3" in done.stderr and "single-step questions, none" in done.stdout and "% of 6" in done.stdout
+    is_this_model(str(tmp_path / "out" / "tiny"))
+
+
+@pytest.mark.slow
+@pytest.mark.time_limit(300)
+def test_evaluation_reports_a_missing_set(tmp_path):
+    result = python("examples/evaluate.py", str(tmp_path), "--sets", "single", "--ckpt", str(tmp_path))
+    assert result.returncode == 2 and "shapes.py writes it" in result.stderr and "Traceback" not in result.stderr
+
+
+@committed
+def test_the_checkpoint_is_this_model():
+    is_this_model(TINY)
+    assert os.path.isfile(os.path.join(TINY, "README.md"))
+
+
+@committed
+@pytest.mark.slow
+@pytest.mark.time_limit(400)
+def test_every_topology_and_weight_form_answers_alike(tmp_path):
+    """FP8 kept in memory or dequantized, and every (tp, pp) up to four processes, on a few held-out pictures."""
+    data = str(tmp_path / "data")
+    assert python("examples/shapes.py", data, "--chats", "10", "--held-out", "8", "--seed", "77").returncode == 0
+    requests = []
+    for name, effort in (("single", "none"), ("several", "high"), ("tools", "none")):
+        with open(f"{data}/{name}.jsonl", encoding="utf-8") as file:
+            for line in list(file)[:4]:
+                chat = json.loads(line)
+                chat["messages"].pop()
+                requests.append({**chat, "reasoning_effort": effort, "temperature": 0, "top_p": 1})
+    path = os.path.join(data, "requests.jsonl")
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(request) + "\n" for request in requests)
+
+    def answers(*options: str, processes: int = 1) -> list:
+        result = python("generate.py", "--requests", path, "--json", *options, processes=processes)
+        assert result.returncode == 0, result.stderr[-2000:]
+        lines = [json.loads(line) for line in result.stdout.splitlines()]
+        return [(line["text"], line["reasoning"], line["tool_calls"]) for line in lines]
+
+    expected = answers()
+    assert any(reasoning for _, reasoning, _ in expected) and any(calls for *_, calls in expected)
+    assert answers("--weights", "fp8") == expected
+    for tp, pp in ((2, 1), (1, 2), (2, 2), (4, 1), (1, 4)):
+        assert answers("--tp", str(tp), "--pp", str(pp), processes=tp * pp) == expected, (tp, pp)
+
+
+@committed
+@pytest.mark.slow
+@pytest.mark.time_limit(400)
+def test_the_checkpoint_is_as_good_as_said(tmp_path):
+    """On fresh pictures, the figures of its README within what 200 questions can tell."""
+    data = str(tmp_path / "data")
+    assert python("examples/shapes.py", data, "--chats", "10", "--held-out", "200", "--seed", "99").returncode == 0
+    result = python("examples/evaluate.py", data, "--sets", "single", "several", "tools", seconds=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    figures = [float(line.split("%")[0].split()[-1]) for line in result.stdout.splitlines()]
+    single, _, none, high, tools = figures
+    assert single > 90 and high > 78 and high > none + 5 and tools > 90
