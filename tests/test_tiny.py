@@ -55,10 +55,9 @@ def test_the_recipe_runs_from_end_to_end(tmp_path):
     """Data, a few steps on two processes, FP8 with measured scales, evaluation; a second call goes on, not again."""
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
-    (bin_folder / "python").symlink_to(sys.executable)
-    torchrun = bin_folder / "torchrun"
-    torchrun.write_text(f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n')
-    torchrun.chmod(0o755)
+    for name, module in (("python", ""), ("torchrun", "-m torch.distributed.run ")):  # those of this very Python
+        (bin_folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {module}"$@"\n')
+        (bin_folder / name).chmod(0o755)
     env = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "CHATS": "24", "HELD_OUT": "6"}
     command = ["bash", os.path.join(ROOT, "examples", "train_tiny.sh"), str(tmp_path / "out")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400, check=False)
