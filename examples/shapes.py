@@ -1,6 +1,6 @@
 """Pictures of shapes, questions about them, and everything else that the small checkpoint is trained and tested on.
 
-    python examples/shapes.py OUT --chats 128000 --seed 0
+    python examples/shapes.py OUT --chats 100000 --seed 0
 
 OUT then holds the chats that `train.py` reads, each set beside the folder of its pictures, with no picture in two sets:
 
@@ -32,7 +32,8 @@ from PIL import Image
 from questions import CALLS, NUMBERS, SEVERAL, SINGLE, TOOLS, Asker, Question, small_talk
 from tiny_tokenizer import write_tekken
 
-LESSONS, EASY = 0.15, 0.3  # the shares of training that are over when pictures of one thing, and of few, are
+LESSONS = 0.05  # the share of training after which lessons are as varied as other pictures
+EASY = 0.3  # and the one after which they are rare, and pictures have more than three shapes
 
 
 def chat(questions: list[Question], images: list[str], effort: str = "none", offered: tuple[str, ...] = ()) -> dict:
@@ -81,17 +82,18 @@ class Album:
 def training_chats(album: Album, count: int, rng: random.Random) -> Iterator[dict]:
     """`count` chats, easy ones first.
 
-    A model that cannot see learns to see from pictures of one thing, many in a chat, with everything in its place; then
-    from pictures of two or three; and then comes the rest. Taught everything at once it would learn to guess for long.
+    A model that cannot see learns to see from lessons: pictures of one thing, many in a chat, at first with everything
+    in its place. Their share falls slowly, while pictures of two or three shapes come in, and then all the rest. Taught
+    everything at once the model would guess for long; taught one thing after the other it would forget.
     """
     made = 0
     while made < count:
         done = made / count
-        lesson = done < LESSONS or rng.random() < 0.05
         early = done < EASY
+        lesson = rng.random() < max(0.05, 1 - done / EASY)
         if lesson:
             scenes = [draw_one(rng) for _ in range(8)]
-            freedom = min(1.0, 1.5 * done / LESSONS)
+            freedom = min(1.0, done / LESSONS)
             images = [album.add(render(scene, rng, freedom=freedom)) for scene in scenes]
             if all(images):
                 made += 1
@@ -170,7 +172,7 @@ def held_out(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", metavar="OUT")
-    parser.add_argument("--chats", type=int, default=128000, metavar="N", help="training chats")
+    parser.add_argument("--chats", type=int, default=100000, metavar="N", help="training chats")
     parser.add_argument("--held-out", type=int, default=500, metavar="N", help="pictures a held-out set")
     parser.add_argument("--group", type=int, default=8, metavar="N", help="chats a step, which are sorted by length")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
