@@ -20,7 +20,8 @@ import torch
 
 from chat import encode_chat
 from config import Config, UserError
-from parallel import Place, gather_objects
+from launch import gather_objects
+from parallel import Place
 from vision import grid, image_size, load_image, pixels
 
 KEYS = {"messages", "tools", "reasoning_effort"}

@@ -95,6 +95,6 @@ def linear(
 
 if __name__ == "__main__":
     from convert import main
-    from parallel import run_program
+    from launch import run_program
 
     run_program(main)

@@ -23,7 +23,8 @@ from chat import encode_chat, parse_answer
 from checkpoint import Checkpoint, fill
 from config import UserError, read_config
 from engine import Engine, Request
-from parallel import Place, find_place, gather_objects, run_program, together
+from launch import gather_objects, run_program, together
+from parallel import Place, find_place
 from tokenizer import load_tokenizer
 from vision import MistralMedium, grid, image_size, load_image, pixels
 
@@ -168,11 +169,11 @@ class Session:
     def __init__(self, args: argparse.Namespace, place: Place):
         self.args, self.place = args, place
         started = time.perf_counter()
-        checkpoint = together(place, self.prepare)
+        checkpoint = together(self.prepare)
         self.seed = args.seed
         if self.seed is None:
             self.seed = gather_objects(random.getrandbits(32))[0]
-        together(place, lambda: fill(self.model, checkpoint, Progress(checkpoint, place)))
+        together(lambda: fill(self.model, checkpoint, Progress(checkpoint, place)))
         self.model.eval()
         self.load_s, self.bytes_read = time.perf_counter() - started, checkpoint.bytes_read
 
@@ -246,7 +247,7 @@ class Session:
 
     def answer(self, specs: list[dict], base: str = "", on_text=lambda i, token, text: None) -> list[dict]:
         """The requests' answers as the JSON objects that --json prints."""
-        requests = together(self.place, lambda: [self.request(spec, base) for spec in specs])
+        requests = together(lambda: [self.request(spec, base) for spec in specs])
         engine = Engine(self.model, self.tokenizer, self.max_context)
         answers = engine.generate(requests, on_text)
         stats = {"load_s": round(self.load_s, 3)}
@@ -420,7 +421,7 @@ def main(argv: list[str]) -> None:
     place = find_place(args.tp, args.pp)
     if place.dp_size > 1:
         raise UserError(f"--tp {place.tp_size} × --pp {place.pp_size} should be the number of processes; see --help")
-    specs, base = ([], "") if args.interactive else together(place, lambda: read_requests(args))
+    specs, base = ([], "") if args.interactive else together(lambda: read_requests(args))
     session = Session(args, place)
     if args.interactive:
         return interact(session)

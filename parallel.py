@@ -12,10 +12,6 @@ checkpoint's tensor they are, and the loader reads just that.
 """
 
 import os
-import sys
-import time
-import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -27,7 +23,6 @@ from torch import nn
 import fp8
 from config import UserError
 
-LOST_SECONDS = 10  # a rank that lost another one waits so long before it says so: the cause should be said first
 FLOAT32_ROWS = 64  # a CPU multiplies at least so many BF16 rows in float32; see _Float32Matmul
 
 # ---------------------------------------------------------------------------------------------- a rank's place
@@ -78,10 +73,14 @@ class Place:
 def start_world() -> int:
     """Join the processes that torchrun started (NCCL on GPUs, Gloo on CPUs); returns this one's rank, 0 if alone."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        gpu, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(minutes=30))
+        if gpus:
+            crowded = torch.tensor(int(gpu >= gpus))
+            dist.all_reduce(crowded, dist.ReduceOp.MAX)
+            if crowded:
+                raise UserError(f"more processes than the {gpus} GPUs of a machine; lower --nproc-per-node")
+            torch.cuda.set_device(gpu)
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -122,105 +121,6 @@ def find_place(tp: int | None, pp: int | None) -> Place:
         answer_group=groups(columns),
         device=device,
     )
-
-
-def gather_objects(value) -> list:
-    """The (picklable) `value` of every rank, in rank order, on every rank."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def together(place: Place, action: Callable):
-    """Run `action` on every rank; a mistake that only one rank can see (a damaged shard, say) is raised on all."""
-    error, result = None, None
-    try:
-        result = action()
-    except UserError as mistake:
-        error = str(mistake)
-    error = next((e for e in gather_objects(error) if e is not None), None)
-    if error is not None:
-        raise UserError(error)
-    return result
-
-
-def run_program(main: Callable[[list[str]], None]) -> None:
-    """Run `main(arguments)` on every rank, then exit: with status 0, or with one line in all that says what went wrong.
-
-    A mistake of the user's is raised on all ranks (see `together`), and their status is 2. Anything else that one rank
-    meets ends the whole job with status 1: its connections break, and whoever notices keeps quiet until the launcher
-    ends it, for LOST_SECONDS. One process alone shows the traceback, for what is then a bug.
-    """
-    status, line, meet = 0, None, False
-    try:
-        start_world()
-        main(sys.argv[1:])
-        if dist.is_initialized():
-            dist.barrier()  # who leaves early takes the others' connections along
-    except UserError as error:
-        status, line, meet = error.status, f"error: {error}", True
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:  # the reader of our output went away
-        status = 1
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception as error:
-        rank = os.environ.get("RANK")
-        if rank is None:
-            raise
-        file, number, *_ = traceback.extract_tb(error.__traceback__)[-1]
-        reason = " ".join(str(error).split())
-        line = f"error: rank {rank}: {type(error).__name__}: {reason} ({os.path.basename(file)} line {number})"
-        status = 1
-        if isinstance(error, dist.DistError) or "gloo" in reason or "NCCL" in reason:
-            await_cause()
-    if not dist.is_initialized():
-        if line is not None:
-            print(line, file=sys.stderr, flush=True)
-        sys.exit(status)
-    sys.stdout.flush()
-    if status == 0:
-        dist.destroy_process_group()
-        sys.exit(0)
-    if line is not None and count("spoken", 1) <= 1:  # the first rank to say something is the only one
-        print(line, file=sys.stderr, flush=True)
-    if meet:
-        wait_for_all()
-    os._exit(status)  # tidying up could wait for ever, for ranks that are not there any more
-
-
-def count(name: str, more: int) -> int:
-    """Add to a counter that all ranks share, in the store at which they met; 0 if it went down with rank 0."""
-    try:
-        return dist.distributed_c10d._get_default_store().add(name, more)
-    except RuntimeError:
-        return 0
-
-
-def await_cause() -> None:
-    """This rank lost another one. Give that one, or the launcher, LOST_SECONDS to say why and to end the job."""
-    deadline = time.monotonic() + LOST_SECONDS
-    while count("spoken", 0) == 0 and time.monotonic() < deadline:
-        time.sleep(0.2)
-    time.sleep(1)  # the rank that spoke should be seen to end first
-
-
-def wait_for_all() -> None:
-    """Return when all ranks are about to leave, so that no launcher kills the others for the first one's exit.
-
-    Rank 0, which may keep the store, leaves when the others have looked there for the last time.
-    """
-    world, deadline = dist.get_world_size(), time.monotonic() + LOST_SECONDS
-    here = count("leaving", 1)
-    while 0 < here < world and time.monotonic() < deadline:
-        time.sleep(0.02)
-        here = count("leaving", 0)
-    if dist.get_rank() > 0:
-        count("left", 1)
-    while dist.get_rank() == 0 and count("left", 0) < world - 1 and time.monotonic() < deadline:
-        time.sleep(0.02)
 
 
 @dataclass(frozen=True)
@@ -471,6 +371,7 @@ class VocabParallelHead(Linear):
 
 
 if __name__ == "__main__":
+    import launch
     import plan  # built on the model, which is built on this file
 
-    run_program(plan.main)
+    launch.run_program(plan.main)

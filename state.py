@@ -23,8 +23,9 @@ from torch import nn
 import fp8
 from checkpoint import export_config, is_quantized, save, scale_name, write_json
 from config import UserError, read_json
+from launch import gather_objects, together
 from optimizer import Optimizer, Trained, held_tensors
-from parallel import Slice, gather_objects, together
+from parallel import Slice
 
 # -------------------------------------------------------------------------------------------------- checkpoints
 
@@ -65,7 +66,7 @@ def save_checkpoint(directory: str, step: int, optimizer: Optimizer, settings: d
 
     try:
         for phase in (prepare, write_part, finish):
-            together(place, lambda: explained(phase, final))
+            together(lambda: explained(phase, final))
     except UserError:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -178,7 +179,7 @@ def export(directory: str, model: nn.Module, precision: str, source: str) -> Non
             for _ in stream:  # after an error the other ranks still wait to send the rest
                 pass
 
-    together(place, write)
+    together(write)
 
 
 def gathered(

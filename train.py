@@ -29,9 +29,10 @@ from config import UserError, read_config
 from data import IGNORE, Chats, ImageReader, MicroBatch, Order, Sample, micro_batches
 from engine import Engine, Request
 from generate import COUNT, SIZE, Parser, Progress, number, peak_memory
+from launch import gather_objects, run_program, together
 from metrics import Metrics, draw_loss
 from optimizer import Optimizer
-from parallel import Place, find_place, gather_objects, run_program, together
+from parallel import Place, find_place
 from pipeline import Pipeline
 from state import export, load_checkpoint, newest_checkpoint, save_checkpoint
 from tokenizer import load_tokenizer
@@ -151,10 +152,10 @@ class Trainer:
 
     def build_model(self) -> MistralMedium:
         args, place = self.args, self.place
-        model = together(place, lambda: MistralMedium(self.config, place, getattr(torch, args.dtype)))
+        model = together(lambda: MistralMedium(self.config, place, getattr(torch, args.dtype)))
         if args.ckpt:
             checkpoint = Checkpoint(args.ckpt)
-            together(place, lambda: fill(model, checkpoint, Progress(checkpoint, place)))
+            together(lambda: fill(model, checkpoint, Progress(checkpoint, place)))
         else:
             initialize(model, args.seed)
         frozen = tuple(prefix for name in args.freeze for prefix in FREEZABLE[name])
@@ -200,7 +201,7 @@ class Trainer:
     def feed(self, batches: list[MicroBatch], wait) -> None:
         """Wait for images, where there are any. One rank's broken image is everybody's error."""
         if any(batch.images for batch in batches):
-            together(self.place, wait)
+            together(wait)
 
     def totals(self, squared_norm: torch.Tensor) -> tuple[float, float]:
         """(mean loss, gradient norm) over all ranks; forgets the losses collected."""
@@ -295,7 +296,7 @@ class Trainer:
             batches = micro_batches(mine, 1, 0)
             wait = self.images.start(batches, self.val.base) if place.first_stage else lambda: None
             if any(sample.images for sample in window):
-                together(place, wait)
+                together(wait)
             splits = [sample.split_answer() for sample in mine]
             requests = [
                 Request(prompt, batch.pixels, max_new_tokens=len(answer))
@@ -348,12 +349,12 @@ class Trainer:
             except OSError as error:
                 raise UserError(f"{args.out}: cannot be made ({error.strerror})") from None
 
-        together(self.place, make_folder)
+        together(make_folder)
         if not newest:
             if args.resume:
                 self.say(f"{args.out}: holds no whole checkpoint; the run starts from its beginning")
             return 1
-        step = together(self.place, lambda: load_checkpoint(newest, self.optimizer, self.settings))
+        step = together(lambda: load_checkpoint(newest, self.optimizer, self.settings))
         self.say(f"resumed after step {step} from {newest}")
         return step + 1
 

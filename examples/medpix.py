@@ -23,7 +23,7 @@ import sys
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from config import UserError  # noqa: E402
-from parallel import run_program  # noqa: E402
+from launch import run_program  # noqa: E402
 
 COLUMNS = ("image_id", "mode", "case_id", "question", "answer")
 SUFFIXES = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"BM": ".bmp", b"RIFF": ".webp"}

@@ -136,10 +136,10 @@ def test_a_file_that_one_rank_lacks(ckpt, tmp_path):
     path = tmp_path / "requests.jsonl"
     path.write_text('{"raw": "the"}\n')
     program = f"""
-        import os, sys, generate, parallel
+        import os, sys, generate, launch
         sys.argv = ["", "--ckpt", {ckpt!r}, "--tp", "2", "--json", "--requests"]
         sys.argv.append({str(path)!r} if os.environ["RANK"] == "0" else "elsewhere")
-        parallel.run_program(generate.main)
+        launch.run_program(generate.main)
     """
     ranks = by_hand(2, ["-c", textwrap.dedent(program)])
     assert [status for status, _, _ in ranks] == [2, 2]
@@ -151,14 +151,14 @@ def test_a_file_that_one_rank_lacks(ckpt, tmp_path):
 
 FAIL = """
     import os, signal, sys, time
-    import engine, generate, parallel
+    import config, engine, generate, launch
     what, place, bad = sys.argv[1], sys.argv[2], int(os.environ["RANK"]) == 1
 
     def fail():
         if what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "mistake":
-            raise parallel.UserError("only this rank thinks so")
+            raise config.UserError("only this rank thinks so")
         raise RuntimeError("the oven\\nis hot")
 
     real = getattr(engine.Engine, place)
@@ -172,7 +172,7 @@ FAIL = """
 
     setattr(engine.Engine, place, instead)
     sys.argv = ["", *sys.argv[3:]]
-    parallel.run_program(generate.main)
+    launch.run_program(generate.main)
 """
 
 
@@ -235,7 +235,7 @@ def test_a_mistake_that_one_rank_alone_finds(ckpt, failing):
 
 def test_one_process_shows_the_traceback(ckpt, failing):
     done = subprocess.run(
-        [sys.executable, "-c", "import parallel; parallel.run_program(lambda argv: 1 // 0)"],
+        [sys.executable, "-c", "import launch; launch.run_program(lambda argv: 1 // 0)"],
         capture_output=True, text=True, timeout=100, env=ENVIRONMENT, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr and "Traceback" in done.stderr

@@ -9,9 +9,6 @@ import sys
 
 import pytest
 import torch
-
-import generate
-import parallel
 from helpers import (
     load,
     log_probabilities,
@@ -22,6 +19,9 @@ from helpers import (
     write_json,
     write_tekken,
 )
+
+import generate
+import launch
 from tokenizer import load_tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -56,7 +56,7 @@ def program(monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            parallel.run_program(generate.main)
+            launch.run_program(generate.main)
         out, err = capsys.readouterr()
         return end.value.code, out, err
 

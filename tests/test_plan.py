@@ -15,6 +15,7 @@ from test_parallel import SIZES, make
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import launch
 import parallel
 import plan
 import train
@@ -281,7 +282,7 @@ def test_the_program(medium):
 def test_mistakes(options, says, medium, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["parallel.py", "--plan", "--config", medium, *options])
     with pytest.raises(SystemExit) as end:
-        parallel.run_program(plan.main)
+        launch.run_program(plan.main)
     out, err = capsys.readouterr()
     assert end.value.code == 2 and out == "" and err.count("\n") == 1 and says in err
 
