@@ -6,7 +6,7 @@ not aligned with the vision tower's patches, so that the tower has to find out w
 
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -62,14 +62,21 @@ class Scene:
 
 
 def draw_scene(
-    rng: random.Random, least: int = 1, most: int = 6, wide: bool = False, colours=tuple(COLOURS), must: str = ""
+    rng: random.Random,
+    least: int = 1,
+    most: int = 6,
+    wide: bool = False,
+    colours=tuple(COLOURS),
+    must: str = "",
+    room: int = 4,
 ) -> Scene:
     """A random scene of `least` to `most` shapes, fewer where there is no room.
 
-    wide: sides in a ratio above 2.5 instead of below 2.2. must: a colour that at least one shape has.
+    wide: sides in a ratio above 2.5 instead of below 2.2. must: a colour that at least one shape has. room: the most
+    columns and rows.
     """
     while True:
-        columns, rows = rng.randint(1, 4), rng.randint(1, 4)
+        columns, rows = rng.randint(1, room), rng.randint(1, room)
         cell = [rng.uniform(24, max(24.1, min(46, 112 / n))) for n in (columns, rows)]
         ratio = max(columns * cell[0] / (rows * cell[1]), rows * cell[1] / (columns * cell[0]))
         if (2.5 < ratio < 5) if wide else ratio < 2.2:
@@ -93,8 +100,11 @@ def draw_scene(
     return Scene(columns, rows, tuple(cell), things, **text)
 
 
-def draw_one(rng: random.Random) -> Scene:
-    """A scene of a single shape, digit or word."""
+def draw_one(rng: random.Random, room: int = 1) -> Scene:
+    """A scene of a single shape, digit or word, which fills it or stands somewhere in up to `room` columns and rows."""
+    if room > 1 and rng.random() < 0.7:
+        scene = draw_scene(rng, 1, 1, room=room)
+        return replace(scene, things=[]) if scene.digit or scene.word else scene
     what = rng.choices(("shape", "digit", "word"), (5, 2, 2))[0]
     columns = 2 if what == "word" else 1
     cell = (rng.uniform(24, 36), rng.uniform(33, 46))  # as wide as other pictures, so below 2.2 to 1

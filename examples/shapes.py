@@ -92,7 +92,8 @@ def training_chats(album: Album, count: int, rng: random.Random) -> Iterator[dic
         early = done < EASY
         lesson = rng.random() < max(0.05, 1 - done / EASY)
         if lesson:
-            scenes = [draw_one(rng) for _ in range(8)]
+            room = 1 + min(3, int(6 * done / EASY))  # the thing fills the picture, then it has to be found
+            scenes = [draw_one(rng, room) for _ in range(8)]
             freedom = min(1.0, done / LESSONS)
             images = [album.add(render(scene, rng, freedom=freedom)) for scene in scenes]
             if all(images):
