@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from config import Config, RopeConfig
 from parallel import (
     ColumnParallelLinear,
+    Linear,
     Place,
     RowParallelLinear,
     Slice,
@@ -25,9 +26,30 @@ from parallel import (
     VocabParallelHead,
     copy_to_group,
     divide,
+    matmul,
 )
 
 MASK_ELEMENTS = 1 << 22  # a prefill chunk's attention mask is at most this large, however long the context
+
+
+def join(layers: list[Linear]) -> torch.Tensor | None:
+    """Lay the weights of linears with the same input side by side in memory: the tensor (sum of out, in) of them all.
+
+    One large product is faster than some small ones. FP8 weights have a scale each and stay apart (None).
+    """
+    if any(layer.weight_scale is not None for layer in layers):
+        return None
+    joined = torch.cat([layer.weight.data for layer in layers])
+    for layer, part in zip(layers, joined.split([len(layer.weight) for layer in layers])):
+        layer.weight.data = part
+    return joined
+
+
+def project(x: torch.Tensor, layers: list[Linear], joined: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """The results of all `layers` for the same `x`; by one product where their weights are `joined`."""
+    if joined is None or torch.is_grad_enabled():
+        return tuple(layer(x) for layer in layers)
+    return matmul(x, joined).split([len(layer.weight) for layer in layers], dim=-1)
 
 
 class RMSNorm(nn.Module):
@@ -53,10 +75,14 @@ class MLP(nn.Module):
         self.gate_proj = ColumnParallelLinear(hidden_size, intermediate_size, place, dtype, keep_fp8)
         self.up_proj = ColumnParallelLinear(hidden_size, intermediate_size, place, dtype, keep_fp8)
         self.down_proj = RowParallelLinear(intermediate_size, hidden_size, place, dtype, keep_fp8)
+        self.joined: torch.Tensor | None = None
+
+    def inward(self) -> list[Linear]:
+        return [self.gate_proj, self.up_proj]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = copy_to_group(x, self.group)
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(copy_to_group(x, self.group), self.inward(), self.joined)
+        return self.down_proj(self.act(gate) * up)
 
 
 # ------------------------------------------------------------------------------------------------ rotary positions
@@ -174,12 +200,16 @@ class Attention(nn.Module):
         self.k_proj = ColumnParallelLinear(C, kv_heads * D, place, dtype, keep_fp8, parts)
         self.v_proj = ColumnParallelLinear(C, kv_heads * D, place, dtype, keep_fp8, parts)
         self.o_proj = RowParallelLinear(heads * D, C, place, dtype, keep_fp8)
+        self.joined: torch.Tensor | None = None
+
+    def inward(self) -> list[Linear]:
+        return [self.q_proj, self.k_proj, self.v_proj]
 
     def forward(self, x: torch.Tensor, span: Span, cache: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C). `cache`: this layer's keys and values, each (B, KV, length, D), or None."""
         B, T, _ = x.shape
-        x = copy_to_group(x, self.group)
-        q, k, v = (f(x).view(B, T, -1, self.head_dim).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+        qkv = project(copy_to_group(x, self.group), self.inward(), self.joined)
+        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in qkv)
         q, k = apply_rotary(q, span.cos, span.sin), apply_rotary(k, span.cos, span.sin)
         if span.query_scale is not None:
             q = q * span.query_scale
@@ -243,6 +273,12 @@ class Decoder(nn.Module):
                 self.lm_head.weight = self.embed_tokens.weight
         frequencies = rope_frequencies(config.rope, config.head_dim).to(place.device)
         self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def join_weights(self) -> None:
+        """For inference, once the weights are there: see `join`."""
+        for layer in self.layers.values():
+            for part in (layer.self_attn, layer.mlp):
+                part.joined = join(part.inward())
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `batch` rows of at most `length` tokens, in the run dtype.

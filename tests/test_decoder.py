@@ -298,3 +298,27 @@ def test_transformers_at_6000_tokens(rope, tmp_path):
     assert_close(log_probabilities(ours, tokens, [1, 999, 1030, 2070, 1, 1, 1898]), expected)
     assert_close(log_probabilities(ours, tokens, [3000] + [1] * 3000), expected)
     assert_close(log_probabilities(ours, tokens[:3001], [1] * 3001), expected[:3001])
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_joined_weights_give_the_same(tmp_path, kept):
+    """q, k, v and gate, up as one product each: the same results, and no second copy of a weight. FP8 stays apart."""
+    fields = text_fields("yarn, short")
+    state = random_state(fields)
+    if kept:
+        state, _ = to_fp8(state, static=False)
+    model = load(write_checkpoint(tmp_path, fields, state, fp8="dynamic" if kept else None), keep_fp8=kept)
+    tokens = random_tokens(40, fields["vocab_size"])
+    expected = [log_probabilities(model, tokens, sizes) for sizes in (None, [13, 26, 1])]
+    model.join_weights()
+    for before, sizes in zip(expected, (None, [13, 26, 1])):
+        torch.testing.assert_close(log_probabilities(model, tokens, sizes), before, atol=1e-5, rtol=0)
+    for layer in model.layers.values():
+        for part in (layer.self_attn, layer.mlp):
+            if kept:
+                assert part.joined is None
+                continue
+            rows = sum(len(linear.weight) for linear in part.inward())
+            assert part.joined.shape[0] == rows
+            storages = {linear.weight.untyped_storage().data_ptr() for linear in part.inward()}
+            assert storages == {part.joined.untyped_storage().data_ptr()}
