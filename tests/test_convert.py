@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 
 from checkpoint import canonical_name
 from config import UserError
-from convert import main
+from convert import main, measure_inputs
 
 LINEARS = [f"layers.{i}.{name}.weight" for i in range(3) for name in PROJECTIONS]
 
@@ -163,3 +164,14 @@ def test_refusals_leave_nothing_behind(tmp_path, source):
     with pytest.raises(UserError, match="layers.1.mlp.up_proj.weight"):
         main([str(tmp_path / "in"), str(tmp_path / "out")])
     assert sorted(os.listdir(tmp_path)) == ["bad.jsonl", "full", "in"]
+
+
+def test_the_largest_input_of_all_batches_counts(tmp_path, source):
+    """Whichever batch it is in: each alone gives what the two together exceed or equal, in either order."""
+    fields, state = source
+    model = load(write_checkpoint(tmp_path / "in", fields, state))
+    batches = [SimpleNamespace(tokens=torch.tensor([ids]), pixels=[]) for ids in ([50, 61, 72], [183, 94, 205, 116])]
+    first, second = (measure_inputs(model, [batch]) for batch in batches)
+    assert any(first[name] > second[name] for name in first) and any(first[name] < second[name] for name in first)
+    for order in (batches, batches[::-1]):
+        assert measure_inputs(model, order) == {name: max(first[name], second[name]) for name in LINEARS}
