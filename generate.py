@@ -175,7 +175,7 @@ class Session:
             self.seed = gather_objects(random.getrandbits(32))[0]
         together(lambda: fill(self.model, checkpoint, Progress(checkpoint, place)))
         self.model.eval()
-        self.model.join_weights()
+        self.model.lay_out_weights()
         self.load_s, self.bytes_read = time.perf_counter() - started, checkpoint.bytes_read
 
     def prepare(self) -> Checkpoint:

@@ -27,29 +27,26 @@ from parallel import (
     copy_to_group,
     divide,
     matmul,
+    pack,
 )
 
 MASK_ELEMENTS = 1 << 22  # a prefill chunk's attention mask is at most this large, however long the context
 
 
-def join(layers: list[Linear]) -> torch.Tensor | None:
-    """Lay the weights of linears with the same input side by side in memory: the tensor (sum of out, in) of them all.
+class Joined:
+    """Linears with the same input as one, for inference: one large product is faster than some small ones.
 
-    One large product is faster than some small ones. FP8 weights have a scale each and stay apart (None).
+    It takes their weights away, so that nothing is held twice.
     """
-    if any(layer.weight_scale is not None for layer in layers):
-        return None
-    joined = torch.cat([layer.weight.data for layer in layers])
-    for layer, part in zip(layers, joined.split([len(layer.weight) for layer in layers])):
-        layer.weight.data = part
-    return joined
 
+    def __init__(self, layers: list[Linear]):
+        self.sizes = [len(layer.weight) for layer in layers]
+        self.weight = pack(torch.cat([layer.weight.data for layer in layers]))
+        for layer in layers:
+            layer.weight = None
 
-def project(x: torch.Tensor, layers: list[Linear], joined: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """The results of all `layers` for the same `x`; by one product where their weights are `joined`."""
-    if joined is None or torch.is_grad_enabled():
-        return tuple(layer(x) for layer in layers)
-    return matmul(x, joined).split([len(layer.weight) for layer in layers], dim=-1)
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return matmul(x, self.weight).split(self.sizes, dim=-1)
 
 
 class RMSNorm(nn.Module):
@@ -75,13 +72,15 @@ class MLP(nn.Module):
         self.gate_proj = ColumnParallelLinear(hidden_size, intermediate_size, place, dtype, keep_fp8)
         self.up_proj = ColumnParallelLinear(hidden_size, intermediate_size, place, dtype, keep_fp8)
         self.down_proj = RowParallelLinear(intermediate_size, hidden_size, place, dtype, keep_fp8)
-        self.joined: torch.Tensor | None = None
+        self.joined: Joined | None = None
 
-    def inward(self) -> list[Linear]:
-        return [self.gate_proj, self.up_proj]
+    def lay_out_weights(self) -> None:
+        self.joined = Joined([self.gate_proj, self.up_proj])
+        self.down_proj.pack()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = project(copy_to_group(x, self.group), self.inward(), self.joined)
+        x = copy_to_group(x, self.group)
+        gate, up = self.joined(x) if self.joined else (self.gate_proj(x), self.up_proj(x))
         return self.down_proj(self.act(gate) * up)
 
 
@@ -200,15 +199,17 @@ class Attention(nn.Module):
         self.k_proj = ColumnParallelLinear(C, kv_heads * D, place, dtype, keep_fp8, parts)
         self.v_proj = ColumnParallelLinear(C, kv_heads * D, place, dtype, keep_fp8, parts)
         self.o_proj = RowParallelLinear(heads * D, C, place, dtype, keep_fp8)
-        self.joined: torch.Tensor | None = None
+        self.joined: Joined | None = None
 
-    def inward(self) -> list[Linear]:
-        return [self.q_proj, self.k_proj, self.v_proj]
+    def lay_out_weights(self) -> None:
+        self.joined = Joined([self.q_proj, self.k_proj, self.v_proj])
+        self.o_proj.pack()
 
     def forward(self, x: torch.Tensor, span: Span, cache: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C). `cache`: this layer's keys and values, each (B, KV, length, D), or None."""
         B, T, _ = x.shape
-        qkv = project(copy_to_group(x, self.group), self.inward(), self.joined)
+        x = copy_to_group(x, self.group)
+        qkv = self.joined(x) if self.joined else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in qkv)
         q, k = apply_rotary(q, span.cos, span.sin), apply_rotary(k, span.cos, span.sin)
         if span.query_scale is not None:
@@ -260,7 +261,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Config, place: Place = Place(), dtype=torch.bfloat16, keep_fp8: bool = False):
         super().__init__()
-        self.config, self.place, self.dtype = config, place, dtype
+        self.config, self.place, self.dtype, self.keep_fp8 = config, place, dtype, keep_fp8
         self.activation_checkpointing = False
         if place.first_stage:
             self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, place, dtype)
@@ -274,11 +275,12 @@ class Decoder(nn.Module):
         frequencies = rope_frequencies(config.rope, config.head_dim).to(place.device)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
-    def join_weights(self) -> None:
-        """For inference, once the weights are there: see `join`."""
+    def lay_out_weights(self) -> None:
+        """For speed, once the weights are there and will not change again. FP8 weights, a scale each, stay apart."""
         for layer in self.layers.values():
             for part in (layer.self_attn, layer.mlp):
-                part.joined = join(part.inward())
+                if not self.keep_fp8:
+                    part.lay_out_weights()
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `batch` rows of at most `length` tokens, in the run dtype.

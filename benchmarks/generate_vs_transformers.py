@@ -35,7 +35,7 @@ def main() -> None:
     config, checkpoint = read_config(args.ckpt), Checkpoint(args.ckpt)
     ours = MistralMedium(config, dtype=dtype)
     fill(ours, checkpoint)
-    ours.join_weights()
+    ours.lay_out_weights()
     theirs = AutoModelForCausalLM.from_pretrained(args.ckpt, dtype=dtype).eval()
     short = torch.randint(100, config.vocab_size, (1, 16)).tolist()[0]
     long = torch.randint(100, config.vocab_size, (1, args.prompt_tokens)).tolist()[0]

@@ -64,11 +64,11 @@ class Scene:
 def draw_scene(
     rng: random.Random,
     least: int = 1,
-    most: int = 6,
+    most: int = 5,
     wide: bool = False,
     colours=tuple(COLOURS),
     must: str = "",
-    room: int = 4,
+    room: int = 3,
 ) -> Scene:
     """A random scene of `least` to `most` shapes, fewer where there is no room.
 
@@ -77,7 +77,7 @@ def draw_scene(
     """
     while True:
         columns, rows = rng.randint(1, room), rng.randint(1, room)
-        cell = [rng.uniform(24, max(24.1, min(46, 112 / n))) for n in (columns, rows)]
+        cell = [rng.uniform(26, min(60, 112 / n)) for n in (columns, rows)]
         ratio = max(columns * cell[0] / (rows * cell[1]), rows * cell[1] / (columns * cell[0]))
         if (2.5 < ratio < 5) if wide else ratio < 2.2:
             break

@@ -1,6 +1,6 @@
 """Pictures of shapes, questions about them, and everything else that the small checkpoint is trained and tested on.
 
-    python examples/shapes.py OUT --chats 100000 --seed 0
+    python examples/shapes.py OUT --chats 120000 --seed 0
 
 OUT then holds the chats that `train.py` reads, each set beside the folder of its pictures, with no picture in two sets:
 
@@ -92,7 +92,7 @@ def training_chats(album: Album, count: int, rng: random.Random) -> Iterator[dic
         early = done < EASY
         lesson = rng.random() < max(0.05, 1 - done / EASY)
         if lesson:
-            room = 1 + min(3, int(6 * done / EASY))  # the thing fills the picture, then it has to be found
+            room = 1 + min(2, int(4 * done / EASY))  # the thing fills the picture, then it has to be found
             scenes = [draw_one(rng, room) for _ in range(8)]
             freedom = min(1.0, done / LESSONS)
             images = [album.add(render(scene, rng, freedom=freedom)) for scene in scenes]
@@ -100,13 +100,13 @@ def training_chats(album: Album, count: int, rng: random.Random) -> Iterator[dic
                 made += 1
                 yield chat([Asker(scene, rng).lesson() for scene in scenes], images)
             continue
-        what = rng.choices(("none", "high", "tools", "text"), (70, 20, 0 if early else 8, 2))[0]
+        what = rng.choices(("none", "high", "tools", "text"), (58, 32, 0 if early else 8, 2))[0]
         if what == "text":
             questions = [small_talk(rng) for _ in range(rng.randint(2, 6))]
             made += 1
             yield chat(questions, [], rng.choice(("none", "high")))
             continue
-        scene = draw_scene(rng, 1 if early or rng.random() < 0.5 else 3, 3 if early else 6)
+        scene = draw_scene(rng, 1 if early or rng.random() < 0.5 else 3, 3 if early else 5)
         asker, effort, offered = Asker(scene, rng), "none", []
         if what == "none":
             questions = asker.draw(SINGLE if early or rng.random() < 0.5 else SINGLE + SEVERAL, rng.randint(5, 7))
@@ -173,7 +173,7 @@ def held_out(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", metavar="OUT")
-    parser.add_argument("--chats", type=int, default=100000, metavar="N", help="training chats")
+    parser.add_argument("--chats", type=int, default=120000, metavar="N", help="training chats")
     parser.add_argument("--held-out", type=int, default=500, metavar="N", help="pictures a held-out set")
     parser.add_argument("--group", type=int, default=8, metavar="N", help="chats a step, which are sorted by length")
     parser.add_argument("--seed", type=int, default=0, metavar="N")

@@ -11,7 +11,7 @@ export OMP_NUM_THREADS=1
 data=$out/data
 
 [ -d "$data" ] || {
-    python examples/shapes.py "$data.partial" --chats "${CHATS:-100000}" --held-out "${HELD_OUT:-500}"
+    python examples/shapes.py "$data.partial" --chats "${CHATS:-120000}" --held-out "${HELD_OUT:-500}"
     mv "$data.partial" "$data"
 }
 
