@@ -175,6 +175,8 @@ class Session:
             self.seed = gather_objects(random.getrandbits(32))[0]
         together(lambda: fill(self.model, checkpoint, Progress(checkpoint, place)))
         self.model.eval()
+        weights = {id(t): t.numel() * t.element_size() for t in (*self.model.parameters(), *self.model.buffers())}
+        self.weight_bytes = sum(weights.values())
         self.model.lay_out_weights()
         self.load_s, self.bytes_read = time.perf_counter() - started, checkpoint.bytes_read
 
@@ -255,8 +257,7 @@ class Session:
         for phase in ("prefill", "decode"):
             seconds = engine.seconds[phase]
             stats[f"{phase}_tokens_per_s"] = round(engine.tokens[phase] / seconds, 2) if seconds else 0.0
-        weights = {id(t): t.numel() * t.element_size() for t in (*self.model.parameters(), *self.model.buffers())}
-        mine = (peak_memory(self.place), sum(weights.values()), self.bytes_read)
+        mine = (peak_memory(self.place), self.weight_bytes, self.bytes_read)
         every = map(list, zip(*gather_objects(mine)))
         stats |= dict(zip(("peak_memory_bytes", "weight_bytes", "bytes_read"), every))
         results = []
