@@ -263,11 +263,7 @@ def fill(model: nn.Module, checkpoint: Checkpoint, progress: Callable[[int, int]
 
 
 def initialize(model: nn.Module, seed: int) -> None:
-    """Give every parameter of `model` random values: norms are 1, all else is normal with the config's deviation.
-
-    A tensor is drawn in blocks of rows, and each block has a generator of its own, seeded with the tensor's name and
-    the block's number: every topology holds slices of the same model, and no rank draws much more than its part.
-    """
+    """Give every parameter of `model` random values: norms are 1, all else is normal with the config's deviation."""
     config = model.config
     for name, (layer, part) in layers_with_slices(model).items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -275,21 +271,30 @@ def initialize(model: nn.Module, seed: int) -> None:
                 layer.weight = model.embed_tokens.weight
                 continue
             name = "embed_tokens.weight"
-        weight = torch.zeros(part.local_shape)
-        if len(part.shape) == 1:
-            weight.fill_(1.0)
-        rows = max(1, RANDOM_BLOCK // math.prod(part.shape[1:]))
-        first, last = (part.start, min(part.stop, part.shape[0])) if part.dim == 0 else (0, part.shape[0])
-        for block in range(first // rows, -(-last // rows)) if len(part.shape) > 1 else ():
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name} {block}".encode()))
-            top = block * rows
-            drawn = torch.randn(min(rows, part.shape[0] - top), *part.shape[1:], generator=generator)
-            low, high = max(first, top), min(last, top + len(drawn))
-            drawn = drawn[low - top : high - top]
-            if part.dim == 1:
-                drawn = drawn[:, part.start : part.stop]
-            weight[low - first : high - first] = drawn.mul_(config.initializer_range)
+        one = len(part.shape) == 1
+        weight = torch.ones(part.local_shape) if one else draw(name, part, seed, config.initializer_range)
         layer.weight = nn.Parameter(weight.to(model.place.device, layer.weight.dtype))
+
+
+def draw(name: str, part: Slice, seed: int, deviation: float) -> torch.Tensor:
+    """The part `part` of the random tensor `name`, normal, float32.
+
+    A tensor is drawn in blocks of rows, and each block has a generator of its own, seeded with the tensor's name and
+    the block's number: every topology holds slices of the same model, and no rank draws much more than its part.
+    """
+    weight = torch.zeros(part.local_shape)
+    rows = max(1, RANDOM_BLOCK // math.prod(part.shape[1:]))
+    first, last = (part.start, min(part.stop, part.shape[0])) if part.dim == 0 else (0, part.shape[0])
+    for block in range(first // rows, -(-last // rows)):
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name} {block}".encode()))
+        top = block * rows
+        drawn = torch.randn(min(rows, part.shape[0] - top), *part.shape[1:], generator=generator)
+        low, high = max(first, top), min(last, top + len(drawn))
+        drawn = drawn[low - top : high - top]
+        if part.dim == 1:
+            drawn = drawn[:, part.start : part.stop]
+        weight[low - first : high - first] = drawn.mul_(deviation)
+    return weight
 
 
 def prepare(checkpoint: Checkpoint, name: str, layer: nn.Module, part: Slice, config: Config, device) -> torch.Tensor:

@@ -309,11 +309,14 @@ class Linear(nn.Module):
         )
         self.register_buffer("weight_scale", torch.empty((), device="meta") if keep_fp8 else None)
         self.register_buffer("activation_scale", None)
+        self.adapter: nn.Module | None = None  # see lora.py
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight_scale is not None:
-            return fp8.linear(x, self.weight, self.weight_scale, self.activation_scale)
-        return matmul(x, self.weight)
+            y = fp8.linear(x, self.weight, self.weight_scale, self.activation_scale)
+        else:
+            y = matmul(x, self.weight)
+        return y if self.adapter is None else y + self.adapter(x)
 
     def pack(self) -> None:
         """For inference: see the function."""

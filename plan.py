@@ -26,6 +26,7 @@ from config import Config, UserError, read_config
 from engine import CHUNK, LOGIT_ROWS
 from fp8 import BLOCK
 from generate import SIZE, Parser, number
+from lora import add_adapters
 from model import MASK_ELEMENTS
 from optimizer import BUCKET, Trained, held_tensors
 from parallel import Linear, Place
@@ -75,8 +76,8 @@ def weight_bytes(model: MistralMedium) -> int:
     return sum(tensors.values()) + (FP32 * kept if static else 0)
 
 
-def is_trained(name: str, config: Config, freeze: list[str]) -> bool:
-    """Whether train.py trains the tensor `name` under `--freeze`; a tied head is the embedding."""
+def is_trained(name: str, config: Config, freeze: Sequence[str]) -> bool:
+    """Whether train.py trains the tensor `name` under `--freeze`, adapters aside; a tied head is the embedding."""
     if config.tie_word_embeddings and name.startswith("lm_head."):
         name = "embed_tokens.weight"
     return not name.startswith(tuple(prefix for part in freeze for prefix in FREEZABLE[part]))
@@ -85,8 +86,10 @@ def is_trained(name: str, config: Config, freeze: list[str]) -> bool:
 def tally(tensor: Trained, layer: nn.Module) -> tuple[str, int, int]:
     """(what it counts as, its parameters, the zeros it is padded with) for one tensor of one rank."""
     inside = len_inside(tensor.part) * math.prod(tensor.part.shape) // tensor.part.shape[tensor.part.dim]
-    kind = "model"
-    if not tensor.owner:
+    kind = "adapters" if ".adapter." in tensor.name else "model"
+    if not tensor.owner and kind == "adapters":
+        kind = "whole factors of adapters"
+    elif not tensor.owner:
         kind = "norms" if len(tensor.part.shape) == 1 else "patch_conv"
         kind = "key/value heads" if tensor.sharers > 1 else kind
         kind = "tied embedding" if tensor.name.startswith("embed_tokens.") else kind
@@ -136,13 +139,21 @@ def training_activations(
     micro_batches: int,
     checkpointing: bool,
     freeze: Sequence,
+    keep_fp8: bool = False,
 ) -> int:
-    """Bytes at the worst moment of a step's forward and backward passes, for a rank at `place`."""
+    """Bytes at the worst moment of a step's forward and backward passes, for a rank at `place`.
+
+    Where the frozen weights stay FP8, one of them at a time is there in BF16 too. Adapters' own results are left out:
+    a few numbers a token.
+    """
     tp, tokens, row = place.tp_size, micro_batch * length, BF16 * micro_batch * length * config.hidden_size
     layers = len(place.layers(config.num_hidden_layers))
     inside = layer_activations(config, tp, tokens)
     held = layers * (row if checkpointing else inside)
     moment = layer_backward(config, tp, tokens) + (inside if checkpointing else 0)
+    if keep_fp8:
+        heads = config.num_attention_heads * config.head_dim
+        moment += BF16 * config.hidden_size * max(config.intermediate_size, heads) // tp + FP32 * BLOCK
     if config.vision is not None and place.first_stage:
         v = config.vision
         patches = tokens * v.spatial_merge_size**2
@@ -193,19 +204,24 @@ def inference_activations(config: Config, place: Place, context: int, keep_fp8: 
 
 def make_plan(config: Config, args: argparse.Namespace) -> dict:
     """The plan as the JSON object that --json prints. Raises UserError where the topology does not divide the model."""
-    keep_fp8 = args.inference and (args.weights or ("fp8" if config.fp8 else "dequantized")) == "fp8"
+    keep_fp8 = config.fp8 and (args.weights != "dequantized" if args.inference else bool(args.lora_rank))
+    freeze = list(FREEZABLE) if args.lora_rank else args.freeze
     micro_batches = -(-(-(-args.global_batch_size // args.micro_batch_size)) // args.dp)
-    parameters, padding, copies, stages = 0, 0, Counter(), []
+    parameters, adapters, padding, copies, stages = 0, 0, 0, Counter(), []
     for stage_places in places(args.tp, args.pp, args.dp):
         ranks = []
         for place in stage_places:
             model = MistralMedium(config, place, torch.bfloat16, keep_fp8)
+            if args.lora_rank:
+                add_adapters(model, args.lora_rank, 1.0)
             held = held_tensors(model)
             for tensor in held:
                 kind, inside, zeros = tally(tensor, tensor.parameter)
                 padding += zeros
                 if kind == "model":
                     parameters += inside
+                elif kind == "adapters":
+                    adapters += inside
                 else:
                     copies[kind] += inside
             layers = [int(i) for i in model.layers]
@@ -220,12 +236,17 @@ def make_plan(config: Config, args: argparse.Namespace) -> dict:
                 stage.cache_bytes = sum(t.numel() * t.element_size() for t in (cache.keys, cache.values))
                 stage.activation_bytes = inference_activations(config, place, args.max_context, keep_fp8)
             else:
-                sizes = [t.parameter.numel() for t in held if is_trained(t.name, config, args.freeze)]
+                sizes = [
+                    t.parameter.numel()
+                    for t in held
+                    if is_trained(t.name, config, freeze) or (args.lora_rank and ".adapter." in t.name)
+                ]
                 stage.gradient_bytes, stage.optimizer_bytes = FP32 * sum(sizes), 3 * FP32 * sum(sizes)
                 passes = training_activations(
                     *(config, place, args.micro_batch_size, args.max_length, micro_batches),
                     args.activation_checkpointing,
-                    args.freeze,
+                    freeze,
+                    keep_fp8,
                 )
                 stage.activation_bytes = max(passes, step_memory(sizes))
             ranks.append(stage)
@@ -235,6 +256,7 @@ def make_plan(config: Config, args: argparse.Namespace) -> dict:
     plan = {
         "gpus": args.tp * args.pp * args.dp,
         "parameters": parameters,
+        "adapters": adapters,
         "padding": padding,
         "copies": dict(copies),
         "stages": [{**asdict(stage), "peak_bytes": stage.peak_bytes} for stage in stages],
@@ -266,9 +288,10 @@ def show(plan: dict, args: argparse.Namespace) -> str:
     widths = [max(map(len, column)) for column in zip(names, *rows)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [names, *rows]]
     lines += ["", "GB (10^9 bytes) and parameters of one rank; * estimated"]
+    adapters = f", {plan['adapters']:,} of adapters" if plan["adapters"] else ""
     copies = ", ".join(f"{name} {count:,}" for name, count in plan["copies"].items())
     lines.append(
-        f"{plan['parameters']:,} parameters; besides, over all ranks of a replica: copies {copies or 0}; "
+        f"{plan['parameters']:,} parameters{adapters}; besides, over all ranks of a replica: copies {copies or 0}; "
         f"padding {plan['padding']:,}"
     )
     if args.inference:
@@ -299,12 +322,16 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--global-batch-size", type=SIZE, default=64, metavar="N", help="samples a step, which decide the bubble")
     add("--activation-checkpointing", action="store_true")
     add("--freeze", nargs="+", default=[], choices=sorted(FREEZABLE), metavar="NAME", help=", ".join(FREEZABLE))
+    add("--lora-rank", type=SIZE, metavar="N", help="adapters of this rank; weights frozen, FP8 ones as they are")
     add("--inference", action="store_true", help="plan generate.py with one request, not train.py")
     add("--weights", choices=["fp8", "dequantized"], help="with --inference: FP8 weights in memory; default: as stored")
     add("--max-context", type=SIZE, metavar="N", help="with --inference: tokens; default: the model's context")
     args = parser.parse_args(argv)
-    if args.inference and (args.dp > 1 or args.freeze or args.activation_checkpointing or args.max_length):
-        raise UserError("--dp, --freeze, --activation-checkpointing and --max-length are for training, not --inference")
+    training = args.freeze or args.activation_checkpointing or args.max_length or args.lora_rank
+    if args.inference and (args.dp > 1 or training):
+        raise UserError(
+            "--dp, --freeze, --activation-checkpointing, --max-length and --lora-rank are for training, not --inference"
+        )
     if not args.inference and (args.weights or args.max_context):
         raise UserError("--weights and --max-context go with --inference")
     return args

@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fp8
-from checkpoint import export_config, is_quantized, save, scale_name, write_json
+from checkpoint import export_config, is_quantized, layers_with_slices, save, scale_name, write_json
 from config import UserError, read_json
 from launch import gather_objects, together
+from lora import merged, save_adapters
 from optimizer import Optimizer, Trained, held_tensors
 from parallel import Slice
 
@@ -150,31 +151,25 @@ def read_part(tensor: Trained, views: dict[str, torch.Tensor], pieces: list, pat
 def export(directory: str, model: nn.Module, precision: str, source: str) -> None:
     """Write the trained model in the HF layout, `precision` "bfloat16" or "fp8"; all ranks call this together.
 
-    Tensor by tensor the ranks send their parts to rank 0, which never holds more than one file's worth. FP8 has one
-    scale a tensor and none for activations (they are scaled dynamically). The tokenizer comes from `source`.
+    Adapters are merged on the way. FP8 has one scale a tensor and none for activations (they are scaled dynamically).
+    The tokenizer comes from `source`.
     """
-    place, config = model.place, model.config
-    owned = {t.name: t for t in held_tensors(model) if t.owner and place.dp_rank == 0}
-    holders = gather_objects({name: tensor.part for name, tensor in owned.items()})
+    config = model.config
     whole = {tensor.name: tensor.part.shape for tensor in held_tensors(type(model)(config))}
-    if place.rank > 0:
-        for name in whole:
-            if name in owned:
-                dist.send(owned[name].parameter.data.cpu().contiguous(), dst=0)
     in_fp8 = {name for name in whole if precision == "fp8" and is_quantized(name)}
+    stream = collect(model, whole)
 
     def write() -> None:
-        if place.rank > 0:
+        if model.place.rank > 0:
             return
         sizes = {}
         for name, shape in whole.items():
             sizes[name] = math.prod(shape) * (1 if name in in_fp8 else 2)
             if name in in_fp8:
                 sizes[scale_name(name)] = 4
-        stream = gathered(whole, holders, owned, model.dtype, in_fp8)
         shutil.rmtree(directory, ignore_errors=True)
         try:
-            save(directory, export_config(config, precision == "fp8"), sizes, stream, source)
+            save(directory, export_config(config, precision == "fp8"), sizes, quantized(stream, in_fp8), source)
         finally:
             for _ in stream:  # after an error the other ranks still wait to send the rest
                 pass
@@ -182,10 +177,35 @@ def export(directory: str, model: nn.Module, precision: str, source: str) -> Non
     together(write)
 
 
-def gathered(
-    whole: dict[str, tuple], holders: list[dict[str, Slice]], owned: dict[str, Trained], dtype: torch.dtype, in_fp8: set
+def export_adapters(directory: str, model: nn.Module, rank: int, alpha: float) -> None:
+    """Write the adapters, as they are, for the peft library; all ranks call this together."""
+    mine = {name: part.shape for name, (_, part) in layers_with_slices(model).items() if ".adapter." in name}
+    whole = {name: shape for part in gather_objects(mine) for name, shape in part.items()}
+    tensors = dict(collect(model, whole))
+    together(lambda: None if model.place.rank else save_adapters(directory, tensors, model, rank, alpha))
+
+
+def collect(model: nn.Module, whole: dict[str, tuple]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Rank 0 gets whole BF16 tensors of the names and shapes `whole`, one after the other; the other ranks nothing.
+
+    They send their parts, and rank 0 never holds more than one tensor.
+    """
+    place, layers = model.place, layers_with_slices(model)
+    owned = [t for t in held_tensors(model) if t.owner and t.name in whole and place.dp_rank == 0]
+    parts = {tensor.name: tensor.part for tensor in owned}
+    holders = gather_objects(parts)
+    if place.rank == 0:
+        return received(model, whole, holders)
+    for name in whole:
+        if name in parts:
+            dist.send(merged(layers[name][0], model.dtype).cpu().contiguous(), dst=0)
+    return iter(())
+
+
+def received(
+    model: nn.Module, whole: dict[str, tuple], holders: list[dict[str, Slice]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Rank 0: every tensor of the model, from all the ranks that hold a part of it, as it is to be written."""
+    layers = layers_with_slices(model)
     for name, shape in whole.items():
         tensor = torch.empty(shape, dtype=torch.bfloat16)
         for rank, parts in enumerate(holders):
@@ -193,11 +213,17 @@ def gathered(
                 continue
             part, length = parts[name], len_inside(parts[name])
             if rank == 0:
-                piece = owned[name].parameter.data.cpu()
+                piece = merged(layers[name][0], model.dtype).cpu()
             else:
-                piece = torch.empty(part.local_shape, dtype=dtype)
+                piece = torch.empty(part.local_shape, dtype=model.dtype)
                 dist.recv(piece, src=rank)
             tensor.narrow(part.dim, part.start, length).copy_(piece.narrow(part.dim, 0, length))
+        yield name, tensor
+
+
+def quantized(stream: Iterator[tuple[str, torch.Tensor]], in_fp8: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of `stream`; those named in `in_fp8` as FP8, followed by their scales."""
+    for name, tensor in stream:
         if name not in in_fp8:
             yield name, tensor
         else:

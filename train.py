@@ -30,11 +30,12 @@ from data import IGNORE, Chats, ImageReader, MicroBatch, Order, Sample, micro_ba
 from engine import Engine, Request
 from generate import COUNT, SIZE, Parser, Progress, number, peak_memory
 from launch import gather_objects, run_program, together
+from lora import add_adapters, initialize_adapters
 from metrics import Metrics, draw_loss
 from optimizer import Optimizer
 from parallel import Place, find_place
 from pipeline import Pipeline
-from state import export, load_checkpoint, newest_checkpoint, save_checkpoint
+from state import export, export_adapters, load_checkpoint, newest_checkpoint, save_checkpoint
 from tokenizer import load_tokenizer
 from vision import MistralMedium
 
@@ -79,6 +80,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--weight-decay", type=RATE, default=0.0, metavar="F", help="on every trained weight")
     add("--max-grad-norm", type=RATE, default=1.0, metavar="F", help="longer gradients are scaled down; 0: never")
     add("--freeze", nargs="+", default=[], choices=sorted(FREEZABLE), metavar="NAME", help=", ".join(FREEZABLE))
+    add(
+        "--lora-rank", type=SIZE, metavar="N", help="train adapters of this rank on the decoder's linears, nothing else"
+    )
+    add("--lora-alpha", type=RATE, metavar="F", help="adapters count alpha / rank times; default 4 times the rank")
     add("--activation-checkpointing", action="store_true", help="keep layers' inputs only: less memory, more time")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     add("--seed", type=number(int, 0, (1 << 31) - 1), default=0, metavar="N", help="of the order, and of --init")
@@ -93,6 +98,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         raise UserError("start from --ckpt DIR, or from --init CONFIG.json with --tokenizer DIR")
     if not args.val and (args.val_every or args.val_generate):
         raise UserError("--val-every and --val-generate need --val FILE.jsonl")
+    if args.lora_alpha and not args.lora_rank:
+        raise UserError("--lora-alpha goes with --lora-rank N")
+    args.lora_alpha = args.lora_alpha or 4.0 * (args.lora_rank or 0)
     if max(args.betas) == 1 or args.min_lr > args.lr:
         raise UserError("--betas must lie below 1, and --min-lr must not exceed --lr")
     return args
@@ -144,6 +152,7 @@ class Trainer:
             "global_batch_size": args.global_batch_size,
             "optimizer": args.optimizer,
             "freeze": sorted(set(args.freeze)),
+            "lora": [args.lora_rank, args.lora_alpha],
         }
 
     def say(self, text: str) -> None:
@@ -152,7 +161,8 @@ class Trainer:
 
     def build_model(self) -> MistralMedium:
         args, place = self.args, self.place
-        model = together(lambda: MistralMedium(self.config, place, getattr(torch, args.dtype)))
+        keep_fp8 = bool(args.lora_rank and args.ckpt and self.config.fp8)  # frozen weights stay as they are stored
+        model = together(lambda: MistralMedium(self.config, place, getattr(torch, args.dtype), keep_fp8))
         if args.ckpt:
             checkpoint = Checkpoint(args.ckpt)
             together(lambda: fill(model, checkpoint, Progress(checkpoint, place)))
@@ -163,6 +173,9 @@ class Trainer:
             frozen += ("lm_head.",)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.startswith(frozen))
+        if args.lora_rank:
+            add_adapters(model, args.lora_rank, args.lora_alpha)
+            initialize_adapters(model, args.seed)
         model.activation_checkpointing = args.activation_checkpointing
         if self.config.vision is not None and place.first_stage:
             model.vision_tower.activation_checkpointing = args.activation_checkpointing
@@ -331,6 +344,8 @@ class Trainer:
                 save_checkpoint(self.checkpoints, step, self.optimizer, self.settings)
         if metrics:
             draw_loss(os.path.join(args.out, "loss.png"), metrics.lines)
+        if args.lora_rank:
+            export_adapters(os.path.join(args.out, "adapters"), self.model, args.lora_rank, args.lora_alpha)
         export(os.path.join(args.out, "model"), self.model, args.export, args.ckpt or args.tokenizer)
         self.say(f"done: {os.path.join(args.out, 'model')}")
 

@@ -20,7 +20,7 @@ COLOURS = {
 NEW_COLOUR = {"pink": (250, 140, 190)}
 SHAPES = {"circle": "circles", "square": "squares", "triangle": "triangles", "star": "stars", "cross": "crosses"}
 WORDS = ("cat", "dog", "sun", "key", "map", "box", "tree", "fish", "moon", "ship", "bird", "lamp")
-BACKGROUNDS = {(255, 255, 255): (20, 20, 20), (238, 234, 222): (60, 40, 30), (40, 42, 54): (245, 245, 245)}  # and ink
+BACKGROUNDS = {(255, 255, 255): (20, 20, 20), (238, 234, 222): (60, 40, 30), (222, 232, 240): (20, 30, 60)}  # and ink
 SUPERSAMPLE = 4
 
 
@@ -130,7 +130,7 @@ def render(scene: Scene, rng: random.Random, scale: float = 1.0, freedom: float 
         x = (thing.column + 0.5) * cw + rng.uniform(-1, 1) * (cw / 2 - r) * 0.6 * freedom
         y = (thing.row + 0.5) * ch + rng.uniform(-1, 1) * (ch / 2 - r) * 0.6 * freedom
         colour = (COLOURS | NEW_COLOUR)[thing.colour]
-        draw_shape(draw, thing.shape, x, y, r, vary(colour, rng, 14))
+        draw_shape(draw, thing.shape, x, y, r, vary(colour, rng, 14), ink)
     if text := scene.digit or scene.word:
         width = cw if scene.digit else scene.columns * cw
         font = ImageFont.load_default(100)
@@ -146,18 +146,20 @@ def vary(colour: tuple, rng: random.Random, most: int) -> tuple:
     return tuple(min(255, max(0, c + rng.randint(-most, most))) for c in colour)
 
 
-def draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill: tuple) -> None:
-    """A shape with centre (x, y) that reaches r pixels far."""
+def draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill: tuple, ink: tuple) -> None:
+    """A shape with centre (x, y) that reaches r pixels far, with an outline of `ink`."""
+    width = round(0.16 * r)
     if shape == "circle":
-        draw.ellipse((x - r, y - r, x + r, y + r), fill)
-    elif shape == "square":
-        draw.rectangle((x - 0.85 * r, y - 0.85 * r, x + 0.85 * r, y + 0.85 * r), fill)
+        draw.ellipse((x - r, y - r, x + r, y + r), fill, ink, width)
+        return
+    if shape == "square":
+        corners = [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]
     elif shape == "triangle":
-        draw.polygon([(x, y - r), (x - r, y + 0.8 * r), (x + r, y + 0.8 * r)], fill)
+        corners = [(0, -1), (1, 0.8), (-1, 0.8)]
     elif shape == "star":
         turns = [math.pi * i / 5 for i in range(10)]
-        reach = [1.1 * r, 0.45 * r] * 5
-        draw.polygon([(x + q * math.sin(t), y - q * math.cos(t)) for q, t in zip(reach, turns)], fill)
+        corners = [(q * math.sin(t), -q * math.cos(t)) for q, t in zip([1.1, 0.45] * 5, turns)]
     else:
-        draw.rectangle((x - r, y - 0.3 * r, x + r, y + 0.3 * r), fill)
-        draw.rectangle((x - 0.3 * r, y - r, x + 0.3 * r, y + r), fill)
+        a, b = 0.35, 1
+        corners = [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+    draw.polygon([(x + r * u, y + r * v) for u, v in corners], fill, ink, width)

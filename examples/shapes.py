@@ -1,6 +1,6 @@
 """Pictures of shapes, questions about them, and everything else that the small checkpoint is trained and tested on.
 
-    python examples/shapes.py OUT --chats 120000 --seed 0
+    python examples/shapes.py OUT --chats 110000 --seed 0
 
 OUT then holds the chats that `train.py` reads, each set beside the folder of its pictures, with no picture in two sets:
 
@@ -32,8 +32,8 @@ from PIL import Image
 from questions import CALLS, NUMBERS, SEVERAL, SINGLE, TOOLS, Asker, Question, small_talk
 from tiny_tokenizer import write_tekken
 
-LESSONS = 0.05  # the share of training after which lessons are as varied as other pictures
-EASY = 0.3  # and the one after which they are rare, and pictures have more than three shapes
+LESSONS = 0.03  # the share of training after which lessons are as varied as other pictures
+EASY = 0.2  # and the one after which they are rare, and pictures have more than three shapes
 
 
 def chat(questions: list[Question], images: list[str], effort: str = "none", offered: tuple[str, ...] = ()) -> dict:
@@ -173,7 +173,7 @@ def held_out(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", metavar="OUT")
-    parser.add_argument("--chats", type=int, default=120000, metavar="N", help="training chats")
+    parser.add_argument("--chats", type=int, default=110000, metavar="N", help="training chats")
     parser.add_argument("--held-out", type=int, default=500, metavar="N", help="pictures a held-out set")
     parser.add_argument("--group", type=int, default=8, metavar="N", help="chats a step, which are sorted by length")
     parser.add_argument("--seed", type=int, default=0, metavar="N")

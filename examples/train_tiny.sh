@@ -11,7 +11,7 @@ export OMP_NUM_THREADS=1
 data=$out/data
 
 [ -d "$data" ] || {
-    python examples/shapes.py "$data.partial" --chats "${CHATS:-120000}" --held-out "${HELD_OUT:-500}"
+    python examples/shapes.py "$data.partial" --chats "${CHATS:-110000}" --held-out "${HELD_OUT:-500}"
     mv "$data.partial" "$data"
 }
 
@@ -20,7 +20,7 @@ data=$out/data
 torchrun --standalone --nproc-per-node "${PROCESSES:-2}" train.py --init "$data/start/config.json" \
     --tokenizer "$data/start" --data "$data/train.jsonl" --out "$out/run" --resume --save-every 1000 \
     --no-shuffle --epochs 1 --global-batch-size 8 --micro-batch-size 4 --dtype float32 \
-    --lr 1e-3 --min-lr 2e-5 --warmup-steps 60 --betas 0.9 0.98
+    --lr 5e-4 --min-lr 2e-5 --warmup-steps 60 --betas 0.9 0.98
 
 rm -rf "$out/tiny"
 python fp8.py "$out/run/model" "$out/tiny" --calibrate "$data/calibrate.jsonl"

@@ -15,7 +15,9 @@ import torch  # noqa: E402
 from train_cases import IMAGES, TEXT, make_chats, make_checkpoint  # noqa: E402
 
 from chat import encode_chat  # noqa: E402
+from checkpoint import draw  # noqa: E402
 from config import read_config  # noqa: E402
+from parallel import Slice  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 from vision import grid, image_size, load_image, pixels  # noqa: E402
 
@@ -26,6 +28,7 @@ CASES = {  # name -> (config, options of train.py)
     "images, the recipe's freezing": (IMAGES, {"freeze": ["vision_tower", "projector", "embeddings"]}),
     "images, decoder frozen": (IMAGES, {"freeze": ["language_model"], "max_grad_norm": 0}),
     "text, embeddings frozen": (TEXT, {"freeze": ["embeddings"], "micro_batch_size": 4}),
+    "images, LoRA": (IMAGES, {"lora_rank": 3, "lora_alpha": 10.0, "lr": 1e-2}),
 }
 PREFIXES = {
     "vision_tower": "model.vision_tower.",
@@ -35,7 +38,29 @@ PREFIXES = {
 }
 
 
-def reference(ckpt: str, data: str, options: dict, steps: int = 20, batch_size: int = 6, lr: float = 1e-3) -> list:
+class LowRank(torch.nn.Module):
+    """W -> W + scale · B A, from the same random A as ours and B = 0."""
+
+    def __init__(self, name: str, shape: torch.Size, rank: int, scale: float):
+        super().__init__()
+        start = draw(name, Slice((rank, shape[1]), 0, 0, rank), 0, (3 * shape[1]) ** -0.5)
+        self.A, self.B, self.scale = torch.nn.Parameter(start), torch.nn.Parameter(torch.zeros(shape[0], rank)), scale
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.scale * self.B @ self.A
+
+
+def add_lora(model: torch.nn.Module, rank: int, alpha: float) -> None:
+    """Adapters on the decoder's linears, everything else frozen."""
+    model.requires_grad_(False)
+    for name, linear in list(model.named_modules()):
+        if name.endswith("_proj") and "layers." in name and "vision" not in name:
+            ours = name[name.index("layers.") :] + ".adapter.lora_A.weight"
+            low_rank = LowRank(ours, linear.weight.shape, rank, alpha / rank)
+            torch.nn.utils.parametrize.register_parametrization(linear, "weight", low_rank)
+
+
+def reference(ckpt: str, data: str, options: dict, steps: int = 20, batch_size: int = 6) -> list:
     """[{"step", "loss", "grad_norm"}] of transformers' model and torch's optimizer, sample after sample."""
     import transformers
 
@@ -45,8 +70,11 @@ def reference(ckpt: str, data: str, options: dict, steps: int = 20, batch_size: 
     frozen = tuple(options.get("freeze", []))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(name.startswith(PREFIXES[f]) for f in frozen))
+    if rank := options.get("lora_rank"):
+        add_lora(model, rank, options["lora_alpha"])
     trained = [p for p in model.parameters() if p.requires_grad]
     kind = torch.optim.AdamW if options.get("optimizer") == "adamw" else torch.optim.Adam
+    lr = options.get("lr", 1e-3)
     betas, decay = tuple(options.get("betas", (0.9, 0.999))), options.get("weight_decay", 0.0)
     optimizer = kind(trained, lr=lr, betas=betas, eps=1e-8, weight_decay=decay)
     warmup, low = options.get("warmup_steps", 0), 1e-6

@@ -1,0 +1,137 @@
+"""Adapters: on every topology the same, merged right, beside a base that stays as it is. Parity is in test_train.py."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from helpers import load, log_probabilities
+from safetensors.torch import load_file
+from train_cases import IMAGES, TEXT, arguments, launch, make_chats, make_checkpoint, metrics, worst
+
+import train
+from config import UserError
+from convert import main as convert
+from lora import merged
+
+OPTIONS = {"lora_rank": 3, "lora_alpha": 10.0, "lr": 1e-2, "micro_batch_size": 2, "max_steps": 6}
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    """A checkpoint and chats each: images in FP8, text in FP32."""
+    made = {}
+    for name, config in (("images", IMAGES), ("text", TEXT)):
+        folder = tmp_path_factory.mktemp(name)
+        ckpt = make_checkpoint(folder / "whole", config)
+        if name == "images":
+            convert([ckpt, str(folder / "fp8")])
+            ckpt = str(folder / "fp8")
+        made[name] = ckpt, make_chats(folder / "data", name == "images")
+    return made
+
+
+def trainer(case, out, **options) -> train.Trainer:
+    return train.Trainer(train.parse_args(arguments(*case, out, **options)), train.find_place(1, 1))
+
+
+def test_the_base_stays_frozen_and_fp8(cases, tmp_path):
+    run = trainer(cases["images"], tmp_path, **OPTIONS)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    for step in (1, 2):
+        run.step(step, run.prepare_step(step))
+    trained = {tensor.name for bucket in run.optimizer.buckets for tensor in bucket.tensors}
+    assert len(trained) == 2 * 7 * IMAGES.num_hidden_layers
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name not in trained), name
+        assert (parameter.dtype == torch.float8_e4m3fn) == name.endswith("_proj.weight") or "vision" in name, name
+
+
+@pytest.mark.parametrize("name", ["images", "text"])
+def test_what_is_written(name, cases, tmp_path):
+    """model/ is the base with the adapters merged; adapters/ is what was added, in peft's names."""
+    run = trainer(cases[name], tmp_path, **OPTIONS, export="bfloat16")
+    run.run()
+    base, after = load(cases[name][0]), load(str(tmp_path / "model"))
+    added = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
+    inside = "model.language_model" if name == "images" else "model"
+    changed = 0
+    for key, old in base.state_dict().items():
+        new, expected = after.state_dict()[key], old.bfloat16().float()
+        path = f"base_model.model.{inside}.{key.removesuffix('.weight')}"
+        if f"{path}.lora_A.weight" in added:
+            a, b = (added[f"{path}.lora_{x}.weight"].double() for x in "AB")
+            expected = (old.double() + 10.0 / 3 * b @ a).float()
+            changed += not torch.equal(new, old)
+        torch.testing.assert_close(new, expected, atol=0.02 * expected.abs().max().item(), rtol=0)
+    assert changed == 35 and len(added) == 70
+    settings = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["peft_type"]) == (3, 10.0, "LORA")
+    tokens = torch.randint(14, 300, (30,)).tolist()
+    with torch.no_grad():
+        ids = torch.tensor([tokens])
+        adapted = run.model.logits(run.model(run.model.embed(ids), [0]))[0].log_softmax(-1)
+    assert (log_probabilities(after, tokens) - adapted).abs().mean() < 0.05  # BF16 weights
+    assert (log_probabilities(base, tokens) - adapted).abs().mean() > 0.2
+
+    transformers = pytest.importorskip("transformers")
+    kind = "Mistral3ForConditionalGeneration" if name == "images" else "Ministral3ForCausalLM"
+    with torch.device("meta"):
+        peer = getattr(transformers, kind)(transformers.AutoConfig.from_pretrained(str(tmp_path / "model")))
+    modules = {f"base_model.model.{path}" for path, _ in peer.named_modules()}
+    assert {path.split(".lora_")[0] for path in added} <= modules
+
+
+def test_merging_is_the_sum(cases, tmp_path):
+    run = trainer(cases["images"], tmp_path, **OPTIONS)
+    run.step(1, run.prepare_step(1))
+    layer = run.model.layers["2"].mlp.down_proj
+    x = torch.randn(5, 56)
+    with torch.no_grad():
+        torch.testing.assert_close(x @ merged(layer, torch.float32).t(), layer(x), atol=1e-4, rtol=1e-4)
+
+
+def check_topology(case, topology, folder, **options) -> None:
+    """The same losses, and the same adapters, as on one process."""
+    options = {**OPTIONS, **options}
+    train.main(arguments(*case, folder / "one", **options))
+    status, errors = launch(arguments(*case, folder / "many", **options), topology)
+    assert status == 0, errors
+    for name in ("loss", "grad_norm"):
+        assert worst(metrics(folder / "many"), metrics(folder / "one"), name) < 1e-4
+    one, many = (load_file(folder / out / "adapters" / "adapter_model.safetensors") for out in ("one", "many"))
+    assert set(one) == set(many)
+    for name, tensor in one.items():
+        torch.testing.assert_close(many[name].float(), tensor.float(), atol=0.02 * tensor.abs().max().item(), rtol=0)
+
+
+@pytest.mark.time_limit(300)
+def test_two_by_two(cases, tmp_path):
+    check_topology(cases["images"], (2, 2, 1), tmp_path, activation_checkpointing=True)
+
+
+@pytest.mark.slow
+@pytest.mark.time_limit(600)
+@pytest.mark.parametrize("topology", [(2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 2), (4, 2, 1)], ids=str)
+@pytest.mark.parametrize("name", ["images", "text"])
+def test_all_topologies(name, topology, cases, tmp_path):
+    check_topology(cases[name], topology, tmp_path)
+
+
+def test_resuming(cases, tmp_path):
+    """A run that was cut, and goes on with two stages, ends where the whole one does."""
+    train.main(arguments(*cases["images"], tmp_path, **OPTIONS, save_every=2))
+    whole = metrics(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-6")
+    status, errors = launch(arguments(*cases["images"], tmp_path, **OPTIONS, resume=True), (1, 2, 1))
+    assert status == 0 and "resumed after step 4" in errors, errors
+    assert worst(metrics(tmp_path), whole, "loss") < 1e-4
+    with pytest.raises(UserError, match="lora"):
+        train.main(arguments(*cases["images"], tmp_path, **{**OPTIONS, "lora_rank": 4}, resume=True))
+
+
+def test_alpha_needs_a_rank(cases, tmp_path):
+    with pytest.raises(UserError, match="--lora-rank"):
+        train.main(arguments(*cases["text"], tmp_path, lora_alpha=8))
+    assert not os.listdir(tmp_path)
