@@ -152,11 +152,12 @@ class Order:
         return [orders[i // self.count][i % self.count] for i in range(first, last)]
 
 
-def micro_batches(samples: list[Sample], size: int, pad_id: int) -> list[MicroBatch]:
-    """`samples`, in their order, `size` at a time."""
+def micro_batches(samples: list[Sample], size: int, pad_id: int, multiple: int = 1) -> list[MicroBatch]:
+    """`samples`, in their order, `size` at a time; their padded length is a multiple of `multiple`."""
     batches = []
     for group in (samples[i : i + size] for i in range(0, len(samples), size)):
         longest = max(len(sample.ids) for sample in group) - 1
+        longest += -longest % multiple
         tokens = torch.full((len(group), longest), pad_id)
         targets = torch.full((len(group), longest), IGNORE)
         for i, sample in enumerate(group):

@@ -26,8 +26,10 @@ from parallel import (
     VocabParallelHead,
     copy_to_group,
     divide,
+    join_sequence,
     matmul,
     pack,
+    split_sequence,
 )
 
 MASK_ELEMENTS = 1 << 22  # a prefill chunk's attention mask is at most this large, however long the context
@@ -68,7 +70,7 @@ class MLP(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int, place: Place, dtype, keep_fp8=False, act=F.silu):
         super().__init__()
         divide(intermediate_size, place.tp_size, "rows of intermediate_size")
-        self.act, self.group = act, place.tp_group
+        self.act, self.group, self.sequence = act, place.tp_group, place.sequence_parallel
         self.gate_proj = ColumnParallelLinear(hidden_size, intermediate_size, place, dtype, keep_fp8)
         self.up_proj = ColumnParallelLinear(hidden_size, intermediate_size, place, dtype, keep_fp8)
         self.down_proj = RowParallelLinear(intermediate_size, hidden_size, place, dtype, keep_fp8)
@@ -79,7 +81,7 @@ class MLP(nn.Module):
         self.down_proj.pack()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = copy_to_group(x, self.group)
+        x = copy_to_group(x, self.group, self.sequence)
         gate, up = self.joined(x) if self.joined else (self.gate_proj(x), self.up_proj(x))
         return self.down_proj(self.act(gate) * up)
 
@@ -193,7 +195,7 @@ class Attention(nn.Module):
             divide(kv_heads, place.tp_size, "key/value heads")
         else:
             divide(place.tp_size, kv_heads, "tensor-parallel ranks over the key/value heads")
-        self.head_dim, self.group = D, place.tp_group
+        self.head_dim, self.group, self.sequence = D, place.tp_group, place.sequence_parallel
         parts = min(kv_heads, place.tp_size)
         self.q_proj = ColumnParallelLinear(C, heads * D, place, dtype, keep_fp8)
         self.k_proj = ColumnParallelLinear(C, kv_heads * D, place, dtype, keep_fp8, parts)
@@ -207,8 +209,8 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, span: Span, cache: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C). `cache`: this layer's keys and values, each (B, KV, length, D), or None."""
+        x = copy_to_group(x, self.group, self.sequence)
         B, T, _ = x.shape
-        x = copy_to_group(x, self.group)
         qkv = self.joined(x) if self.joined else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in qkv)
         q, k = apply_rotary(q, span.cos, span.sin), apply_rotary(k, span.cos, span.sin)
@@ -234,6 +236,8 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config, place, dtype, keep_fp8)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, place, dtype, keep_fp8)
+        if place.sequence_parallel:  # a rank's norms see its own tokens only, and find a share of the gradient each
+            self.input_layernorm.sharers = self.post_attention_layernorm.sharers = place.tp_size
 
     def forward(
         self, x: torch.Tensor, span: Span, cache: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -299,12 +303,15 @@ class Decoder(nn.Module):
         """This stage's layers over the hidden states `x` (B, T, C), row i at positions starts[i], starts[i] + 1, …
 
         Keys and values go into `cache` and are read from it; rows that start at different positions must have T = 1.
+        Under sequence parallelism stages pass T / tp tokens on, and T must be a multiple of tp.
         """
-        span = self.span(starts, x.shape[1])
+        if self.place.first_stage:
+            x = split_sequence(x, self.place)
+        span = self.span(starts, x.shape[1] * (self.place.tp_size if self.place.sequence_parallel else 1))
         for i, layer in enumerate(self.layers.values()):
             layer_cache = None if cache is None else (cache.keys[i], cache.values[i])
             x = run_layer(layer, self.activation_checkpointing, x, span, layer_cache)
-        return x
+        return join_sequence(x, self.place) if self.place.last_stage else x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Last stage only: hidden states (..., C) -> this rank's logits (..., padded vocab / tp), float32."""

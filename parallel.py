@@ -48,6 +48,7 @@ class Place:
     pp_group: dist.ProcessGroup | None = None
     dp_group: dist.ProcessGroup | None = None
     answer_group: dist.ProcessGroup | None = None  # the pipeline's ranks again, for what flows back: see below
+    sequence_parallel: bool = False  # between the decoder's regions every rank of tp_group has T / tp of the tokens
     device: torch.device = torch.device("cpu")
 
     @property
@@ -182,14 +183,98 @@ class _ReduceFromGroup(torch.autograd.Function):
         return grad, None
 
 
-def copy_to_group(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Mark where a replicated value enters a tensor-parallel region (Megatron's *f*)."""
-    return x if group is None else _CopyToGroup.apply(x, group)
+class _GatherSequence(torch.autograd.Function):
+    """Forward: (B, T / tp, C) of every rank -> (B, T, C) on each. Backward: the sum of the gradients, cut again."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return gather_sequence(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return reduce_scatter_sequence(grad, ctx.group), None
 
 
-def reduce_from_group(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Add up the ranks' partial sums where a tensor-parallel region ends (Megatron's *g*)."""
-    return x if group is None else _ReduceFromGroup.apply(x, group)
+class _ReduceScatterSequence(torch.autograd.Function):
+    """Forward: partial sums (B, T, C) of every rank -> T / tp of the sums on each. Backward: all of their gradient."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return reduce_scatter_sequence(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return gather_sequence(grad, ctx.group), None
+
+
+class _SplitSequence(torch.autograd.Function):
+    """Forward: this rank's T / tp of what all ranks have. Backward: the gradients of all of it."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return own_tokens(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return gather_sequence(grad, ctx.group), None
+
+
+class _JoinSequence(torch.autograd.Function):
+    """Forward: the tokens of all ranks. Backward: all ranks have the same gradient, and each takes its part."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return gather_sequence(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return own_tokens(grad, ctx.group), None
+
+
+def gather_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    return torch.cat(all_gather(x, group).unbind(), dim=1)
+
+
+def reduce_scatter_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    parts = [part.contiguous() for part in x.chunk(dist.get_world_size(group), dim=1)]
+    out = torch.empty_like(parts[0])
+    dist.reduce_scatter(out, parts, group=group)
+    return out
+
+
+def own_tokens(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    return x.chunk(dist.get_world_size(group), dim=1)[dist.get_rank(group)].contiguous()
+
+
+def copy_to_group(x: torch.Tensor, group: dist.ProcessGroup | None, sequence: bool = False) -> torch.Tensor:
+    """Mark where a replicated value enters a tensor-parallel region (Megatron's *f*).
+
+    `sequence`: the value is split along the tokens instead, and is gathered here (Megatron's *g*, arXiv:2205.05198).
+    """
+    if group is None:
+        return x
+    return _GatherSequence.apply(x, group) if sequence else _CopyToGroup.apply(x, group)
+
+
+def reduce_from_group(x: torch.Tensor, group: dist.ProcessGroup | None, sequence: bool = False) -> torch.Tensor:
+    """Add up the ranks' partial sums where a tensor-parallel region ends (Megatron's *g*), or cut them too."""
+    if group is None:
+        return x
+    return _ReduceScatterSequence.apply(x, group) if sequence else _ReduceFromGroup.apply(x, group)
+
+
+def split_sequence(x: torch.Tensor, place: Place) -> torch.Tensor:
+    """(B, T, C), the same on all ranks -> (B, T / tp, C), where sequence parallelism begins. T must divide."""
+    return _SplitSequence.apply(x, place.tp_group) if place.sequence_parallel else x
+
+
+def join_sequence(x: torch.Tensor, place: Place) -> torch.Tensor:
+    """And back, where it ends."""
+    return _JoinSequence.apply(x, place.tp_group) if place.sequence_parallel else x
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -342,10 +427,10 @@ class RowParallelLinear(Linear):
 
     def __init__(self, in_features: int, out_features: int, place: Place, dtype, keep_fp8=False):
         super().__init__(Slice.of((out_features, in_features), 1, place.tp_rank, place.tp_size), dtype, keep_fp8)
-        self.group = place.tp_group
+        self.group, self.sequence = place.tp_group, place.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return reduce_from_group(super().forward(x), self.group)
+        return reduce_from_group(super().forward(x), self.group, self.sequence)
 
 
 class VocabParallelEmbedding(nn.Module):

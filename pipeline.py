@@ -95,10 +95,16 @@ class Pipeline:
                 self.down.send(x)
         self.down.flush()
 
+    def message(self, batch: MicroBatch) -> torch.Tensor:
+        """Room for what a neighbour sends about `batch`."""
+        rows, tokens = batch.shape
+        tokens //= self.place.tp_size if self.place.sequence_parallel else 1
+        return torch.empty(rows, tokens, self.hidden_size, dtype=self.dtype, device=self.place.device)
+
     def receive(self, batch: MicroBatch) -> torch.Tensor | None:
         if self.place.first_stage:
             return None
-        x = torch.empty(*batch.shape, self.hidden_size, dtype=self.dtype, device=self.place.device)
+        x = self.message(batch)
         dist.recv(x, group=self.place.pp_group, group_src=self.place.pp_rank - 1)
         return x
 
@@ -120,7 +126,7 @@ class Pipeline:
         if self.place.last_stage:
             grad = None
         elif self.gradient_here:
-            grad = torch.empty(*batch.shape, self.hidden_size, dtype=self.dtype, device=self.place.device)
+            grad = self.message(batch)
             dist.recv(grad, group=self.place.answer_group, group_src=self.place.pp_rank + 1)
         if end is not None:  # no end: nothing that this micro-batch met here is trained, an unused projector say
             torch.autograd.backward([end], [grad])

@@ -19,6 +19,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -84,6 +85,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--lora-rank", type=SIZE, metavar="N", help="train adapters of this rank on the decoder's linears, nothing else"
     )
     add("--lora-alpha", type=RATE, metavar="F", help="adapters count alpha / rank times; default 4 times the rank")
+    add("--sequence-parallel", action="store_true", help="split norms and residuals along the tokens inside --tp ranks")
     add("--activation-checkpointing", action="store_true", help="keep layers' inputs only: less memory, more time")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     add("--seed", type=number(int, 0, (1 << 31) - 1), default=0, metavar="N", help="of the order, and of --init")
@@ -98,6 +100,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         raise UserError("start from --ckpt DIR, or from --init CONFIG.json with --tokenizer DIR")
     if not args.val and (args.val_every or args.val_generate):
         raise UserError("--val-every and --val-generate need --val FILE.jsonl")
+    if args.sequence_parallel and args.val_generate:
+        raise UserError("--val-generate does not go with --sequence-parallel: a new token cannot be split")
     if args.lora_alpha and not args.lora_rank:
         raise UserError("--lora-alpha goes with --lora-rank N")
     args.lora_alpha = args.lora_alpha or 4.0 * (args.lora_rank or 0)
@@ -203,7 +207,8 @@ class Trainer:
     def prepare(self, samples: list[Sample], base: str):
         """(all micro-batches, this replica's, a function that waits for their images) for some samples."""
         pad_id = self.tokenizer.pad_id or 0
-        batches = micro_batches(samples, self.args.micro_batch_size, pad_id)
+        multiple = self.place.tp_size if self.place.sequence_parallel else 1
+        batches = micro_batches(samples, self.args.micro_batch_size, pad_id, multiple)
         mine = batches[self.place.dp_rank :: self.place.dp_size]
         wait = self.images.start(mine, base) if self.place.first_stage else lambda: None
         return batches, mine, wait
@@ -376,7 +381,7 @@ class Trainer:
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
-    place = find_place(args.tp, args.pp)
+    place = replace(find_place(args.tp, args.pp), sequence_parallel=args.sequence_parallel and args.tp > 1)
     Trainer(args, place).run()
 
 

@@ -22,6 +22,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -301,8 +302,9 @@ class MistralMedium(Decoder):
     def __init__(self, config: Config, place: Place = Place(), dtype=torch.bfloat16, keep_fp8: bool = False):
         super().__init__(config, place, dtype, keep_fp8)
         if config.vision is not None and place.first_stage:
-            self.vision_tower = VisionTower(config.vision, place, dtype)
-            self.multi_modal_projector = Projector(config, place, dtype)
+            eyes = replace(place, sequence_parallel=False)  # its sequences are patches, of images of any size
+            self.vision_tower = VisionTower(config.vision, eyes, dtype)
+            self.multi_modal_projector = Projector(config, eyes, dtype)
 
     def image_features(self, images: Iterable[torch.Tensor]) -> torch.Tensor:
         """First stage only: one or more images from `pixels` -> (tokens, hidden_size), image after image, row by row.

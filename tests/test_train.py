@@ -78,6 +78,7 @@ def check_topology(case: tuple[str, str], topology: tuple[int, int, int], folder
     [
         ((2, 2, 1), "text", {"activation_checkpointing": True, "micro_batch_size": 1}),  # tied over the stages
         ((1, 2, 2), "images", RECIPE),
+        ((2, 2, 1), "images", {"sequence_parallel": True, "activation_checkpointing": True}),
     ],
 )
 def test_other_topologies(topology, name, options, cases, tmp_path):
@@ -104,6 +105,9 @@ def test_all_topologies(topology, name, checkpointing, cases, tmp_path):
         ((1, 2, 2), {"global_batch_size": 1, "micro_batch_size": 1}),  # a replica without micro-batches
         ((4, 1, 1), {"optimizer": "adamw", "weight_decay": 0.1}),  # two ranks share a key/value head
         ((8, 1, 1), {"freeze": ["vision_tower", "projector"]}),
+        ((4, 1, 1), {"sequence_parallel": True}),
+        ((2, 1, 2), {"sequence_parallel": True, "freeze": ["embeddings"]}),
+        ((2, 2, 1), {"sequence_parallel": True, "lora_rank": 3}),
     ],
 )
 def test_topologies_with_options(topology, options, cases, tmp_path):
