@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from config import Config, RopeConfig
+from matmul import matmul, pack
 from parallel import (
     ColumnParallelLinear,
     Linear,
@@ -27,8 +28,6 @@ from parallel import (
     copy_to_group,
     divide,
     join_sequence,
-    matmul,
-    pack,
     split_sequence,
 )
 

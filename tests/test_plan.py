@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import launch
-import parallel
+import matmul
 import plan
 import train
 from checkpoint import Checkpoint, fill
@@ -152,7 +152,7 @@ def nbytes(tensors) -> int:
 
 def train_on_a_rank(argv: list[str]) -> dict:
     """A step of train.py: what lasts, and the most that comes and goes during the passes and during Adam's step."""
-    parallel.FLOAT32_ROWS = 1 << 60  # BF16 products as a GPU forms them, without copies in float32
+    matmul.FLOAT32_ROWS = 1 << 60  # BF16 products as a GPU forms them, without copies in float32
     args = train.parse_args(argv)
     trainer = train.Trainer(args, find_place(args.tp, args.pp))
     model, optimizer = trainer.model, trainer.optimizer
