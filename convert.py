@@ -15,8 +15,8 @@ import fp8
 from checkpoint import Checkpoint, check_names, export_config, fill, is_quantized, layers_with_slices, save, scale_name
 from config import Config, UserError, read_config
 from data import Chats, ImageReader, MicroBatch, micro_batches
-from generate import Parser
 from parallel import Place
+from terminal import Parser
 from tokenizer import load_tokenizer
 from vision import MistralMedium
 

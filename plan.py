@@ -25,12 +25,12 @@ from torch import nn
 from config import Config, UserError, read_config
 from engine import CHUNK, LOGIT_ROWS
 from fp8 import BLOCK
-from generate import SIZE, Parser, number
 from lora import add_adapters
 from model import MASK_ELEMENTS
 from optimizer import BUCKET, Trained, held_tensors
 from parallel import Linear, Place
 from state import len_inside
+from terminal import SIZE, Parser, number
 from train import FREEZABLE
 from vision import PATCHES_AT_ONCE, MistralMedium
 

@@ -29,7 +29,7 @@ from checkpoint import Checkpoint, fill, initialize
 from config import UserError, read_config
 from data import IGNORE, Chats, ImageReader, MicroBatch, Order, Sample, micro_batches
 from engine import Engine, Request
-from generate import COUNT, SIZE, Parser, Progress, number, peak_memory
+from generate import peak_memory
 from launch import gather_objects, run_program, together
 from lora import add_adapters, initialize_adapters
 from metrics import Metrics, draw_loss
@@ -37,6 +37,7 @@ from optimizer import Optimizer
 from parallel import Place, find_place
 from pipeline import Pipeline
 from state import export, export_adapters, load_checkpoint, newest_checkpoint, save_checkpoint
+from terminal import COUNT, SIZE, Parser, Progress, number
 from tokenizer import load_tokenizer
 from vision import MistralMedium
 

@@ -19,6 +19,7 @@ import generate
 from config import UserError
 from launch import run_program, together
 from parallel import Place, find_place
+from terminal import SIZE, Parser
 
 SETS = {  # name: (what it is, the reasoning efforts it is asked with)
     "single": ("single-step questions", ("none", "high")),
@@ -76,10 +77,10 @@ def percent(verdicts: list[bool]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = generate.Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("data", metavar="DATA", help="the folder that shapes.py wrote")
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=[n for n in SETS if n != "pink"])
-    parser.add_argument("--count", type=generate.SIZE, default=10**9, metavar="N", help="questions a set; default all")
+    parser.add_argument("--count", type=SIZE, default=10**9, metavar="N", help="questions a set; default all")
     parser.add_argument("--by-kind", action="store_true", help="a line for each kind of question too")
     own, rest = parser.parse_known_args(argv)
     # greedy decoding, whatever the effort; the prompt only stands in for the ones that are read from files

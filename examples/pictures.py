@@ -160,6 +160,7 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: flo
         turns = [math.pi * i / 5 for i in range(10)]
         corners = [(q * math.sin(t), -q * math.cos(t)) for q, t in zip([1.1, 0.45] * 5, turns)]
     else:
-        a, b = 0.35, 1
-        corners = [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+        corners, arm = [], [(-0.35, -1), (0.35, -1), (0.35, -0.35)]
+        for _ in range(4):
+            corners, arm = corners + arm, [(-v, u) for u, v in arm]
     draw.polygon([(x + r * u, y + r * v) for u, v in corners], fill, ink, width)
