@@ -4,11 +4,14 @@ import io
 import json
 import math
 import os
+import pty
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import (
     load,
     log_probabilities,
@@ -19,9 +22,12 @@ from helpers import (
     write_json,
     write_tekken,
 )
+from ranks import run_ranks
 
 import generate
 import launch
+import terminal
+from parallel import find_place
 from tokenizer import load_tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -220,6 +226,25 @@ def test_interactive(ckpt):
     system = start(*common, "--prompt", "the one", "--system", "Be brief.").stdout.decode()
     assert plain != system
     assert done.stdout.decode() == plain + plain + system
+
+
+def lines_on_a_rank() -> tuple[list, int]:
+    """What this rank reads from rank 0's terminal, where someone thinks before typing; and how often it was woken."""
+    place, woken, broadcast = find_place(2, 1), [], dist.broadcast_object_list
+    terminal.HEARTBEAT = 0.05
+    dist.broadcast_object_list = lambda objects, src: woken.append(1) or broadcast(objects, src=src)
+    if place.rank == 0:
+        keyboard, screen = pty.openpty()
+        sys.stdin = open(screen, encoding="utf-8", closefd=False)
+        for wait, keys in ((0.5, b"hello\n"), (1.0, b"\x04")):
+            threading.Timer(wait, os.write, (keyboard, keys)).start()
+    return [terminal.read_line(place), terminal.read_line(place)], len(woken)
+
+
+def test_a_chat_over_ranks_outlives_pauses():
+    """Nobody waits longer than a heartbeat: the collectives' timeout never comes near."""
+    for lines, woken in run_ranks(lines_on_a_rank, 2):
+        assert lines == ["hello", None] and 10 < woken < 30
 
 
 def test_interactive_history_and_mistakes(ckpt, program, monkeypatch):
