@@ -259,6 +259,7 @@ class Asker:
 
 
 SINGLE = ("colour", "shape", "exists", "count", "count", "read", "read", "extreme", "side", "beside", "where")
+LOOK_UP = ("colour", "colour", "colour", "exists", "exists", "side", "where", "where", "read")  # where is that shape?
 SEVERAL = ("count_beside", "count_beside", "count_sum", "more", "text_sum")
 CALLS = ("set_light", "set_light", "press_key", "move_shape")
 

@@ -29,11 +29,12 @@ from collections.abc import Iterable, Iterator
 
 from pictures import COLOURS, NEW_COLOUR, SHAPES, WORDS, draw_one, draw_scene, render
 from PIL import Image
-from questions import CALLS, NUMBERS, SEVERAL, SINGLE, TOOLS, Asker, Question, small_talk
+from questions import CALLS, LOOK_UP, NUMBERS, SEVERAL, SINGLE, TOOLS, Asker, Question, small_talk
 from tiny_tokenizer import write_tekken
 
 LESSONS = 0.03  # the share of training after which lessons are as varied as other pictures
 EASY = 0.2  # and the one after which they are rare, and pictures have more than three shapes
+LATE = 0.582  # and the one after which questions that are learned last become frequent
 
 
 def chat(questions: list[Question], images: list[str], effort: str = "none", offered: tuple[str, ...] = ()) -> dict:
@@ -79,8 +80,8 @@ class Album:
         return path
 
 
-def training_chats(album: Album, count: int, rng: random.Random) -> Iterator[dict]:
-    """`count` chats, easy ones first.
+def training_chats(album: Album, count: int, rng: random.Random, late_from: float = 1.0) -> Iterator[dict]:
+    """`count` chats, easy ones first. From the share `late_from` on, what is learned last is asked more often.
 
     A model that cannot see learns to see from lessons: pictures of one thing, many in a chat, at first with everything
     in its place. Their share falls slowly, while pictures of two or three shapes come in, and then all the rest. Taught
@@ -89,7 +90,7 @@ def training_chats(album: Album, count: int, rng: random.Random) -> Iterator[dic
     made = 0
     while made < count:
         done = made / count
-        early = done < EASY
+        early, late = done < EASY, done >= late_from
         lesson = rng.random() < max(0.05, 1 - done / EASY)
         if lesson:
             room = 1 + min(2, int(4 * done / EASY))  # the thing fills the picture, then it has to be found
@@ -100,7 +101,8 @@ def training_chats(album: Album, count: int, rng: random.Random) -> Iterator[dic
                 made += 1
                 yield chat([Asker(scene, rng).lesson() for scene in scenes], images)
             continue
-        what = rng.choices(("none", "high", "tools", "text"), (58, 32, 0 if early else 8, 2))[0]
+        shares = (58, 32, 0, 2) if early else (50, 36, 12, 2) if late else (58, 32, 8, 2)
+        what = rng.choices(("none", "high", "tools", "text"), shares)[0]
         if what == "text":
             questions = [small_talk(rng) for _ in range(rng.randint(2, 6))]
             made += 1
@@ -109,7 +111,8 @@ def training_chats(album: Album, count: int, rng: random.Random) -> Iterator[dic
         scene = draw_scene(rng, 1 if early or rng.random() < 0.5 else 3, 3 if early else 5)
         asker, effort, offered = Asker(scene, rng), "none", []
         if what == "none":
-            questions = asker.draw(SINGLE if early or rng.random() < 0.5 else SINGLE + SEVERAL, rng.randint(5, 7))
+            kinds = SINGLE if early or rng.random() < 0.5 else SINGLE + SEVERAL
+            questions = asker.draw(kinds + LOOK_UP if late else kinds, rng.randint(6, 9) if late else rng.randint(5, 7))
             if early or rng.random() < 0.5:
                 questions.insert(rng.choice((0, len(questions))) if early else len(questions), asker.describe())
         elif what == "high":
@@ -200,7 +203,7 @@ def main() -> None:
     talk = [small_talk(rng(f"text {i}")) for i in range(n // 2)]
     write(out, "text", [chat([question], []) for question in talk], [question.kind for question in talk])
     for name, count in (("val", n), ("calibrate", n // 2), ("train", args.chats)):
-        chats = training_chats(Album(out, name, seen), count, rng(name))
+        chats = training_chats(Album(out, name, seen), count, rng(name), LATE if name == "train" else 1.0)
         write(out, name, sorted_in_groups(chats, args.group))
 
     start = os.path.join(out, "start")
