@@ -64,7 +64,7 @@ class Scene:
 def draw_scene(
     rng: random.Random,
     least: int = 1,
-    most: int = 5,
+    most: int = 4,
     wide: bool = False,
     colours=tuple(COLOURS),
     must: str = "",

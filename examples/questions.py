@@ -18,15 +18,16 @@ class Question:
     call: dict | None = None  # the tool call that answers it, instead of text
 
 
-def names(things: list[Thing]) -> str:
-    return ", ".join(map(str, things)) or "none"
-
-
 class Asker:
-    """Questions about one scene. A method for each kind returns one, or None where the scene does not suit it."""
+    """Questions about one scene. A method for each kind returns one, or None where the scene does not suit it.
 
-    def __init__(self, scene: Scene, rng: random.Random, colours=tuple(COLOURS)):
+    advanced: thoughts say where a shape is before they say what it is, "b2 red star". Columns are a, b, …, rows 1, 2, …
+    of the 28 pixels that are a token to the model: it decides where to look next, and then looks there.
+    """
+
+    def __init__(self, scene: Scene, rng: random.Random, colours=tuple(COLOURS), advanced: bool = True):
         self.scene, self.rng, self.things, self.colours = scene, rng, scene.things, colours
+        self.advanced = advanced
 
     # what can be spoken of
 
@@ -50,12 +51,26 @@ class Asker:
             return thing.shape, thing
         return (str(thing), thing) if sum(str(t) == str(thing) for t in self.things) == 1 else None
 
+    def place(self, thing: Thing, before: str = "", after: str = "") -> str:
+        """ "b2" between `before` and `after`, or nothing at all before thoughts are advanced."""
+        if not self.advanced:
+            return ""
+        pixels = [count * side for count, side in zip((self.scene.columns, self.scene.rows), self.scene.cell)]
+        column, row = (
+            int((place + 0.5) * side / total * -(-round(total) // 28))
+            for place, side, total in zip((thing.column, thing.row), self.scene.cell, pixels)
+        )
+        return f"{before}{'abcdefgh'[column]}{row + 1}{after}"
+
+    def names(self, things: list[Thing]) -> str:
+        return ", ".join(self.place(thing, after=" ") + str(thing) for thing in things) or "none"
+
     def scan(self, axis: int, among: list[Thing] | None = None) -> str:
         order = "From left to right: " if axis == 0 else "From top to bottom: "
-        return order + names([t for t in self.scene.things_by[axis] if among is None or t in among]) + "."
+        return order + self.names([t for t in self.scene.things_by[axis] if among is None or t in among]) + "."
 
     def counted(self, plural: str, among: list[Thing]) -> str:
-        return f"{plural}: {names(self.in_order(among))}: {len(among)}."
+        return f"{plural}: {self.names(self.in_order(among))}: {len(among)}."
 
     def in_order(self, among: list[Thing]) -> list[Thing]:
         return [t for t in self.scene.things_by[0] if t in among]
@@ -71,14 +86,14 @@ class Asker:
             text = self.say(
                 f"What colour is the {name}?", f"Which colour has the {name}?", f"Name the {name}'s colour."
             )
-            return Question("colour", text, thing.colour, f"The {name} is {thing.colour}.")
+            return Question("colour", text, thing.colour, f"The {name}{self.place(thing, ' at ')} is {thing.colour}.")
 
     def shape(self):
         thing = self.rng.choice(self.things)
         if sum(t.colour == thing.colour for t in self.things) == 1:
             c = thing.colour
             text = self.say(f"What shape is {c}?", f"Which shape is {c}?", f"Name the {c} shape.")
-            return Question("shape", text, thing.shape, f"The {c} shape is a {thing.shape}.")
+            return Question("shape", text, thing.shape, f"The {c} shape{self.place(thing, ' at ')} is a {thing.shape}.")
 
     def exists(self):
         there = self.rng.random() < 0.5
@@ -91,7 +106,7 @@ class Asker:
         name, among = f"{colour} {shape}", [t for t in self.things if t.shape == shape]
         text = self.say(f"Is there a {name}?", f"Do you see a {name}?", f"Does the picture show a {name}?")
         answer = "yes" if name in map(str, self.things) else "no"
-        return Question("exists", text, answer, f"{SHAPES[shape]}: {names(self.in_order(among))}.")
+        return Question("exists", text, answer, f"{SHAPES[shape]}: {self.names(self.in_order(among))}.")
 
     def count(self):
         plural, among = self.group()
@@ -143,7 +158,7 @@ class Asker:
         if found and c and r and found[1].column in (0, c) and found[1].row in (0, r):
             place = ("bottom " if found[1].row else "top ") + ("right" if found[1].column else "left")
             text = self.say(f"Where is the {found[0]}?", f"In which corner is the {found[0]}?")
-            return Question("where", text, place, f"The {found[0]} is at the {place}.")
+            return Question("where", text, place, f"The {found[0]}{self.place(found[1], ' at ')} is at the {place}.")
 
     def describe(self):
         """Everything that there is: a lesson rather than a test."""
@@ -151,6 +166,11 @@ class Asker:
         parts += [f"the digit {self.scene.digit}"] * bool(self.scene.digit)
         parts += [f"the word {self.scene.word}"] * bool(self.scene.word)
         return Question("describe", self.say("Describe the picture.", "What do you see?"), ", ".join(parts), "")
+
+    def everything(self):
+        """Where everything is, row by row: another lesson."""
+        text = self.say("Where is everything?", "List all shapes.")
+        return Question("everything", text, self.names(self.scene.things_by[1]), "")
 
     def lesson(self):
         """A question about the only thing in a picture; mostly with one word for an answer.
@@ -190,7 +210,7 @@ class Asker:
             of = side + " of" if axis == 0 else side
             hits = [t for t in among if sign * (t.place(axis) - found[1].place(axis)) > 0]
             scan, ordered = self.scan(axis), [t for t in self.scene.things_by[axis] if t in hits]
-            thought = f"{scan} {plural} {of} the {found[0]}: {names(ordered)}: {len(hits)}."
+            thought = f"{scan} {plural} {of} the {found[0]}: {self.names(ordered)}: {len(hits)}."
             return self.sum(len(hits), f"How many {plural} are {of} the {found[0]}", thought, "count_beside")
 
     def count_sum(self):
@@ -221,6 +241,15 @@ class Asker:
 
     def set_light(self):
         (plural, among), found = self.group(0.1), self.one()
+        if found and found[0] in SHAPES and self.advanced:
+            n = self.rng.randint(1, 9)
+            text = self.say(
+                f"Flash the light in the {found[0]}'s colour, {NUMBERS[n]} times.",
+                f"Set the light to the colour of the {found[0]}, {n} times.",
+            )
+            call = {"name": "set_light", "arguments": {"colour": found[1].colour, "count": n}}
+            thought = f"The {found[0]}{self.place(found[1], ' at ')} is {found[1].colour}."
+            return Question("set_light", text, "", thought, call)
         if found and found[0] in SHAPES and among:
             text = self.say(
                 f"Set the light to the colour of the {found[0]}, once for each of the {plural}.",

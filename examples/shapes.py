@@ -4,8 +4,9 @@
 
 OUT then holds the chats that `train.py` reads, each set beside the folder of its pictures, with no picture in two sets:
 
-    train.jsonl                 the training chats, in the order in which they are to be read (see `training_chats`)
-    val.jsonl, calibrate.jsonl  a few more of the same kind
+    train.jsonl                 training chats, in the order in which they are to be read (see `first_chats`)
+    advanced.jsonl              those of the second part (see `advanced_chats`)
+    val.jsonl, calibrate.jsonl  a few more of the two kinds
     single.jsonl, several.jsonl, tools.jsonl, text.jsonl    held-out questions, one a chat, for `evaluate.py`
     large.jsonl, wide.jsonl     single-step questions on pictures of twice the size, or of shapes not trained on
     pink_train.jsonl, pink.jsonl    a colour that occurs nowhere else, for a fine-tune
@@ -26,6 +27,7 @@ import os
 import random
 import shutil
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 from pictures import COLOURS, NEW_COLOUR, SHAPES, WORDS, draw_one, draw_scene, render
 from PIL import Image
@@ -80,7 +82,7 @@ class Album:
         return path
 
 
-def training_chats(album: Album, count: int, rng: random.Random, late_from: float = 1.0) -> Iterator[dict]:
+def first_chats(album: Album, count: int, rng: random.Random, late_from: float = 1.0) -> Iterator[dict]:
     """`count` chats, easy ones first. From the share `late_from` on, what is learned last is asked more often.
 
     A model that cannot see learns to see from lessons: pictures of one thing, many in a chat, at first with everything
@@ -104,12 +106,11 @@ def training_chats(album: Album, count: int, rng: random.Random, late_from: floa
         shares = (58, 32, 0, 2) if early else (50, 36, 12, 2) if late else (58, 32, 8, 2)
         what = rng.choices(("none", "high", "tools", "text"), shares)[0]
         if what == "text":
-            questions = [small_talk(rng) for _ in range(rng.randint(2, 6))]
             made += 1
-            yield chat(questions, [], rng.choice(("none", "high")))
+            yield text_chat(rng)
             continue
         scene = draw_scene(rng, 1 if early or rng.random() < 0.5 else 3, 3 if early else 5)
-        asker, effort, offered = Asker(scene, rng), "none", []
+        asker, effort, offered = Asker(scene, rng, advanced=False), "none", ()
         if what == "none":
             kinds = SINGLE if early or rng.random() < 0.5 else SINGLE + SEVERAL
             questions = asker.draw(kinds + LOOK_UP if late else kinds, rng.randint(6, 9) if late else rng.randint(5, 7))
@@ -119,15 +120,50 @@ def training_chats(album: Album, count: int, rng: random.Random, late_from: floa
             effort = "high"
             questions = asker.draw(SINGLE if early else SINGLE[:4] + SEVERAL * 2, rng.randint(2, 4))
         else:
-            effort = rng.choice(("none", "none", "high"))
-            questions = asker.draw(CALLS, rng.randint(1, 3)) + asker.draw(SINGLE, 1)
-            rng.shuffle(questions)
-            wanted = {question.call["name"] for question in questions if question.call}
-            offered = [name for name in TOOLS if name in wanted or rng.random() < 0.3]
-            rng.shuffle(offered)
+            questions, effort, offered = calls(asker)
         if questions and (image := album.add(render(scene, rng))):
             made += 1
-            yield chat(questions, [image], effort, tuple(offered))
+            yield chat(questions, [image], effort, offered)
+
+
+def advanced_chats(album: Album, count: int, rng: random.Random) -> Iterator[dict]:
+    """`count` chats for a model that sees: of all kinds from the start, and with thoughts that say where things are."""
+    made = 0
+    while made < count:
+        what = rng.choices(("none", "high", "tools", "text"), (38, 44, 16, 2))[0]
+        if what == "text":
+            made += 1
+            yield text_chat(rng)
+            continue
+        scene = draw_scene(rng, 1 if rng.random() < 0.4 else 3)
+        asker, effort, offered = Asker(scene, rng), "none", ()
+        if what == "none":
+            kinds = SINGLE + LOOK_UP + (SEVERAL if rng.random() < 0.3 else ())
+            questions = asker.draw(kinds, rng.randint(6, 9)) + [asker.everything()] * rng.randint(0, 1)
+        elif what == "high":
+            questions, effort = asker.draw(SINGLE + SEVERAL * 3, rng.randint(2, 4)), "high"
+        else:
+            questions, effort, offered = calls(asker)
+        if questions and (image := album.add(render(scene, rng))):
+            made += 1
+            yield chat(questions, [image], effort, offered)
+
+
+def text_chat(rng: random.Random) -> dict:
+    questions = [small_talk(rng) for _ in range(rng.randint(2, 6))]
+    return chat(questions, [], rng.choice(("none", "high")))
+
+
+def calls(asker: Asker) -> tuple[list[Question], str, tuple[str, ...]]:
+    """Questions that want tools, among others; the reasoning effort; and the tools that are offered."""
+    rng = asker.rng
+    effort = rng.choice(("none", "none", "high"))
+    questions = asker.draw(CALLS, rng.randint(1, 3)) + asker.draw(SINGLE, 1)
+    rng.shuffle(questions)
+    wanted = {question.call["name"] for question in questions if question.call}
+    offered = [name for name in TOOLS if name in wanted or rng.random() < 0.3]
+    rng.shuffle(offered)
+    return questions, effort, tuple(offered)
 
 
 def sorted_in_groups(chats: Iterator[dict], size: int) -> Iterator[dict]:
@@ -176,7 +212,8 @@ def held_out(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", metavar="OUT")
-    parser.add_argument("--chats", type=int, default=110000, metavar="N", help="training chats")
+    parser.add_argument("--chats", type=int, default=110000, metavar="N", help="training chats of the first part")
+    parser.add_argument("--advanced", type=int, default=44000, metavar="N", help="training chats of the second part")
     parser.add_argument("--held-out", type=int, default=500, metavar="N", help="pictures a held-out set")
     parser.add_argument("--group", type=int, default=8, metavar="N", help="chats a step, which are sorted by length")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
@@ -202,9 +239,13 @@ def main() -> None:
         write(out, name, *held_out(Album(out, name, seen), count, rng(name), kinds, **extra))
     talk = [small_talk(rng(f"text {i}")) for i in range(n // 2)]
     write(out, "text", [chat([question], []) for question in talk], [question.kind for question in talk])
-    for name, count in (("val", n), ("calibrate", n // 2), ("train", args.chats)):
-        chats = training_chats(Album(out, name, seen), count, rng(name), LATE if name == "train" else 1.0)
-        write(out, name, sorted_in_groups(chats, args.group))
+    for name, count, chats in (
+        ("val", n, first_chats),
+        ("calibrate", n // 2, advanced_chats),
+        ("advanced", args.advanced, advanced_chats),
+        ("train", args.chats, partial(first_chats, late_from=LATE)),
+    ):
+        write(out, name, sorted_in_groups(chats(Album(out, name, seen), count, rng(name)), args.group))
 
     start = os.path.join(out, "start")
     os.makedirs(start)

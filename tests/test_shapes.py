@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from PIL import Image
@@ -30,6 +31,7 @@ EXAMPLES = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__
 
 def make(folder, *options: str) -> str:
     command = [sys.executable, os.path.join(EXAMPLES, "shapes.py"), str(folder), "--chats", "120", "--held-out", "15"]
+    command += ["--advanced", "40"]
     subprocess.run([*command, *options], check=True, timeout=100)
     return str(folder)
 
@@ -65,7 +67,6 @@ def test_a_picture_shows_its_scene(scale):
         image = render(scene, rng, scale)
         width, height = (n * size * scale for n, size in zip((scene.columns, scene.rows), scene.cell))
         assert abs(image.width - width) < 1 and abs(image.height - height) < 1
-        background = image.getpixel((0, 0))
         filled = {(thing.column, thing.row): thing for thing in scene.things}
         for column in range(scene.columns):
             for row in range(scene.rows):
@@ -77,8 +78,11 @@ def test_a_picture_shows_its_scene(scale):
                 if thing is None:
                     assert len(found) == 1 or scene.digit or scene.word
                     continue
-                shares = [(n, pixel) for n, pixel in found if max(abs(a - b) for a, b in zip(pixel, background)) > 60]
-                assert nearest(max(shares)[1], COLOURS) == thing.colour
+                counts = Counter()
+                for n, pixel in found:
+                    if max(pixel) - min(pixel) > 80:  # neither background nor outline
+                        counts[nearest(pixel, COLOURS)] += n
+                assert max(counts, key=counts.get) == thing.colour
 
 
 def pixels_of(image: Image.Image) -> list[tuple]:
@@ -177,11 +181,12 @@ def test_answers_are_right_and_thoughts_lead_to_them():
     assert len(kinds) == 15
 
 
-def test_calls_carry_what_the_picture_shows():
+@pytest.mark.parametrize("advanced", [False, True])
+def test_calls_carry_what_the_picture_shows(advanced):
     rng, seen = random.Random(6), set()
     for _ in range(400):
         scene = draw_scene(rng)
-        for question in Asker(scene, rng).draw(CALLS, 2):
+        for question in Asker(scene, rng, advanced=advanced).draw(CALLS, 2):
             name, arguments = question.call["name"], question.call["arguments"]
             seen.add(name)
             if name == "press_key":
@@ -191,10 +196,24 @@ def test_calls_carry_what_the_picture_shows():
                 assert f"{arguments['colour']} {arguments['shape']}" == wanted
                 assert question.text.endswith(arguments["direction"] + ".")
             else:
-                plural = re.search(r"(?:of the|are) ((?:\w+ )?\w+s)\.", question.text)[1]
-                assert arguments["count"] == len(members(plural, scene.things)) > 0
-                assert arguments["colour"] == truth("colour", question.text.split(",")[0].replace("'s", ""), scene)
+                text = question.text.split(",")[0].replace("'s", "")
+                assert arguments["colour"] == truth("colour", text.replace("colour", "").replace("light", ""), scene)
+                if advanced:
+                    times = re.search(r", (\w+) times\.", question.text)[1]
+                    assert arguments["count"] == (NUMBERS.index(times) if times in NUMBERS else int(times))
+                else:
+                    plural = re.search(r"(?:of the|are) ((?:\w+ )?\w+s)\.", question.text)[1]
+                    assert arguments["count"] == len(members(plural, scene.things)) > 0
     assert len(seen) == 3
+
+
+def test_thoughts_say_where_things_are():
+    """A place is the token of the picture that the middle of the shape's cell falls into."""
+    scene = Scene(3, 2, (37.0, 29.0), [Thing("red", "star", 2, 1), Thing("blue", "star", 0, 0)])  # 4 × 3 tokens
+    assert Asker(scene, random.Random(0)).everything().answer == "a1 blue star, d3 red star"
+    assert "1" not in Asker(scene, random.Random(0), advanced=False).everything().answer
+    thoughts = [q.thought for q in Asker(scene, random.Random(1)).draw(("colour", "shape", "exists", "extreme"), 9)]
+    assert all(re.search(r"\b(a1|d3) |at (a1|d3)\b|none", thought) for thought in thoughts), thoughts
 
 
 # ---- the files
@@ -226,7 +245,7 @@ def test_sizes_of_pictures(data):
 
 
 def test_the_new_colour_is_new(data):
-    for name in ("train", "single", "several", "tools", "large", "wide", "val", "calibrate"):
+    for name in ("train", "advanced", "single", "several", "tools", "large", "wide", "val", "calibrate"):
         assert "pink" not in json.dumps(chats(data, name))
     assert all("pink" in json.dumps(chat) for name in ("pink", "pink_train") for chat in chats(data, name))
 
