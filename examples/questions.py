@@ -287,9 +287,14 @@ class Asker:
         return list(found.values())
 
 
-SINGLE = ("colour", "shape", "exists", "count", "count", "read", "read", "extreme", "side", "beside", "where")
-LOOK_UP = ("colour", "colour", "colour", "exists", "exists", "side", "where", "where", "read")  # where is that shape?
-SEVERAL = ("count_beside", "count_beside", "count_sum", "more", "text_sum")
+# The kinds of questions, for equal shares; a kind that stands here twice is asked twice as often.
+SINGLE = ("colour", "shape", "exists", "count", "count", "read", "read", "extreme", "beside", "where")
+SEVERAL = ("count_beside", "count_beside", "count_sum", "more", "text_sum", "side")
+OFTEN = ("count", "count", "where", "where", "side")  # what is learned last
+# The first part of training has its own shares.
+FIRST_SINGLE = ("colour", "shape", "exists", "count", "count", "read", "read", "extreme", "side", "beside", "where")
+FIRST_SEVERAL = ("count_beside", "count_beside", "count_sum", "more", "text_sum")
+FIRST_OFTEN = ("colour", "colour", "colour", "exists", "exists", "side", "where", "where", "read")
 CALLS = ("set_light", "set_light", "press_key", "move_shape")
 
 

@@ -31,7 +31,20 @@ from functools import partial
 
 from pictures import COLOURS, NEW_COLOUR, SHAPES, WORDS, draw_one, draw_scene, render
 from PIL import Image
-from questions import CALLS, LOOK_UP, NUMBERS, SEVERAL, SINGLE, TOOLS, Asker, Question, small_talk
+from questions import (
+    CALLS,
+    FIRST_OFTEN,
+    FIRST_SEVERAL,
+    FIRST_SINGLE,
+    NUMBERS,
+    OFTEN,
+    SEVERAL,
+    SINGLE,
+    TOOLS,
+    Asker,
+    Question,
+    small_talk,
+)
 from tiny_tokenizer import write_tekken
 
 LESSONS = 0.03  # the share of training after which lessons are as varied as other pictures
@@ -112,15 +125,16 @@ def first_chats(album: Album, count: int, rng: random.Random, late_from: float =
         scene = draw_scene(rng, 1 if early or rng.random() < 0.5 else 3, 3 if early else 5)
         asker, effort, offered = Asker(scene, rng, advanced=False), "none", ()
         if what == "none":
-            kinds = SINGLE if early or rng.random() < 0.5 else SINGLE + SEVERAL
-            questions = asker.draw(kinds + LOOK_UP if late else kinds, rng.randint(6, 9) if late else rng.randint(5, 7))
+            kinds = FIRST_SINGLE if early or rng.random() < 0.5 else FIRST_SINGLE + FIRST_SEVERAL
+            kinds += FIRST_OFTEN if late else ()
+            questions = asker.draw(kinds, rng.randint(6, 9) if late else rng.randint(5, 7))
             if early or rng.random() < 0.5:
                 questions.insert(rng.choice((0, len(questions))) if early else len(questions), asker.describe())
         elif what == "high":
             effort = "high"
-            questions = asker.draw(SINGLE if early else SINGLE[:4] + SEVERAL * 2, rng.randint(2, 4))
+            questions = asker.draw(FIRST_SINGLE if early else FIRST_SINGLE[:4] + FIRST_SEVERAL * 2, rng.randint(2, 4))
         else:
-            questions, effort, offered = calls(asker)
+            questions, effort, offered = calls(asker, FIRST_SINGLE)
         if questions and (image := album.add(render(scene, rng))):
             made += 1
             yield chat(questions, [image], effort, offered)
@@ -138,12 +152,12 @@ def advanced_chats(album: Album, count: int, rng: random.Random) -> Iterator[dic
         scene = draw_scene(rng, 1 if rng.random() < 0.4 else 3)
         asker, effort, offered = Asker(scene, rng), "none", ()
         if what == "none":
-            kinds = SINGLE + LOOK_UP + (SEVERAL if rng.random() < 0.3 else ())
+            kinds = SINGLE + OFTEN + (SEVERAL if rng.random() < 0.3 else ())
             questions = asker.draw(kinds, rng.randint(6, 9)) + [asker.everything()] * rng.randint(0, 1)
         elif what == "high":
             questions, effort = asker.draw(SINGLE + SEVERAL * 3, rng.randint(2, 4)), "high"
         else:
-            questions, effort, offered = calls(asker)
+            questions, effort, offered = calls(asker, SINGLE)
         if questions and (image := album.add(render(scene, rng))):
             made += 1
             yield chat(questions, [image], effort, offered)
@@ -154,11 +168,11 @@ def text_chat(rng: random.Random) -> dict:
     return chat(questions, [], rng.choice(("none", "high")))
 
 
-def calls(asker: Asker) -> tuple[list[Question], str, tuple[str, ...]]:
+def calls(asker: Asker, others: tuple[str, ...]) -> tuple[list[Question], str, tuple[str, ...]]:
     """Questions that want tools, among others; the reasoning effort; and the tools that are offered."""
     rng = asker.rng
     effort = rng.choice(("none", "none", "high"))
-    questions = asker.draw(CALLS, rng.randint(1, 3)) + asker.draw(SINGLE, 1)
+    questions = asker.draw(CALLS, rng.randint(1, 3)) + asker.draw(others, 1)
     rng.shuffle(questions)
     wanted = {question.call["name"] for question in questions if question.call}
     offered = [name for name in TOOLS if name in wanted or rng.random() < 0.3]
