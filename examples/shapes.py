@@ -17,7 +17,8 @@ Beside each held-out set, NAME.kinds names the kind of each of its questions. Ev
 A chat about a picture has several turns, because looking costs more than answering. Questions of several steps have a
 thought, which scans the picture and then counts in the text; it is used with reasoning effort "high" and left
 out with "none". The shortest side of a picture is 24 pixels and the longest 112; cells, and with them shapes, are not
-square, not aligned with the patches and vary in size, so that the tower has to find out what is where.
+square, not aligned with the patches and vary in size, so that the tower has to find out what is where. The model's
+images go up to 140 pixels (`tiny_config.json`), as the real one's up to 1540; larger ones are scaled down first.
 """
 
 import argparse

@@ -69,7 +69,7 @@ def write_tekken(path: str, texts: list[str], vocab_size: int = 768) -> None:
             for rank, token in enumerate(vocab)
         ],
         "special_tokens": [{"rank": rank, "token_str": name, "is_control": True} for rank, name in enumerate(SPECIAL)],
-        "image": {"image_patch_size": 14, "max_image_size": 1540, "spatial_merge_size": 2},
+        "image": {"image_patch_size": 14, "max_image_size": 140, "spatial_merge_size": 2},
         "model_settings_builder": {
             "reasoning_effort": {"type": "enum", "accepts_none": True, "default": "none", "values": ["none", "high"]}
         },

@@ -58,11 +58,16 @@ def test_the_recipe_runs_from_end_to_end(tmp_path):
     for name, module in (("python", ""), ("torchrun", "-m torch.distributed.run ")):  # those of this very Python
         (bin_folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {module}"$@"\n')
         (bin_folder / name).chmod(0o755)
-    env = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "CHATS": "24", "HELD_OUT": "6"}
+    env = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "CHATS": "24", "ADVANCED": "16", "HELD_OUT": "6"}
     command = ["bash", os.path.join(ROOT, "examples", "train_tiny.sh"), str(tmp_path / "out")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "step 3/3" in done.stderr and "single-step questions, none" in done.stdout and "% of 6" in done.stdout
+    assert (
+        "step 3/3" in done.stderr
+        and "step 2/2" in done.stderr
+        and "single-step questions, none" in done.stdout
+        and "% of 6" in done.stdout
+    )
     is_this_model(str(tmp_path / "out" / "tiny"))
 
 
@@ -85,7 +90,12 @@ def test_the_checkpoint_is_this_model():
 def test_every_topology_and_weight_form_answers_alike(tmp_path):
     """FP8 kept in memory or dequantized, and every (tp, pp) up to four processes, on a few held-out pictures."""
     data = str(tmp_path / "data")
-    assert python("examples/shapes.py", data, "--chats", "10", "--held-out", "8", "--seed", "77").returncode == 0
+    assert (
+        python(
+            "examples/shapes.py", data, "--chats", "0", "--advanced", "0", "--held-out", "8", "--seed", "77"
+        ).returncode
+        == 0
+    )
     requests = []
     for name, effort in (("single", "none"), ("several", "high"), ("tools", "none")):
         with open(f"{data}/{name}.jsonl", encoding="utf-8") as file:
@@ -116,7 +126,12 @@ def test_every_topology_and_weight_form_answers_alike(tmp_path):
 def test_the_checkpoint_is_as_good_as_said(tmp_path):
     """On fresh pictures, the figures of its README within what 200 questions can tell."""
     data = str(tmp_path / "data")
-    assert python("examples/shapes.py", data, "--chats", "10", "--held-out", "200", "--seed", "99").returncode == 0
+    assert (
+        python(
+            "examples/shapes.py", data, "--chats", "0", "--advanced", "0", "--held-out", "200", "--seed", "99"
+        ).returncode
+        == 0
+    )
     result = python("examples/evaluate.py", data, "--sets", "single", "several", "tools", seconds=300)
     assert result.returncode == 0, result.stderr[-2000:]
     figures = [float(line.split("%")[0].split()[-1]) for line in result.stdout.splitlines()]
