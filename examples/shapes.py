@@ -34,6 +34,7 @@ from pictures import COLOURS, NEW_COLOUR, SHAPES, WORDS, draw_one, draw_scene, r
 from PIL import Image
 from questions import (
     CALLS,
+    COMPARE,
     FIRST_OFTEN,
     FIRST_SEVERAL,
     FIRST_SINGLE,
@@ -153,10 +154,10 @@ def advanced_chats(album: Album, count: int, rng: random.Random) -> Iterator[dic
         scene = draw_scene(rng, 1 if rng.random() < 0.4 else 3)
         asker, effort, offered = Asker(scene, rng), "none", ()
         if what == "none":
-            kinds = SINGLE + OFTEN + (SEVERAL if rng.random() < 0.3 else ())
+            kinds = SINGLE + OFTEN + (SEVERAL + COMPARE if rng.random() < 0.3 else ())
             questions = asker.draw(kinds, rng.randint(6, 9)) + [asker.everything()] * rng.randint(0, 1)
         elif what == "high":
-            questions, effort = asker.draw(SINGLE + SEVERAL * 3, rng.randint(2, 4)), "high"
+            questions, effort = asker.draw(SINGLE + (SEVERAL + COMPARE) * 3, rng.randint(2, 4)), "high"
         else:
             questions, effort, offered = calls(asker, SINGLE)
         if questions and (image := album.add(render(scene, rng))):
