@@ -81,6 +81,8 @@ class Printer:
 
     def __call__(self, i: int, token: int, text: str) -> None:
         if token in self.modes:
+            if self.mode == "think":
+                print(file=sys.stderr)
             self.dim(False)
             self.mode = self.modes[token]
             self.dim(self.mode == "think")

@@ -245,7 +245,7 @@ def main() -> None:
     pink = dict(colours=(*COLOURS, *NEW_COLOUR), must="pink")
     for name, count, kinds, extra in (
         ("single", n, SINGLE, {}),
-        ("several", n, SEVERAL, dict(least=3)),
+        ("several", n, SEVERAL, dict(least=2)),
         ("tools", n, CALLS, {}),
         ("large", n, SINGLE, dict(scale=2.0)),
         ("wide", n, anywhere, dict(wide=True)),
