@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -85,7 +86,22 @@ def test_the_checkpoint_is_this_model():
 
 
 @committed
-@pytest.mark.slow
+def test_the_readme_begins_with_it():
+    """The first picture of the README, its question, and both answers; ten seconds each at most, start-up included."""
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        readme = file.read()
+    question = "How many stars are below the yellow star, times three?"
+    options = ["--image", os.path.join("examples", "tiny", "picture.png"), "--prompt", question, "--temperature", "0"]
+    assert " ".join(options[:3]) + f' "{question}" --reasoning-effort high --temperature 0' in readme
+    for effort, thought, answer in (("high", "2 * 3 = 6.", "6"), ("none", "", "3")):
+        started = time.perf_counter()
+        result = python("generate.py", *options, "--reasoning-effort", effort)
+        assert time.perf_counter() - started < 10
+        assert result.returncode == 0 and result.stdout == answer + "\n" and thought in result.stderr
+        assert f"\n{answer}\n" in readme or f"says `{answer}`" in readme
+
+
+@committed
 @pytest.mark.time_limit(400)
 def test_every_topology_and_weight_form_answers_alike(tmp_path):
     """FP8 kept in memory or dequantized, and every (tp, pp) up to four processes, on a few held-out pictures."""
