@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(
 
 from evaluate import SETS, is_right
 from pictures import COLOURS, SHAPES, WORDS, Scene, Thing, draw_scene, render
-from questions import CALLS, NUMBERS, SEVERAL, SIDES, SINGLE, Asker
+from questions import CALLS, COMPARE, NUMBERS, SEVERAL, SIDES, SINGLE, Asker
 
 from chat import encode_chat
 from config import read_config
@@ -172,7 +172,7 @@ def test_answers_are_right_and_thoughts_lead_to_them():
     rng, kinds = random.Random(5), set()
     for _ in range(1500):
         scene = draw_scene(rng)
-        for question in Asker(scene, rng).draw(SINGLE + SEVERAL, 3):
+        for question in Asker(scene, rng).draw(SINGLE + SEVERAL + COMPARE, 3):
             assert question.answer == truth(question.kind, question.text, scene), (question, scene)
             kinds.add(question.kind)
             last = question.thought.removesuffix(".").split()[-1]
