@@ -73,7 +73,9 @@ def main() -> None:
         rows = rows[1:]  # the first round warms both up
         mine, other = (statistics.median(tokens / row[i] for row in rows) for i in (0, 1))
         ratio = statistics.median(row[1] / row[0] for row in rows)
-        print(f"{name}: {mine:.1f} tokens/s here, {other:.1f} transformers, ratio {ratio:.2f} (median of {args.rounds})")
+        print(
+            f"{name}: {mine:.1f} tokens/s here, {other:.1f} transformers, ratio {ratio:.2f} (median of {args.rounds})"
+        )
 
 
 if __name__ == "__main__":
