@@ -306,7 +306,7 @@ class Decoder(nn.Module):
         """
         if self.place.first_stage:
             x = split_sequence(x, self.place)
-        span = self.span(starts, x.shape[1] * (self.place.tp_size if self.place.sequence_parallel else 1))
+        span = self.span(starts, x.shape[1] * self.place.token_parts)
         for i, layer in enumerate(self.layers.values()):
             layer_cache = None if cache is None else (cache.keys[i], cache.values[i])
             x = run_layer(layer, self.activation_checkpointing, x, span, layer_cache)

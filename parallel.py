@@ -54,6 +54,11 @@ class Place:
         return self.tp_size * self.pp_size * self.dp_size
 
     @property
+    def token_parts(self) -> int:
+        """Among how many ranks the tokens are split between the decoder's regions."""
+        return self.tp_size if self.sequence_parallel else 1
+
+    @property
     def first_stage(self) -> bool:
         return self.pp_rank == 0
 
@@ -152,127 +157,76 @@ def divide(total: int, parts: int, what: str) -> int:
 # -------------------------------------------------------------------------------------------------- collectives
 
 
-class _CopyToGroup(torch.autograd.Function):
-    """Forward: nothing. Backward: all-reduce, since every rank used the value for its own part of the result."""
+class _Pair(torch.autograd.Function):
+    """`there(x, group)` forward, `back(gradient, group)` backward."""
 
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return x
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
-class _ReduceFromGroup(torch.autograd.Function):
-    """Forward: all-reduce of the partial sums. Backward: nothing, the sum passes its gradient to every term."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        x = x.contiguous()
-        dist.all_reduce(x, group=group)
-        return x
+    def forward(ctx, x, group, there, back):
+        ctx.group, ctx.back = group, back
+        return there(x, group)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None
+        return ctx.back(grad, ctx.group), None, None, None
 
 
-class _GatherSequence(torch.autograd.Function):
-    """Forward: (B, T / tp, C) of every rank -> (B, T, C) on each. Backward: the sum of the gradients, cut again."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return gather_sequence(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return reduce_scatter_sequence(grad, ctx.group), None
+def same(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    return x
 
 
-class _ReduceScatterSequence(torch.autograd.Function):
-    """Forward: partial sums (B, T, C) of every rank -> T / tp of the sums on each. Backward: all of their gradient."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return reduce_scatter_sequence(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return gather_sequence(grad, ctx.group), None
+def summed(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    x = x.contiguous()
+    dist.all_reduce(x, group=group)
+    return x
 
 
-class _SplitSequence(torch.autograd.Function):
-    """Forward: this rank's T / tp of what all ranks have. Backward: the gradients of all of it."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return own_tokens(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return gather_sequence(grad, ctx.group), None
-
-
-class _JoinSequence(torch.autograd.Function):
-    """Forward: the tokens of all ranks. Backward: all ranks have the same gradient, and each takes its part."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return gather_sequence(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return own_tokens(grad, ctx.group), None
-
-
-def gather_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def gathered(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """(B, T / tp, C) of every rank -> (B, T, C)."""
     return torch.cat(all_gather(x, group).unbind(), dim=1)
 
 
-def reduce_scatter_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def summed_and_cut(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Partial sums (B, T, C) of every rank -> this rank's tokens (B, T / tp, C) of the sums: a reduce-scatter."""
     parts = [part.contiguous() for part in x.chunk(dist.get_world_size(group), dim=1)]
     out = torch.empty_like(parts[0])
     dist.reduce_scatter(out, parts, group=group)
     return out
 
 
-def own_tokens(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def cut(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """(B, T, C), the same on every rank -> this rank's tokens (B, T / tp, C)."""
     return x.chunk(dist.get_world_size(group), dim=1)[dist.get_rank(group)].contiguous()
 
 
 def copy_to_group(x: torch.Tensor, group: dist.ProcessGroup | None, sequence: bool = False) -> torch.Tensor:
     """Mark where a replicated value enters a tensor-parallel region (Megatron's *f*).
 
-    `sequence`: the value is split along the tokens instead, and is gathered here (Megatron's *g*, arXiv:2205.05198).
+    Forward nothing happens; backward the gradients are summed, since every rank used the value for its own part of the
+    result. `sequence`: the value is split along the tokens, and is gathered here (Megatron's *g*, arXiv:2205.05198).
     """
     if group is None:
         return x
-    return _GatherSequence.apply(x, group) if sequence else _CopyToGroup.apply(x, group)
+    return _Pair.apply(x, group, gathered, summed_and_cut) if sequence else _Pair.apply(x, group, same, summed)
 
 
 def reduce_from_group(x: torch.Tensor, group: dist.ProcessGroup | None, sequence: bool = False) -> torch.Tensor:
-    """Add up the ranks' partial sums where a tensor-parallel region ends (Megatron's *g*), or cut them too."""
+    """Add up the ranks' partial sums where a tensor-parallel region ends (Megatron's *g*); the gradient passes through.
+
+    `sequence`: each rank gets its tokens of the sums only.
+    """
     if group is None:
         return x
-    return _ReduceScatterSequence.apply(x, group) if sequence else _ReduceFromGroup.apply(x, group)
+    return _Pair.apply(x, group, summed_and_cut, gathered) if sequence else _Pair.apply(x, group, summed, same)
 
 
 def split_sequence(x: torch.Tensor, place: Place) -> torch.Tensor:
     """(B, T, C), the same on all ranks -> (B, T / tp, C), where sequence parallelism begins. T must divide."""
-    return _SplitSequence.apply(x, place.tp_group) if place.sequence_parallel else x
+    return _Pair.apply(x, place.tp_group, cut, gathered) if place.sequence_parallel else x
 
 
 def join_sequence(x: torch.Tensor, place: Place) -> torch.Tensor:
     """And back, where it ends."""
-    return _JoinSequence.apply(x, place.tp_group) if place.sequence_parallel else x
+    return _Pair.apply(x, place.tp_group, gathered, cut) if place.sequence_parallel else x
 
 
 class _CrossEntropy(torch.autograd.Function):

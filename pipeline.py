@@ -98,7 +98,7 @@ class Pipeline:
     def message(self, batch: MicroBatch) -> torch.Tensor:
         """Room for what a neighbour sends about `batch`."""
         rows, tokens = batch.shape
-        tokens //= self.place.tp_size if self.place.sequence_parallel else 1
+        tokens //= self.place.token_parts
         return torch.empty(rows, tokens, self.hidden_size, dtype=self.dtype, device=self.place.device)
 
     def receive(self, batch: MicroBatch) -> torch.Tensor | None:

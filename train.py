@@ -208,8 +208,7 @@ class Trainer:
     def prepare(self, samples: list[Sample], base: str):
         """(all micro-batches, this replica's, a function that waits for their images) for some samples."""
         pad_id = self.tokenizer.pad_id or 0
-        multiple = self.place.tp_size if self.place.sequence_parallel else 1
-        batches = micro_batches(samples, self.args.micro_batch_size, pad_id, multiple)
+        batches = micro_batches(samples, self.args.micro_batch_size, pad_id, self.place.token_parts)
         mine = batches[self.place.dp_rank :: self.place.dp_size]
         wait = self.images.start(mine, base) if self.place.first_stage else lambda: None
         return batches, mine, wait

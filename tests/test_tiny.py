@@ -31,6 +31,13 @@ def python(*command: str, processes: int = 1, seconds: int = 100) -> subprocess.
     )
 
 
+def held_out(tmp_path, pictures: int, seed: int) -> str:
+    """A folder of held-out sets of so many fresh pictures each."""
+    options = ["--chats", "0", "--advanced", "0", "--held-out", str(pictures), "--seed", str(seed)]
+    assert python("examples/shapes.py", str(tmp_path / "data"), *options).returncode == 0
+    return str(tmp_path / "data")
+
+
 def is_this_model(folder: str) -> None:
     """Every part in its place: what makes a checkpoint a small Mistral Medium 3.5, in at most 8 MB."""
     assert sum(os.path.getsize(path) for path in glob.glob(f"{folder}/*")) <= 8_000_000
@@ -105,13 +112,7 @@ def test_the_readme_begins_with_it():
 @pytest.mark.time_limit(400)
 def test_every_topology_and_weight_form_answers_alike(tmp_path):
     """FP8 kept in memory or dequantized, and every (tp, pp) up to four processes, on a few held-out pictures."""
-    data = str(tmp_path / "data")
-    assert (
-        python(
-            "examples/shapes.py", data, "--chats", "0", "--advanced", "0", "--held-out", "8", "--seed", "77"
-        ).returncode
-        == 0
-    )
+    data = held_out(tmp_path, pictures=8, seed=77)
     requests = []
     for name, effort in (("single", "none"), ("several", "high"), ("tools", "none")):
         with open(f"{data}/{name}.jsonl", encoding="utf-8") as file:
@@ -143,13 +144,7 @@ def test_every_topology_and_weight_form_answers_alike(tmp_path):
 @pytest.mark.time_limit(400)
 def test_the_checkpoint_is_as_good_as_said(tmp_path):
     """On fresh pictures, the figures of its README within what 200 questions can tell."""
-    data = str(tmp_path / "data")
-    assert (
-        python(
-            "examples/shapes.py", data, "--chats", "0", "--advanced", "0", "--held-out", "200", "--seed", "99"
-        ).returncode
-        == 0
-    )
+    data = held_out(tmp_path, pictures=200, seed=99)
     result = python("examples/evaluate.py", data, "--sets", "single", "several", "tools", seconds=300)
     assert result.returncode == 0, result.stderr[-2000:]
     figures = [float(line.split("%")[0].split()[-1]) for line in result.stdout.splitlines()]
