@@ -9,26 +9,23 @@ Names inside this project are the HF ones without their prefixes: `layers.0.self
 """
 
 import glob
-import json
 import math
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 import fp8
-from config import Config, UserError, read_json, to_hf
+from config import Config, UserError, read_json
 from parallel import Slice
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": fp8.E4M3}
-SHARD_BYTES = 4_000_000_000  # a file written is at most about this large
+
 RANDOM_BLOCK = 1 << 24  # random weights are drawn this many at a time
 
 HF_PREFIXES = [  # the three spellings in use; see canonical_name
@@ -38,6 +35,7 @@ HF_PREFIXES = [  # the three spellings in use; see canonical_name
     (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
     (r"^model\.(layers|embed_tokens|norm)\.", r"\1."),
 ]
+
 NATIVE_NAMES = [
     (r"^tok_embeddings\.", "embed_tokens."),
     (r"^output\.", "lm_head."),
@@ -262,6 +260,25 @@ def fill(model: nn.Module, checkpoint: Checkpoint, progress: Callable[[int, int]
     checkpoint.close()
 
 
+def prepare(checkpoint: Checkpoint, name: str, layer: nn.Module, part: Slice, config: Config, device) -> torch.Tensor:
+    """One parameter as its layer holds it: read, reordered, dequantized or cast, padded, on its device."""
+    weight, scale = checkpoint.weight(name, part, config)
+    weight = weight.to(device)
+    keep_fp8 = getattr(layer, "weight_scale", None) is not None
+    if keep_fp8 and scale is None:
+        raise UserError(f"{checkpoint.tensors[name].file}: {name} is not FP8; run with --weights dequantized")
+    if keep_fp8:
+        layer.weight_scale = scale.to(device)
+        if (inputs := name.replace(".weight", ".activation_scale")) in checkpoint.tensors:
+            layer.activation_scale = checkpoint.scale(inputs).to(device)
+    elif scale is not None:
+        return fp8.dequantize(weight, scale.to(device), layer.weight.dtype)  # these are never padded
+    # Always a copy: what was read is a view of the mapped file, which somebody may truncate while the program runs.
+    out = torch.zeros(part.local_shape, dtype=layer.weight.dtype, device=device)
+    out[tuple(slice(0, n) for n in weight.shape)] = weight
+    return out
+
+
 def initialize(model: nn.Module, seed: int) -> None:
     """Give every parameter of `model` random values: norms are 1, all else is normal with the config's deviation."""
     config = model.config
@@ -297,88 +314,13 @@ def draw(name: str, part: Slice, seed: int, deviation: float) -> torch.Tensor:
     return weight
 
 
-def prepare(checkpoint: Checkpoint, name: str, layer: nn.Module, part: Slice, config: Config, device) -> torch.Tensor:
-    """One parameter as its layer holds it: read, reordered, dequantized or cast, padded, on its device."""
-    weight, scale = checkpoint.weight(name, part, config)
-    weight = weight.to(device)
-    keep_fp8 = getattr(layer, "weight_scale", None) is not None
-    if keep_fp8 and scale is None:
-        raise UserError(f"{checkpoint.tensors[name].file}: {name} is not FP8; run with --weights dequantized")
-    if keep_fp8:
-        layer.weight_scale = scale.to(device)
-        if (inputs := name.replace(".weight", ".activation_scale")) in checkpoint.tensors:
-            layer.activation_scale = checkpoint.scale(inputs).to(device)
-    elif scale is not None:
-        return fp8.dequantize(weight, scale.to(device), layer.weight.dtype)  # these are never padded
-    # Always a copy: what was read is a view of the mapped file, which somebody may truncate while the program runs.
-    out = torch.zeros(part.local_shape, dtype=layer.weight.dtype, device=device)
-    out[tuple(slice(0, n) for n in weight.shape)] = weight
-    return out
-
-
-# ------------------------------------------------------------------------------------------------------- writing
-
-
-def save(
-    directory: str,
-    config: Config,
-    sizes: dict[str, int],
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    source: str | None,
-) -> None:
-    """Write a checkpoint in the HF layout: sharded safetensors with an index, `config.json`, and the tokenizer's files.
-
-    `sizes` gives every canonical name and its bytes, in the order in which `tensors` yields them (only one shard is
-    held at a time). `source` is the directory whose other small files come along. The folder appears under its name
-    when it is whole, or not at all.
-    """
-    if os.path.exists(directory) and not (os.path.isdir(directory) and not os.listdir(directory)):
-        raise UserError(f"{directory}: already exists; choose a new folder or remove it")
-    partial = f"{directory.rstrip('/')}.partial-{os.getpid()}"
-    try:
-        os.makedirs(partial)
-        shards, filled = [[]], 0
-        for name, size in sizes.items():
-            if shards[-1] and filled + size > SHARD_BYTES:
-                shards, filled = [*shards, []], 0
-            shards[-1].append(name)
-            filled += size
-        single, weight_map, stream = len(shards) == 1, {}, iter(tensors)
-        for number, names in enumerate(shards, 1):
-            file = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            shard = {hf_name(name, config): tensor.contiguous() for name, (_, tensor) in zip(names, stream)}
-            weight_map |= dict.fromkeys(shard, file)
-            save_file(shard, os.path.join(partial, file), metadata={"format": "pt"})
-            os.chmod(os.path.join(partial, file), 0o644)  # not for the writer's eyes alone
-        write_json(
-            os.path.join(partial, "model.safetensors.index.json"),
-            {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map},
-        )
-        write_json(os.path.join(partial, "config.json"), to_hf(config))
-        for path in glob.glob(os.path.join(glob.escape(source), "*")) if source else ():
-            name = os.path.basename(path)
-            own = name in ("config.json", "params.json") or name.endswith((".safetensors", ".index.json"))
-            if os.path.isfile(path) and not own:
-                shutil.copy(path, partial)
-        os.rename(partial, directory)
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def export_config(config: Config, in_fp8: bool, activation_scheme: str = "dynamic") -> Config:
-    """The config of the model as written: its precision, whatever the checkpoint's was."""
-    raw = json.loads(json.dumps(config.raw))
-    for fields in (raw, raw.get("text_config"), raw.get("vision_config")):
-        if fields and ("dtype" in fields or "torch_dtype" in fields or fields is raw):
-            fields.pop("torch_dtype", None)
-            fields["dtype"] = "bfloat16"
-    return replace(config, raw=raw, fp8=in_fp8, activation_scheme=activation_scheme)
-
-
-def write_json(path: str, value) -> None:
-    """Under a temporary name first: a reader sees the old file or the new one."""
-    with open(f"{path}.partial", "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-    os.replace(f"{path}.partial", path)
+def initialize_adapters(model: nn.Module, seed: int) -> None:
+    """A is random, with the deviation of PyTorch's own linears, and B zero: at first the adapters change nothing."""
+    for name, (layer, part) in layers_with_slices(model).items():
+        if name.endswith("lora_A.weight"):
+            weight = draw(name, part, seed, (3 * part.shape[1]) ** -0.5)
+        elif name.endswith("lora_B.weight"):
+            weight = torch.zeros(part.local_shape)
+        else:
+            continue
+        layer.weight = nn.Parameter(weight.to(model.place.device, model.dtype))

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 
 
@@ -15,6 +16,10 @@ class UserError(ValueError):
     """A mistake of the user's: one line that says what is wrong and what to do. Programs exit with `status`."""
 
     status = 2
+
+
+class TopologyError(UserError):
+    """The model cannot be split this way. The program that knows the flags adds what to do about it."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,36 @@ def read_json(path: str):
             return json.load(file)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+
+
+def read_lines(path: str) -> list[tuple[int, bytes]]:
+    """The lines of a JSON-lines file that are not blank, each with its number from 1. Raises UserError."""
+    try:
+        with open(path, "rb") as file:
+            lines = file.read().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def parse_line(line: bytes, where: str, keys: Collection[str] = ()) -> dict:
+    """The JSON object in `line`; with `keys`, no others may occur. Raises UserError that begins with `where`."""
+    try:
+        value = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: should be a JSON object")
+    if keys and (strange := set(value) - set(keys)):
+        raise UserError(f"{where}: unknown key {min(strange)!r}; known are {', '.join(sorted(keys))}")
+    return value
+
+
+def write_json(path: str, value) -> None:
+    """Under a temporary name first: a reader sees the old file or the new one."""
+    with open(f"{path}.partial", "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+    os.replace(f"{path}.partial", path)
 
 
 def parse_config(raw: dict, where: str = "config.json") -> Config:

@@ -10,26 +10,44 @@ import argparse
 import json
 import os
 import random
-import resource
+import select
 import sys
 import time
 from functools import partial
 
 import torch
+import torch.distributed as dist
 
 from chat import encode_chat, parse_answer
 from checkpoint import Checkpoint, fill
 from config import UserError, read_config
 from engine import Engine, Request
-from launch import gather_objects, run_program, together
-from parallel import Place, find_place
-from terminal import COUNT, SIZE, Parser, Printer, Progress, check_utf8, interact, number, print_calls
+from launch import (
+    COUNT,
+    SIZE,
+    Parser,
+    Progress,
+    check_utf8,
+    find_place,
+    gather_objects,
+    number,
+    peak_memory,
+    run_program,
+    together,
+)
+from model import MistralMedium
+from parallel import Place
 from tokenizer import load_tokenizer
-from vision import MistralMedium, grid, image_size, load_image, pixels
+from vision import grid, image_size, load_image, pixels
+
+HEARTBEAT = 60.0  # seconds
+
+STILL_THERE = 0  # what rank 0 says then, instead of a line
 
 TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "examples", "tiny")
-KEYS = {"messages", "tools", "raw", "reasoning_effort", "max_new_tokens", "temperature", "top_p", "seed", "stop"}
 
+
+KEYS = {"messages", "tools", "raw", "reasoning_effort", "max_new_tokens", "temperature", "top_p", "seed", "stop"}
 
 TEMPERATURE, TOP_P, SEED = number(float, 0, 100), number(float, 0, 1, above=True), number(int, 0, (1 << 63) - 1)
 
@@ -249,11 +267,130 @@ class Session:
         return results
 
 
-def peak_memory(place: Place) -> int:
-    """Bytes: the most that tensors took on the GPU, or that the process took on a CPU."""
-    if place.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(place.device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# ------------------------------------------------------------------------------------------------------- the terminal
+
+
+class Printer:
+    """Streams an answer: reasoning dimmed on stderr, text on stdout; tool calls and control tokens are not shown."""
+
+    def __init__(self, tokenizer, stop: list[str]):
+        special = tokenizer.special
+        self.modes = {
+            special.get("[THINK]"): "think",
+            special.get("[/THINK]"): "text",
+            special.get("[TOOL_CALLS]"): "call",
+        }
+        self.mode, self.stop, self.held = "text", stop, ""
+
+    def __call__(self, i: int, token: int, text: str) -> None:
+        if token in self.modes:
+            if self.mode == "think":
+                print(file=sys.stderr)
+            self.dim(False)
+            self.mode = self.modes[token]
+            self.dim(self.mode == "think")
+        if self.mode == "think":
+            print(text, end="", file=sys.stderr, flush=True)
+        elif self.mode == "text":
+            self.held += text
+            self.flush(keep=max(map(len, self.stop), default=1) - 1)
+
+    def dim(self, on: bool) -> None:
+        if sys.stderr.isatty():
+            print("\x1b[2m" if on else "\x1b[0m", end="", file=sys.stderr, flush=True)
+
+    def flush(self, keep: int = 0) -> None:
+        """Print what cannot be part of a stop string any more."""
+        for stop in self.stop:
+            if stop in self.held:
+                self.held, self.mode = self.held.split(stop)[0], "stopped"
+                keep = 0
+        cut = len(self.held) - keep
+        if cut > 0:
+            print(self.held[:cut], end="", flush=True)
+            self.held = self.held[cut:]
+
+
+def interact(session) -> None:
+    """A chat with history and the commands that it prints first. Ctrl-C cuts an answer short."""
+    place, messages, system, images = session.place, [], session.args.system, []
+    effort = session.args.reasoning_effort
+    if place.rank == 0:
+        sys.stdin.reconfigure(errors="surrogateescape")  # see check_utf8
+        print("/exit ends, /clear forgets, /system TEXT, /effort none|high, /image PATH", file=sys.stderr)
+    while True:
+        line = read_line(place)
+        if line is None or line.strip() == "/exit":
+            return
+        command, _, rest = line.strip().partition(" ")
+        if command == "/clear":
+            messages, images = [], []
+        elif command == "/system":
+            system = rest or None
+        elif command == "/effort":
+            effort = rest or None
+        elif command == "/image":
+            images.append({"type": "image_url", "image_url": {"url": rest}})
+        elif command.startswith("/") or not command:
+            if command and place.rank == 0:
+                print(f"no such command: {command}", file=sys.stderr)
+        else:
+            turn = {"role": "user", "content": [*images, {"type": "text", "text": line}] if images else line}
+            opening = [{"role": "system", "content": system}] if system else []
+            spec = {"messages": [*opening, *messages, turn], "reasoning_effort": effort, "where": "this turn"}
+            printer = Printer(session.tokenizer, [])
+            try:
+                check_utf8((system or "") + line, "this turn")
+                (result,) = session.answer([spec], on_text=printer if place.rank == 0 else lambda *_: None)
+            except UserError as error:
+                images = []
+                if place.rank == 0:
+                    print(f"error: {error}", file=sys.stderr)
+                continue
+            except KeyboardInterrupt:  # Ctrl-C ends the answer; with several ranks it ends them all
+                if dist.is_initialized():
+                    raise
+                print()
+                continue
+            if place.rank == 0:
+                printer.flush()
+                print_calls(result)
+            answer = {"role": "assistant", "content": result["text"]}
+            if result["tool_calls"]:
+                answer["tool_calls"] = [
+                    {"id": f"call{i:05d}", "function": c} for i, c in enumerate(result["tool_calls"])
+                ]
+            messages, images = [*messages, turn, answer], []
+
+
+def read_line(place: Place) -> str | None:
+    """A line from the terminal of rank 0, on every rank; None at its end.
+
+    While nobody types, rank 0 says so every HEARTBEAT seconds: ranks that heard nothing for long would give up.
+    """
+    line: list = [None]
+    prompt = "\n> " if sys.stdin.isatty() else ""
+    if place.rank == 0:
+        try:
+            if prompt and dist.is_initialized():
+                print(prompt, end="", flush=True)
+                prompt = ""
+                while not select.select([sys.stdin], [], [], HEARTBEAT)[0]:
+                    dist.broadcast_object_list([STILL_THERE], src=0)
+            line = [input(prompt)]
+        except (EOFError, KeyboardInterrupt):
+            pass
+    if dist.is_initialized():
+        dist.broadcast_object_list(line, src=0)
+        while line[0] == STILL_THERE:
+            dist.broadcast_object_list(line, src=0)
+    return line[0]
+
+
+def print_calls(result: dict) -> None:
+    print()
+    for call in result["tool_calls"]:
+        print(json.dumps(call, ensure_ascii=False))
 
 
 def main(argv: list[str]) -> None:

@@ -4,18 +4,139 @@ The rules: a mistake of the user's is one line in all and exit status 2 on every
 one rank is one line with its cause and ends the job; nobody waits for ever for a rank that is gone.
 """
 
+import argparse
+import math
 import os
+import resource
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from config import UserError
-from parallel import start_world
+from parallel import Place
 
 LOST_SECONDS = 10  # a rank that lost another one waits so long before it says so: the cause should be said first
+
+
+# --------------------------------------------------------------------------------------------- the command line
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes on the command line are one line, like all others."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def number(kind: type, low: float, high: float, above: bool = False):
+    """An argparse type: a finite number between `low` (itself allowed unless `above`) and `high`."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value or (value == low and not above)) or value > high:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} should be a number {'above' if above else 'from'} {low} to {high}"
+            )
+        return value
+
+    return parse
+
+
+COUNT, SIZE = number(int, 0, 1 << 40), number(int, 1, 1 << 40)
+
+
+def check_utf8(text: str, where: str) -> None:
+    """Bytes that are not UTF-8 come from the command line and the terminal as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: not UTF-8 text; check the encoding of the terminal or script") from None
+
+
+class Progress:
+    """A line on stderr, once a second, while a large checkpoint loads."""
+
+    def __init__(self, checkpoint, place: Place):
+        self.checkpoint, self.shown = checkpoint, place.rank == 0
+        self.started = self.last = time.perf_counter()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if self.shown and (now - self.last > 1 or (done == total and self.last > self.started)):
+            self.last, read = now, self.checkpoint.bytes_read / 1e9
+            rate = read / (now - self.started)
+            print(f"loading: {100 * done // total} %, {read:.1f} GB read, {rate:.2f} GB/s", file=sys.stderr)
+
+
+def peak_memory(place: Place) -> int:
+    """Bytes: the most that tensors took on the GPU, or that the process took on a CPU."""
+    if place.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(place.device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# ------------------------------------------------------------------------------------------------- many ranks
+
+
+def start_world() -> int:
+    """Join the processes that torchrun started (NCCL on GPUs, Gloo on CPUs); returns this one's rank, 0 if alone."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        gpu, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(minutes=30))
+        if gpus:
+            crowded = torch.tensor(int(gpu >= gpus))
+            dist.all_reduce(crowded, dist.ReduceOp.MAX)
+            if crowded:
+                raise UserError(f"more processes than the {gpus} GPUs of a machine; lower --nproc-per-node")
+            torch.cuda.set_device(gpu)
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def find_place(tp: int | None, pp: int | None) -> Place:
+    """This rank's place in a grid of pp × dp × tp; without sizes, all ranks are tensor-parallel.
+
+    `answer_group` repeats `pp_group`: sampled tokens travel against the hidden states, and on one NCCL communicator a
+    send of the one could wait for ever behind a send of the other.
+    """
+    rank = start_world()
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    pp = pp or 1
+    tp = tp or max(1, world // pp)
+    if tp < 1 or pp < 1 or world % (tp * pp):
+        raise UserError(
+            f"--tp {tp} × --pp {pp} does not divide the {world} processes; start tp × pp of them with torchrun"
+        )
+    dp = world // (tp * pp)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    pp_rank, dp_rank, tp_rank = rank // (dp * tp), rank // tp % dp, rank % tp
+    grid = torch.arange(world).view(pp, dp, tp)
+
+    def groups(members: torch.Tensor) -> dist.ProcessGroup | None:
+        """One group for each row of `members`, made on every rank in the same order; this rank's, if it has company."""
+        mine = None
+        for row in members.tolist() if members.shape[1] > 1 else []:
+            group = dist.new_group(row)
+            mine = group if rank in row else mine
+        return mine
+
+    columns = grid.permute(1, 2, 0).reshape(-1, pp)
+    return Place(
+        *(rank, tp_rank, tp, pp_rank, pp, dp_rank, dp),
+        tp_group=groups(grid.reshape(-1, tp)),
+        pp_group=groups(columns),
+        dp_group=groups(grid.permute(0, 2, 1).reshape(-1, dp)),
+        answer_group=groups(columns),
+        device=device,
+    )
 
 
 def gather_objects(value) -> list:

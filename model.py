@@ -8,81 +8,35 @@ rank, D head_dim, C hidden_size.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from config import Config, RopeConfig
-from matmul import matmul, pack
+from config import Config, RopeConfig, UserError
 from parallel import (
+    MLP,
     ColumnParallelLinear,
+    Joined,
     Linear,
     Place,
+    RMSNorm,
     RowParallelLinear,
     Slice,
     VocabParallelEmbedding,
     VocabParallelHead,
+    apply_rotary,
     copy_to_group,
     divide,
     join_sequence,
+    run_layer,
     split_sequence,
 )
+from vision import Projector, VisionTower, _groups
 
 MASK_ELEMENTS = 1 << 22  # a prefill chunk's attention mask is at most this large, however long the context
-
-
-class Joined:
-    """Linears with the same input as one, for inference: one large product is faster than some small ones.
-
-    It takes their weights away, so that nothing is held twice.
-    """
-
-    def __init__(self, layers: list[Linear]):
-        self.sizes = [len(layer.weight) for layer in layers]
-        self.weight = pack(torch.cat([layer.weight.data for layer in layers]))
-        for layer in layers:
-            layer.weight = None
-
-    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return matmul(x, self.weight).split(self.sizes, dim=-1)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight (arXiv:1910.07467), normalized in float32, scaled in the dtype of `x`."""
-
-    def __init__(self, size: int, eps: float, dtype: torch.dtype):
-        super().__init__()
-        self.eps = eps
-        self.slices = {"weight": Slice((size,), 0, 0, size)}
-        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
-
-
-class MLP(nn.Module):
-    """SwiGLU (arXiv:2002.05202): down(act(gate(x)) · up(x)). The decoder's `act` is SiLU."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int, place: Place, dtype, keep_fp8=False, act=F.silu):
-        super().__init__()
-        divide(intermediate_size, place.tp_size, "rows of intermediate_size")
-        self.act, self.group, self.sequence = act, place.tp_group, place.sequence_parallel
-        self.gate_proj = ColumnParallelLinear(hidden_size, intermediate_size, place, dtype, keep_fp8)
-        self.up_proj = ColumnParallelLinear(hidden_size, intermediate_size, place, dtype, keep_fp8)
-        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, place, dtype, keep_fp8)
-        self.joined: Joined | None = None
-
-    def lay_out_weights(self) -> None:
-        self.joined = Joined([self.gate_proj, self.up_proj])
-        self.down_proj.pack()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = copy_to_group(x, self.group, self.sequence)
-        gate, up = self.joined(x) if self.joined else (self.gate_proj(x), self.up_proj(x))
-        return self.down_proj(self.act(gate) * up)
 
 
 # ------------------------------------------------------------------------------------------------ rotary positions
@@ -109,12 +63,6 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
     high += 0.001 if low == high else 0
     keep = 1 - ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     return 1.0 / (rope.factor * inverse) * (1 - keep) + 1.0 / inverse * keep
-
-
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (i, i + D/2) of `x` (B, H, T, D) by the angles of `cos`, `sin` (B or 1, 1, T, D/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 # ------------------------------------------------------------------------------------------------------- attention
@@ -225,7 +173,7 @@ class Attention(nn.Module):
         return self.o_proj(attend(q, k, v, span).transpose(1, 2).reshape(B, T, -1))
 
 
-# ----------------------------------------------------------------------------------------------------- the decoder
+# ------------------------------------------------------------------------------------------------------- the model
 
 
 class DecoderLayer(nn.Module):
@@ -243,16 +191,6 @@ class DecoderLayer(nn.Module):
     ) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), span, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
-
-
-def run_layer(layer: nn.Module, recompute: bool, *inputs):
-    """`layer(*inputs)`. With `recompute`, the backward pass finds the inputs only and computes the rest once more.
-
-    Activation checkpointing, arXiv:1604.06174. No layer draws random numbers, so there is no state of those to keep.
-    """
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return layer(*inputs)
 
 
 class Decoder(nn.Module):
@@ -330,3 +268,82 @@ class Decoder(nn.Module):
         stop = max(starts) + T
         mask = None if alike else (torch.arange(stop, device=device) <= first[:, None])[:, None, None]
         return Span(cos, sin, scale, starts[0] if alike else None, None if alike else first, stop, mask)
+
+
+class MistralMedium(Decoder):
+    """A pipeline stage of the whole model: the decoder's, and on the first stage the tower and the projector.
+
+    Text never touches the two; a text-only checkpoint has neither.
+    """
+
+    def __init__(self, config: Config, place: Place = Place(), dtype=torch.bfloat16, keep_fp8: bool = False):
+        super().__init__(config, place, dtype, keep_fp8)
+        if config.vision is not None and place.first_stage:
+            eyes = replace(place, sequence_parallel=False)  # its sequences are patches, of images of any size
+            self.vision_tower = VisionTower(config.vision, eyes, dtype)
+            self.multi_modal_projector = Projector(config, eyes, dtype)
+
+    def image_features(self, images: Iterable[torch.Tensor]) -> torch.Tensor:
+        """First stage only: one or more images from `pixels` -> (tokens, hidden_size), image after image, row by row.
+
+        Given an iterator, no more images are held than go through the tower together. With gradients the activations
+        of all are kept.
+        """
+        if self.config.vision is None:
+            raise UserError("this checkpoint has no vision tower and cannot see images; leave them out")
+        p = self.config.vision.patch_size
+        features = []
+        for group in _groups(images, p):
+            group = [image.to(self.place.device, self.dtype) for image in group]
+            grids = [(image.shape[1] // p, image.shape[2] // p) for image in group]
+            features.append(self.multi_modal_projector(self.vision_tower(group), grids))
+        return torch.cat(features)
+
+    def embed(self, tokens: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
+        """First stage only: (B, T) token ids -> (B, T, hidden_size).
+
+        `features` (n, hidden_size) take the places of the n `[IMG]` tokens of this call, row by row.
+        """
+        x = self.embed_tokens(tokens)
+        if features is None:
+            return x
+        at = tokens == self.config.vision.image_token_id
+        if (count := int(at.sum())) != len(features):
+            raise UserError(f"there are {count} image tokens but features for {len(features)}; an image was cut")
+        return x.masked_scatter(at[..., None], features.to(x.dtype))
+
+
+# ------------------------------------------------------------------------------------------------- LoRA adapters
+
+
+class Adapter(nn.Module):
+    """(..., in) -> (..., out): (alpha / rank) · B A x.
+
+    Of the two factors the one on the side where W is cut is cut with it, and the other is whole on every rank: A beside
+    a column-parallel W, B beside a row-parallel one, where partial sums pass through it before they are added up.
+    Either way each rank finds its own share of the whole factor's gradient, as it does for a shared key/value head.
+    """
+
+    def __init__(self, linear: Linear, rank: int, alpha: float, place: Place, dtype: torch.dtype):
+        super().__init__()
+        part, self.scale = linear.slices["weight"], alpha / rank
+        rows, columns = part.shape
+        down, up = Slice((rank, columns), 0, 0, rank), Slice((rows, rank), 0, 0, rows)
+        if part.dim == 0:
+            up = Slice((rows, rank), 0, part.start, part.stop)
+        else:
+            down = Slice((rank, columns), 1, part.start, part.stop)
+        self.lora_A, self.lora_B = Linear(down, dtype), Linear(up, dtype)
+        cut, whole = (self.lora_B, self.lora_A) if part.dim == 0 else (self.lora_A, self.lora_B)
+        cut.sharers, whole.sharers = getattr(linear, "sharers", 1), place.tp_size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lora_B(self.lora_A(x)) * self.scale
+
+
+def add_adapters(model: nn.Module, rank: int, alpha: float) -> None:
+    """Freeze `model` and put an adapter, still on `meta`, beside each of its decoder's linears."""
+    model.requires_grad_(False)
+    for layer in list(model.layers.modules()):
+        if isinstance(layer, Linear):
+            layer.adapter = Adapter(layer, rank, alpha, model.place, model.dtype)

@@ -14,17 +14,33 @@ What tensor and pipeline parallelism add: key/value heads shared by several rank
 embedding tied to the head of another stage; and a norm over all ranks that counts each parameter once.
 """
 
+import json
+import os
+import re
+import shutil
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from checkpoint import layers_with_slices
+from config import UserError, read_json, write_json
+from launch import together
 from parallel import Place, Slice
 
 BUCKET = 1 << 25  # elements; a larger parameter has a bucket of its own
+
 CPU_CHUNK = 1 << 16  # elements that Adam updates at a time on a CPU, so that they are still in its cache
+
+FREEZABLE = {  # --freeze NAME -> how its parameters' names begin
+    "vision_tower": ("vision_tower.",),
+    "projector": ("multi_modal_projector.",),
+    "embeddings": ("embed_tokens.",),
+    "language_model": ("embed_tokens.", "layers.", "norm.", "lm_head."),
+}
 
 
 @dataclass
@@ -212,3 +228,120 @@ class Optimizer:
             for bucket in self.buckets
             for i, tensor in enumerate(bucket.tensors)
         ]
+
+
+# ----------------------------------------------------------------------------------------------- save and resume
+
+
+def save_checkpoint(directory: str, step: int, optimizer: Optimizer, settings: dict) -> None:
+    """Write `directory`/step-N with every rank's part of the state; all ranks call this together.
+
+    Replicas hold the same state and share the writing. Raises UserError, on all ranks, if any of them cannot write;
+    then nothing new is left behind.
+    """
+    place, final = optimizer.place, os.path.join(directory, f"step-{step}")
+    partial, rank = f"{final}.partial", optimizer.place.rank
+
+    def prepare() -> None:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.makedirs(partial)
+
+    def write_part() -> None:
+        path = os.path.join(partial, f"rank-{rank:05d}.safetensors")
+        tensors, slices = {}, {}
+        owned = [entry for entry in optimizer.state() if entry[0].owner]
+        for tensor, views in owned[place.dp_rank :: place.dp_size]:
+            part, length = tensor.part, len_inside(tensor.part)
+            slices[tensor.name] = [part.start, part.start + length]
+            for kind, view in views.items():
+                tensors[f"{tensor.name}/{kind}"] = view.narrow(part.dim, 0, length).contiguous().cpu()
+        save_file(tensors, path, metadata={"slices": json.dumps(slices)})
+        flush_to_disk(path)
+
+    def finish() -> None:
+        if rank == 0:
+            write_json(os.path.join(partial, "state.json"), {"step": step, "ranks": place.world_size, **settings})
+            flush_to_disk(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(partial, final)
+            flush_to_disk(directory)
+
+    try:
+        for phase in (prepare, write_part, finish):
+            together(lambda: explained(phase, final))
+    except UserError:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def explained(action, path: str) -> None:
+    """Run `action`; a full disk and its like become a UserError."""
+    try:
+        action()
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{path}: cannot be written ({reason}); earlier checkpoints are whole: make room, then --resume"
+        ) from None
+
+
+def flush_to_disk(path: str) -> None:
+    """A file's contents, or a folder's names, survive a power cut from here on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def len_inside(part: Slice) -> int:
+    """How much of a slice lies inside the tensor and is not padding."""
+    return max(0, min(part.stop, part.shape[part.dim]) - part.start)
+
+
+def newest_checkpoint(directory: str) -> str | None:
+    """The checkpoint of the latest step, or None. What was not finished has another name."""
+    names = os.listdir(directory) if os.path.isdir(directory) else []
+    steps = [int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d+)", name))]
+    return os.path.join(directory, f"step-{max(steps)}") if steps else None
+
+
+def load_checkpoint(path: str, optimizer: Optimizer, settings: dict) -> int:
+    """Fill the optimizer's state and the model's weights from a checkpoint of any topology; returns its step.
+
+    `settings` are those of this run; the ones that decide what a step computes must be those of the checkpoint.
+    """
+    facts = read_json(os.path.join(path, "state.json"))
+    for name, value in settings.items():
+        if facts.get(name) != value:
+            raise UserError(f"{path}: was made with {name} = {facts.get(name)!r}, but this run has {value!r}")
+    pieces: dict[str, list] = {}
+    for rank in range(facts["ranks"]):
+        file_name = os.path.join(path, f"rank-{rank:05d}.safetensors")
+        try:
+            file = safe_open(file_name, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file_name}: cannot be read ({error}); remove {path} to resume from before") from None
+        for name, (start, stop) in json.loads(file.metadata()["slices"]).items():
+            pieces.setdefault(name, []).append((file, start, stop))
+    with torch.no_grad():
+        for tensor, views in optimizer.state():
+            read_part(tensor, views, pieces.get(tensor.name, []), path)
+    optimizer.steps = facts["step"]
+    optimizer.write_weights()
+    return facts["step"]
+
+
+def read_part(tensor: Trained, views: dict[str, torch.Tensor], pieces: list, path: str) -> None:
+    """Copy what this rank needs of a tensor out of the pieces that other ranks wrote."""
+    part, missing = tensor.part, len_inside(tensor.part)
+    for file, start, stop in pieces:
+        low, high = max(start, part.start), min(stop, part.stop)
+        if low < high:
+            index = (slice(None),) * part.dim + (slice(low - start, high - start),)
+            for kind, view in views.items():
+                source = file.get_slice(f"{tensor.name}/{kind}")
+                view.narrow(part.dim, low - part.start, high - low).copy_(source[index])
+            missing -= high - low
+    if missing:
+        raise UserError(f"{path}: holds no whole {tensor.name}; remove the folder to resume from before")

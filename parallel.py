@@ -11,18 +11,17 @@ rank does nothing. Parameters are born on the `meta` device with their local sha
 checkpoint's tensor they are, and the loader reads just that.
 """
 
-import os
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fp8
 from config import UserError
-from matmul import matmul, pack
+from fp8 import matmul, pack
 
 # ---------------------------------------------------------------------------------------------- a rank's place
 
@@ -73,59 +72,6 @@ class Place:
             raise UserError(f"--pp {self.pp_size} is more than the {num_hidden_layers} layers; every stage needs one")
         start = self.pp_rank * each + min(self.pp_rank, more)
         return range(start, start + each + (self.pp_rank < more))
-
-
-def start_world() -> int:
-    """Join the processes that torchrun started (NCCL on GPUs, Gloo on CPUs); returns this one's rank, 0 if alone."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        gpu, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(minutes=30))
-        if gpus:
-            crowded = torch.tensor(int(gpu >= gpus))
-            dist.all_reduce(crowded, dist.ReduceOp.MAX)
-            if crowded:
-                raise UserError(f"more processes than the {gpus} GPUs of a machine; lower --nproc-per-node")
-            torch.cuda.set_device(gpu)
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def find_place(tp: int | None, pp: int | None) -> Place:
-    """This rank's place in a grid of pp × dp × tp; without sizes, all ranks are tensor-parallel.
-
-    `answer_group` repeats `pp_group`: sampled tokens travel against the hidden states, and on one NCCL communicator a
-    send of the one could wait for ever behind a send of the other.
-    """
-    rank = start_world()
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    pp = pp or 1
-    tp = tp or max(1, world // pp)
-    if tp < 1 or pp < 1 or world % (tp * pp):
-        raise UserError(
-            f"--tp {tp} × --pp {pp} does not divide the {world} processes; start tp × pp of them with torchrun"
-        )
-    dp = world // (tp * pp)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    pp_rank, dp_rank, tp_rank = rank // (dp * tp), rank // tp % dp, rank % tp
-    grid = torch.arange(world).view(pp, dp, tp)
-
-    def groups(members: torch.Tensor) -> dist.ProcessGroup | None:
-        """One group for each row of `members`, made on every rank in the same order; this rank's, if it has company."""
-        mine = None
-        for row in members.tolist() if members.shape[1] > 1 else []:
-            group = dist.new_group(row)
-            mine = group if rank in row else mine
-        return mine
-
-    columns = grid.permute(1, 2, 0).reshape(-1, pp)
-    return Place(
-        *(rank, tp_rank, tp, pp_rank, pp, dp_rank, dp),
-        tp_group=groups(grid.reshape(-1, tp)),
-        pp_group=groups(columns),
-        dp_group=groups(grid.permute(0, 2, 1).reshape(-1, dp)),
-        answer_group=groups(columns),
-        device=device,
-    )
 
 
 @dataclass(frozen=True)
@@ -287,7 +233,7 @@ class Linear(nn.Module):
         )
         self.register_buffer("weight_scale", torch.empty((), device="meta") if keep_fp8 else None)
         self.register_buffer("activation_scale", None)
-        self.adapter: nn.Module | None = None  # see lora.py
+        self.adapter: nn.Module | None = None  # see model.py
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight_scale is not None:
@@ -373,8 +319,78 @@ class VocabParallelHead(Linear):
         return parts[:, 0].amax(0) - parts[:, 1].logsumexp(0)
 
 
+# ------------------------------------------------------------------------------ what decoder and tower share
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight (arXiv:1910.07467), normalized in float32, scaled in the dtype of `x`."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype):
+        super().__init__()
+        self.eps = eps
+        self.slices = {"weight": Slice((size,), 0, 0, size)}
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv:2002.05202): down(act(gate(x)) · up(x)). The decoder's `act` is SiLU."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, place: Place, dtype, keep_fp8=False, act=F.silu):
+        super().__init__()
+        divide(intermediate_size, place.tp_size, "rows of intermediate_size")
+        self.act, self.group, self.sequence = act, place.tp_group, place.sequence_parallel
+        self.gate_proj = ColumnParallelLinear(hidden_size, intermediate_size, place, dtype, keep_fp8)
+        self.up_proj = ColumnParallelLinear(hidden_size, intermediate_size, place, dtype, keep_fp8)
+        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, place, dtype, keep_fp8)
+        self.joined: Joined | None = None
+
+    def lay_out_weights(self) -> None:
+        self.joined = Joined([self.gate_proj, self.up_proj])
+        self.down_proj.pack()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = copy_to_group(x, self.group, self.sequence)
+        gate, up = self.joined(x) if self.joined else (self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(self.act(gate) * up)
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (i, i + D/2) of `x` (B, H, T, D) by the angles of `cos`, `sin` (B or 1, 1, T, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def run_layer(layer: nn.Module, recompute: bool, *inputs):
+    """`layer(*inputs)`. With `recompute`, the backward pass finds the inputs only and computes the rest once more.
+
+    Activation checkpointing, arXiv:1604.06174. No layer draws random numbers, so there is no state of those to keep.
+    """
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return layer(*inputs)
+
+
+class Joined:
+    """Linears with the same input as one, for inference: one large product is faster than some small ones.
+
+    It takes their weights away, so that nothing is held twice.
+    """
+
+    def __init__(self, layers: list[Linear]):
+        self.sizes = [len(layer.weight) for layer in layers]
+        self.weight = pack(torch.cat([layer.weight.data for layer in layers]))
+        for layer in layers:
+            layer.weight = None
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return matmul(x, self.weight).split(self.sizes, dim=-1)
+
+
 if __name__ == "__main__":
     import launch
-    import plan  # built on the model, which is built on this file
+    import plan
 
     launch.run_program(plan.main)

@@ -25,16 +25,14 @@ from torch import nn
 from config import Config, UserError, read_config
 from engine import CHUNK, LOGIT_ROWS
 from fp8 import BLOCK
-from lora import add_adapters
-from model import MASK_ELEMENTS
-from optimizer import BUCKET, Trained, held_tensors
+from launch import SIZE, Parser, number
+from model import MASK_ELEMENTS, MistralMedium, add_adapters
+from optimizer import BUCKET, FREEZABLE, Trained, held_tensors, len_inside
 from parallel import Linear, Place
-from state import len_inside
-from terminal import SIZE, Parser, number
-from train import FREEZABLE
-from vision import PATCHES_AT_ONCE, MistralMedium
+from vision import PATCHES_AT_ONCE
 
 RESERVE = 2_000_000_000  # bytes a GPU: CUDA context, workspaces of libraries, NCCL's buffers, what the allocator wastes
+
 BF16, FP32 = 2, 4
 
 
@@ -57,9 +55,6 @@ class Stage:
     def peak_bytes(self) -> int:
         parts = (self.weight_bytes, self.gradient_bytes, self.optimizer_bytes, self.cache_bytes, self.activation_bytes)
         return sum(parts) + self.reserve_bytes
-
-
-# --------------------------------------------------------------------------------------------------- what is exact
 
 
 def places(tp: int, pp: int, dp: int = 1) -> list[list[Place]]:
@@ -94,9 +89,6 @@ def tally(tensor: Trained, layer: nn.Module) -> tuple[str, int, int]:
         kind = "key/value heads" if tensor.sharers > 1 else kind
         kind = "tied embedding" if tensor.name.startswith("embed_tokens.") else kind
     return kind, inside, layer.numel() - inside
-
-
-# ------------------------------------------------------------------------------------------------ what is estimated
 
 
 def layer_activations(config: Config, tp: int, tokens: int) -> int:
@@ -199,14 +191,11 @@ def inference_activations(config: Config, place: Place, context: int, keep_fp8: 
     return 4 * BF16 * tokens * C + moment
 
 
-# --------------------------------------------------------------------------------------------------------- the plan
-
-
 def make_plan(config: Config, args: argparse.Namespace) -> dict:
     """The plan as the JSON object that --json prints. Raises UserError where the topology does not divide the model."""
     keep_fp8 = config.fp8 and (args.weights != "dequantized" if args.inference else bool(args.lora_rank))
     freeze = list(FREEZABLE) if args.lora_rank else args.freeze
-    micro_batches = -(-(-(-args.global_batch_size // args.micro_batch_size)) // args.dp)
+    micro_batches = math.ceil(math.ceil(args.global_batch_size / args.micro_batch_size) / args.dp)
     parameters, adapters, padding, copies, stages = 0, 0, 0, Counter(), []
     for stage_places in places(args.tp, args.pp, args.dp):
         ranks = []

@@ -22,7 +22,6 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -31,12 +30,27 @@ from PIL import Image, UnidentifiedImageError
 from torch import nn
 
 from config import Config, UserError, VisionConfig
-from model import MLP, Decoder, RMSNorm, apply_rotary, run_layer
-from parallel import ColumnParallelLinear, Place, RowParallelLinear, Slice, copy_to_group, divide
+from parallel import (
+    MLP,
+    ColumnParallelLinear,
+    Place,
+    RMSNorm,
+    RowParallelLinear,
+    Slice,
+    apply_rotary,
+    copy_to_group,
+    divide,
+    run_layer,
+)
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green, blue in CLIP's training images (arXiv:2103.00020)
+
+
 STD = (0.26862954, 0.26130258, 0.27577711)
+
+
 PATCHES_AT_ONCE = 1 << 14  # images share a pass through the tower up to this many patches; bounds its activations
+
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
 
 
@@ -276,9 +290,6 @@ class Projector(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(copy_to_group(x, self.group))))
 
 
-# --------------------------------------------------------------------------------------------------- the model
-
-
 def _groups(images: Iterable[torch.Tensor], patch_size: int) -> Iterator[list[torch.Tensor]]:
     """Consecutive images of together at most PATCHES_AT_ONCE patches; a larger one alone."""
     group, patches = [], 0
@@ -291,46 +302,3 @@ def _groups(images: Iterable[torch.Tensor], patch_size: int) -> Iterator[list[to
         patches += count
     if group:
         yield group
-
-
-class MistralMedium(Decoder):
-    """A pipeline stage of the whole model: the decoder's, and on the first stage the tower and the projector.
-
-    Text never touches the two; a text-only checkpoint has neither.
-    """
-
-    def __init__(self, config: Config, place: Place = Place(), dtype=torch.bfloat16, keep_fp8: bool = False):
-        super().__init__(config, place, dtype, keep_fp8)
-        if config.vision is not None and place.first_stage:
-            eyes = replace(place, sequence_parallel=False)  # its sequences are patches, of images of any size
-            self.vision_tower = VisionTower(config.vision, eyes, dtype)
-            self.multi_modal_projector = Projector(config, eyes, dtype)
-
-    def image_features(self, images: Iterable[torch.Tensor]) -> torch.Tensor:
-        """First stage only: one or more images from `pixels` -> (tokens, hidden_size), image after image, row by row.
-
-        Given an iterator, no more images are held than go through the tower together. With gradients the activations
-        of all are kept.
-        """
-        if self.config.vision is None:
-            raise UserError("this checkpoint has no vision tower and cannot see images; leave them out")
-        p = self.config.vision.patch_size
-        features = []
-        for group in _groups(images, p):
-            group = [image.to(self.place.device, self.dtype) for image in group]
-            grids = [(image.shape[1] // p, image.shape[2] // p) for image in group]
-            features.append(self.multi_modal_projector(self.vision_tower(group), grids))
-        return torch.cat(features)
-
-    def embed(self, tokens: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
-        """First stage only: (B, T) token ids -> (B, T, hidden_size).
-
-        `features` (n, hidden_size) take the places of the n `[IMG]` tokens of this call, row by row.
-        """
-        x = self.embed_tokens(tokens)
-        if features is None:
-            return x
-        at = tokens == self.config.vision.image_token_id
-        if (count := int(at.sum())) != len(features):
-            raise UserError(f"there are {count} image tokens but features for {len(features)}; an image was cut")
-        return x.masked_scatter(at[..., None], features.to(x.dtype))

@@ -19,11 +19,13 @@ from PIL import Image
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
-from checkpoint import initialize, layers_with_slices, save
-from config import Config, RopeConfig, VisionConfig
-from fp8 import quantize, scale_of
 from helpers import write_tekken
-from vision import MistralMedium
+
+from checkpoint import initialize, layers_with_slices
+from config import Config, RopeConfig, VisionConfig
+from export import save
+from fp8 import quantize, scale_of
+from model import MistralMedium
 
 YARN = RopeConfig(1e6, True, 64.0, 4096, beta_fast=4.0, attention_factor=1.41589)
 EYES = VisionConfig(

@@ -19,8 +19,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from checkpoint import Checkpoint, fill
 from config import read_config
 from engine import Engine, Request
+from model import MistralMedium
 from tokenizer import load_tokenizer
-from vision import MistralMedium
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ import torch.distributed as dist
 
 from checkpoint import initialize
 from config import Config, RopeConfig
+from launch import find_place
 from model import Decoder
-from parallel import find_place
 from pipeline import Pipeline
 
 COUNTS = (1, 2, 4, 8, 16)  # micro-batches

@@ -30,7 +30,7 @@ from train_cases import make_checkpoint  # noqa: E402
 import train  # noqa: E402
 from config import Config, RopeConfig  # noqa: E402
 from data import IGNORE  # noqa: E402
-from parallel import find_place  # noqa: E402
+from launch import find_place  # noqa: E402
 
 CONFIG = Config(
     vocab_size=49152,

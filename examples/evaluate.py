@@ -17,9 +17,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import generate
 from config import UserError
-from launch import run_program, together
-from parallel import Place, find_place
-from terminal import SIZE, Parser
+from launch import SIZE, Parser, find_place, run_program, together
+from parallel import Place
 
 SETS = {  # name: (what it is, the reasoning efforts it is asked with)
     "single": ("single-step questions", ("none", "high")),

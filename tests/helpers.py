@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from checkpoint import Checkpoint, fill
 from config import read_config
-from vision import MistralMedium
+from model import MistralMedium
 
 # The rotary settings worth distinguishing. "yarn" is this model's, with Ministral 3's query scaling.
 ROPES = {

@@ -9,15 +9,26 @@ import textwrap
 
 import pytest
 import torch
+from helpers import (
+    PROJECTIONS,
+    interleaved,
+    load,
+    random_state,
+    spelled,
+    text_fields,
+    to_fp8,
+    write_checkpoint,
+    write_json,
+)
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from checkpoint import Checkpoint, canonical_name, fill, save
+import export
+from checkpoint import Checkpoint, canonical_name, fill
 from config import UserError, read_config
-from helpers import PROJECTIONS, interleaved, load, random_state, spelled, text_fields, to_fp8, write_checkpoint
-from helpers import write_json
+from export import save
+from model import MistralMedium
 from parallel import Place, Slice
-from vision import MistralMedium
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LAYOUTS = ("text", "new", "old", "native")
@@ -338,7 +349,7 @@ def arguments(model) -> tuple[dict, list]:
 @pytest.mark.parametrize("shard_bytes", [1 << 40, 60_000, 1])
 @pytest.mark.parametrize("layout", ["text", "new", "native"])
 def test_save_and_load(layout, shard_bytes, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(export, "SHARD_BYTES", shard_bytes)
     fields = text_fields("yarn, short", tie_word_embeddings=layout == "new")
     source = write_checkpoint(tmp_path / "in", fields, random_state(fields), layout)
     for name in ("tekken.json", "README.md", "model-00009-of-00009.safetensors.old"):
@@ -408,7 +419,7 @@ def test_save_refuses_and_leaves_nothing(good, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(export, "save_file", full)
         with pytest.raises(UserError, match="No space left"):
             save(str(tmp_path / "out"), model.config, sizes, tensors, None)
     assert sorted(os.listdir(tmp_path)) == before

@@ -8,10 +8,10 @@ import random
 
 import pytest
 import torch
+from helpers import ROPES, layout_config, text_fields, write_json
 
 from config import RopeConfig, UserError, parse_config, parse_params, read_config, to_hf
-from helpers import ROPES, layout_config, text_fields, write_json
-from vision import MistralMedium
+from model import MistralMedium
 
 DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
 

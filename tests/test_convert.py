@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from checkpoint import canonical_name
 from config import UserError
-from convert import main, measure_inputs
+from export import main, measure_inputs
 
 LINEARS = [f"layers.{i}.{name}.weight" for i in range(3) for name in PROJECTIONS]
 

@@ -9,11 +9,22 @@ import os
 import numpy as np
 import pytest
 import torch
+from helpers import (
+    ROPES,
+    formula,
+    load,
+    log_probabilities,
+    random_state,
+    random_tokens,
+    randomize,
+    text_fields,
+    to_fp8,
+    write_checkpoint,
+    write_json,
+)
 from safetensors import safe_open
 
 from config import read_config
-from helpers import ROPES, formula, load, log_probabilities, random_state, random_tokens, randomize, text_fields
-from helpers import to_fp8, write_checkpoint, write_json
 from model import attend, rope_frequencies
 
 HERE = os.path.dirname(os.path.abspath(__file__))

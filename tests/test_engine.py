@@ -10,9 +10,9 @@ import time
 
 import pytest
 import torch
+from helpers import load, log_probabilities, random_state, random_tokens, text_fields, write_checkpoint
 
 from engine import Engine, Request, nucleus
-from helpers import load, log_probabilities, random_state, random_tokens, text_fields, write_checkpoint
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 END = 2

@@ -51,7 +51,7 @@ def by_hand(world: int, program: list[str], seconds: float = 100) -> list[tuple[
 
 
 def torchrun(world: int, program: list[str], seconds: float = 100) -> tuple[int, str, list[str], float]:
-    """(exit status, stdout, the ranks' own lines on stderr, seconds). torchrun's lines tell of exit codes and signals."""
+    """(exit status, stdout, the ranks' own lines on stderr, seconds), without torchrun's report."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), *program]
     started = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=ENVIRONMENT)

@@ -3,10 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import (
+    PROJECTIONS,
+    load,
+    log_probabilities,
+    random_state,
+    random_tokens,
+    text_fields,
+    to_fp8,
+    write_checkpoint,
+)
 
 import fp8
-from helpers import PROJECTIONS, load, log_probabilities, random_state, random_tokens, text_fields, to_fp8
-from helpers import write_checkpoint
 
 CODES = torch.arange(256, dtype=torch.uint8).view(fp8.E4M3)
 FINITE = CODES[~CODES.float().isnan()]

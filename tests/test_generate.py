@@ -26,8 +26,7 @@ from ranks import run_ranks
 
 import generate
 import launch
-import terminal
-from parallel import find_place
+from launch import find_place
 from tokenizer import load_tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -231,14 +230,14 @@ def test_interactive(ckpt):
 def lines_on_a_rank() -> tuple[list, int]:
     """What this rank reads from rank 0's terminal, where someone thinks before typing; and how often it was woken."""
     place, woken, broadcast = find_place(2, 1), [], dist.broadcast_object_list
-    terminal.HEARTBEAT = 0.05
+    generate.HEARTBEAT = 0.05
     dist.broadcast_object_list = lambda objects, src: woken.append(1) or broadcast(objects, src=src)
     if place.rank == 0:
         keyboard, screen = pty.openpty()
         sys.stdin = open(screen, encoding="utf-8", closefd=False)
         for wait, keys in ((0.5, b"hello\n"), (1.0, b"\x04")):
             threading.Timer(wait, os.write, (keyboard, keys)).start()
-    return [terminal.read_line(place), terminal.read_line(place)], len(woken)
+    return [generate.read_line(place), generate.read_line(place)], len(woken)
 
 
 def test_a_chat_over_ranks_outlives_pauses():

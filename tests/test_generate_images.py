@@ -13,7 +13,8 @@ from test_generate import answers, program  # noqa: F401  (a fixture)
 import engine
 from checkpoint import layers_with_slices
 from config import parse_config
-from vision import MistralMedium, grid, load_image, pixels
+from model import MistralMedium
+from vision import grid, load_image, pixels
 
 SIZES = [(40, 61), (100, 30), (9, 9), (75, 84), (57, 29)]
 

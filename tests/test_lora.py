@@ -12,8 +12,8 @@ from train_cases import IMAGES, TEXT, arguments, launch, make_chats, make_checkp
 
 import train
 from config import UserError
-from convert import main as convert
-from lora import merged
+from export import main as convert
+from export import merged
 
 OPTIONS = {"lora_rank": 3, "lora_alpha": 10.0, "lr": 1e-2, "micro_batch_size": 2, "max_steps": 6}
 

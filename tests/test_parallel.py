@@ -13,8 +13,9 @@ import engine
 from checkpoint import Checkpoint, fill, layers_with_slices
 from config import parse_config, read_config
 from engine import Engine, Request
-from parallel import Place, find_place
-from vision import MistralMedium
+from launch import find_place
+from model import MistralMedium
+from parallel import Place
 
 TOPOLOGIES = [(1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1)]
 EYES = dict(

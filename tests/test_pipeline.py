@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel import find_place
+from launch import find_place
 from pipeline import Pipeline
 
 SIZE = 6

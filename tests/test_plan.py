@@ -15,14 +15,14 @@ from test_parallel import SIZES, make
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import fp8
 import launch
-import matmul
 import plan
 import train
 from checkpoint import Checkpoint, fill
 from config import read_config
-from parallel import find_place
-from vision import MistralMedium
+from launch import find_place
+from model import MistralMedium
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MEDIUM = dict(
@@ -152,7 +152,7 @@ def nbytes(tensors) -> int:
 
 def train_on_a_rank(argv: list[str]) -> dict:
     """A step of train.py: what lasts, and the most that comes and goes during the passes and during Adam's step."""
-    matmul.FLOAT32_ROWS = 1 << 60  # BF16 products as a GPU forms them, without copies in float32
+    fp8.FLOAT32_ROWS = 1 << 60  # BF16 products as a GPU forms them, without copies in float32
     args = train.parse_args(argv)
     trainer = train.Trainer(args, find_place(args.tp, args.pp))
     model, optimizer = trainer.model, trainer.optimizer

@@ -22,9 +22,9 @@ from questions import CALLS, COMPARE, NUMBERS, SEVERAL, SIDES, SINGLE, Asker
 from chat import encode_chat
 from config import read_config
 from data import Chats
+from model import MistralMedium
 from parallel import Place
 from tokenizer import load_tokenizer
-from vision import MistralMedium
 
 EXAMPLES = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "examples")
 

@@ -16,9 +16,10 @@ from test_parallel import Tokens, make
 from checkpoint import Checkpoint, fill
 from config import read_config
 from engine import Engine, Request
+from launch import find_place
+from model import MistralMedium
 from optimizer import held_tensors
-from parallel import Place, find_place
-from vision import MistralMedium
+from parallel import Place
 
 # ------------------------------------------------------------------------------------------------------ gradients
 

@@ -1,4 +1,4 @@
-"""Tokenizers against recorded ids of mistral-common (golden files), against mistral-common itself where it is installed,
+"""Tokenizers against recorded ids of mistral-common (golden files), against mistral-common itself where installed,
 and against rules of their own: streaming, speed, broken files."""
 
 import base64
@@ -105,7 +105,7 @@ def test_sentencepiece_equals_mistral_common(name):
 
 
 def test_a_whole_word_in_the_vocabulary_is_one_token(tmp_path):
-    """Even where no merge leads to it. The second one is a word only for a pattern that knows letters beyond the BMP."""
+    """Even where no merge leads to it. The second is a word only for a pattern that knows letters beyond the BMP."""
 
     def change(data):
         for rank, word in ((1400, "xqz"), (1401, "a\U00010428")):

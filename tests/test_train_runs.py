@@ -18,7 +18,7 @@ from train_cases import IMAGES, ROOT, TEXT, arguments, kill, launch, make_chats,
 import train
 from checkpoint import Checkpoint
 from config import UserError, read_config, to_hf
-from state import newest_checkpoint
+from optimizer import newest_checkpoint
 
 
 @pytest.fixture(scope="module")

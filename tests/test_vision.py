@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 import vision
 from checkpoint import Checkpoint, fill
 from config import Config, RopeConfig, UserError, VisionConfig, parse_config, read_config, to_hf
+from model import MistralMedium
 from parallel import Place
-from vision import MistralMedium
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GOLDEN = os.path.join(ROOT, "tests", "golden", "vision.safetensors")
@@ -424,7 +424,8 @@ MEASURE = """
 import resource, sys
 import torch
 from config import Config, RopeConfig, VisionConfig
-from vision import MistralMedium, load_image, pixels
+from model import MistralMedium
+from vision import load_image, pixels
 
 torch.set_num_threads(2)
 path, count = sys.argv[1], int(sys.argv[2])

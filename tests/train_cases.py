@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from checkpoint import hf_name
 from config import Config, RopeConfig, VisionConfig, to_hf
+from model import MistralMedium
 from optimizer import held_tensors
-from vision import MistralMedium
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VOCABULARY = 307  # odd, so that a head split over ranks is padded
