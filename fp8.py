@@ -11,6 +11,11 @@ whole tensor, named `weight_scale_inv` although it is the multiplier: `w = w_fp8
     python fp8.py IN OUT [--to fp8|bfloat16] [--calibrate CHATS.jsonl]
 
 rewrites a checkpoint of any layout in the HF layout; `export.py` is that program, this file the arithmetic.
+
+The second half is for speed only: how a CPU multiplies BF16 (on a GPU it is `F.linear`).
+
+- **Many rows**: CPUs without matrix units multiply BF16 at half their float32 speed, so both sides are converted.
+- **Few rows**, decoding: the weight is laid out once the way the kernels read it (`pack`).
 """
 
 import torch
@@ -26,7 +31,8 @@ BLOCK = 1 << 24  # elements dequantized at a time: bounds the float32 copy to 64
 def dequantize(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`weight` (any shape, E4M3) times `scale` (0-d), multiplied in float32 and rounded once to `dtype`.
 
-    Multiplying in BF16 would round the scale first and give other numbers.
+    Multiplying in BF16 would round the scale first and give other numbers. Some rows at a time, so that the float32
+    copy stays small beside the weight.
     """
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     scale = scale.float()
@@ -103,10 +109,10 @@ UNPACK_ROWS = 256  # where it has to unpack the weight first, at least so many; 
 
 
 class _Float32Matmul(torch.autograd.Function):
-    """`x W^T` in BF16, multiplied in float32: the same sums, rounded once, the way a matrix unit forms them.
+    """`x W^T` in BF16, multiplied in float32: the same sums, rounded once, as a matrix unit forms them.
 
-    A CPU without such a unit multiplies BF16 at about half its float32 speed, so from FLOAT32_ROWS rows on it pays to
-    convert. The weight is converted a block at a time, and not kept.
+    A CPU without such a unit multiplies BF16 at about half its float32 speed, so from FLOAT32_ROWS rows on converting
+    pays. The weight is converted block by block, and the copy is not kept.
     """
 
     @staticmethod

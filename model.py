@@ -1,7 +1,13 @@
-"""The decoder of Mistral Medium 3.5: RMSNorm, grouped-query attention with rotary positions, SwiGLU.
+"""Mistral Medium 3.5, the whole model: an embedding, 88 decoder layers, a head; for images a tower in front.
 
-Reading order is the order of the file: the small parts, attention, a layer, the decoder. Every linear is one of the
-parallel layers of `parallel.py`; with one process they are plain linears. Names are those of the HF layout.
+Each layer is attention and an MLP, both added to a residual stream of `hidden_size` numbers per token:
+
+    x = x + Attention(RMSNorm(x))       grouped-query attention with rotary positions (YaRN)
+    x = x + MLP(RMSNorm(x))             SwiGLU, in parallel.py, since the vision tower has it too
+
+Every linear is one of the parallel layers of `parallel.py`; with one process they are plain linears. `MistralMedium` is
+what one rank holds: one pipeline stage, and of each matrix in it one tensor-parallel slice. Names are those of the HF
+layout.
 
 Shapes: B batch, T tokens of this call, S tokens attended to, H query heads of this rank, KV key/value heads of this
 rank, D head_dim, C hidden_size.
@@ -34,25 +40,25 @@ from parallel import (
     run_layer,
     split_sequence,
 )
-from vision import Projector, VisionTower, _groups
+from vision import Projector, VisionTower, groups_of
 
 MASK_ELEMENTS = 1 << 22  # a prefill chunk's attention mask is at most this large, however long the context
-
 
 # ------------------------------------------------------------------------------------------------ rotary positions
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
-    """Radians a position for each pair of dimensions, (head_dim / 2,), float32.
+    """Radians per position for each pair of dimensions, (D / 2,), float32.
 
-    Plain: θ^(-2i/D). YaRN (arXiv:2309.00071, section 3.2) divides the slow ones, which never made a full turn in the
-    original context, by `factor`, keeps the fast ones, and ramps between.
+    Plain: θ^(-2i/D), from 1 radian per token down to almost none. YaRN (arXiv:2309.00071, section 3.2) stretches the
+    context by `factor`: it divides the slow frequencies, which never made a full turn in the original context and
+    would meet angles never seen in training; it keeps the fast ones, which tell neighbours apart; and ramps between.
     """
     inverse = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if not rope.yarn:
         return 1.0 / inverse
 
-    def dimension(rotations: float) -> float:  # the pair that makes so many rotations over the original context
+    def dimension(rotations: float) -> float:  # the pair that makes this many rotations over the original context
         turns = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
         return head_dim * math.log(turns) / (2 * math.log(rope.theta))
 
@@ -61,6 +67,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     high += 0.001 if low == high else 0
+    # 1 for the fast pairs (kept as they are), 0 for the slow ones (divided by the factor), a straight line between
     keep = 1 - ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     return 1.0 / (rope.factor * inverse) * (1 - keep) + 1.0 / inverse * keep
 
@@ -102,17 +109,24 @@ class Span:
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span) -> torch.Tensor:
     """Causal grouped-query attention. q (B, H, T, D), k and v (B, KV, S, D) -> (B, H, T, D).
 
-    Nothing is repeated for the query heads that share a key: a view with stride 0 stands for the copies. Queries that
-    follow a cached prefix need a mask; they are taken few enough at a time that it never exceeds MASK_ELEMENTS.
+    H / KV query heads share one key/value head. Nothing is ever repeated for them: either they take the place of
+    tokens, or a view with stride 0 stands for the copies.
     """
     B, H, T, D = q.shape
     KV, S = k.shape[1], k.shape[2]
-    if T == 1:  # the queries of a group stand where a longer call's tokens stand
+    if T == 1:
+        # Decoding. The one query of each head may see all S keys, so the heads of a group can stand where tokens
+        # would: (B, KV, H/KV, D) against (B, KV, S, D) reads each key once for the whole group.
         return F.scaled_dot_product_attention(q.view(B, KV, H // KV, D), k, v, attn_mask=span.mask).reshape(B, H, 1, D)
+    # A prompt. Rows and key/value heads become the batch, the query heads of a group the heads:
+    # q (B·KV, H/KV, T, D), k and v (B·KV, H/KV, S, D), where the second dimension has stride 0.
     q = q.reshape(B * KV, H // KV, T, D)
     k, v = (x.flatten(0, 1)[:, None].expand(-1, H // KV, -1, -1) for x in (k, v))
     if S == T:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).reshape(B, H, T, D)
+    # A later chunk: query i stands at position S - T + i and sees as many keys. `is_causal` would align the triangle
+    # with the first key instead of the last, so there has to be a mask; queries are taken few enough at a time that it
+    # never exceeds MASK_ELEMENTS, and keys that none of them sees are left out.
     rows, out = max(1, MASK_ELEMENTS // S), torch.empty_like(q)
     for first in range(0, T, rows):
         last = min(first + rows, T)
@@ -126,17 +140,13 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span) -> tor
 class Attention(nn.Module):
     """Grouped-query attention (arXiv:2305.13245). A rank holds whole heads: H = heads / tp, KV = kv_heads / tp.
 
-    Key/value heads fewer than the ranks are replicated: neighbours share one.
+    With fewer key/value heads than ranks, neighbouring ranks hold a copy of the same one.
     """
 
     def __init__(self, config: Config, place: Place, dtype: torch.dtype, keep_fp8: bool):
         super().__init__()
-        D, C, heads, kv_heads = (
-            config.head_dim,
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-        )
+        D, C = config.head_dim, config.hidden_size
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         divide(heads, place.tp_size, "attention heads")
         if kv_heads >= place.tp_size:
             divide(kv_heads, place.tp_size, "key/value heads")
@@ -150,16 +160,12 @@ class Attention(nn.Module):
         self.o_proj = RowParallelLinear(heads * D, C, place, dtype, keep_fp8)
         self.joined: Joined | None = None
 
-    def lay_out_weights(self) -> None:
-        self.joined = Joined([self.q_proj, self.k_proj, self.v_proj])
-        self.o_proj.pack()
-
     def forward(self, x: torch.Tensor, span: Span, cache: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C). `cache`: this layer's keys and values, each (B, KV, length, D), or None."""
         x = copy_to_group(x, self.group, self.sequence)
         B, T, _ = x.shape
         qkv = self.joined(x) if self.joined else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in qkv)
+        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in qkv)  # (B, H or KV, T, D)
         q, k = apply_rotary(q, span.cos, span.sin), apply_rotary(k, span.cos, span.sin)
         if span.query_scale is not None:
             q = q * span.query_scale
@@ -167,10 +173,14 @@ class Attention(nn.Module):
             for stored, new in zip(cache, (k, v)):
                 if span.start is not None:
                     stored[:, :, span.start : span.stop] = new
-                else:
+                else:  # each row's one token goes to a position of its own
                     stored[torch.arange(B, device=x.device), :, span.positions] = new[:, :, 0]
-            k, v = (stored[:, :, : span.stop] for stored in cache)
+            k, v = (stored[:, :, : span.stop] for stored in cache)  # (B, KV, S, D)
         return self.o_proj(attend(q, k, v, span).transpose(1, 2).reshape(B, T, -1))
+
+    def lay_out_weights(self) -> None:
+        self.joined = Joined([self.q_proj, self.k_proj, self.v_proj])
+        self.o_proj.pack()
 
 
 # ------------------------------------------------------------------------------------------------------- the model
@@ -183,7 +193,7 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config, place, dtype, keep_fp8)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, place, dtype, keep_fp8)
-        if place.sequence_parallel:  # a rank's norms see its own tokens only, and find a share of the gradient each
+        if place.sequence_parallel:  # a rank's norms see only its own tokens, and so a share of their gradient
             self.input_layernorm.sharers = self.post_attention_layernorm.sharers = place.tp_size
 
     def forward(
@@ -193,11 +203,13 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Decoder(nn.Module):
-    """One pipeline stage of the decoder: embedding on the first, some layers on each, norm and head on the last.
+class MistralMedium(nn.Module):
+    """One rank's part of the model: a pipeline stage, and of each matrix in it a tensor-parallel slice.
 
-    `layers` is keyed by the layer's number in the whole model, so that names are the same on every stage. Parameters
-    are on `meta` until a checkpoint (or an initialization) fills them. `keep_fp8`: the layers' linears stay FP8.
+    The first stage has the embedding (and, unless the checkpoint is text-only, tower and projector), every stage some
+    layers, the last one the norm and the head. `layers` is keyed by the layer's number in the whole model, so that
+    names are the same on every stage. Parameters are on `meta` until a checkpoint (or an initialization) fills them.
+    `keep_fp8`: the layers' linears stay FP8 in memory.
     """
 
     def __init__(self, config: Config, place: Place = Place(), dtype=torch.bfloat16, keep_fp8: bool = False):
@@ -213,28 +225,23 @@ class Decoder(nn.Module):
             self.lm_head = VocabParallelHead(config.hidden_size, config.vocab_size, place, dtype)
             if config.tie_word_embeddings and place.first_stage:
                 self.lm_head.weight = self.embed_tokens.weight
+        if config.vision is not None and place.first_stage:
+            eyes = replace(place, sequence_parallel=False)  # its sequences are patches, of images of any size
+            self.vision_tower = VisionTower(config.vision, eyes, dtype)
+            self.multi_modal_projector = Projector(config, eyes, dtype)
         frequencies = rope_frequencies(config.rope, config.head_dim).to(place.device)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
-    def lay_out_weights(self) -> None:
-        """For speed, once the weights are there and will not change again. FP8 weights, a scale each, stay apart."""
-        for layer in self.layers.values():
-            for part in (layer.self_attn, layer.mlp):
-                if not self.keep_fp8:
-                    part.lay_out_weights()
+    def embed(self, tokens: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
+        """First stage only: (B, T) token ids -> (B, T, C).
 
-    def new_cache(self, batch: int, length: int) -> KVCache:
-        """An empty cache for `batch` rows of at most `length` tokens, in the run dtype.
-
-        Zeros, since a masked position still enters attention with weight 0, and 0 times a chance NaN is NaN.
+        `features` (n, C) take the places of the n `[IMG]` tokens of this call, row by row.
         """
-        kv_heads = max(1, self.config.num_key_value_heads // self.place.tp_size)
-        shape = (len(self.layers), batch, kv_heads, length, self.config.head_dim)
-        return KVCache(*(torch.zeros(shape, dtype=self.dtype, device=self.place.device) for _ in range(2)))
-
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """First stage only: (B, T) token ids -> (B, T, C)."""
-        return self.embed_tokens(tokens)
+        x = self.embed_tokens(tokens)
+        if features is None:
+            return x
+        here = tokens == self.config.vision.image_token_id
+        return x.masked_scatter(here[..., None], features.to(x.dtype))
 
     def forward(self, x: torch.Tensor, starts: list[int], cache: KVCache | None = None) -> torch.Tensor:
         """This stage's layers over the hidden states `x` (B, T, C), row i at positions starts[i], starts[i] + 1, …
@@ -255,11 +262,19 @@ class Decoder(nn.Module):
         return self.lm_head(self.norm(x))
 
     def span(self, starts: list[int], T: int) -> Span:
+        """Positions and angles, once for all layers.
+
+        There are two kinds of call. Where all rows start at the same position (training, a prompt's chunk, a batch in
+        step), the dimension B of the tables is 1, the cache is written as a slice, and no mask is needed for T = 1.
+        Rows of different lengths decode one token each: tables and cache positions per row, and a mask that hides the
+        cache beyond each row's own end.
+        """
         device, rope = self.place.device, self.config.rope
         alike = len(set(starts)) == 1
-        first = torch.tensor(starts[:1] if alike else starts, device=device)
+        first = torch.tensor(starts[:1] if alike else starts, device=device)  # (B or 1,)
         positions = first[:, None] + torch.arange(T, device=device)  # (B or 1, T)
-        angles = positions[:, None, :, None].float() * self.frequencies  # (B or 1, 1, T, D/2), float32
+        # Angles in float32: at position 200,000 BF16 could not tell a token from its 500 neighbours on either side.
+        angles = positions[:, None, :, None].float() * self.frequencies  # (B or 1, 1, T, D/2)
         cos, sin = ((f(angles) * rope.attention_factor).to(self.dtype) for f in (torch.cos, torch.sin))
         scale = None
         if rope.query_scaling_beta:
@@ -269,22 +284,8 @@ class Decoder(nn.Module):
         mask = None if alike else (torch.arange(stop, device=device) <= first[:, None])[:, None, None]
         return Span(cos, sin, scale, starts[0] if alike else None, None if alike else first, stop, mask)
 
-
-class MistralMedium(Decoder):
-    """A pipeline stage of the whole model: the decoder's, and on the first stage the tower and the projector.
-
-    Text never touches the two; a text-only checkpoint has neither.
-    """
-
-    def __init__(self, config: Config, place: Place = Place(), dtype=torch.bfloat16, keep_fp8: bool = False):
-        super().__init__(config, place, dtype, keep_fp8)
-        if config.vision is not None and place.first_stage:
-            eyes = replace(place, sequence_parallel=False)  # its sequences are patches, of images of any size
-            self.vision_tower = VisionTower(config.vision, eyes, dtype)
-            self.multi_modal_projector = Projector(config, eyes, dtype)
-
     def image_features(self, images: Iterable[torch.Tensor]) -> torch.Tensor:
-        """First stage only: one or more images from `pixels` -> (tokens, hidden_size), image after image, row by row.
+        """First stage only: one or more images from `pixels` -> (tokens, C), image after image, row by row.
 
         Given an iterator, no more images are held than go through the tower together. With gradients the activations
         of all are kept.
@@ -293,35 +294,42 @@ class MistralMedium(Decoder):
             raise UserError("this checkpoint has no vision tower and cannot see images; leave them out")
         p = self.config.vision.patch_size
         features = []
-        for group in _groups(images, p):
+        for group in groups_of(images, p):
             group = [image.to(self.place.device, self.dtype) for image in group]
             grids = [(image.shape[1] // p, image.shape[2] // p) for image in group]
             features.append(self.multi_modal_projector(self.vision_tower(group), grids))
         return torch.cat(features)
 
-    def embed(self, tokens: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
-        """First stage only: (B, T) token ids -> (B, T, hidden_size).
+    def new_cache(self, batch: int, length: int) -> KVCache:
+        """An empty cache for `batch` rows of at most `length` tokens, in the run dtype.
 
-        `features` (n, hidden_size) take the places of the n `[IMG]` tokens of this call, row by row.
+        Zeros, since a masked position still enters attention with weight 0, uninitialized memory may hold NaN, and 0
+        times NaN is NaN.
         """
-        x = self.embed_tokens(tokens)
-        if features is None:
-            return x
-        at = tokens == self.config.vision.image_token_id
-        if (count := int(at.sum())) != len(features):
-            raise UserError(f"there are {count} image tokens but features for {len(features)}; an image was cut")
-        return x.masked_scatter(at[..., None], features.to(x.dtype))
+        kv_heads = max(1, self.config.num_key_value_heads // self.place.tp_size)
+        shape = (len(self.layers), batch, kv_heads, length, self.config.head_dim)
+        return KVCache(*(torch.zeros(shape, dtype=self.dtype, device=self.place.device) for _ in range(2)))
+
+    def lay_out_weights(self) -> None:
+        """For speed, once the weights are there and will not change again. FP8 weights, a scale each, stay apart."""
+        for layer in self.layers.values():
+            for part in (layer.self_attn, layer.mlp):
+                if not self.keep_fp8:
+                    part.lay_out_weights()
 
 
 # ------------------------------------------------------------------------------------------------- LoRA adapters
 
 
 class Adapter(nn.Module):
-    """(..., in) -> (..., out): (alpha / rank) · B A x.
+    """LoRA (arXiv:2106.09685): beside a frozen W, a product of two small factors learns. (..., in) -> (..., out).
 
-    Of the two factors the one on the side where W is cut is cut with it, and the other is whole on every rank: A beside
-    a column-parallel W, B beside a row-parallel one, where partial sums pass through it before they are added up.
-    Either way each rank finds its own share of the whole factor's gradient, as it does for a shared key/value head.
+    The linear then computes W x + (alpha / rank) · B A x, with A (rank, in) and B (out, rank). Only A and B have
+    gradients and optimizer state, so W may stay FP8: training needs little more memory than inference.
+
+    Under tensor parallelism the factor on the side where W is cut is cut with it, and the other one is whole on every
+    rank: A beside a column-parallel W; B beside a row-parallel one, where partial sums pass through it before they are
+    added up. Either way a rank finds only its share of the whole factor's gradient, as with a shared key/value head.
     """
 
     def __init__(self, linear: Linear, rank: int, alpha: float, place: Place, dtype: torch.dtype):

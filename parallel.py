@@ -1,14 +1,33 @@
-"""Tensor and pipeline parallelism by hand: a rank's place, and the layers that know how to be one part of many.
+"""Tensor and pipeline parallelism by hand: a rank's place, and layers that know how to be one part of many.
 
-**Tensor parallelism** (Megatron-LM, arXiv:1909.08053) cuts every matrix. A *column-parallel* linear holds some of the
-outputs, so its results stay apart; a *row-parallel* linear holds some of the inputs, so its results are partial sums
-that an all-reduce adds up. Attention and MLP are one column-parallel step followed by one row-parallel step: what
-happens between them (heads, activations) never leaves the rank, and a layer costs two all-reduces forward and two
-backward. **Pipeline parallelism** gives each stage a run of layers and sends hidden states from stage to stage.
+**Tensor parallelism** (Megatron-LM, arXiv:1909.08053) cuts every matrix. Attention and MLP are each a *column-parallel*
+step, where a rank computes some of the outputs, followed by a *row-parallel* step, where it uses some of the inputs:
 
-With one process every layer here is the plain layer: a slice of everything is everything, and a collective over one
-rank does nothing. Parameters are born on the `meta` device with their local shape; `Slice` says which part of the
-checkpoint's tensor they are, and the loader reads just that.
+                rank 0                      rank 1
+       x ────────┬────────────────────────────┐            x (B, T, C) is whole on both
+                 │ copy_to_group              │
+         gate, up: rows 0…F/2          rows F/2…F          ColumnParallelLinear: half of the outputs each, (B, T, F/2)
+                 │ silu(gate) · up            │            needs no communication
+         down: columns 0…F/2           columns F/2…F       RowParallelLinear: partial sums of the whole (B, T, C)
+                 └───────── all-reduce ───────┘            reduce_from_group adds them up
+       x + … is whole on both again
+
+What lies between the two steps (heads, activations) never leaves the rank, and the two all-reduces per layer are the
+only communication in the forward pass. In the backward pass the roles swap: `copy_to_group` all-reduces the gradient,
+since each rank used the same x for its own part, and `reduce_from_group` does nothing. With 96 query heads and 8
+key/value heads, a rank of TP=8 has 12 and 1. The vocabulary is cut as well: the embedding looks up the tokens it has,
+and the head gives each rank the logits of its own tokens, which sampling and cross-entropy work on as they are.
+
+**Sequence parallelism** (arXiv:2205.05198) also cuts what lies between the pairs, norms and residuals: each rank has
+T / tp of the tokens there. `copy_to_group` then gathers the tokens, and `reduce_from_group` hands each rank the sums of
+its own (all-gather and reduce-scatter move as many bytes as the all-reduce did).
+
+**Pipeline parallelism** gives each stage a run of layers and sends hidden states from stage to stage (`pipeline.py`).
+
+What keeps it small: no full-size layer is ever built and then cut. A layer's constructor asks its `Place` who it is,
+creates a parameter of its local shape on the `meta` device, and notes in `slices` which part of which checkpoint tensor
+that is; the loader reads just that part. With one process every slice is everything and every group is None: the same
+layers are the plain model.
 """
 
 from dataclasses import dataclass
@@ -28,10 +47,10 @@ from fp8 import matmul, pack
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank stands in the world = pp × dp × tp grid. One process is the default place.
+    """Where a rank stands in the grid of pp × dp × tp processes. One process alone is the default place.
 
-    Tensor-parallel ranks are neighbours, since they talk most:
-    rank = (pp_rank · dp_size + dp_rank) · tp_size + tp_rank.
+    rank = (pp_rank · dp_size + dp_rank) · tp_size + tp_rank: tensor-parallel ranks, which exchange data in every layer,
+    are neighbours and share a node's fast links; stages, which do so once per micro-batch, can lie across nodes.
     """
 
     rank: int = 0
@@ -44,8 +63,10 @@ class Place:
     tp_group: dist.ProcessGroup | None = None
     pp_group: dist.ProcessGroup | None = None
     dp_group: dist.ProcessGroup | None = None
-    answer_group: dist.ProcessGroup | None = None  # the pipeline's ranks again, for what flows back: see below
-    sequence_parallel: bool = False  # between the decoder's regions every rank of tp_group has T / tp of the tokens
+    answer_group: dist.ProcessGroup | None = (
+        None  # the pipeline's ranks again, for tokens and gradients on their way back
+    )
+    sequence_parallel: bool = False  # each rank of tp_group has T / tp of the tokens outside attention and MLP
     device: torch.device = torch.device("cpu")
 
     @property
@@ -54,7 +75,7 @@ class Place:
 
     @property
     def token_parts(self) -> int:
-        """Among how many ranks the tokens are split between the decoder's regions."""
+        """Among how many ranks the tokens are split outside attention and MLP."""
         return self.tp_size if self.sequence_parallel else 1
 
     @property
@@ -104,7 +125,7 @@ def divide(total: int, parts: int, what: str) -> int:
 
 
 class _Pair(torch.autograd.Function):
-    """`there(x, group)` forward, `back(gradient, group)` backward."""
+    """`there(x, group)` forward, `back(gradient, group)` backward: all four collectives below are such pairs."""
 
     @staticmethod
     def forward(ctx, x, group, there, back):
@@ -176,23 +197,25 @@ def join_sequence(x: torch.Tensor, place: Place) -> torch.Tensor:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """-log softmax(logits)[target] where every rank holds some columns of the logits.
+    """-log softmax(logits)[target] = log Σ exp(logits) - logits[target], where each rank holds some of the columns.
 
-    Forward: three all-reduces of N numbers, so that the logits stay where they are; their memory becomes that of the
-    probabilities. Backward: probability minus one-hot, without any talk.
+    Forward: three numbers per token are all-reduced, so that the logits (N, V / tp) stay where they are; their memory
+    becomes that of the probabilities. Backward: probability minus one-hot, without communication.
     """
 
     @staticmethod
     def forward(ctx, logits, targets, start, group):
         columns = targets - start
+        # Which of the N targets this rank has the logit of: (n,) row numbers and the columns that go with them.
         rows = ((columns >= 0) & (columns < logits.shape[1])).nonzero()[:, 0]
         columns = columns[rows]
-        peak = logits.amax(1)
+        peak = logits.amax(1)  # (N,), over all ranks: subtracted from every logit, so that no exp() overflows
         if group is not None:
             dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
         logits.sub_(peak[:, None])
+        # The target's logit comes from the one rank that has it (zeros from the others), the sum from all of them.
         own = torch.zeros_like(peak).index_copy_(0, rows, logits[rows, columns])
-        sums = torch.stack((own, logits.exp_().sum(1)))
+        sums = torch.stack((own, logits.exp_().sum(1)))  # (2, N); from here on `logits` holds exp(logit - peak)
         if group is not None:
             dist.all_reduce(sums, group=group)
         ctx.save_for_backward(logits.div_(sums[1, :, None]), rows, columns)
@@ -201,7 +224,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         probabilities, rows, columns = ctx.saved_tensors
-        probabilities[rows, columns] -= 1
+        probabilities[rows, columns] -= 1  # in place: this is the only reader, and it is the largest tensor of a step
         return probabilities.mul_(grad[:, None]), None, None, None
 
 
@@ -218,7 +241,7 @@ def all_gather(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor
 
 
 class Linear(nn.Module):
-    """`y = x W^T` for the part `part` of W (out, in): the base of the parallel linears. No biases in this model.
+    """`y = x W^T` for the part `part` of W (out, in): the base of the parallel linears. This model has no biases.
 
     With `keep_fp8` the weight stays E4M3; `weight_scale` (0-d) and, where the checkpoint has one, `activation_scale`
     are filled by the loader.
@@ -250,8 +273,8 @@ class Linear(nn.Module):
 class ColumnParallelLinear(Linear):
     """Holds `out_features / tp` rows of W. Input (..., in) whole, through `copy_to_group`; output (..., out / tp).
 
-    `parts` < tp means that `sharers` neighbours hold the same part: key and value heads fewer than the ranks. Each then
-    finds its own share of the part's gradient, and a trainer has to add them up.
+    `parts` < tp: there are fewer key/value heads than ranks, and `sharers` neighbours hold the same part. Each of them
+    finds only a share of that part's gradient, and a trainer has to add the shares up.
     """
 
     def __init__(self, in_features: int, out_features: int, place: Place, dtype, keep_fp8=False, parts: int = 0):
@@ -273,7 +296,7 @@ class RowParallelLinear(Linear):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Holds the embeddings of `vocab_size / tp` tokens; the other ranks' tokens give zeros until the all-reduce."""
+    """Holds the embeddings of `vocab_size / tp` tokens; a token of another rank gives zeros until the all-reduce."""
 
     def __init__(self, vocab_size: int, hidden_size: int, place: Place, dtype: torch.dtype):
         super().__init__()
@@ -292,7 +315,10 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class VocabParallelHead(Linear):
-    """The output head: column-parallel over the vocabulary. Logits of this rank's tokens, -inf where padded."""
+    """The output head: column-parallel over the vocabulary. Logits of this rank's tokens, -inf where padded.
+
+    A vocabulary that tp does not divide is padded up; the -inf keep the padding out of every softmax and maximum.
+    """
 
     def __init__(self, hidden_size: int, vocab_size: int, place: Place, dtype: torch.dtype):
         super().__init__(Slice.of((vocab_size, hidden_size), 0, place.tp_rank, place.tp_size), dtype)
@@ -319,7 +345,7 @@ class VocabParallelHead(Linear):
         return parts[:, 0].amax(0) - parts[:, 1].logsumexp(0)
 
 
-# ------------------------------------------------------------------------------ what decoder and tower share
+# --------------------------------------------------------------------------------- what decoder and tower share
 
 
 class RMSNorm(nn.Module):
@@ -347,14 +373,14 @@ class MLP(nn.Module):
         self.down_proj = RowParallelLinear(intermediate_size, hidden_size, place, dtype, keep_fp8)
         self.joined: Joined | None = None
 
-    def lay_out_weights(self) -> None:
-        self.joined = Joined([self.gate_proj, self.up_proj])
-        self.down_proj.pack()
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = copy_to_group(x, self.group, self.sequence)
         gate, up = self.joined(x) if self.joined else (self.gate_proj(x), self.up_proj(x))
         return self.down_proj(self.act(gate) * up)
+
+    def lay_out_weights(self) -> None:
+        self.joined = Joined([self.gate_proj, self.up_proj])
+        self.down_proj.pack()
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -364,9 +390,9 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 def run_layer(layer: nn.Module, recompute: bool, *inputs):
-    """`layer(*inputs)`. With `recompute`, the backward pass finds the inputs only and computes the rest once more.
+    """`layer(*inputs)`. With `recompute` only the inputs are kept, and the backward pass computes the rest once more.
 
-    Activation checkpointing, arXiv:1604.06174. No layer draws random numbers, so there is no state of those to keep.
+    Activation checkpointing (arXiv:1604.06174). No layer draws random numbers, so no generator's state is kept.
     """
     if recompute and torch.is_grad_enabled():
         return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -374,9 +400,9 @@ def run_layer(layer: nn.Module, recompute: bool, *inputs):
 
 
 class Joined:
-    """Linears with the same input as one, for inference: one large product is faster than some small ones.
+    """Linears with the same input as one, for inference: one large product is faster than several small ones.
 
-    It takes their weights away, so that nothing is held twice.
+    It takes their weights away from them, so that nothing is held twice.
     """
 
     def __init__(self, layers: list[Linear]):

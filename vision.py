@@ -1,16 +1,16 @@
 """The model's eyes: from an image file to the embeddings that stand at its `[IMG]` tokens.
 
-1. **Pixels.** An image is scaled so that it is a whole number of cells of 28 × 28 pixels (2 × 2 patches of 14), and a
-   cell will be one token. The arithmetic is that of mistral-common, which calls OpenCV; here it is torch's.
+1. **Pixels.** An image is resized to a whole number of cells of 28 × 28 pixels (2 × 2 patches of 14); a cell will be
+   one token. The arithmetic is that of mistral-common, which calls OpenCV; here torch does it.
 2. **The tower** (Pixtral, arXiv:2410.07073) is a transformer over the patches of all images, laid end to end. A patch
    sees every patch of its own image and none of another. Its position is (row, column): half of a head's frequencies
    turn with the row, half with the column.
 3. **The projector** merges the patches of a cell into one vector of the decoder's width.
-4. `MistralMedium` is the decoder with these two in front. The features replace the embeddings of the `[IMG]` tokens;
-   the tokens between, `[IMG_BREAK]` after a row and `[IMG_END]` after the last, are ordinary ones.
+4. In `MistralMedium.embed` the features replace the embeddings of the `[IMG]` tokens; the tokens between,
+   `[IMG_BREAK]` after a row and `[IMG_END]` after the last, are ordinary ones.
 
-An image costs at most (1540 / 14)² = 12,100 patches, so that attention is the part to be careful with: it runs image by
-image, through the fused kernel, and no mask is ever built. Images go through the tower a few at a time.
+An image has at most (1540 / 14)² = 12,100 patches, so attention is the part to be careful with: it runs image by image
+through the fused kernel, and no mask is ever built. Images go through the tower a few at a time.
 
 Shapes: N patches of this call, H heads of this rank, D head_dim, C the tower's hidden_size.
 """
@@ -154,7 +154,7 @@ def pixels(image: Image.Image, vision: VisionConfig) -> torch.Tensor:
 
 
 class PatchConv(nn.Module):
-    """The strided convolution that embeds patches. They do not overlap, so it is one linear over each."""
+    """The strided convolution that embeds patches. They do not overlap, so it is one linear applied to each of them."""
 
     def __init__(self, vision: VisionConfig, dtype: torch.dtype):
         super().__init__()
@@ -166,7 +166,7 @@ class PatchConv(nn.Module):
         """(3, height, width) -> (patches, C), row by row."""
         _, channels, p, _ = self.weight.shape
         _, height, width = image.shape
-        x = image.view(channels, height // p, p, width // p, p).permute(1, 3, 0, 2, 4)
+        x = image.view(channels, height // p, p, width // p, p).permute(1, 3, 0, 2, 4)  # (rows, columns, 3, p, p)
         return F.linear(x.reshape(-1, channels * p * p), self.weight.flatten(1))
 
 
@@ -206,7 +206,7 @@ class VisionAttention(nn.Module):
             f(x).view(len(x), -1, self.head_dim).transpose(0, 1) for f in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        # The batch dimension is not decoration: the fused kernels want four, and three mean a matrix of N × N scores.
+        # The fused kernels take four dimensions only (with three, a matrix of N × N scores is built): hence [None].
         images = zip(*(t[None].split(lengths, dim=2) for t in (q, k, v)))
         out = torch.cat([F.scaled_dot_product_attention(*qkv)[0] for qkv in images], dim=1)  # (H, N, D)
         return self.o_proj(out.transpose(0, 1).flatten(1))
@@ -265,14 +265,15 @@ class PatchMerger(nn.Module):
     def forward(self, x: torch.Tensor, grids: list[tuple[int, int]]) -> torch.Tensor:
         m, cells = self.merge, []
         for image, (rows, columns) in zip(x.split([r * c for r, c in grids]), grids):
-            cell = image.view(rows // m, m, columns // m, m, -1).permute(0, 2, 4, 1, 3)  # channel, row, column
+            # Within a cell channel-major (channel, row, column), the order that the checkpoint's `unfold` gave.
+            cell = image.view(rows // m, m, columns // m, m, -1).permute(0, 2, 4, 1, 3)
             cells.append(cell.reshape(rows * columns // m**2, -1))
-        part = self.merging_layer.slices["weight"]
+        part = self.merging_layer.slices["weight"]  # row-parallel: each rank takes its columns of the whole input
         return self.merging_layer(copy_to_group(torch.cat(cells), self.group)[:, part.start : part.stop])
 
 
 class Projector(nn.Module):
-    """From the tower's width to the decoder's: norm, merge the patches of a cell, linear, exact GELU, linear."""
+    """From the tower's width to the decoder's: norm, merge the patches of a cell, linear, exact (erf) GELU, linear."""
 
     def __init__(self, config: Config, place: Place, dtype: torch.dtype):
         super().__init__()
@@ -290,8 +291,8 @@ class Projector(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(copy_to_group(x, self.group))))
 
 
-def _groups(images: Iterable[torch.Tensor], patch_size: int) -> Iterator[list[torch.Tensor]]:
-    """Consecutive images of together at most PATCHES_AT_ONCE patches; a larger one alone."""
+def groups_of(images: Iterable[torch.Tensor], patch_size: int) -> Iterator[list[torch.Tensor]]:
+    """Runs of images with at most PATCHES_AT_ONCE patches together; a larger image goes alone."""
     group, patches = [], 0
     for image in images:
         count = image.shape[1] * image.shape[2] // patch_size**2

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from checkpoint import initialize
 from config import Config, RopeConfig
 from launch import find_place
-from model import Decoder
+from model import MistralMedium
 from pipeline import Pipeline
 
 COUNTS = (1, 2, 4, 8, 16)  # micro-batches
@@ -71,7 +71,7 @@ def bubble(place, count: int, seconds: float) -> float:
     return 1 - 3 * seconds * count / (time.perf_counter() - started)
 
 
-def most_saved(place, model: Decoder, count: int) -> tuple[int, int]:
+def most_saved(place, model: MistralMedium, count: int) -> tuple[int, int]:
     """(bytes kept for backward passes at the worst moment, micro-batches held then) on this stage."""
     live, most, weights = 0, 0, {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -121,7 +121,7 @@ def work(rank: int, stages: int, seconds: float, port: int) -> None:
         vocab_size=97, num_hidden_layers=2 * stages, num_key_value_heads=2, rms_norm_eps=1e-5,
         tie_word_embeddings=False, max_position_embeddings=4096, rope=RopeConfig(1e4), **SIZES,
     )  # fmt: skip
-    model = Decoder(config, place, torch.float32)
+    model = MistralMedium(config, place, torch.float32)
     initialize(model, 0)
     one, _ = most_saved(place, model, 1)
     for count in COUNTS[-2:]:
