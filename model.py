@@ -211,8 +211,8 @@ class Decoder(nn.Module):
         if place.last_stage:
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
             self.lm_head = VocabParallelHead(config.hidden_size, config.vocab_size, place, dtype)
-            if config.tie_word_embeddings and place.first_stage:
-                self.lm_head.weight = self.embed_tokens.weight
+            if config.tie_word_embeddings:
+                self.lm_head.tie("embed_tokens.weight", self.embed_tokens if place.first_stage else None)
         frequencies = rope_frequencies(config.rope, config.head_dim).to(place.device)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
