@@ -24,17 +24,13 @@ import fp8
 from config import Config, UserError, read_json
 from parallel import Slice
 
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": fp8.E4M3}
+DTYPES = ("BF16", "F16", "F32", "F8_E4M3")  # those that a tensor may be stored in, in safetensors' words
 
 RANDOM_BLOCK = 1 << 24  # random weights are drawn this many at a time
 
-HF_PREFIXES = [  # the three spellings in use; see canonical_name
-    (r"^model\.language_model\.", ""),
-    (r"^language_model\.model\.", ""),
-    (r"^language_model\.lm_head\.", "lm_head."),
-    (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
-    (r"^model\.(layers|embed_tokens|norm)\.", r"\1."),
-]
+# The three HF spellings in use put different prefixes before the same names: model.layers.…, model.language_model.… or
+# language_model.model.…; model.vision_tower.… or vision_tower.…; lm_head.… or language_model.lm_head.…
+HF_NAMES = [(r"^(model\.|language_model\.)+", "")]
 
 NATIVE_NAMES = [
     (r"^tok_embeddings\.", "embed_tokens."),
@@ -59,7 +55,7 @@ NATIVE_NAMES = [
 
 def canonical_name(name: str, native: bool) -> str:
     """A checkpoint's name -> the project's."""
-    for pattern, replacement in NATIVE_NAMES if native else HF_PREFIXES:
+    for pattern, replacement in NATIVE_NAMES if native else HF_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
@@ -104,12 +100,12 @@ class Checkpoint:
         for stem, native in (("model", False), ("consolidated", True)):
             index = os.path.join(self.directory, f"{stem}.safetensors.index.json")
             if os.path.isfile(index):
-                weight_map = read_json(index)
-                weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
+                content = read_json(index)
+                weight_map = content.get("weight_map") if isinstance(content, dict) else None
                 if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
                     raise UserError(f"{index}: has no weight_map from tensor names to file names")
                 files: dict[str, list[str]] = {}
-                for key, file in weight_map.items():
+                for key, file in weight_map.items():  # basename: an index cannot lead out of its folder
                     files.setdefault(os.path.join(self.directory, os.path.basename(file)), []).append(key)
                 if missing := sorted(f for f in files if not os.path.isfile(f)):
                     raise UserError(f"{missing[0]}: missing, though {os.path.basename(index)} lists it; download it")
@@ -135,7 +131,7 @@ class Checkpoint:
         self._open.clear()
 
     def stored(self, name: str):
-        """The tensor as a slice that was not read yet, its shape and its stored dtype."""
+        """A tensor as a slice that has not been read yet, and its shape."""
         at = self.tensors[name]
         try:
             lazy = self.file(at.file).get_slice(at.key)
@@ -143,23 +139,24 @@ class Checkpoint:
             raise UserError(f"{at.file}: does not hold {at.key}, though the index says so") from None
         if lazy.get_dtype() not in DTYPES:
             raise UserError(f"{at.file}: {at.key} is stored as {lazy.get_dtype()}; known are {', '.join(DTYPES)}")
-        return lazy, tuple(lazy.get_shape()), DTYPES[lazy.get_dtype()]
+        return lazy, tuple(lazy.get_shape())
 
     def read(self, name: str, part: Slice) -> torch.Tensor:
         """The part `part` of a tensor, in its stored dtype, on the CPU; shorter than asked where `part` is padded."""
-        lazy, shape, _ = self.stored(name)
+        lazy, shape = self.stored(name)
         if shape != part.shape:
             at = self.tensors[name]
             raise UserError(f"{at.file}: {at.key} has shape {list(shape)}, but the config asks for {list(part.shape)}")
-        start, stop = (min(i, shape[part.dim]) for i in (part.start, part.stop))
-        tensor = lazy[(slice(None),) * part.dim + (slice(start, stop),)]
-        self.bytes_read += tensor.numel() * tensor.element_size()
+        start = min(part.start, shape[part.dim])
+        tensor = lazy[(slice(None),) * part.dim + (slice(start, start + part.length),)]
+        self.bytes_read += tensor.nbytes
         return tensor
 
-    def scale(self, name: str) -> torch.Tensor:
-        """A 0-d float32 scale, stored as a scalar or as one element."""
-        at = self.tensors[name]
-        _, shape, _ = self.stored(name)
+    def scale(self, name: str) -> torch.Tensor | None:
+        """A 0-d float32 scale, stored as a scalar or as one element; None where there is none of this name."""
+        if name not in self.tensors:
+            return None
+        at, (_, shape) = self.tensors[name], self.stored(name)
         scale = self.file(at.file).get_tensor(at.key).float().reshape(-1)
         if shape not in ((), (1,)) or not (scale.isfinite() & (scale > 0)).all():
             raise UserError(f"{at.file}: {at.key} should be one finite number above 0, found shape {list(shape)}")
@@ -168,34 +165,26 @@ class Checkpoint:
 
     def weight(self, name: str, part: Slice, config: Config) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The part `part` of a weight, rotary pairs in the HF order; and its scale where it is FP8, else None."""
-        weight, scale = self.read(name, part), scale_name(name)
+        weight, (scale_name, _) = self.read(name, part), scale_names(name)
+        scale = self.scale(scale_name)
         if self.native and name.endswith(("q_proj.weight", "k_proj.weight")):
             head_dim = config.vision.head_dim if name.startswith("vision_tower.") else config.head_dim
             weight = half_split(weight, head_dim)
-        if (weight.dtype == fp8.E4M3) != (scale in self.tensors):
-            what = (
-                f"is FP8, but {scale} is missing" if weight.dtype == fp8.E4M3 else f"is not FP8, but {scale} is there"
-            )
-            raise UserError(f"{self.tensors[name].file}: {name} {what}")
-        return weight, self.scale(scale) if scale in self.tensors else None
+        if weight.dtype == fp8.E4M3 and scale is None:
+            raise UserError(f"{self.tensors[name].file}: {name} is FP8, but {scale_name} is missing")
+        if weight.dtype != fp8.E4M3 and scale is not None:
+            raise UserError(f"{self.tensors[name].file}: {name} is not FP8, but {scale_name} is there")
+        return weight, scale
 
 
 def is_quantized(name: str) -> bool:
-    """Whether an FP8 checkpoint stores the weight of this name in FP8: the decoder's seven linears a layer."""
+    """Whether an FP8 checkpoint stores the weight of this name in FP8: the decoder's seven linears per layer."""
     return re.fullmatch(r"layers\..*_proj\.weight", name) is not None
 
 
-def scale_name(name: str) -> str:
-    return f"{name.removesuffix('.weight')}.weight_scale_inv"
-
-
-def layers_with_slices(model: nn.Module) -> dict[str, tuple[nn.Module, Slice]]:
-    """Canonical tensor name -> (the layer that holds a part of it, that part), for every parameter of `model`."""
-    return {
-        f"{prefix}.{name}": (layer, part)
-        for prefix, layer in model.named_modules()
-        for name, part in getattr(layer, "slices", {}).items()
-    }
+def scale_names(name: str) -> tuple[str, str]:
+    """The names of a weight's two scales: its own, and the static one of the linear's input."""
+    return name.replace(".weight", ".weight_scale_inv"), name.replace(".weight", ".activation_scale")
 
 
 def half_split(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -203,46 +192,64 @@ def half_split(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     return weight.view(-1, head_dim // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
+# ------------------------------------------------------------------------------------------ from files to a model
+
+
+def layers_with_slices(model: nn.Module) -> dict[str, tuple[nn.Module, Slice]]:
+    """Canonical tensor name -> (the layer that holds a part of it, that part), for every parameter of `model`.
+
+    A layer that holds a copy of a tensor from another stage (`copy_of`: a tied head) has that tensor's name.
+    """
+    return {
+        getattr(layer, "copy_of", f"{prefix}.{name}"): (layer, part)
+        for prefix, layer in model.named_modules()
+        for name, part in getattr(layer, "slices", {}).items()
+    }
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of this rank's parameters, FP8 scales and other buffers, each counted once."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
 def some(names: Iterable[str]) -> str:
     names = sorted(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def check_names(checkpoint: Checkpoint, config: Config, whole_model: nn.Module) -> None:
-    """Every tensor of the whole model is in the checkpoint, with a scale where it has one, and nothing else is."""
-    expected = set(layers_with_slices(whole_model))
-    here = set(checkpoint.tensors)
-    if config.tie_word_embeddings:
-        expected.discard("lm_head.weight")
-        if "lm_head.weight" in here:
-            raise UserError(
-                f"{checkpoint.directory}: holds an lm_head, but its config says (or leaves it to the default) that the "
-                "head is tied to the embeddings; set tie_word_embeddings to false in it"
-            )
-    scales = {name for name in here if name.endswith((".weight_scale_inv", ".activation_scale"))}
-    if missing := expected - here:
+def check_names(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Every tensor of this rank's `model` is in the checkpoint, and nothing is that no rank has a place for.
+
+    A rank knows its own tensors. Of the other stages it knows that their decoder layers are like its own, and what
+    lies before the first layer and after the last one. What it cannot tell (a stray tensor in the vision tower, on the
+    last stage) another rank can; with one process the check is complete.
+    """
+    own, place, here = set(layers_with_slices(model)), model.place, checkpoint.tensors
+    suffixes = {name.split(".", 2)[2] for name in own if name.startswith("layers.")}
+    known = own | {f"layers.{i}.{suffix}" for i in range(model.config.num_hidden_layers) for suffix in suffixes}
+    elsewhere = () if place.first_stage else ("embed_tokens.", "vision_tower.", "multi_modal_projector.")
+    elsewhere += () if place.last_stage else ("norm.", "lm_head.")
+    if missing := own - set(here):
         raise UserError(f"{checkpoint.directory}: {len(missing)} tensors are missing: {some(missing)}")
-    owned = {f"{n.removesuffix('.weight')}.{s}" for n in expected for s in ("weight_scale_inv", "activation_scale")}
-    if surplus := here - expected - (scales & owned):
-        surplus = [checkpoint.tensors[name].key for name in surplus]
-        raise UserError(f"{checkpoint.directory}: {len(surplus)} tensors have no place in the model: {some(surplus)}")
+    owners = {name: re.sub(r"\.(weight_scale_inv|activation_scale)$", ".weight", name) for name in here}
+    strangers = [name for name, owner in owners.items() if owner not in known and not owner.startswith(elsewhere)]
+    if strangers:
+        hint = "; its config says, or leaves it to the default, that the head is tied: set tie_word_embeddings to false"
+        what = some(here[name].key for name in strangers) + (hint if "lm_head.weight" in strangers else "")
+        raise UserError(f"{checkpoint.directory}: {len(strangers)} tensors have no place in the model: {what}")
 
 
 def fill(model: nn.Module, checkpoint: Checkpoint, progress: Callable[[int, int], None] = lambda done, total: None):
-    """Give every parameter of `model` (one rank's part, on `meta`) its values, file by file.
+    """Give every parameter of `model` (one rank's part, on `meta`) its values.
 
     FP8 weights are dequantized to the layer's dtype, or stay FP8 where the layer keeps them. `progress(done, total)`
     is called with tensors filled so far. Raises UserError for anything missing, surplus, misshapen or damaged.
     """
-    config, device = model.config, model.place.device
-    check_names(checkpoint, config, type(model)(config))
+    check_names(checkpoint, model)
+    # File by file, in the same order on every rank: the disk, or the network file system, reads each shard from front
+    # to back once, and what one rank has read the others on its machine find in the page cache.
     wanted: dict[str, list[tuple[str, nn.Module, Slice]]] = {}
-    layers = layers_with_slices(model)
-    for name, (layer, part) in layers.items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            if "embed_tokens.weight" in layers:
-                continue
-            name = "embed_tokens.weight"
+    for name, (layer, part) in layers_with_slices(model).items():
         wanted.setdefault(checkpoint.tensors[name].file, []).append((name, layer, part))
     done, total = 0, sum(map(len, wanted.values()))
     for path, entries in sorted(wanted.items()):
@@ -250,77 +257,71 @@ def fill(model: nn.Module, checkpoint: Checkpoint, progress: Callable[[int, int]
         if strangers := set(checkpoint.file(path).keys()) - listed:
             raise UserError(f"{path}: holds {some(strangers)}, which the index does not list")
         for name, layer, part in entries:
-            layer.weight = nn.Parameter(
-                prepare(checkpoint, name, layer, part, config, device), layer.weight.requires_grad
-            )
+            # A new Parameter, since one on `meta` cannot be given memory on another device.
+            weight = read_parameter(checkpoint, name, layer, part, model)
+            layer.weight = nn.Parameter(weight, layer.weight.requires_grad)
             done += 1
             progress(done, total)
-    if config.tie_word_embeddings and model.place.first_stage and model.place.last_stage:
-        model.lm_head.weight = model.embed_tokens.weight
     checkpoint.close()
 
 
-def prepare(checkpoint: Checkpoint, name: str, layer: nn.Module, part: Slice, config: Config, device) -> torch.Tensor:
+def read_parameter(checkpoint: Checkpoint, name: str, layer: nn.Module, part: Slice, model: nn.Module) -> torch.Tensor:
     """One parameter as its layer holds it: read, reordered, dequantized or cast, padded, on its device."""
-    weight, scale = checkpoint.weight(name, part, config)
+    device = model.place.device
+    weight, scale = checkpoint.weight(name, part, model.config)
     weight = weight.to(device)
-    keep_fp8 = getattr(layer, "weight_scale", None) is not None
-    if keep_fp8 and scale is None:
-        raise UserError(f"{checkpoint.tensors[name].file}: {name} is not FP8; run with --weights dequantized")
-    if keep_fp8:
+    if getattr(layer, "weight_scale", None) is not None:  # the layer keeps FP8
+        if scale is None:
+            raise UserError(f"{checkpoint.tensors[name].file}: {name} is not FP8; run with --weights dequantized")
         layer.weight_scale = scale.to(device)
-        if (inputs := name.replace(".weight", ".activation_scale")) in checkpoint.tensors:
-            layer.activation_scale = checkpoint.scale(inputs).to(device)
+        input_scale = checkpoint.scale(scale_names(name)[1])
+        layer.activation_scale = None if input_scale is None else input_scale.to(device)
     elif scale is not None:
         return fp8.dequantize(weight, scale.to(device), layer.weight.dtype)  # these are never padded
-    # Always a copy: what was read is a view of the mapped file, which somebody may truncate while the program runs.
+    # Always a copy: what was read is a view of the mapped file, and if somebody truncates that while the program runs,
+    # touching the view kills the process. Padding must be zero: the head's backward pass multiplies these rows, too, by
+    # their (zero) gradients, uninitialized memory may hold NaN, and 0 times NaN is NaN.
     out = torch.zeros(part.local_shape, dtype=layer.weight.dtype, device=device)
     out[tuple(slice(0, n) for n in weight.shape)] = weight
     return out
 
 
+# -------------------------------------------------------------------------------------------------- random values
+
+
 def initialize(model: nn.Module, seed: int) -> None:
     """Give every parameter of `model` random values: norms are 1, all else is normal with the config's deviation."""
-    config = model.config
     for name, (layer, part) in layers_with_slices(model).items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            if model.place.first_stage:
-                layer.weight = model.embed_tokens.weight
-                continue
-            name = "embed_tokens.weight"
-        one = len(part.shape) == 1
-        weight = torch.ones(part.local_shape) if one else draw(name, part, seed, config.initializer_range)
+        norm = len(part.shape) == 1
+        weight = torch.ones(part.local_shape) if norm else draw(name, part, seed, model.config.initializer_range)
         layer.weight = nn.Parameter(weight.to(model.place.device, layer.weight.dtype))
-
-
-def draw(name: str, part: Slice, seed: int, deviation: float) -> torch.Tensor:
-    """The part `part` of the random tensor `name`, normal, float32.
-
-    A tensor is drawn in blocks of rows, and each block has a generator of its own, seeded with the tensor's name and
-    the block's number: every topology holds slices of the same model, and no rank draws much more than its part.
-    """
-    weight = torch.zeros(part.local_shape)
-    rows = max(1, RANDOM_BLOCK // math.prod(part.shape[1:]))
-    first, last = (part.start, min(part.stop, part.shape[0])) if part.dim == 0 else (0, part.shape[0])
-    for block in range(first // rows, -(-last // rows)):
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name} {block}".encode()))
-        top = block * rows
-        drawn = torch.randn(min(rows, part.shape[0] - top), *part.shape[1:], generator=generator)
-        low, high = max(first, top), min(last, top + len(drawn))
-        drawn = drawn[low - top : high - top]
-        if part.dim == 1:
-            drawn = drawn[:, part.start : part.stop]
-        weight[low - first : high - first] = drawn.mul_(deviation)
-    return weight
 
 
 def initialize_adapters(model: nn.Module, seed: int) -> None:
     """A is random, with the deviation of PyTorch's own linears, and B zero: at first the adapters change nothing."""
     for name, (layer, part) in layers_with_slices(model).items():
-        if name.endswith("lora_A.weight"):
-            weight = draw(name, part, seed, (3 * part.shape[1]) ** -0.5)
-        elif name.endswith("lora_B.weight"):
-            weight = torch.zeros(part.local_shape)
-        else:
-            continue
-        layer.weight = nn.Parameter(weight.to(model.place.device, model.dtype))
+        if ".adapter." in name:
+            a = name.endswith("lora_A.weight")
+            weight = draw(name, part, seed, (3 * part.shape[1]) ** -0.5) if a else torch.zeros(part.local_shape)
+            layer.weight = nn.Parameter(weight.to(model.place.device, layer.weight.dtype))
+
+
+def draw(name: str, part: Slice, seed: int, deviation: float) -> torch.Tensor:
+    """The part `part` of the random tensor `name`, normal, float32.
+
+    Every topology must hold slices of the same tensor, and a generator yields its numbers only in order: to have the
+    last rows, a rank would draw all before them. So a tensor is drawn in blocks of rows, and each block has a generator
+    of its own, seeded with the tensor's name and the block's number: no rank draws much more than its part.
+    """
+    weight = torch.zeros(part.local_shape)
+    rows = max(1, RANDOM_BLOCK // math.prod(part.shape[1:]))
+    first, last = (part.start, part.start + part.length) if part.dim == 0 else (0, part.shape[0])
+    for top in range(first // rows * rows, last, rows):
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name} {top // rows}".encode()))
+        block = torch.randn(min(rows, part.shape[0] - top), *part.shape[1:], generator=generator)
+        low, high = max(first, top), min(last, top + rows)
+        block = block[low - top : high - top]
+        if part.dim == 1:
+            block = block[:, part.start : part.stop]
+        weight[low - first : high - first] = block.mul_(deviation)
+    return weight

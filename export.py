@@ -1,9 +1,10 @@
-"""Rewrite a checkpoint of any layout in the HF layout, in FP8 or BF16, one shard in memory at a time.
+"""Write a checkpoint in the HF layout, in FP8 or BF16: from the ranks of a training run, or from another checkpoint.
 
     python fp8.py IN OUT [--to fp8|bfloat16] [--calibrate CHATS.jsonl]
 
-FP8 weights get one float32 scale each. With --calibrate the model is run over some chats first, and the largest input
-that each linear saw becomes its static activation scale; without, activations are scaled dynamically.
+Either way the tensors come as a stream, and only one shard of them is in memory at a time. FP8 weights get one float32
+scale each. With --calibrate the model is run over some chats first, and the largest input that each linear saw becomes
+its static activation scale; without, activations are scaled dynamically.
 """
 
 import glob
@@ -20,30 +21,26 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fp8
-from checkpoint import Checkpoint, check_names, fill, hf_name, is_quantized, layers_with_slices, scale_name
+from checkpoint import Checkpoint, check_names, fill, hf_name, is_quantized, layers_with_slices, scale_names
 from config import Config, UserError, read_config, to_hf, write_json
 from data import Chats, ImageReader, MicroBatch, micro_batches
 from launch import Parser, gather_objects, together
 from model import MistralMedium
-from optimizer import held_tensors, len_inside
-from parallel import Place, Slice
+from optimizer import held_tensors
+from parallel import Place
 from tokenizer import load_tokenizer
 
 SHARD_BYTES = 4_000_000_000  # a file written is at most about this large
 
 
-def save(
-    directory: str,
-    config: Config,
-    sizes: dict[str, int],
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    source: str | None,
-) -> None:
+def save(directory: str, config: Config, shapes: dict[str, tuple], weights: Iterable, source: str | None) -> None:
     """Write a checkpoint in the HF layout: sharded safetensors with an index, `config.json`, and the tokenizer's files.
 
-    `sizes` gives every canonical name and its bytes, in the order in which `tensors` yields them (only one shard is
-    held at a time). `source` is the directory whose other small files come along. The folder appears under its name
-    when it is whole, or not at all.
+    `weights` yields (canonical name, whole tensor of any dtype), followed by its scale if it is FP8 already, and by its
+    input's static scale if there is one; see `stored`. `shapes` gives all names and whole shapes in the same order, so
+    that the shards can be planned before the first tensor is there. `config` decides what is written: with `config.fp8`
+    the decoder's linears in E4M3, all else in BF16. `source` is the directory whose other small files come along. The
+    folder appears under its name when it is whole, or not at all. Raises UserError.
     """
     if os.path.exists(directory) and not (os.path.isdir(directory) and not os.listdir(directory)):
         raise UserError(f"{directory}: already exists; choose a new folder or remove it")
@@ -51,22 +48,25 @@ def save(
     try:
         os.makedirs(partial)
         shards, filled = [[]], 0
-        for name, size in sizes.items():
+        for name, shape in shapes.items():
+            size = math.prod(shape) * (1 if config.fp8 and is_quantized(name) else 2)
             if shards[-1] and filled + size > SHARD_BYTES:
                 shards, filled = [*shards, []], 0
             shards[-1].append(name)
             filled += size
-        single, weight_map, stream = len(shards) == 1, {}, iter(tensors)
+        weight_map, total, stream = {}, 0, iter(weights)
         for number, names in enumerate(shards, 1):
-            file = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            shard = {hf_name(name, config): tensor.contiguous() for name, (_, tensor) in zip(names, stream)}
+            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            shard = {}
+            for _, weight in zip(names, stream):  # `names` first, so that zip takes nothing beyond them from the stream
+                shard |= stored(config, *weight)
+            shard = {hf_name(name, config): tensor.contiguous() for name, tensor in shard.items()}
             weight_map |= dict.fromkeys(shard, file)
+            total += sum(tensor.nbytes for tensor in shard.values())
             save_file(shard, os.path.join(partial, file), metadata={"format": "pt"})
-            os.chmod(os.path.join(partial, file), 0o644)  # not for the writer's eyes alone
-        write_json(
-            os.path.join(partial, "model.safetensors.index.json"),
-            {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map},
-        )
+            os.chmod(os.path.join(partial, file), 0o644)  # make it world-readable; save_file does not
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(os.path.join(partial, "model.safetensors.index.json"), index)
         write_json(os.path.join(partial, "config.json"), to_hf(config))
         for path in glob.glob(os.path.join(glob.escape(source), "*")) if source else ():
             name = os.path.basename(path)
@@ -78,6 +78,20 @@ def save(
         raise UserError(f"{directory}: cannot be written ({error.strerror or error})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def stored(config: Config, name: str, weight: torch.Tensor, scale=None, input_scale=None) -> dict[str, torch.Tensor]:
+    """What a weight becomes in the file, by canonical name: one tensor in BF16, or E4M3 with its scales.
+
+    A weight that is FP8 already has a `scale` (0-d float32) and stays as it is; where there is none, it is measured.
+    """
+    if not (config.fp8 and is_quantized(name)):
+        return {name: weight.bfloat16() if scale is None else fp8.dequantize(weight, scale, torch.bfloat16)}
+    if scale is None:
+        scale = fp8.scale_of(weight.abs().amax())
+        weight = fp8.quantize(weight, scale)
+    tensors = dict(zip((name, *scale_names(name)), (weight, scale, input_scale)))
+    return {key: t for key, t in tensors.items() if t is not None}
 
 
 def export_config(config: Config, in_fp8: bool, activation_scheme: str = "dynamic") -> Config:
@@ -96,77 +110,53 @@ def export_config(config: Config, in_fp8: bool, activation_scheme: str = "dynami
 def export(directory: str, model: nn.Module, precision: str, source: str) -> None:
     """Write the trained model in the HF layout, `precision` "bfloat16" or "fp8"; all ranks call this together.
 
-    Adapters are merged on the way. FP8 has one scale a tensor and none for activations (they are scaled dynamically).
+    Adapters are merged on the way. FP8 has one scale per tensor and none for activations (they are scaled dynamically).
     The tokenizer comes from `source`.
     """
-    config = model.config
-    whole = {tensor.name: tensor.part.shape for tensor in held_tensors(type(model)(config))}
-    in_fp8 = {name for name in whole if precision == "fp8" and is_quantized(name)}
-    stream = collect(model, whole)
+    shapes, stream = collect(model, adapters=False)
 
     def write() -> None:
-        if model.place.rank > 0:
-            return
-        sizes = {}
-        for name, shape in whole.items():
-            sizes[name] = math.prod(shape) * (1 if name in in_fp8 else 2)
-            if name in in_fp8:
-                sizes[scale_name(name)] = 4
         shutil.rmtree(directory, ignore_errors=True)
         try:
-            save(directory, export_config(config, precision == "fp8"), sizes, quantized(stream, in_fp8), source)
+            save(directory, export_config(model.config, precision == "fp8"), shapes, stream, source)
         finally:
             for _ in stream:  # after an error the other ranks still wait to send the rest
                 pass
 
-    together(write)
+    together(write if model.place.rank == 0 else lambda: None)
 
 
-def collect(model: nn.Module, whole: dict[str, tuple]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Rank 0 gets whole BF16 tensors of the names and shapes `whole`, one after the other; the other ranks nothing.
+def collect(model: nn.Module, adapters: bool) -> tuple[dict[str, tuple], Iterator[tuple[str, torch.Tensor]]]:
+    """The whole shapes of the model's tensors (or its adapters') by name; and on rank 0 (name, BF16 tensor on the CPU).
 
-    They send their parts, and rank 0 never holds more than one tensor.
+    All ranks call this together. The others send their parts, and rank 0 never holds more than one whole tensor.
     """
     place, layers = model.place, layers_with_slices(model)
-    owned = [t for t in held_tensors(model) if t.owner and t.name in whole and place.dp_rank == 0]
-    parts = {tensor.name: tensor.part for tensor in owned}
-    holders = gather_objects(parts)
+    owned = [t for t in held_tensors(model) if t.owner and place.dp_rank == 0 and (".adapter." in t.name) == adapters]
+    holders = gather_objects({t.name: t.part for t in owned})  # of every rank, the parts that come from it
+    shapes = {name: part.shape for parts in holders for name, part in parts.items()}
+
+    def piece(name: str) -> torch.Tensor:
+        return merged(layers[name][0], model.dtype).cpu().contiguous()
+
+    def received() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, shape in shapes.items():
+            whole = torch.empty(shape, dtype=torch.bfloat16)
+            for rank, parts in enumerate(holders):
+                if (part := parts.get(name)) is None:
+                    continue
+                found = piece(name) if rank == 0 else torch.empty(part.local_shape, dtype=model.dtype)
+                if rank > 0:
+                    dist.recv(found, src=rank)
+                whole.narrow(part.dim, part.start, part.length).copy_(found.narrow(part.dim, 0, part.length))
+            yield name, whole
+
     if place.rank == 0:
-        return received(model, whole, holders)
-    for name in whole:
-        if name in parts:
-            dist.send(merged(layers[name][0], model.dtype).cpu().contiguous(), dst=0)
-    return iter(())
-
-
-def received(
-    model: nn.Module, whole: dict[str, tuple], holders: list[dict[str, Slice]]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    layers = layers_with_slices(model)
-    for name, shape in whole.items():
-        tensor = torch.empty(shape, dtype=torch.bfloat16)
-        for rank, parts in enumerate(holders):
-            if name not in parts:
-                continue
-            part, length = parts[name], len_inside(parts[name])
-            if rank == 0:
-                piece = merged(layers[name][0], model.dtype).cpu()
-            else:
-                piece = torch.empty(part.local_shape, dtype=model.dtype)
-                dist.recv(piece, src=rank)
-            tensor.narrow(part.dim, part.start, length).copy_(piece.narrow(part.dim, 0, length))
-        yield name, tensor
-
-
-def quantized(stream: Iterator[tuple[str, torch.Tensor]], in_fp8: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of `stream`; those named in `in_fp8` as FP8, followed by their scales."""
-    for name, tensor in stream:
-        if name not in in_fp8:
-            yield name, tensor
-        else:
-            scale = fp8.scale_of(tensor.abs().amax())
-            yield name, fp8.quantize(tensor, scale)
-            yield scale_name(name), scale
+        return shapes, received()
+    for name in shapes:  # the order in which rank 0 receives: messages between two ranks match by order alone
+        if name in holders[place.rank]:
+            dist.send(piece(name), dst=0)
+    return shapes, iter(())
 
 
 # ------------------------------------------------------------------------------------------------- adapters
@@ -185,37 +175,36 @@ def merged(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     ).to(dtype)
 
 
-def save_adapters(directory: str, tensors: dict[str, torch.Tensor], model: nn.Module, rank: int, alpha: float) -> None:
-    """Write the adapters in the form that the peft library reads: adapter_model.safetensors and its config."""
-    os.makedirs(directory, exist_ok=True)
-    inside = "model.language_model." if model.config.vision is not None else "model."
-    names = {name: f"base_model.model.{inside}{name.replace('.adapter.', '.')}" for name in tensors}
-    targets = sorted({name.split(".adapter.")[0].rpartition(".")[2] for name in tensors})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha, "bias": "none"}
-    config |= {
-        "lora_dropout": 0.0,
-        "target_modules": rf".*layers\.\d+\..*\.({'|'.join(targets)})",
-        "inference_mode": True,
-    }
-    path = os.path.join(directory, "adapter_model.safetensors")
-    save_file({names[name]: tensor for name, tensor in tensors.items()}, f"{path}.partial", metadata={"format": "pt"})
-    os.replace(f"{path}.partial", path)
-    write_json(os.path.join(directory, "adapter_config.json"), config)
-
-
 def export_adapters(directory: str, model: nn.Module, rank: int, alpha: float) -> None:
-    """Write the adapters, as they are, for the peft library; all ranks call this together."""
-    mine = {name: part.shape for name, (_, part) in layers_with_slices(model).items() if ".adapter." in name}
-    whole = {name: shape for part in gather_objects(mine) for name, shape in part.items()}
-    tensors = dict(collect(model, whole))
-    together(lambda: None if model.place.rank else save_adapters(directory, tensors, model, rank, alpha))
+    """Write the adapters in the form that the peft library reads: adapter_model.safetensors and its config.
+
+    `rank` and `alpha` are the adapters' own; all ranks call this together.
+    """
+    tensors = dict(collect(model, adapters=True)[1])
+
+    def write() -> None:
+        os.makedirs(directory, exist_ok=True)
+        inside = "model.language_model." if model.config.vision is not None else "model."
+        renamed = {f"base_model.model.{inside}{name.replace('.adapter.', '.')}": t for name, t in tensors.items()}
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha, "bias": "none"}
+        config |= {
+            "lora_dropout": 0.0,
+            "target_modules": r".*layers\.\d+\.(self_attn|mlp)\.\w+_proj",  # not those of the vision tower
+            "inference_mode": True,
+        }
+        path = os.path.join(directory, "adapter_model.safetensors")
+        save_file(renamed, f"{path}.partial", metadata={"format": "pt"})
+        os.replace(f"{path}.partial", path)
+        write_json(os.path.join(directory, "adapter_config.json"), config)
+
+    together(write if model.place.rank == 0 else lambda: None)
 
 
 # ----------------------------------------------------------------------------------------------- conversion
 
 
 def measure_inputs(model: MistralMedium, batches: Iterable[MicroBatch]) -> dict[str, torch.Tensor]:
-    """Static activation scales: the largest input of every decoder linear over `batches`, over 448. By tensor name."""
+    """Static activation scales: the largest input of every decoder linear over `batches`, over 448. By weight name."""
     largest: dict[str, torch.Tensor] = {}
 
     def watch(name: str):
@@ -262,43 +251,19 @@ def convert(source: str, target: str, to_fp8: bool, chats: str | None) -> None:
     everything else becomes BF16. Raises UserError.
     """
     config, checkpoint = read_config(source), Checkpoint(source)
-    whole = MistralMedium(config)
-    check_names(checkpoint, config, whole)
-    tied = ["lm_head.weight"] if config.tie_word_embeddings else []
-    slices = {name: part for name, (_, part) in layers_with_slices(whole).items() if name not in tied}
-    quantized = [name for name in slices if to_fp8 and is_quantized(name)]
-    measured = calibrate(source, chats, config, checkpoint) if chats else {}
-
-    def activation_scale(name: str) -> torch.Tensor | None:
-        stored = name.replace(".weight", ".activation_scale")
-        return measured.get(name) if chats else checkpoint.scale(stored) if stored in checkpoint.tensors else None
-
-    inputs = {name: scale for name in quantized if (scale := activation_scale(name)) is not None}
-    if inputs and len(inputs) < len(quantized):
-        inputs = {}  # half a checkpoint with static scales has no name in a config; all dynamic has
-    sizes: dict[str, int] = {}
-    for name, part in slices.items():
-        sizes[name] = math.prod(part.shape) * (1 if name in quantized else 2)
-        if name in quantized:
-            sizes[scale_name(name)] = 4
-            sizes |= {name.replace(".weight", ".activation_scale"): 4} if inputs else {}
-
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, part in slices.items():
-            weight, scale = checkpoint.weight(name, part, config)
-            if name not in quantized:
-                yield name, weight.bfloat16() if scale is None else fp8.dequantize(weight, scale, torch.bfloat16)
-                continue
-            if scale is None:
-                scale = fp8.scale_of(weight.abs().amax())
-                weight = fp8.quantize(weight, scale)
-            yield name, weight
-            yield scale_name(name), scale
-            if inputs:
-                yield name.replace(".weight", ".activation_scale"), inputs[name]
-
-    scheme = "static" if inputs else "dynamic"
-    save(target, export_config(config, to_fp8, scheme), sizes, tensors(), source)
+    model = MistralMedium(config)
+    check_names(checkpoint, model)
+    parts = {name: part for name, (_, part) in layers_with_slices(model).items()}
+    quantized = [name for name in parts if to_fp8 and is_quantized(name)]
+    if chats:
+        inputs = calibrate(source, chats, config, checkpoint)
+    else:
+        inputs = {name: checkpoint.scale(scale_names(name)[1]) for name in quantized}
+    if any(inputs[name] is None for name in quantized):
+        inputs = {}  # a config calls all linears static or all dynamic: one without a scale makes them dynamic
+    written = export_config(config, to_fp8, "static" if inputs else "dynamic")
+    weights = ((name, *checkpoint.weight(name, part, config), inputs.get(name)) for name, part in parts.items())
+    save(target, written, {name: part.shape for name, part in parts.items()}, weights, source)
 
 
 def main(argv: list[str]) -> None:

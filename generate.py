@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from chat import encode_chat, parse_answer
-from checkpoint import Checkpoint, fill
+from checkpoint import Checkpoint, fill, weight_bytes
 from config import UserError, read_config
 from engine import Engine, Request
 from launch import (
@@ -159,8 +159,7 @@ class Session:
             self.seed = gather_objects(random.getrandbits(32))[0]
         together(lambda: fill(self.model, checkpoint, Progress(checkpoint, place)))
         self.model.eval()
-        weights = {id(t): t.numel() * t.element_size() for t in (*self.model.parameters(), *self.model.buffers())}
-        self.weight_bytes = sum(weights.values())
+        self.weight_bytes = weight_bytes(self.model)
         self.model.lay_out_weights()
         self.load_s, self.bytes_read = time.perf_counter() - started, checkpoint.bytes_read
 

@@ -223,8 +223,8 @@ class MistralMedium(nn.Module):
         if place.last_stage:
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
             self.lm_head = VocabParallelHead(config.hidden_size, config.vocab_size, place, dtype)
-            if config.tie_word_embeddings and place.first_stage:
-                self.lm_head.weight = self.embed_tokens.weight
+            if config.tie_word_embeddings:
+                self.lm_head.tie("embed_tokens.weight", self.embed_tokens if place.first_stage else None)
         if config.vision is not None and place.first_stage:
             eyes = replace(place, sequence_parallel=False)  # its sequences are patches, of images of any size
             self.vision_tower = VisionTower(config.vision, eyes, dtype)

@@ -1,9 +1,10 @@
 """Adam in mixed precision: BF16 weights for the model, everything that adds up in FP32.
 
-A BF16 number has 8 bits of mantissa, so that a weight of 1 does not notice an update of 0.001. The optimizer therefore
-keeps an FP32 *master* of every trained weight and rounds it to the model's BF16 copy after each step. Gradients of
-many micro-batches are summed in FP32 for the same reason: a hook moves each parameter's gradient into its FP32 sum as
-soon as the backward pass has it, and BF16 gradients never exist for more than a layer or so.
+A BF16 number has 8 bits of mantissa: an update of 0.001 to a weight of 1 is rounded away. The optimizer therefore keeps
+an FP32 *master* of every trained weight and rounds it to the model's BF16 copy after each step. Gradients of many
+micro-batches are summed in FP32 for the same reason, and BF16 gradients never exist for more than a layer or so. That
+takes a hook, the only kind in this project: autograd calls it with each parameter's gradient, and it moves the gradient
+into its FP32 sum at once. The forward pass and the model know nothing of it.
 
 Parameters live in *buckets*: one flat tensor each for masters, gradients and the two moments. A bucket is what
 data-parallel replicas all-reduce in one go, as soon as the last micro-batch's backward pass has filled it, and what
@@ -11,13 +12,14 @@ Adam updates with a handful of kernels. A rank's memory is 2 + 4·4 = 18 bytes f
 float32, where the model's weights are views of the masters).
 
 What tensor and pipeline parallelism add: key/value heads shared by several ranks, whose gradients must be summed; an
-embedding tied to the head of another stage; and a norm over all ranks that counts each parameter once.
+embedding of which the last stage has a copy; and a norm over all ranks that counts each parameter once.
 """
 
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -28,12 +30,14 @@ from torch import nn
 
 from checkpoint import layers_with_slices
 from config import UserError, read_json, write_json
-from launch import together
+from launch import gather_objects, together
 from parallel import Place, Slice
 
 BUCKET = 1 << 25  # elements; a larger parameter has a bucket of its own
 
 CPU_CHUNK = 1 << 16  # elements that Adam updates at a time on a CPU, so that they are still in its cache
+
+STATE = ("masters", "exp_avg", "exp_avg_sq")  # FP32 numbers per trained weight that outlive a step
 
 FREEZABLE = {  # --freeze NAME -> how its parameters' names begin
     "vision_tower": ("vision_tower.",),
@@ -43,9 +47,14 @@ FREEZABLE = {  # --freeze NAME -> how its parameters' names begin
 }
 
 
+def is_trained(name: str, freeze: Iterable[str]) -> bool:
+    """Whether the tensor `name` (not of an adapter) is trained when the parts `freeze` of the model are frozen."""
+    return not name.startswith(tuple(prefix for part in freeze for prefix in FREEZABLE[part]))
+
+
 @dataclass
-class Trained:
-    """A trained parameter, or rather this rank's part of it."""
+class Held:
+    """A parameter of this rank: its part of a tensor of the whole model."""
 
     name: str  # canonical, of the whole tensor
     parameter: nn.Parameter
@@ -54,40 +63,47 @@ class Trained:
     owner: bool  # of all the ranks (of one replica) that hold the same part, one owns it: counts it, and saves it
 
 
-def held_tensors(model: nn.Module) -> list[Trained]:
-    """Every parameter of this rank's `model` once, trained or not, in the order of the model."""
-    place, tied = model.place, model.config.tie_word_embeddings
-    held = []
+def held_tensors(model: nn.Module) -> list[Held]:
+    """Every parameter of this rank's `model` once, trained or not, in the order of the model.
+
+    Three ways to hold a part, and who owns it:
+
+    - A part of a cut matrix, held by this rank alone: it is the owner.
+    - A whole tensor on every tensor-parallel rank (norms, the patch convolution). All see the same inputs and find the
+      same gradient, so nothing has to be summed, and rank 0 owns it.
+    - A part with `sharers`, of which each finds only a share of the gradient: key/value heads fewer than the ranks, of
+      which neighbours hold the same one; norms under sequence parallelism; the whole factor of an adapter. The first
+      of the sharers owns it.
+
+    The copy of a tensor that another stage has (a tied head) is owned there.
+    """
+    place, held = model.place, []
     for name, (layer, part) in layers_with_slices(model).items():
-        copy = tied and name == "lm_head.weight"
-        if copy and place.first_stage:
-            continue  # it is the embedding itself
-        sharers = getattr(layer, "sharers", 1)
-        whole = part.local_shape == part.shape
-        owner = not copy and (place.tp_rank % sharers == 0 if sharers > 1 else place.tp_rank == 0 or not whole)
-        held.append(Trained("embed_tokens.weight" if copy else name, layer.weight, part, sharers, owner))
+        sharers, whole = getattr(layer, "sharers", 1), part.local_shape == part.shape
+        alike = sharers if sharers > 1 else place.tp_size if whole else 1  # neighbours that hold this same part
+        owner = place.tp_rank % alike == 0 and not hasattr(layer, "copy_of")
+        held.append(Held(name, layer.weight, part, sharers, owner))
     return held
 
 
 class Bucket:
     """Some parameters, with flat FP32 tensors of what belongs to them, and views of each parameter's share."""
 
-    def __init__(self, tensors: list[Trained]):
+    def __init__(self, tensors: list[Held]):
         self.tensors = tensors
-        device = tensors[0].parameter.device
-        sizes = [t.parameter.numel() for t in tensors]
+        sizes, device = [t.parameter.numel() for t in tensors], tensors[0].parameter.device
         self.grads, self.masters, self.exp_avg, self.exp_avg_sq = (
             torch.zeros(sum(sizes), dtype=torch.float32, device=device) for _ in range(4)
         )
-        shapes = [t.parameter.shape for t in tensors]
-        self.views = {
-            name: [x.view(shape) for x, shape in zip(getattr(self, name).split(sizes), shapes)]
-            for name in ("grads", "masters", "exp_avg", "exp_avg_sq")
-        }
-        for tensor, master in zip(tensors, self.views["masters"]):
-            master.copy_(tensor.parameter.data)
+        shares = {name: getattr(self, name).split(sizes) for name in ("grads", *STATE)}
+        self.views = [
+            {name: share[i].view(tensor.parameter.shape) for name, share in shares.items()}
+            for i, tensor in enumerate(tensors)
+        ]
+        for tensor, views in zip(tensors, self.views):
+            views["masters"].copy_(tensor.parameter.data)
             if tensor.parameter.dtype == torch.float32:
-                tensor.parameter.data = master
+                tensor.parameter.data = views["masters"]
         self.missing = 0  # parameters without a gradient so far, in the last micro-batch
         self.empty: set[int] = set()  # parameters without a gradient so far, in this step
         self.reduction: dist.Work | None = None
@@ -96,32 +112,41 @@ class Bucket:
 class Optimizer:
     """Adam (arXiv:1412.6980) or, with `decoupled` weight decay, AdamW (arXiv:1711.05101); `torch.optim`'s arithmetic.
 
-    Every parameter of `model` with `requires_grad` is trained. The calls of a step, in order: `start`, backward passes
-    (before the last of them `before_last_backward`), `reduce`, `squared_norm`, `step`.
+    Every parameter of `model` with `requires_grad` is trained. All ranks make theirs together. The calls of a step, in
+    order: `start`, backward passes (before the last of them `before_last_backward`), `reduce`, `squared_norm`, `step`.
     """
 
     def __init__(self, model: nn.Module, betas: tuple[float, float], eps: float, weight_decay: float, decoupled: bool):
         self.place: Place = model.place
         self.betas, self.eps, self.weight_decay, self.decoupled = betas, eps, weight_decay, decoupled
-        self.steps, self.last = 0, False
-        self.tied = model.config.tie_word_embeddings and self.place.pp_size > 1
-        groups: list[list[Trained]] = []
+        self.steps, self.last, self.launched = 0, False, 0
+        trained = [t for t in held_tensors(model) if t.parameter.requires_grad]
+        names = gather_objects({t.name for t in trained})
+        # What the first and the last stage hold both; ranks are numbered stage by stage.
+        self.at_both_ends = names[0] & names[-1] if self.place.pp_size > 1 else set()
+        groups: list[list[Held]] = []
         size = BUCKET
-        for tensor in reversed([t for t in held_tensors(model) if t.parameter.requires_grad]):
-            count = tensor.parameter.numel()  # reversed: about the order in which the backward pass reaches them
+        # The backward pass reaches the last layers first. Buckets in about that order fill up one after the other, and
+        # the first of them are all-reduced while the backward pass still works on the rest.
+        for tensor in reversed(trained):
+            count = tensor.parameter.numel()
             if size + count > BUCKET:
                 groups.append([])
                 size = 0
             groups[-1].append(tensor)
             size += count
         self.buckets = [Bucket(group) for group in groups]
-        self.launched = 0
+        self.parts = [pair for bucket in self.buckets for pair in zip(bucket.tensors, bucket.views)]
         for bucket in self.buckets:
             for i, tensor in enumerate(bucket.tensors):
                 tensor.parameter.register_post_accumulate_grad_hook(self._hook(bucket, i))
 
     def _hook(self, bucket: Bucket, i: int):
-        grad = bucket.views["grads"][i]
+        """What autograd calls when a backward pass has found the whole gradient of parameter `i`, and put it in .grad.
+
+        The step's first gradient is copied over what the step before left, which is cheaper than zeros and a sum.
+        """
+        grad = bucket.views[i]["grads"]
 
         def move(parameter: nn.Parameter) -> None:
             if i in bucket.empty:
@@ -129,7 +154,7 @@ class Optimizer:
                 grad.copy_(parameter.grad)
             else:
                 grad.add_(parameter.grad)
-            parameter.grad = None
+            parameter.grad = None  # frees it, before the next layer has its own
             if self.last:
                 bucket.missing -= 1
                 self._launch(only_filled=True)
@@ -147,33 +172,42 @@ class Optimizer:
         self.last = True
 
     def _launch(self, only_filled: bool) -> None:
-        """All-reduce the next buckets over the replicas: always in the same order, since collectives match by order."""
+        """All-reduce the next buckets over the replicas.
+
+        Collectives match by order, and gradients need not arrive in the same order on all replicas (a micro-batch
+        without images leaves the tower out): a bucket that is full waits for those before it.
+        """
         while self.launched < len(self.buckets) and not (only_filled and self.buckets[self.launched].missing):
             bucket = self.buckets[self.launched]
-            for i in bucket.empty:
-                bucket.views["grads"][i].zero_()
+            for i in bucket.empty:  # no micro-batch of this replica used these; they hold the last step's gradients
+                bucket.views[i]["grads"].zero_()
             if self.place.dp_group is not None:
                 bucket.reduction = dist.all_reduce(bucket.grads, group=self.place.dp_group, async_op=True)
             self.launched += 1
 
     def reduce(self) -> None:
-        """Make every rank's gradients complete: the sum over replicas, sharers and the two ends of a tied embedding."""
+        """Make every rank's gradients complete: the sum over replicas, sharers and the two ends of the pipeline."""
         self._launch(only_filled=False)
         for bucket in self.buckets:
             if bucket.reduction is not None:
                 bucket.reduction.wait()
-        for tensor, grad in self._each("grads"):
+        for tensor, views in self.parts:
+            grad = views["grads"]
             if tensor.sharers > 1:
+                # A group for every set of sharers would be many; the whole tensor, zero outside the own part, is small.
                 whole = torch.zeros(tensor.part.shape, device=grad.device)
                 rows = whole[tensor.part.start : tensor.part.stop]
                 rows.copy_(grad)
                 dist.all_reduce(whole, group=self.place.tp_group)
                 grad.copy_(rows)
-            if self.tied and tensor.name == "embed_tokens.weight":
+            if tensor.name in self.at_both_ends:
                 self._add_other_end(grad)
 
     def _add_other_end(self, grad: torch.Tensor) -> None:
-        """First and last stage exchange the gradients of a tied embedding: one direction after the other, on both."""
+        """First and last stage exchange gradients of the same tensor: one direction after the other, on both.
+
+        The sums are the same to the bit, and so are the masters after the step: the copy never drifts.
+        """
         place, other = self.place, torch.empty_like(grad)
         if place.first_stage:
             work = dist.isend(grad, group=place.pp_group, group_dst=place.pp_size - 1)
@@ -184,12 +218,9 @@ class Optimizer:
         work.wait()
         grad.add_(other)
 
-    def _each(self, name: str) -> list[tuple[Trained, torch.Tensor]]:
-        return [pair for bucket in self.buckets for pair in zip(bucket.tensors, bucket.views[name])]
-
     def squared_norm(self) -> torch.Tensor:
         """The squared length of the gradients that this rank owns, 0-d float64; a replica's ranks add theirs up."""
-        norms = [torch.linalg.vector_norm(grad).double() for tensor, grad in self._each("grads") if tensor.owner]
+        norms = [torch.linalg.vector_norm(views["grads"]).double() for tensor, views in self.parts if tensor.owner]
         return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
 
     @torch.no_grad()
@@ -216,33 +247,24 @@ class Optimizer:
     @torch.no_grad()
     def write_weights(self) -> None:
         """Round the masters to the model's weights, where these are not the masters themselves."""
-        for tensor, master in self._each("masters"):
+        for tensor, views in self.parts:
             if tensor.parameter.dtype != torch.float32:
-                tensor.parameter.copy_(master)
-
-    def state(self) -> list[tuple[Trained, dict[str, torch.Tensor]]]:
-        """What a checkpoint holds of each parameter: views, so that reading one back is copying into them."""
-        names = ("masters", "exp_avg", "exp_avg_sq")
-        return [
-            (tensor, {name: bucket.views[name][i] for name in names})
-            for bucket in self.buckets
-            for i, tensor in enumerate(bucket.tensors)
-        ]
+                tensor.parameter.copy_(views["masters"])
 
 
-# ----------------------------------------------------------------------------------------------- save and resume
+# ------------------------------------------------------------------------------------------------ the run's state
 
 
-def save_checkpoint(directory: str, step: int, optimizer: Optimizer, settings: dict) -> None:
-    """Write `directory`/step-N with every rank's part of the state; all ranks call this together.
+def save_state(directory: str, step: int, optimizer: Optimizer, settings: dict) -> None:
+    """Write `directory`/step-N with every rank's part of the run's state; all ranks call this together.
 
-    Replicas hold the same state and share the writing. Raises UserError, on all ranks, if any of them cannot write;
-    then nothing new is left behind.
+    Replicas hold the same state and share the writing. The folder has another name until it is whole and on the disk.
+    Raises UserError, on all ranks, if any of them cannot write; then nothing new is left behind.
     """
     place, final = optimizer.place, os.path.join(directory, f"step-{step}")
     partial, rank = f"{final}.partial", optimizer.place.rank
 
-    def prepare() -> None:
+    def make_folder() -> None:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             os.makedirs(partial)
@@ -250,12 +272,12 @@ def save_checkpoint(directory: str, step: int, optimizer: Optimizer, settings: d
     def write_part() -> None:
         path = os.path.join(partial, f"rank-{rank:05d}.safetensors")
         tensors, slices = {}, {}
-        owned = [entry for entry in optimizer.state() if entry[0].owner]
+        owned = [entry for entry in optimizer.parts if entry[0].owner]
         for tensor, views in owned[place.dp_rank :: place.dp_size]:
-            part, length = tensor.part, len_inside(tensor.part)
-            slices[tensor.name] = [part.start, part.start + length]
-            for kind, view in views.items():
-                tensors[f"{tensor.name}/{kind}"] = view.narrow(part.dim, 0, length).contiguous().cpu()
+            part = tensor.part  # written without its padding, which depends on the topology
+            slices[tensor.name] = [part.start, part.start + part.length]
+            for kind in STATE:
+                tensors[f"{tensor.name}/{kind}"] = views[kind].narrow(part.dim, 0, part.length).contiguous().cpu()
         save_file(tensors, path, metadata={"slices": json.dumps(slices)})
         flush_to_disk(path)
 
@@ -267,24 +289,22 @@ def save_checkpoint(directory: str, step: int, optimizer: Optimizer, settings: d
             os.rename(partial, final)
             flush_to_disk(directory)
 
+    def explained(phase) -> None:
+        try:
+            phase()
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"{final}: cannot be written ({reason}); earlier checkpoints are whole: make room, then --resume"
+            ) from None
+
     try:
-        for phase in (prepare, write_part, finish):
-            together(lambda: explained(phase, final))
+        for phase in (make_folder, write_part, finish):
+            together(lambda: explained(phase))
     except UserError:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def explained(action, path: str) -> None:
-    """Run `action`; a full disk and its like become a UserError."""
-    try:
-        action()
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{path}: cannot be written ({reason}); earlier checkpoints are whole: make room, then --resume"
-        ) from None
 
 
 def flush_to_disk(path: str) -> None:
@@ -294,28 +314,23 @@ def flush_to_disk(path: str) -> None:
     os.close(descriptor)
 
 
-def len_inside(part: Slice) -> int:
-    """How much of a slice lies inside the tensor and is not padding."""
-    return max(0, min(part.stop, part.shape[part.dim]) - part.start)
-
-
-def newest_checkpoint(directory: str) -> str | None:
-    """The checkpoint of the latest step, or None. What was not finished has another name."""
+def newest_state(directory: str) -> str | None:
+    """The folder of the latest step, or None. What was not finished has another name."""
     names = os.listdir(directory) if os.path.isdir(directory) else []
     steps = [int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d+)", name))]
     return os.path.join(directory, f"step-{max(steps)}") if steps else None
 
 
-def load_checkpoint(path: str, optimizer: Optimizer, settings: dict) -> int:
-    """Fill the optimizer's state and the model's weights from a checkpoint of any topology; returns its step.
+def load_state(path: str, optimizer: Optimizer, settings: dict) -> int:
+    """Fill the optimizer and the model's weights from a state that any topology wrote; returns its step.
 
-    `settings` are those of this run; the ones that decide what a step computes must be those of the checkpoint.
+    `settings` are those of this run; the ones that decide what a step computes must be those of the state.
     """
     facts = read_json(os.path.join(path, "state.json"))
     for name, value in settings.items():
         if facts.get(name) != value:
             raise UserError(f"{path}: was made with {name} = {facts.get(name)!r}, but this run has {value!r}")
-    pieces: dict[str, list] = {}
+    pieces: dict[str, list] = {}  # name -> (file, start, stop) of every rank that wrote a part of this tensor
     for rank in range(facts["ranks"]):
         file_name = os.path.join(path, f"rank-{rank:05d}.safetensors")
         try:
@@ -325,23 +340,23 @@ def load_checkpoint(path: str, optimizer: Optimizer, settings: dict) -> int:
         for name, (start, stop) in json.loads(file.metadata()["slices"]).items():
             pieces.setdefault(name, []).append((file, start, stop))
     with torch.no_grad():
-        for tensor, views in optimizer.state():
+        for tensor, views in optimizer.parts:
             read_part(tensor, views, pieces.get(tensor.name, []), path)
     optimizer.steps = facts["step"]
     optimizer.write_weights()
     return facts["step"]
 
 
-def read_part(tensor: Trained, views: dict[str, torch.Tensor], pieces: list, path: str) -> None:
-    """Copy what this rank needs of a tensor out of the pieces that other ranks wrote."""
-    part, missing = tensor.part, len_inside(tensor.part)
+def read_part(tensor: Held, views: dict[str, torch.Tensor], pieces: list, path: str) -> None:
+    """Copy what this rank needs of a tensor out of the pieces that other ranks wrote, cut along the same dimension."""
+    part, missing = tensor.part, tensor.part.length
     for file, start, stop in pieces:
         low, high = max(start, part.start), min(stop, part.stop)
         if low < high:
             index = (slice(None),) * part.dim + (slice(low - start, high - start),)
-            for kind, view in views.items():
-                source = file.get_slice(f"{tensor.name}/{kind}")
-                view.narrow(part.dim, low - part.start, high - low).copy_(source[index])
+            for kind in STATE:
+                source = file.get_slice(f"{tensor.name}/{kind}")[index]
+                views[kind].narrow(part.dim, low - part.start, high - low).copy_(source)
             missing -= high - low
     if missing:
         raise UserError(f"{path}: holds no whole {tensor.name}; remove the folder to resume from before")

@@ -114,6 +114,11 @@ class Slice:
     def local_shape(self) -> tuple[int, ...]:
         return (*self.shape[: self.dim], self.stop - self.start, *self.shape[self.dim + 1 :])
 
+    @property
+    def length(self) -> int:
+        """How much of `[start:stop]` lies inside the tensor and is not padding."""
+        return max(0, min(self.stop, self.shape[self.dim]) - self.start)
+
 
 def divide(total: int, parts: int, what: str) -> int:
     if total % parts:
@@ -324,10 +329,22 @@ class VocabParallelHead(Linear):
         super().__init__(Slice.of((vocab_size, hidden_size), 0, place.tp_rank, place.tp_size), dtype)
         self.vocab_size, self.group = vocab_size, place.tp_group
         self.start, self.stop = self.slices["weight"].start, min(self.slices["weight"].stop, vocab_size)
+        self.holder = [self]  # the layer whose weight it is; a list, so that nn.Module does not register it
+
+    def tie(self, name: str, embedding: VocabParallelEmbedding | None) -> None:
+        """Multiply with the weight of the embedding, which is the tensor `name` of the whole model.
+
+        An `embedding` on this stage keeps the only weight, and the head has no parameter of its own. Where it is on
+        another stage (None), the head holds a copy; `copy_of` tells everyone whose copy it is.
+        """
+        if embedding is None:
+            self.copy_of = name
+        else:
+            self.slices, self.weight, self.holder = {}, None, [embedding]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., hidden_size) -> (..., padded vocab_size / tp), float32."""
-        logits = super().forward(copy_to_group(x, self.group)).float()
+        logits = matmul(copy_to_group(x, self.group), self.holder[0].weight).float()
         if self.stop - self.start < logits.shape[-1]:
             logits[..., max(0, self.stop - self.start) :] = -torch.inf
         return logits

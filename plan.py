@@ -22,12 +22,13 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
+from checkpoint import weight_bytes
 from config import Config, UserError, read_config
 from engine import CHUNK, LOGIT_ROWS
 from fp8 import BLOCK
 from launch import SIZE, Parser, number
 from model import MASK_ELEMENTS, MistralMedium, add_adapters
-from optimizer import BUCKET, FREEZABLE, Trained, held_tensors, len_inside
+from optimizer import BUCKET, FREEZABLE, Held, held_tensors, is_trained
 from parallel import Linear, Place
 from vision import PATCHES_AT_ONCE
 
@@ -63,24 +64,16 @@ def places(tp: int, pp: int, dp: int = 1) -> list[list[Place]]:
     return [[Place(s * dp * tp + t, t, tp, s, pp, dp_size=dp, device=meta) for t in range(tp)] for s in range(pp)]
 
 
-def weight_bytes(model: MistralMedium) -> int:
-    """Of a loaded model: parameters, FP8 scales and all other buffers."""
-    tensors = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+def loaded_bytes(model: MistralMedium) -> int:
+    """`weight_bytes` of a model on `meta` once it is loaded."""
     kept = sum(isinstance(m, Linear) and m.weight_scale is not None for m in model.modules())
     static = model.config.activation_scheme == "static"  # the loader adds the scales of activations
-    return sum(tensors.values()) + (FP32 * kept if static else 0)
+    return weight_bytes(model) + (FP32 * kept if static else 0)
 
 
-def is_trained(name: str, config: Config, freeze: Sequence[str]) -> bool:
-    """Whether train.py trains the tensor `name` under `--freeze`, adapters aside; a tied head is the embedding."""
-    if config.tie_word_embeddings and name.startswith("lm_head."):
-        name = "embed_tokens.weight"
-    return not name.startswith(tuple(prefix for part in freeze for prefix in FREEZABLE[part]))
-
-
-def tally(tensor: Trained, layer: nn.Module) -> tuple[str, int, int]:
+def tally(tensor: Held, layer: nn.Module) -> tuple[str, int, int]:
     """(what it counts as, its parameters, the zeros it is padded with) for one tensor of one rank."""
-    inside = len_inside(tensor.part) * math.prod(tensor.part.shape) // tensor.part.shape[tensor.part.dim]
+    inside = tensor.part.length * math.prod(tensor.part.shape) // tensor.part.shape[tensor.part.dim]
     kind = "adapters" if ".adapter." in tensor.name else "model"
     if not tensor.owner and kind == "adapters":
         kind = "whole factors of adapters"
@@ -218,7 +211,7 @@ def make_plan(config: Config, args: argparse.Namespace) -> dict:
                 place.pp_rank,
                 [layers[0], layers[-1]],
                 sum(tensor.parameter.numel() for tensor in held),
-                weight_bytes(model),
+                loaded_bytes(model),
             )
             if args.inference:
                 cache = model.new_cache(1, args.max_context)
@@ -228,7 +221,7 @@ def make_plan(config: Config, args: argparse.Namespace) -> dict:
                 sizes = [
                     t.parameter.numel()
                     for t in held
-                    if is_trained(t.name, config, freeze) or (args.lora_rank and ".adapter." in t.name)
+                    if is_trained(t.name, freeze) or (args.lora_rank and ".adapter." in t.name)
                 ]
                 stage.gradient_bytes, stage.optimizer_bytes = FP32 * sum(sizes), 3 * FP32 * sum(sizes)
                 passes = training_activations(

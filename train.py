@@ -34,7 +34,7 @@ from engine import Engine, Request
 from export import export, export_adapters
 from launch import COUNT, SIZE, Parser, Progress, find_place, gather_objects, number, peak_memory, run_program, together
 from model import MistralMedium, add_adapters
-from optimizer import FREEZABLE, Optimizer, load_checkpoint, newest_checkpoint, save_checkpoint
+from optimizer import FREEZABLE, Optimizer, held_tensors, is_trained, load_state, newest_state, save_state
 from parallel import Place
 from pipeline import Pipeline
 from tokenizer import load_tokenizer
@@ -167,11 +167,8 @@ class Trainer:
             together(lambda: fill(model, checkpoint, Progress(checkpoint, place)))
         else:
             initialize(model, args.seed)
-        frozen = tuple(prefix for name in args.freeze for prefix in FREEZABLE[name])
-        if "embed_tokens." in frozen and self.config.tie_word_embeddings:
-            frozen += ("lm_head.",)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not name.startswith(frozen))
+        for tensor in held_tensors(model):
+            tensor.parameter.requires_grad_(is_trained(tensor.name, args.freeze))
         if args.lora_rank:
             add_adapters(model, args.lora_rank, args.lora_alpha)
             initialize_adapters(model, args.seed)
@@ -271,7 +268,7 @@ class Trainer:
         lines = sorted(bad) or sorted(line for batch in batches for line in batch.lines)
         shown = ", ".join(map(str, lines[:8])) + (f" and {len(lines) - 8} more" if len(lines) > 8 else "")
         what = f"the loss is {loss}" if bad or not math.isfinite(loss) else f"the gradient norm is {norm}"
-        newest = newest_checkpoint(self.checkpoints)
+        newest = newest_state(self.checkpoints)
         rest = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
         raise Diverged(
             f"step {step}: {what}, from {self.args.data} line {shown}; the step was not taken, {rest}; "
@@ -340,7 +337,7 @@ class Trainer:
                 if metrics:
                     metrics.write(line)
             if args.save_every and (last or step % args.save_every == 0):
-                save_checkpoint(self.checkpoints, step, self.optimizer, self.settings)
+                save_state(self.checkpoints, step, self.optimizer, self.settings)
         if metrics:
             draw_loss(os.path.join(args.out, "loss.png"), metrics.lines)
         if args.lora_rank:
@@ -353,7 +350,7 @@ class Trainer:
         args = self.args
         if not any(gather_objects(self.pipeline.gradient_here)):
             raise UserError("--freeze leaves nothing to train; name less")
-        newest = newest_checkpoint(self.checkpoints)
+        newest = newest_state(self.checkpoints)
         if newest and not args.resume:
             raise UserError(f"{args.out}: holds a run already; --resume goes on with it, or choose another --out")
 
@@ -368,7 +365,7 @@ class Trainer:
             if args.resume:
                 self.say(f"{args.out}: holds no whole checkpoint; the run starts from its beginning")
             return 1
-        step = together(lambda: load_checkpoint(newest, self.optimizer, self.settings))
+        step = together(lambda: load_state(newest, self.optimizer, self.settings))
         self.say(f"resumed after step {step} from {newest}")
         return step + 1
 

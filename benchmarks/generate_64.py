@@ -24,7 +24,6 @@ from helpers import write_tekken
 from checkpoint import initialize, layers_with_slices
 from config import Config, RopeConfig, VisionConfig
 from export import save
-from fp8 import quantize, scale_of
 from model import MistralMedium
 
 YARN = RopeConfig(1e6, True, 64.0, 4096, beta_fast=4.0, attention_factor=1.41589)
@@ -44,16 +43,10 @@ def make_checkpoint(directory: str) -> None:
     config = Config(vocab_size=write_tekken(directory) + 3, **SIZES)
     model = MistralMedium(config, dtype=torch.bfloat16)
     initialize(model, seed=1)
-    tensors = {}
-    for name, (layer, _) in layers_with_slices(model).items():
-        tensors[name] = layer.weight.data
-        if name.startswith("layers.") and "_proj." in name:
-            scale = scale_of(layer.weight.data.abs().amax())
-            tensors[name] = quantize(layer.weight.data, scale)
-            tensors[name.replace(".weight", ".weight_scale_inv")] = scale
-            tensors[name.replace(".weight", ".activation_scale")] = torch.tensor(0.01)
-    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
-    save(os.path.join(directory, "model"), config, sizes, tensors.items(), directory)
+    layers = layers_with_slices(model)
+    shapes = {name: part.shape for name, (_, part) in layers.items()}
+    weights = ((name, layer.weight.data, None, torch.tensor(0.01)) for name, (layer, _) in layers.items())
+    save(os.path.join(directory, "model"), config, shapes, weights, directory)
 
 
 def write_requests(directory: str) -> str:

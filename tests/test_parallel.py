@@ -49,8 +49,6 @@ def make(directory, layout: str, fp8: str | None, changes: dict, seed: int = 0) 
     fields = text_fields("yarn, short", **(SIZES | changes))
     draw, config = torch.Generator().manual_seed(seed), parse_config(layout_config(fields, "new")[1])
     parts = {name: part.shape for name, (_, part) in layers_with_slices(MistralMedium(config)).items()}
-    if config.tie_word_embeddings:
-        del parts["lm_head.weight"]
     state = {name: randomize(name, torch.empty(shape), draw) for name, shape in parts.items()}
     if fp8:
         state, _ = to_fp8(state, fp8 == "static")

@@ -18,7 +18,7 @@ from train_cases import IMAGES, ROOT, TEXT, arguments, kill, launch, make_chats,
 import train
 from checkpoint import Checkpoint
 from config import UserError, read_config, to_hf
-from optimizer import newest_checkpoint
+from optimizer import newest_state
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_twenty_kills(topologies, text, tmp_path):
     assert status == 0, errors
     argv = arguments(*text, tmp_path / "cut", resume=True, **options)
     while kills < 20:
-        newest = newest_checkpoint(str(tmp_path / "cut" / "checkpoints"))
+        newest = newest_state(str(tmp_path / "cut" / "checkpoints"))
         done = int(newest.rsplit("-", 1)[1]) if newest else 0
         topology = topologies[kills % len(topologies)]
         assert kill_after(argv, topology, done + draw.randint(1, 6), draw.random() * 0.1), "the run ended too early"
