@@ -19,28 +19,27 @@ from PIL import Image
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
-from helpers import write_tekken
+from helpers import ROPES, layout_config, text_fields, vision_fields, write_tekken
 
 from checkpoint import initialize, layers_with_slices
-from config import Config, RopeConfig, VisionConfig
+from config import parse_config
 from export import save
 from model import MistralMedium
 
-YARN = RopeConfig(1e6, True, 64.0, 4096, beta_fast=4.0, attention_factor=1.41589)
-EYES = VisionConfig(
-    hidden_size=96, intermediate_size=480, num_hidden_layers=6, num_attention_heads=16, patch_size=14, image_size=1540,
-    rope_theta=1e4,
-)  # fmt: skip
+TOWER = vision_fields(
+    hidden_size=96, intermediate_size=480, num_hidden_layers=6, num_attention_heads=16, patch_size=14, image_size=1540
+)
 SIZES = dict(
     hidden_size=768, intermediate_size=1792, num_hidden_layers=11, num_attention_heads=96, num_key_value_heads=8,
-    head_dim=8, rms_norm_eps=1e-5, max_position_embeddings=4096, tie_word_embeddings=False, rope=YARN, vision=EYES,
-    fp8=True, initializer_range=0.04,
+    head_dim=8, max_position_embeddings=4096, initializer_range=0.04, vision_config=TOWER,
+    rope_parameters=ROPES["yarn"] | dict(llama_4_scaling_beta=0.0),
 )  # fmt: skip
 
 
 def make_checkpoint(directory: str) -> None:
     """Random weights in the HF layout, the decoder's linears in FP8 with scales for weights and inputs."""
-    config = Config(vocab_size=write_tekken(directory) + 3, **SIZES)
+    fields = text_fields(vocab_size=write_tekken(directory) + 3, **SIZES)
+    config = parse_config(layout_config(fields, "new", "static")[1])
     model = MistralMedium(config, dtype=torch.bfloat16)
     initialize(model, seed=1)
     layers = layers_with_slices(model)

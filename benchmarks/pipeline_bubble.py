@@ -16,12 +16,14 @@ import time
 import weakref
 from dataclasses import dataclass
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 import torch
 import torch.distributed as dist
+from helpers import text_fields
 
 from checkpoint import initialize
-from config import Config, RopeConfig
+from config import parse_config
 from launch import find_place
 from model import MistralMedium
 from pipeline import Pipeline
@@ -117,10 +119,8 @@ def work(rank: int, stages: int, seconds: float, port: int) -> None:
         if rank == 0:
             share = (stages - 1) / (count + stages - 1)
             print(f"{stages} stages, {count:2} micro-batches: bubble {float(idle) / stages:.3f}, theory {share:.3f}")
-    config = Config(
-        vocab_size=97, num_hidden_layers=2 * stages, num_key_value_heads=2, rms_norm_eps=1e-5,
-        tie_word_embeddings=False, max_position_embeddings=4096, rope=RopeConfig(1e4), **SIZES,
-    )  # fmt: skip
+    fields = text_fields("plain", vocab_size=97, num_hidden_layers=2 * stages, num_key_value_heads=2, **SIZES)
+    config = parse_config(fields)
     model = MistralMedium(config, place, torch.float32)
     initialize(model, 0)
     one, _ = most_saved(place, model, 1)

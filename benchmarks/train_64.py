@@ -20,11 +20,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 import torch
 import torch.distributed as dist
-from helpers import write_tekken
+from helpers import layout_config, text_fields, vision_fields, write_tekken
 from PIL import Image
 
 import train
-from config import Config, RopeConfig, VisionConfig, to_hf
 
 OPTIONS = "--dtype float32 --max-steps 3 --global-batch-size 16 --lr 1e-3 --activation-checkpointing".split()
 OPTIONS += ["--freeze", "vision_tower", "projector", "embeddings"]
@@ -32,17 +31,16 @@ OPTIONS += ["--freeze", "vision_tower", "projector", "embeddings"]
 
 def write_inputs(folder: str) -> list[str]:
     vocabulary = write_tekken(folder)
-    tower = VisionConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8, patch_size=4, image_size=64,
-        rope_theta=1e4,
-    )  # fmt: skip
-    config = Config(
+    tower = vision_fields(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8, patch_size=4, image_size=64
+    )
+    fields = text_fields(
         vocab_size=vocabulary, hidden_size=128, intermediate_size=192, num_hidden_layers=11, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=16, rms_norm_eps=1e-5, max_position_embeddings=4096, tie_word_embeddings=False,
-        rope=RopeConfig(1e6, original_max_position_embeddings=4096), vision=tower, initializer_range=0.1,
+        num_key_value_heads=8, head_dim=16, max_position_embeddings=4096, initializer_range=0.1, vision_config=tower,
+        rope_parameters=dict(rope_type="default", rope_theta=1e6),
     )  # fmt: skip
     with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
-        json.dump(to_hf(config), file)
+        json.dump(layout_config(fields, "new")[1], file)
     draw = random.Random(0)
     with open(os.path.join(folder, "chats.jsonl"), "w", encoding="utf-8") as file:
         for i in range(48):

@@ -18,33 +18,27 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
 
 import torch
 from transformers import AutoModelForCausalLM
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
+from helpers import text_fields  # noqa: E402
 from train_cases import make_checkpoint  # noqa: E402
 
 import train  # noqa: E402
-from config import Config, RopeConfig  # noqa: E402
+from config import parse_config  # noqa: E402
 from data import IGNORE  # noqa: E402
 from launch import find_place  # noqa: E402
 
-CONFIG = Config(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=10,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    head_dim=64,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=8192,
-    tie_word_embeddings=False,
-    rope=RopeConfig(1e6, original_max_position_embeddings=8192),
-)
+SIZES = dict(
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3,
+    head_dim=64, max_position_embeddings=8192,
+    rope_parameters=dict(
+        rope_type="default", rope_theta=1e6, original_max_position_embeddings=8192, llama_4_scaling_beta=0.0
+    ),
+)  # fmt: skip
 
 
 def write_chats(path: str, count: int, question_words: int, answer_words: int) -> None:
@@ -71,7 +65,9 @@ def main() -> None:
         data = os.path.join(folder, "chats.jsonl")
         batch_size = args.micro_batch_size * args.micro_batches
         write_chats(data, batch_size * args.rounds, args.question_words, args.answer_words)
-        ckpt = make_checkpoint(os.path.join(folder, "ckpt"), replace(CONFIG, num_hidden_layers=args.layers))
+        ckpt = make_checkpoint(
+            os.path.join(folder, "ckpt"), parse_config(text_fields(num_hidden_layers=args.layers, **SIZES))
+        )
         argv = ["--ckpt", ckpt, "--data", data, "--out", folder, "--dtype", args.dtype, "--min-lr", "1e-5"]
         argv += ["--micro-batch-size", str(args.micro_batch_size), "--global-batch-size", str(batch_size)]
         ours = train.Trainer(train.parse_args(argv), find_place(1, 1))

@@ -55,6 +55,13 @@ def text_fields(rope: str = "yarn, short", **changes) -> dict:
     return fields | changes
 
 
+def vision_fields(theta: float = 1e4, **changes) -> dict:
+    """A `vision_config`; `changes` give the sizes."""
+    fields = dict(model_type="pixtral", num_channels=3, hidden_act="silu") | changes
+    fields["rope_parameters"] = dict(rope_type="axial", rope_theta=theta)
+    return dict(fields, head_dim=fields["hidden_size"] // fields["num_attention_heads"])
+
+
 def random_state(fields: dict, seed: int = 0) -> dict[str, torch.Tensor]:
     """Float32 weights by canonical name, large enough that every part counts, small enough that rounding does not."""
     draw = torch.Generator().manual_seed(seed)

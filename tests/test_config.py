@@ -10,10 +10,14 @@ import pytest
 import torch
 from helpers import ROPES, layout_config, text_fields, write_json
 
-from config import RopeConfig, UserError, parse_config, parse_params, read_config, to_hf
+from config import RopeConfig, UserError, parse_config, read_config, to_hf, translate_params
 from model import MistralMedium
 
 DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
+
+
+def parse_params(raw: dict):
+    return parse_config(translate_params(raw))
 
 
 def raw_config(name: str = "config.json") -> dict:
@@ -80,16 +84,35 @@ def test_mscale_warning(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_native_scaling():
+def test_native_scaling(capsys):
     raw = raw_config("params.json")
-    write = changed(raw, "yarn/apply_scale", False)
-    assert parse_params(write).rope.attention_factor == 1.0
+    assert parse_params(raw).rope.attention_factor == pytest.approx(1.4158883) and capsys.readouterr().err == ""
+    assert parse_params(changed(raw, "yarn/apply_scale", False)).rope.attention_factor == 1.0
+    assert "apply_scale" in capsys.readouterr().err  # the same mistake as in test_mscale_warning
     scaled = changed(raw, "llama_4_scaling", dict(beta=0.1, original_max_position_embeddings=4096))
     assert parse_params(scaled).rope.query_scaling_beta == 0.1
     assert parse_params(changed(raw, "quantization/qscheme_act", "DYNAMIC")).activation_scheme == "dynamic"
     assert parse_params(changed(raw, "quantization/qscheme_act", None)).activation_scheme == "dynamic"
     plain = parse_params(changed(raw, "yarn", ...)).rope
     assert plain == RopeConfig(theta=1e6, original_max_position_embeddings=262144)
+
+
+def test_translation():
+    """The native file becomes the HF file, without what that says twice, and stays as it was."""
+    raw, hf = raw_config("params.json"), raw_config()
+    before = copy.deepcopy(raw)
+    translated = translate_params(raw)
+    assert raw == before
+    hf["quantization_config"] = dict(quant_method="fp8", activation_scheme="static")  # `to_hf` writes the rest
+    for name in ("type", "max_position_embeddings"):
+        del hf["text_config"]["rope_parameters"][name]
+    del hf["vision_config"]["attention_dropout"]
+    assert translated == hf
+    scaled = changed(raw, "yarn/apply_scale", False)
+    for params, all_dim in ((raw, 0.0), (scaled, 1.0)):
+        rope = translate_params(params)["text_config"]["rope_parameters"]
+        assert (rope["rope_type"], rope["mscale"], rope["mscale_all_dim"]) == ("yarn", 1.0, all_dim)
+        assert rope["llama_4_scaling_beta"] == 0.0
 
 
 def test_rope_spellings():
@@ -185,6 +208,9 @@ def test_vision_refusals(path, value, named, tmp_path):
     ("use_biases", True, "use_biases"), ("yarn/factor", ..., "factor"), ("yarn/beta", ..., "beta"),
     ("yarn/apply_scale", 1, "apply_scale"), ("llama_4_scaling", {"beta": "x"}, "beta"),
     ("llama_4_scaling", {"beta": 0.1, "original_max_position_embeddings": 8192}, "original_max_position_embeddings"),
+    ("hidden_dim", "2", "hidden_dim"), ("n_kv_heads", 0, "n_kv_heads"), ("norm_eps", -1, "norm_eps"),
+    ("yarn/alpha", ..., "alpha"), ("yarn", 3, "yarn"), ("vision_encoder/max_image_size", "x", "max_image_size"),
+    ("vision_encoder/image_token_id", [], "image_token_id"),
     ("quantization/qformat_weight", "fp4", "qformat_weight"), ("quantization/qscheme_act", "ROW", "qscheme_act"),
     ("tied_embeddings", "yes", "tied_embeddings"), ("vision_encoder/mm_projector_id", "other", "mm_projector_id"),
     ("vision_encoder/adapter_bias", True, "adapter_bias"), ("vision_encoder/hidden_size", 1663, "hidden_size"),
@@ -211,18 +237,20 @@ def test_files_that_are_no_configs(tmp_path):
         assert str(directory) in one_line(error)
 
 
-def test_to_hf(tmp_path):
-    """Back to the HF form and read again: the same config, from every source, with and without the original JSON."""
+def test_to_hf():
+    """Written as JSON and read again: the same config, from every source, in FP8 or not."""
     configs = [read_config(os.path.join(DATA, name)) for name in ("config.json", "params.json")]
+    configs.append(parse_params(changed(raw_config("params.json"), "yarn/apply_scale", False)))
     for rope in ROPES:
-        for layout in ("text", "new"):
-            fp8 = random.Random(rope + layout).choice([None, "static", "dynamic"])
-            configs.append(parse_config(layout_config(text_fields(rope, initializer_range=0.03), layout, fp8)[1]))
+        fp8 = random.Random(rope).choice([None, "static", "dynamic"])
+        fields = text_fields(rope, initializer_range=0.03)
+        configs += [parse_config(layout_config(fields, layout, fp8)[1]) for layout in ("text", "new")]
+        if rope in ("plain", "plain, scaled queries", "yarn", "yarn, short"):
+            configs.append(parse_params(layout_config(fields, "native", fp8)[1]))
     for config in configs:
-        for source in (config, dataclasses.replace(config, raw={})):
-            raw = json.loads(json.dumps(to_hf(source)))
-            assert parse_config(raw) == config
-            assert ("quantization_config" in raw) == config.fp8
+        raw = json.loads(json.dumps(to_hf(config)))
+        assert parse_config(raw) == config
+        assert ("quantization_config" in raw) == config.fp8
         unquantized = dataclasses.replace(config, fp8=False)  # as an export to BF16 writes it
         assert "quantization_config" not in to_hf(unquantized)
         assert not parse_config(to_hf(unquantized)).fp8

@@ -11,16 +11,22 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from helpers import layout_config, text_fields, vision_fields
 from PIL import Image
 
-from config import UserError, VisionConfig
+from config import UserError, VisionConfig, parse_config
 from vision import MEAN, STD, grid, image_size, load_image, pixels
 
 GOLDEN = os.path.join(os.path.dirname(__file__), "golden", "images.json")
 
 
 def sizes(patch_size=14, spatial_merge_size=2, image_size=1540) -> VisionConfig:
-    return VisionConfig(8, 8, 1, 2, patch_size, image_size, 1e4, spatial_merge_size=spatial_merge_size)
+    tower = vision_fields(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, patch_size=patch_size,
+        image_size=image_size,
+    )  # fmt: skip
+    raw = layout_config(text_fields(vision_config=tower), "new")[1] | dict(spatial_merge_size=spatial_merge_size)
+    return parse_config(raw).vision
 
 
 def grey_levels(x: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from train_cases import IMAGES, ROOT, TEXT, arguments, kill, launch, make_chats,
 
 import train
 from checkpoint import Checkpoint
-from config import UserError, read_config, to_hf
+from config import UserError, read_config
 from optimizer import newest_state
 
 
@@ -280,7 +280,7 @@ def test_export_in_fp8(images, tmp_path):
 def test_random_weights_are_the_same_everywhere(text, tmp_path):
     os.makedirs(tmp_path / "tokenizer")
     write_tekken(tmp_path / "tokenizer")
-    write_json(tmp_path / "config.json", to_hf(TEXT))
+    write_json(tmp_path / "config.json", TEXT.raw)
     for out, topology in (("one", (1, 1, 1)), ("four", (2, 2, 1))):
         argv = arguments("x", text[1], tmp_path / out, max_steps=1, global_batch_size=2, lr=0, min_lr=0, seed=5)
         argv[:2] = ["--init", str(tmp_path / "config.json"), "--tokenizer", str(tmp_path / "tokenizer")]

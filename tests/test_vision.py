@@ -9,13 +9,14 @@ import sys
 
 import pytest
 import torch
+from helpers import layout_config, text_fields, vision_fields
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import vision
 from checkpoint import Checkpoint, fill
-from config import Config, RopeConfig, UserError, VisionConfig, parse_config, read_config, to_hf
+from config import Config, UserError, parse_config, read_config
 from model import MistralMedium
 from parallel import Place
 
@@ -23,23 +24,23 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GOLDEN = os.path.join(ROOT, "tests", "golden", "vision.safetensors")
 
 
-def draw_config(draw: random.Random) -> Config:
+def draw_config(draw: random.Random, **changes) -> Config:
     """Sizes that are neither round nor alike; head sizes whose half and quarter are odd among them."""
     head_dim, heads = draw.choice([(6, 3), (10, 2), (12, 2), (12, 3), (20, 1), (26, 2), (52, 1), (8, 5)])
-    tower = VisionConfig(
+    tower = vision_fields(
+        theta=draw.choice([90.0, 10000.0]),
         hidden_size=head_dim * heads,
         intermediate_size=draw.choice([7, 33]),
         num_hidden_layers=draw.choice([1, 2, 3]),
         num_attention_heads=heads,
         patch_size=draw.choice([2, 3, 5]),
         image_size=40,
-        rope_theta=draw.choice([90.0, 10000.0]),
         hidden_act=draw.choice(["silu", "gelu"]),
-        spatial_merge_size=draw.choice([1, 2, 2, 3]),
-        image_token_id=draw.choice([0, 6]),
     )
+    beta = draw.choice([0.0, 0.1])
+    rope = dict(rope_type="default", rope_theta=500.0, original_max_position_embeddings=20, llama_4_scaling_beta=beta)
     text_head_dim, kv_heads, group = draw.choice([(6, 2, 3), (10, 1, 2), (14, 3, 1)])
-    return Config(
+    fields = text_fields(
         vocab_size=29,
         hidden_size=draw.choice([18, 35]),
         intermediate_size=21,
@@ -50,9 +51,11 @@ def draw_config(draw: random.Random) -> Config:
         rms_norm_eps=draw.choice([1e-5, 1e-2]),
         max_position_embeddings=4096,
         tie_word_embeddings=draw.choice([False, True]),
-        rope=RopeConfig(theta=500.0, original_max_position_embeddings=20, query_scaling_beta=draw.choice([0.0, 0.1])),
-        vision=tower,
+        rope_parameters=rope,
+        vision_config=tower,
     )
+    image = dict(spatial_merge_size=draw.choice([1, 2, 2, 3]), image_token_index=draw.choice([0, 6]))
+    return parse_config(layout_config(fields | changes, "new")[1] | image)
 
 
 def build(config: Config, tensors: dict[str, torch.Tensor], place: Place = Place()) -> MistralMedium:
@@ -183,9 +186,8 @@ def test_every_layout_gives_the_same_features(layout, tmp_path):
 
 def transformers_model(config: Config):
     transformers = pytest.importorskip("transformers")
-    raw = to_hf(config)
     attention = random.choice(["eager", "sdpa"])
-    hf_config = transformers.Mistral3Config.from_dict(raw, attn_implementation=attention)
+    hf_config = transformers.Mistral3Config.from_dict(config.raw, attn_implementation=attention)
     model = transformers.Mistral3ForConditionalGeneration(hf_config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -254,7 +256,7 @@ def test_a_batch_that_mixes_images_and_text_equals_transformers():
 def test_gradients_equal_transformers():
     seed = random.randrange(1 << 30)
     torch.manual_seed(seed)
-    config = dataclasses.replace(draw_config(random.Random(seed)), tie_word_embeddings=False)
+    config = draw_config(random.Random(seed), tie_word_embeddings=False)
     reference, weights = transformers_model(config)
     model = build(config, weights).requires_grad_()
     grids = [(2, 3), (1, 2)]
@@ -275,20 +277,16 @@ def test_gradients_equal_transformers():
 # ----------------------------------------------------------------------------------------------- own promises
 
 
-SMALL = Config(
-    vocab_size=26,
-    hidden_size=18,
-    intermediate_size=22,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=10,
-    rms_norm_eps=1e-3,
-    max_position_embeddings=4096,
-    tie_word_embeddings=False,
-    rope=RopeConfig(theta=500.0),
-    vision=VisionConfig(24, 14, 2, 2, 3, 40, 90.0, image_token_id=6),
-)
+TOWER = vision_fields(
+    theta=90.0, hidden_size=24, intermediate_size=14, num_hidden_layers=2, num_attention_heads=2, patch_size=3,
+    image_size=40,
+)  # fmt: skip
+FIELDS = text_fields(
+    vocab_size=26, hidden_size=18, intermediate_size=22, num_hidden_layers=2, num_attention_heads=6,
+    num_key_value_heads=2, head_dim=10, rms_norm_eps=1e-3, max_position_embeddings=4096,
+    rope_parameters=dict(rope_type="default", rope_theta=500.0), vision_config=TOWER,
+)  # fmt: skip
+SMALL = parse_config(layout_config(FIELDS, "new")[1] | dict(image_token_index=6))
 
 
 @torch.no_grad()
@@ -423,18 +421,22 @@ def test_every_parameter_knows_its_slice():
 MEASURE = """
 import resource, sys
 import torch
-from config import Config, RopeConfig, VisionConfig
+from config import parse_config
+from helpers import layout_config, text_fields, vision_fields
 from model import MistralMedium
 from vision import load_image, pixels
 
 torch.set_num_threads(2)
 path, count = sys.argv[1], int(sys.argv[2])
-tower = VisionConfig(24, 40, 1, 2, 14, 1540, 1e4)
-config = Config(40, 16, 16, 1, 2, 1, 8, 1e-5, 200000, False, RopeConfig(1e6), tower)
+tower = vision_fields(
+    hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=1540
+)
+fields = text_fields("plain", vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8)
+config = parse_config(layout_config(fields | {"vision_config": tower}, "new")[1])
 model = MistralMedium(config, dtype=torch.float32).to_empty(device="cpu")
 with torch.no_grad():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    features = model.image_features(pixels(load_image(path), tower) for _ in range(count))
+    features = model.image_features(pixels(load_image(path), config.vision) for _ in range(count))
     assert features.shape == (count * 55 * 55, 16)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
@@ -446,9 +448,10 @@ def test_memory_of_large_images(count, tmp_path):
 
     A matrix of scores alone would be 1.2 GB for one image, and the pixels of 32 are 0.9 GB.
     """
-    path = str(tmp_path / "page.bmp")
-    Image.effect_noise((1540, 1540), 50).convert("RGB").save(path)
-    command = [sys.executable, "-c", MEASURE, path, str(count)]
-    run = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True)
+    page = str(tmp_path / "page.bmp")
+    Image.effect_noise((1540, 1540), 50).convert("RGB").save(page)
+    command = [sys.executable, "-c", MEASURE, page, str(count)]
+    path = os.pathsep.join((ROOT, os.path.join(ROOT, "tests")))
+    run = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) / 1024 < 400 + count

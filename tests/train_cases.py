@@ -9,40 +9,30 @@ import subprocess
 import sys
 
 import torch
-from helpers import write_json, write_tekken
+from helpers import layout_config, text_fields, vision_fields, write_json, write_tekken
 from PIL import Image
 from safetensors.torch import save_file
 
 from checkpoint import hf_name
-from config import Config, RopeConfig, VisionConfig, to_hf
+from config import Config, parse_config
 from model import MistralMedium
 from optimizer import held_tensors
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VOCABULARY = 307  # odd, so that a head split over ranks is padded
-TEXT = Config(
-    vocab_size=VOCABULARY,
-    hidden_size=48,
-    intermediate_size=56,
-    num_hidden_layers=5,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    head_dim=10,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=4096,
-    tie_word_embeddings=True,
-    rope=RopeConfig(theta=500.0, original_max_position_embeddings=40, query_scaling_beta=0.1),
-)
-EYES = VisionConfig(
-    hidden_size=24,
-    intermediate_size=36,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    patch_size=3,
+SIZES = dict(
+    vocab_size=VOCABULARY, hidden_size=48, intermediate_size=56, num_hidden_layers=5, num_attention_heads=8,
+    num_key_value_heads=2, head_dim=10, max_position_embeddings=4096,
+    rope_parameters=dict(
+        rope_type="default", rope_theta=500.0, original_max_position_embeddings=40, llama_4_scaling_beta=0.1
+    ),
+)  # fmt: skip
+TOWER = vision_fields(
+    theta=90.0, hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4, patch_size=3,
     image_size=30,
-    rope_theta=90.0,
-)
-IMAGES = Config(**{**TEXT.__dict__, "tie_word_embeddings": False, "vision": EYES})
+)  # fmt: skip
+TEXT = parse_config(text_fields(**SIZES, tie_word_embeddings=True))
+IMAGES = parse_config(layout_config(text_fields(**SIZES, vision_config=TOWER), "new")[1])
 
 
 def make_checkpoint(folder, config: Config, seed: int = 0, dtype=torch.float32) -> str:
@@ -55,7 +45,7 @@ def make_checkpoint(folder, config: Config, seed: int = 0, dtype=torch.float32) 
         weight = 1 + 0.3 * noise if noise.dim() == 1 else noise / noise[0].numel() ** 0.5
         tensors[hf_name(tensor.name, config)] = weight.to(dtype)
     save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
-    write_json(os.path.join(folder, "config.json"), to_hf(config))
+    write_json(os.path.join(folder, "config.json"), config.raw)
     assert write_tekken(folder) <= config.vocab_size
     return str(folder)
 

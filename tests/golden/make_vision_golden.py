@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(HERE, "..", ".."))
+sys.path[:0] = [os.path.join(HERE, ".."), os.path.join(HERE, "..", "..")]
 
-from config import Config, RopeConfig, VisionConfig, to_hf  # noqa: E402
+from helpers import layout_config, text_fields, vision_fields  # noqa: E402
 
 
 def pictures(rng: np.random.Generator) -> dict[str, tuple[Image.Image, str, dict]]:
@@ -91,40 +91,24 @@ def make_images() -> None:
         json.dump(dict(images=cases, grids=grids), file, separators=(",", ":"))
 
 
-def tiny(head_dim: int, heads: int, merge: int, act: str) -> Config:
-    vision = VisionConfig(
-        hidden_size=head_dim * heads,
-        intermediate_size=19,
-        num_hidden_layers=2,
-        num_attention_heads=heads,
-        patch_size=3,
-        image_size=40,
-        rope_theta=700.0,
-        hidden_act=act,
-        spatial_merge_size=merge,
-        image_token_id=5,
-    )
-    return Config(
-        vocab_size=23,
-        hidden_size=18,
-        intermediate_size=21,
-        num_hidden_layers=1,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        head_dim=4,
-        rms_norm_eps=1e-3,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        rope=RopeConfig(theta=900.0, original_max_position_embeddings=512),
-        vision=vision,
-    )
+def tiny(head_dim: int, heads: int, merge: int, act: str) -> dict:
+    tower = vision_fields(
+        theta=700.0, hidden_size=head_dim * heads, intermediate_size=19, num_hidden_layers=2,
+        num_attention_heads=heads, patch_size=3, image_size=40, hidden_act=act,
+    )  # fmt: skip
+    rope = dict(rope_type="default", rope_theta=900.0, original_max_position_embeddings=512, llama_4_scaling_beta=0.0)
+    fields = text_fields(
+        vocab_size=23, hidden_size=18, intermediate_size=21, num_hidden_layers=1, num_attention_heads=6,
+        num_key_value_heads=3, head_dim=4, rms_norm_eps=1e-3, max_position_embeddings=512, rope_parameters=rope,
+        vision_config=tower,
+    )  # fmt: skip
+    return layout_config(fields, "new")[1] | dict(spatial_merge_size=merge, image_token_index=5)
 
 
 def make_vision() -> None:
     torch.manual_seed(7)
     tensors, configs = {}, []
-    for case, config in enumerate([tiny(12, 2, 2, "silu"), tiny(20, 1, 1, "gelu")]):
-        raw = to_hf(config)
+    for case, raw in enumerate([tiny(12, 2, 2, "silu"), tiny(20, 1, 1, "gelu")]):
         configs.append(raw)
         model = Mistral3ForConditionalGeneration(Mistral3Config.from_dict(raw)).eval()
         with torch.no_grad():
@@ -133,7 +117,7 @@ def make_vision() -> None:
                 value = spread if spread is not None else torch.randn(parameter.shape) / parameter.shape[-1] ** 0.5
                 parameter.copy_(value.half())
                 tensors[f"{case}.weights.{name}"] = parameter.detach().half()
-        cell, token = 3 * config.vision.spatial_merge_size, config.vision.image_token_id
+        cell, token = 3 * raw["spatial_merge_size"], raw["image_token_index"]
         grids = [(3, 2), (1, 4), (2, 2)]
         tokens = [1, 7]
         largest = [cell * max(g[i] for g in grids) for i in (0, 1)]
