@@ -1,17 +1,23 @@
 """Generation: prompts through the model in chunks, then one token at a time for a whole batch, over any topology.
 
-Every rank runs this same loop. A *group* is a batch of requests with one key/value cache. With pp pipeline stages a
-batch is split into up to pp groups, and while one stage works on a group the others work on the rest:
+Every rank runs this same loop. A *group* is a batch of requests with one key/value cache. A row's next token cannot be
+computed before the last one is known, so a single group would keep one pipeline stage busy and all others waiting. A
+batch is therefore split into as many groups as there are stages:
 
-    stage 0   group 0 │ group 1 │ group 0 │ …          hidden states go down to the next stage,
-    stage 1           │ group 0 │ group 1 │ …          sampled tokens go back up to all stages
+    time ─────────────────────────────────────────────►
+    stage 0    g0   g1   g0   g1   g0                   `Engine.run_stage`: receive, run the layers, send on
+                 ╲ ╱  ╲ ╱  ╲ ╱  ╲                       hidden states go down to the next stage (pp_group) …
+    stage 1       g0   g1   g0   g1                     … sampled tokens come back up to all (answer_group)
 
-The last stage samples and posts the tokens; each stage picks them up when it comes to that group again, so that all
-ranks know every row's length and end without further talk. With one process the same loop has one stage, one group.
+The last stage samples and posts the tokens (`Engine.post`); each stage picks them up (`Engine.pick_up`) when that
+group's turn comes again. Since every rank sees every token, all agree on each row's length and end without asking. A
+long prompt fills the pipeline by itself: its chunks need no sampled token, so they follow each other from stage to
+stage. With one process the same loop has one stage, one group and no messages.
+
+Shapes: B rows of a group, T tokens of each that go through the model together, C hidden_size, V / tp logits per rank.
 """
 
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -20,6 +26,7 @@ import torch.distributed as dist
 
 from model import KVCache
 from parallel import all_gather
+from pipeline import Channel
 from tokenizer import StreamDecoder
 
 CHUNK = 1024  # prompt tokens that go through the model at a time: bounds the memory of activations
@@ -42,7 +49,7 @@ class Request:
 
 @dataclass
 class Answer:
-    """What came of a request. Log-probabilities are of the untempered softmax."""
+    """What came of a request. Log-probabilities are natural logs of the untempered softmax."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -52,12 +59,12 @@ class Answer:
 
 
 class Row:
-    """A request while it is being answered."""
+    """A request, number `index` of its batch, while it is being answered."""
 
-    def __init__(self, request: Request, limit: int, tokenizer):
-        self.request, self.answer, self.tokenizer = request, Answer(), tokenizer
+    def __init__(self, index: int, request: Request, limit: int, tokenizer):
+        self.index, self.request, self.answer, self.tokenizer = index, request, Answer(), tokenizer
         self.length = len(request.prompt)  # tokens in the cache, once the prompt is
-        self.room = min(request.max_new_tokens, limit - self.length)
+        self.room = min(request.max_new_tokens, limit - self.length)  # for tokens of the answer
         self.decoder, self.text = StreamDecoder(tokenizer), ""
         self.scores: list[torch.Tensor] = []  # of the prompt's tokens, on the last stage
         self.generator = torch.Generator().manual_seed(request.seed)
@@ -71,6 +78,7 @@ class Row:
         if token == self.tokenizer.eos_id:
             self.answer.finish_reason = "stop"
         for stop in self.request.stop:
+            # A stop string may have begun in earlier tokens, but not end before this one.
             if stop in self.text[max(0, before - len(stop)) :]:
                 self.answer.finish_reason, self.answer.stopped_at = "stop", stop
         return new
@@ -81,21 +89,21 @@ class Row:
 
 
 class Group:
-    """Rows that decode together, the active ones first in the cache."""
+    """Rows that decode together. `rows[i]` is row i of the cache."""
 
-    def __init__(self, rows: list[Row], cache: KVCache):
-        self.rows, self.cache = rows, cache
-        self.posted: tuple[torch.Tensor, dist.Work | None] | None = None
+    def __init__(self, rows: list[Row], model):
+        self.rows = rows
+        self.cache: KVCache = model.new_cache(len(rows), max(row.length + row.room for row in rows))
+        self.posted: tuple[torch.Tensor | None, dist.Work | None] = (None, None)  # see Engine.post
 
     def drop_finished(self) -> None:
-        """The last active row moves into the place of a finished one, so that the active rows stay together."""
+        """The last row moves into the place of a finished one, so that a step runs over the cache's first rows."""
         for i in reversed(range(len(self.rows))):
             if self.rows[i].done:
-                last = len(self.rows) - 1
-                if i < last:
-                    self.cache.move_row(last, i)
-                    self.rows[i] = self.rows[last]
-                self.rows.pop()
+                last = self.rows.pop()
+                if i < len(self.rows):
+                    self.cache.move_row(len(self.rows), i)
+                    self.rows[i] = last
 
 
 class Engine:
@@ -103,49 +111,42 @@ class Engine:
 
     def __init__(self, model, tokenizer, max_context: int):
         self.model, self.place, self.tokenizer, self.max_context = model, model.place, tokenizer, max_context
-        self.sent: deque = deque()  # hidden states on their way to the next stage, kept until they arrived
+        # In flight: while decoding, at most one message per group. Only the chunks of prompts could run further ahead
+        # of a slower stage; the bound keeps their hidden states from piling up.
+        self.down = Channel(self.place, model.dtype, in_flight=2 * self.place.pp_size)
         self.seconds = {"prefill": 0.0, "decode": 0.0}
         self.tokens = {"prefill": 0, "decode": 0}
 
     @torch.inference_mode()
-    def generate(
-        self, requests: list[Request], on_text: Callable[[int, int, str], None] = lambda i, token, text: None
-    ) -> list[Answer]:
-        """Answer `requests` together. `on_text(i, token, text)` is called on every rank as tokens come.
+    def generate(self, requests: list[Request], on_text: Callable[[int, int, str], None] | None = None) -> list[Answer]:
+        """Answer `requests` together. `on_text(i, token, text)`, where it is given, is called as tokens come.
 
-        Prompts must be shorter than `max_context`; an answer ends there at the latest.
+        Prompts must not be longer than `max_context`; an answer ends there at the latest.
         """
-        rows = [Row(request, self.max_context, self.tokenizer) for request in requests]
-        numbers = {id(row): i for i, row in enumerate(rows)}
+        rows = [Row(i, request, self.max_context, self.tokenizer) for i, request in enumerate(requests)]
         count = min(self.place.pp_size, len(rows))
-        groups = []
-        for g in range(count):
-            members = rows[g::count]
-            longest = max(row.length + row.room for row in members)
-            groups.append(Group(members, self.model.new_cache(len(members), longest)))
+        groups = [Group(rows[g::count], self.model) for g in range(count)]
 
         started = time.perf_counter()
         for group in groups:
             self.prefill(group)
         self.lap("prefill", started, sum(row.length for row in rows))
         started, generated = time.perf_counter(), 0
-        while any(group.rows for group in groups):
+        while groups := [group for group in groups if group.rows]:
             for group in groups:
-                if not group.rows:
-                    continue
                 for row, (token, logprob) in zip(group.rows, self.pick_up(group)):
                     if row.room > 0:
-                        on_text(numbers[id(row)], token, row.take(token, logprob))
+                        text = row.take(token, logprob)
+                        if on_text is not None:
+                            on_text(row.index, token, text)
                 group.drop_finished()
                 if group.rows:
                     generated += len(group.rows)
                     self.decode(group)
-        while self.sent:
-            self.sent.popleft()[0].wait()
+        self.down.flush()
         self.lap("decode", started, generated)
         for row in rows:
-            if row.request.logprobs and row.length > 1:
-                row.answer.prompt_logprobs += self.from_last_stage(row.scores, len(row.request.prompt) - 1).tolist()
+            self.share_scores(row)
         return [row.answer for row in rows]
 
     def lap(self, phase: str, started: float, tokens: int) -> None:
@@ -157,63 +158,74 @@ class Engine:
     # --- the two phases
 
     def prefill(self, group: Group) -> None:
-        """The prompts, row by row and chunk by chunk: into the cache, and the first token of each sampled."""
+        """The prompts, row by row and chunk by chunk: into the cache, and the first token of each sampled.
+
+        A chunk attends to the earlier ones through the cache, so that a long prompt costs the activations of CHUNK
+        tokens, not of all. Rows go one by one because their lengths differ: a padded batch would compute the padding.
+        """
         sampled = []
         for i, row in enumerate(group.rows):
             prompt, request = row.request.prompt, row.request
-            features, used = None, 0
+            starts = range(0, len(prompt), CHUNK)
+            chunks = [prompt[start : start + CHUNK] for start in starts]
+            features = [None] * len(chunks)
             if self.place.first_stage and request.pixels:
-                features = self.model.image_features(request.pixels)
-            for start in range(0, len(prompt), CHUNK):
-                chunk = prompt[start : start + CHUNK]
-                part = None
-                if features is not None:
-                    count = chunk.count(self.model.config.vision.image_token_id)
-                    part, used = features[used : used + count], used + count
-                hidden = self.stage([chunk], [start], group.cache.rows(i, i + 1), part)
-                if request.logprobs and self.place.last_stage:
-                    row.scores.append(self.score(hidden[0], prompt[start + 1 : start + CHUNK + 1]))
+                # One feature (C,) per [IMG] token. A chunk may end in the middle of an image, so each takes its share.
+                shares = [chunk.count(self.model.config.vision.image_token_id) for chunk in chunks]
+                features = self.model.image_features(request.pixels).split(shares)
+            for start, chunk, part in zip(starts, chunks, features):
+                hidden = self.run_stage([chunk], [start], group.cache.rows(i, i + 1), part)  # (1, T, C)
+                # The state at a token scores the next one, so a chunk's last state needs the next chunk's first token.
+                targets = prompt[start + 1 : start + CHUNK + 1] if request.logprobs else []
+                if targets and self.place.last_stage:
+                    row.scores += self.score(hidden[0], targets)
             if self.place.last_stage:
                 sampled.append(self.sample(hidden[:, -1], [row]))
         self.post(group, torch.cat(sampled) if sampled else None)
 
     def decode(self, group: Group) -> None:
-        """One more token for every active row of the group."""
+        """One more token for every row of the group."""
         tokens = [[row.answer.tokens[-1]] for row in group.rows]
         starts = [row.length for row in group.rows]
-        hidden = self.stage(tokens, starts, group.cache.rows(0, len(group.rows)))
+        hidden = self.run_stage(tokens, starts, group.cache.rows(0, len(group.rows)))  # (B, 1, C)
         for row in group.rows:
             row.length += 1
         self.post(group, self.sample(hidden[:, -1], group.rows) if self.place.last_stage else None)
 
-    def stage(self, tokens: list[list[int]], starts: list[int], cache: KVCache, features=None) -> torch.Tensor | None:
-        """This rank's layers for some rows' next tokens (B lists of T): from the previous stage, to the next."""
-        place, model = self.place, self.model
-        if place.first_stage:
-            ids = torch.tensor(tokens, device=place.device)
-            x = model.embed(ids) if features is None else model.embed(ids, features)
+    def run_stage(self, tokens: list[list[int]], starts: list[int], cache: KVCache, features=None):
+        """This rank's layers over some rows' next tokens (B lists of T), row i from position starts[i] on.
+
+        The hidden states (B, T, C) come from the previous stage and go to the next; the last stage returns them, the
+        others None. `features` (n, C) stand for the n `[IMG]` tokens among `tokens`, on the first stage.
+        """
+        if self.place.first_stage:
+            x = self.model.embed(torch.tensor(tokens, device=self.place.device), features)
         else:
-            shape = (len(tokens), len(tokens[0]), model.config.hidden_size)
-            x = torch.empty(shape, dtype=model.dtype, device=place.device)
-            dist.recv(x, group=place.pp_group, group_src=place.pp_rank - 1)
-        x = model(x, starts, cache)
-        if place.last_stage:
+            x = self.down.receive((len(tokens), len(tokens[0]), self.model.config.hidden_size))
+        x = self.model(x, starts, cache)
+        if self.place.last_stage:
             return x
-        x = x.contiguous()
-        self.sent.append((dist.isend(x, group=place.pp_group, group_dst=place.pp_rank + 1), x))
-        while len(self.sent) > 2 * place.pp_size:
-            self.sent.popleft()[0].wait()
+        self.down.send(x)
         return None
 
-    # --- what flows back
+    # --- what flows back, from the last stage to all
+
+    # Who waits for whom: every rank visits the groups in the same order, and waits only for what others do earlier in
+    # that order. `receive` waits for the previous stage's turn with the same group, `pick_up` for the last stage's turn
+    # with it one round ago. Hidden states are sent in the background, so nobody has to be ready to take them. Hence
+    # some rank can always go on. That holds as long as the two directions do not share a communicator: NCCL runs the
+    # operations of one in the order of posting, and a broadcast would wait behind a send whose receiver waits for it.
 
     def post(self, group: Group, sampled: torch.Tensor | None) -> None:
-        """Last stage: send (rows, 2) tokens and log-probabilities on their way to all stages. The others: nothing."""
-        work = self.broadcast(sampled) if self.place.last_stage and self.place.answer_group is not None else None
-        group.posted = (sampled, work)
+        """Last stage: send the group's (B, 2) tokens and log-probabilities on their way. The others: nothing yet.
+
+        They join the broadcast when they need it, because on a GPU a collective that waits for its peers is a kernel
+        that spins and takes compute from the other groups.
+        """
+        group.posted = (sampled, None if sampled is None else self.broadcast(sampled))
 
     def pick_up(self, group: Group) -> list[tuple[int, float]]:
-        """The token and log-probability of each active row, wherever they were sampled."""
+        """The token and log-probability of each row of the group, wherever they were sampled."""
         sampled, work = group.posted
         if sampled is None:
             sampled = torch.empty(len(group.rows), 2, dtype=torch.float64, device=self.place.device)
@@ -222,33 +234,40 @@ class Engine:
             work.wait()
         return [(int(token), logprob) for token, logprob in sampled.tolist()]
 
-    def from_last_stage(self, pieces: list[torch.Tensor], size: int) -> torch.Tensor:
-        """The last stage's `pieces`, joined to (size,) float64, on every stage."""
-        x = torch.empty(size, dtype=torch.float64, device=self.place.device)
-        if self.place.last_stage:
-            torch.cat(pieces, out=x)
-        if self.place.answer_group is not None:
-            self.broadcast(x).wait()
-        return x
+    def share_scores(self, row: Row) -> None:
+        """Put the log-probabilities of the prompt's tokens after the first, if they are wanted, into the answer."""
+        size = len(row.request.prompt) - 1
+        if row.request.logprobs and size > 0:
+            # `scores` is empty but on the last stage; the others receive into new memory.
+            x = torch.cat(row.scores or [torch.empty(size, dtype=torch.float64, device=self.place.device)])
+            if work := self.broadcast(x):
+                work.wait()
+            row.answer.prompt_logprobs += x.tolist()
 
-    def broadcast(self, x: torch.Tensor) -> dist.Work:
+    def broadcast(self, x: torch.Tensor) -> dist.Work | None:
+        """`x` of the last stage into `x` of all, in the background; None where there is one stage."""
+        if self.place.answer_group is None:
+            return None
         return dist.broadcast(x, group=self.place.answer_group, group_src=self.place.pp_size - 1, async_op=True)
 
     # --- what the last stage computes
 
-    def score(self, hidden: torch.Tensor, targets: list[int]) -> torch.Tensor:
-        """Log-probabilities (N,) float64 of `targets` after the first N of the hidden states (T, C)."""
-        ids, scores = torch.tensor(targets, dtype=torch.long, device=self.place.device), []
-        for x, y in zip(hidden[: len(targets)].split(LOGIT_ROWS), ids.split(LOGIT_ROWS)):
-            scores.append(self.model.lm_head.log_probabilities(self.model.logits(x), y).double())
-        return torch.cat(scores) if targets else torch.empty(0, dtype=torch.float64, device=self.place.device)
+    def score(self, hidden: torch.Tensor, targets: list[int]) -> list[torch.Tensor]:
+        """Log-probabilities of the N `targets` after the first N of the hidden states (T, C): pieces, float64.
+
+        In pieces, because the logits of a whole chunk would take CHUNK · V / tp floats, 0.5 GB for 131,072 tokens.
+        """
+        head, ids = self.model.lm_head, torch.tensor(targets, device=self.place.device)
+        pieces = zip(hidden[: len(targets)].split(LOGIT_ROWS), ids.split(LOGIT_ROWS))
+        return [head.log_probabilities(self.model.logits(x), y).double() for x, y in pieces]
 
     def sample(self, hidden: torch.Tensor, rows: list[Row]) -> torch.Tensor:
         """hidden (B, C) after each row's last token -> (B, 2) float64: the token sampled, its log-probability.
 
-        Sampling is the Gumbel-max trick: the largest of logit / temperature + noise is a draw from the softmax. The
-        noise is the same on every rank, so each looks at its own part of the vocabulary only and four numbers a row
-        are exchanged. Only top-p needs more: the logits of its rows, to see where the nucleus ends.
+        Sampling is the Gumbel-max trick (arXiv:1411.0030): if E is drawn from Exp(1) for every token, the largest of
+        logit / temperature - log E is a draw from the softmax. A maximum over a split vocabulary is the maximum of the
+        parts' maxima, so each rank looks at its own logits and four numbers per row are exchanged. Only top-p needs
+        more: all logits of its rows, to see where the nucleus ends.
         """
         head = self.model.lm_head
         logits = self.model.logits(hidden)  # (B, V / tp)
@@ -259,16 +278,19 @@ class Engine:
                 continue
             keys[i] /= temperature
             if top_p < 1:
-                inside = nucleus(all_gather(keys[i], head.group).flatten(), top_p)
+                inside = nucleus(all_gather(keys[i], head.group).flatten(), top_p)  # (V,), padding included
                 keys[i].masked_fill_(~inside[head.start :][: keys.shape[1]], -torch.inf)
+            # Every rank draws the noise of the whole vocabulary, on the CPU and from the row's own generator, so that
+            # a seed gives the same tokens on any topology and in any batch. The padding's logits stay -inf.
             noise = torch.empty(head.vocab_size).exponential_(generator=row.generator)[head.start : head.stop]
             keys[i, : len(noise)] -= noise.log().to(keys.device)
         best, index = keys.max(dim=1)
         own = logits.gather(1, index[:, None])[:, 0]
+        # Of each rank's best token: its key, its id, its logit; and the rank's share of the softmax's denominator.
         candidates = torch.stack([x.double() for x in (best, index + head.start, own, logits.logsumexp(1))], dim=1)
         candidates = all_gather(candidates, head.group)  # (tp, B, 4)
-        winner = candidates[:, :, 0].argmax(0)
-        chosen = candidates[winner, torch.arange(len(rows), device=winner.device)]
+        winner = candidates[:, :, 0].argmax(0)  # (B,): the rank that holds the largest key
+        chosen = candidates[winner, torch.arange(len(rows), device=winner.device)]  # (B, 4)
         return torch.stack((chosen[:, 1], chosen[:, 2] - candidates[:, :, 3].logsumexp(0)), dim=1)
 
 
@@ -278,6 +300,7 @@ def nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     Holtzman et al., arXiv:1904.09751.
     """
     ordered, tokens = logits.sort(descending=True, stable=True)
-    outside = ordered.softmax(0).cumsum(0).roll(1) >= top_p  # what the likelier tokens sum up to
-    outside[0] = False
+    # A token is outside if the likelier ones reach top_p without it: their sum is the cumulative sum one place earlier.
+    outside = ordered.softmax(0).cumsum(0).roll(1) >= top_p
+    outside[0] = False  # roll put the total there; the likeliest token is always inside
     return torch.empty_like(outside).scatter_(0, tokens, ~outside)

@@ -4,6 +4,10 @@
     torchrun --nproc-per-node 8 generate.py --ckpt DIR --tp 8 --requests FILE.jsonl --json
 
 Human-readable text and progress go to stderr, answers to stdout; with --json stdout carries JSON lines only.
+
+Whatever a user asks becomes a *spec*, the JSON object of a line in --requests, be it read from the file, made from the
+command line or from a turn in the terminal. A `Session` turns specs into requests of token ids and pixels, lets the
+engine answer them, and turns the answers' ids into text. Every rank does all of this alike; only rank 0 prints.
 """
 
 import argparse
@@ -13,43 +17,25 @@ import random
 import select
 import sys
 import time
-from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from chat import encode_chat, parse_answer
 from checkpoint import Checkpoint, fill, weight_bytes
-from config import UserError, read_config
-from engine import Engine, Request
-from launch import (
-    COUNT,
-    SIZE,
-    Parser,
-    Progress,
-    check_utf8,
-    find_place,
-    gather_objects,
-    number,
-    peak_memory,
-    run_program,
-    together,
-)
+from config import UserError, parse_line, read_config, read_lines
+from engine import Answer, Engine, Request
+from launch import COUNT, SIZE, Parser, Progress, find_place, gather_objects, number, peak_memory, run_program, together
 from model import MistralMedium
 from parallel import Place
 from tokenizer import load_tokenizer
-from vision import grid, image_size, load_image, pixels
-
-HEARTBEAT = 60.0  # seconds
-
-STILL_THERE = 0  # what rank 0 says then, instead of a line
+from vision import grid, grid_of, load_image, pixels
 
 TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "examples", "tiny")
 
-
-KEYS = {"messages", "tools", "raw", "reasoning_effort", "max_new_tokens", "temperature", "top_p", "seed", "stop"}
-
 TEMPERATURE, TOP_P, SEED = number(float, 0, 100), number(float, 0, 1, above=True), number(int, 0, (1 << 63) - 1)
+NUMBERS = {"max_new_tokens": COUNT, "temperature": TEMPERATURE, "top_p": TOP_P, "seed": SEED}
+KEYS = {"messages", "tools", "raw", "reasoning_effort", "stop", *NUMBERS}  # of a request
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -64,13 +50,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--interactive", action="store_true", help="chat in the terminal")
     add("--reasoning-effort", choices=["none", "high"])
     add("--max-new-tokens", type=COUNT, default=1024, metavar="N", help="0 only scores the prompt")
-    add(
-        "--temperature",
-        type=TEMPERATURE,
-        metavar="F",
-        help="0 is greedy; default 0, or 0.7 with --reasoning-effort high",
-    )
-    add("--top-p", type=TOP_P, metavar="F", help="default 1, or 0.95 with --reasoning-effort high")
+    add("--temperature", type=TEMPERATURE, metavar="F", help="0 is greedy; default 0, 0.7 with --reasoning-effort high")
+    add("--top-p", type=TOP_P, metavar="F", help="default 1, 0.95 with --reasoning-effort high")
     add("--seed", type=SEED, metavar="N", help="default: a new one each time")
     add("--batch-size", type=SIZE, default=16, metavar="N", help="requests answered together")
     add("--max-context", type=SIZE, metavar="N", help="longest prompt and answer together; default: the model's")
@@ -86,9 +67,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if args.raw and (args.image or args.system is not None):
         raise UserError("--raw continues plain text; leave out --image and --system")
     if args.interactive and (args.prompt is not None or args.json or args.raw or args.image):
-        raise UserError(
-            "--interactive reads the turns from the terminal; leave out --prompt, --image, --raw and --json"
-        )
+        raise UserError("--interactive reads turns from the terminal; leave out --prompt, --image, --raw and --json")
     if not args.requests and args.prompt is None and not args.interactive:
         if args.json or args.image or args.raw or not sys.stdin.isatty():
             raise UserError("nothing to do: give --prompt TEXT or --requests FILE (or chat in a terminal)")
@@ -102,49 +81,45 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def read_requests(args: argparse.Namespace) -> tuple[list[dict], str]:
     """The requests as JSON objects, each with a `where` for error messages; and the folder of their image paths."""
     if not args.requests:
-        for text, where in ((args.prompt, "--prompt"), (args.system or "", "--system")):
-            check_utf8(text, where)
-        if args.raw:
-            return [{"raw": args.prompt, "where": "--prompt"}], ""
-        content = [{"type": "image_url", "image_url": {"url": path}} for path in args.image]
-        content.append({"type": "text", "text": args.prompt})
-        system = [{"role": "system", "content": args.system}] if args.system is not None else []
-        turn = {"role": "user", "content": content if args.image else args.prompt}
-        return [{"messages": [*system, turn], "where": "--prompt"}], ""
+        return [command_line_request(args)], ""
     specs = []
-    try:
-        with open(args.requests, "rb") as file:
-            lines = file.read().splitlines()
-    except OSError as error:
-        raise UserError(f"{args.requests}: cannot be read ({error.strerror})") from None
-    for i, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for i, line in read_lines(args.requests):
         where = f"{args.requests} line {i}"
-        try:
-            spec = json.loads(line.decode())
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON ({error})") from None
-        if not isinstance(spec, dict) or ("messages" in spec) == ("raw" in spec):
-            raise UserError(f"{where}: should be an object with either 'messages' or 'raw'")
-        if strange := set(spec) - KEYS:
-            raise UserError(f"{where}: unknown key {sorted(strange)[0]!r}; known are {', '.join(sorted(KEYS))}")
+        spec = parse_line(line, where, KEYS)
+        if ("messages" in spec) == ("raw" in spec):
+            raise UserError(f"{where}: should hold either 'messages' or 'raw'")
         specs.append({**spec, "where": where})
     if not specs:
         raise UserError(f"{args.requests}: holds no request")
     return specs, os.path.dirname(args.requests)
 
 
-def field(spec: dict, name: str, parse, default):
-    """A number of the request, or the command line's."""
-    if spec.get(name) is None:
-        return default
+def command_line_request(args: argparse.Namespace) -> dict:
+    check_utf8(args.prompt, "--prompt")
+    check_utf8(args.system or "", "--system")
+    if args.raw:
+        return {"raw": args.prompt, "where": "--prompt"}
+    return {"messages": [*opening(args.system), user_turn(args.image, args.prompt)], "where": "--prompt"}
+
+
+def opening(system: str | None) -> list[dict]:
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def user_turn(images: list[str], text: str) -> dict:
+    parts = [{"type": "image_url", "image_url": {"url": path}} for path in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
+
+
+def check_utf8(text: str, where: str) -> None:
+    """Bytes that are not UTF-8 come from the command line and the terminal as lone surrogates."""
     try:
-        if isinstance(spec[name], (bool, str)):
-            raise argparse.ArgumentTypeError(f"{spec[name]!r} is not a number")
-        return parse(repr(spec[name]))
-    except argparse.ArgumentTypeError as error:
-        raise UserError(f"{spec['where']}: {name}: {error}") from None
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: not UTF-8 text; check the encoding of the terminal or script") from None
+
+
+# -------------------------------------------------------------------------------------------------------- session
 
 
 class Session:
@@ -153,17 +128,16 @@ class Session:
     def __init__(self, args: argparse.Namespace, place: Place):
         self.args, self.place = args, place
         started = time.perf_counter()
-        checkpoint = together(self.prepare)
-        self.seed = args.seed
-        if self.seed is None:
-            self.seed = gather_objects(random.getrandbits(32))[0]
+        checkpoint = together(self.build)
+        # All ranks sample the same tokens, so they need the same seed: rank 0's, where none was given.
+        self.seed = gather_objects(random.getrandbits(32) if args.seed is None else args.seed)[0]
         together(lambda: fill(self.model, checkpoint, Progress(checkpoint, place)))
         self.model.eval()
         self.weight_bytes = weight_bytes(self.model)
         self.model.lay_out_weights()
         self.load_s, self.bytes_read = time.perf_counter() - started, checkpoint.bytes_read
 
-    def prepare(self) -> Checkpoint:
+    def build(self) -> Checkpoint:
         """Everything but the weights: config, tokenizer, and this rank's part of the model on `meta`."""
         args = self.args
         directory = args.ckpt or TINY
@@ -176,66 +150,21 @@ class Session:
                 f"{directory}: the tokenizer has {self.tokenizer.vocab_size} tokens but the model only "
                 f"{self.config.vocab_size}; they do not belong together"
             )
-        self.max_context = min(
-            args.max_context or self.config.max_position_embeddings, self.config.max_position_embeddings
-        )
-        on_gpu, stored_fp8 = self.place.device.type == "cuda", checkpoint.is_fp8()
+        longest = self.config.max_position_embeddings
+        self.max_context = min(args.max_context or longest, longest)
+        stored_fp8 = checkpoint.is_fp8()
         if args.weights == "fp8" and not stored_fp8:
             raise UserError(f"{directory}: its weights are not FP8; leave out --weights fp8")
+        on_gpu = self.place.device.type == "cuda"  # a CPU has no fast FP8 arithmetic
         keep_fp8 = args.weights == "fp8" or (args.weights == "auto" and on_gpu and stored_fp8)
         self.model = MistralMedium(self.config, self.place, getattr(torch, args.dtype), keep_fp8)
         return checkpoint
 
-    def request(self, spec: dict, base: str = "") -> Request:
-        """A JSON request -> token ids, pixels and settings. Raises UserError that begins with `spec["where"]`."""
-        args, where = self.args, spec["where"]
-        effort = spec.get("reasoning_effort", args.reasoning_effort)
-        images: list[str] = []
-        if "raw" in spec:
-            if not isinstance(spec["raw"], str):
-                raise UserError(f"{where}: raw should be a string")
-            prompt = [self.tokenizer.bos_id, *self.tokenizer.encode(spec["raw"])]
-        else:
-            grids = partial(self.image_grid, base=base) if self.config.vision is not None else None
-            try:
-                chat = encode_chat(self.tokenizer, spec["messages"], spec.get("tools"), effort, grids)
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from None
-            prompt, images = chat.ids, chat.images
-        if len(prompt) > self.max_context:
-            raise UserError(
-                f"{where}: {len(prompt)} tokens are more than the context of {self.max_context}; "
-                "shorten it or raise --max-context as far as the model goes"
-            )
-        stop = spec.get("stop") or []
-        stop = [stop] if isinstance(stop, str) else stop
-        if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
-            raise UserError(f"{where}: stop should be a string or a list of strings")
-        thinks = effort == "high"
-        temperature = args.temperature if args.temperature is not None else (0.7 if thinks else 0.0)
-        top_p = args.top_p if args.top_p is not None else (0.95 if thinks else 1.0)
-        pictures = []
-        if self.place.first_stage:
-            pictures = [pixels(load_image(url, base), self.config.vision) for url in images]
-        return Request(
-            prompt,
-            pictures,
-            max_new_tokens=field(spec, "max_new_tokens", COUNT, args.max_new_tokens),
-            temperature=field(spec, "temperature", TEMPERATURE, temperature),
-            top_p=field(spec, "top_p", TOP_P, top_p),
-            seed=field(spec, "seed", SEED, self.seed),
-            stop=stop,
-            logprobs=args.logprobs or field(spec, "max_new_tokens", COUNT, args.max_new_tokens) == 0,
-        )
-
-    def image_grid(self, url: str, base: str) -> tuple[int, int]:
-        return grid(*image_size(url, base), self.config.vision)
-
-    def answer(self, specs: list[dict], base: str = "", on_text=lambda i, token, text: None) -> list[dict]:
-        """The requests' answers as the JSON objects that --json prints."""
+    def answer(self, specs: list[dict], base: str = "", on_text=None) -> list[dict]:
+        """The requests' answers as the JSON objects that --json prints. `on_text`: as the engine's, on rank 0 only."""
         requests = together(lambda: [self.request(spec, base) for spec in specs])
         engine = Engine(self.model, self.tokenizer, self.max_context)
-        answers = engine.generate(requests, on_text)
+        answers = engine.generate(requests, on_text if self.place.rank == 0 else None)
         stats = {"load_s": round(self.load_s, 3)}
         for phase in ("prefill", "decode"):
             seconds = engine.seconds[phase]
@@ -243,43 +172,181 @@ class Session:
         mine = (peak_memory(self.place), self.weight_bytes, self.bytes_read)
         every = map(list, zip(*gather_objects(mine)))
         stats |= dict(zip(("peak_memory_bytes", "weight_bytes", "bytes_read"), every))
-        results = []
-        for spec, request, answer in zip(specs, requests, answers):
-            if "raw" in spec:
-                text, reasoning, calls = self.tokenizer.decode(answer.tokens), None, []
+        return [{**self.result(*each), "stats": stats} for each in zip(specs, requests, answers)]
+
+    def request(self, spec: dict, base: str = "") -> Request:
+        """A JSON request -> token ids, pixels and settings. Raises UserError that begins with `spec["where"]`."""
+        where, vision = spec["where"], self.config.vision
+        effort = spec.get("reasoning_effort", self.args.reasoning_effort)
+        images: list[torch.Tensor] = []
+
+        def see(url: str) -> tuple[int, int]:
+            """The chat asks for an image's size in tokens. The first stage, which has the tower, takes it at once."""
+            if not self.place.first_stage:
+                return grid_of(url, base, vision)
+            image = load_image(url, base)
+            images.append(pixels(image, vision))
+            return grid(*image.size, vision)
+
+        if isinstance(raw := spec.get("raw"), str):
+            prompt = [self.tokenizer.bos_id, *self.tokenizer.encode(raw)]
+        elif "raw" in spec:
+            raise UserError(f"{where}: raw should be a string")
+        else:
+            try:
+                messages, tools = spec["messages"], spec.get("tools")
+                prompt = encode_chat(self.tokenizer, messages, tools, effort, see if vision else None).ids
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+        if len(prompt) > self.max_context:
+            raise UserError(
+                f"{where}: {len(prompt)} tokens are more than the context of {self.max_context}; "
+                "shorten it or raise --max-context as far as the model goes"
+            )
+        stop = stop_strings(spec)
+        if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
+            raise UserError(f"{where}: stop should be a string or a list of strings")
+        numbers = self.numbers(spec, thinks=effort == "high")
+        scored = self.args.logprobs or numbers["max_new_tokens"] == 0
+        return Request(prompt, images, **numbers, stop=stop, logprobs=scored)
+
+    def numbers(self, spec: dict, thinks: bool) -> dict:
+        """max_new_tokens, temperature, top_p and seed: the request's, else the command line's, else the defaults."""
+        found = {"temperature": 0.7 if thinks else 0.0, "top_p": 0.95 if thinks else 1.0, "seed": self.seed}
+        for name, parse in NUMBERS.items():
+            if spec.get(name) is not None:
+                try:
+                    found[name] = parse(repr(spec[name]))  # "1" and true are no numbers, and their repr shows it
+                except argparse.ArgumentTypeError as error:
+                    raise UserError(f"{spec['where']}: {name}: {error}") from None
+            elif getattr(self.args, name) is not None:
+                found[name] = getattr(self.args, name)
+        return found
+
+    def result(self, spec: dict, request: Request, answer: Answer) -> dict:
+        """What --json prints of an answer, but for `stats`."""
+        if "raw" in spec:
+            said = {"text": self.tokenizer.decode(answer.tokens), "reasoning": None, "tool_calls": []}
+        else:
+            said = vars(parse_answer(self.tokenizer, answer.tokens))  # the same three names
+        if answer.stopped_at is not None:
+            said["text"] = said["text"].split(answer.stopped_at)[0]
+        result = {"prompt_tokens": request.prompt, "tokens": answer.tokens, **said}
+        result["finish_reason"] = answer.finish_reason
+        if request.logprobs:
+            result |= {"prompt_logprobs": answer.prompt_logprobs, "logprobs": answer.logprobs}
+        return result
+
+
+def stop_strings(spec: dict) -> list[str]:
+    """As a list, where the request gives one string or none; not checked."""
+    stop = spec.get("stop") or []
+    return [stop] if isinstance(stop, str) else stop
+
+
+# ---------------------------------------------------------------------------------------------------- the terminal
+
+HEARTBEAT = 60.0  # seconds
+STILL_THERE = 0  # what rank 0 says then, instead of a line
+
+
+def interact(session: Session) -> None:
+    """A chat with history and the commands that it prints first. Ctrl-C cuts an answer short."""
+    place, history, images = session.place, [], []
+    system, effort = session.args.system or None, session.args.reasoning_effort
+
+    def note(text: str) -> None:
+        if place.rank == 0:
+            print(text, file=sys.stderr)
+
+    note("/exit ends, /clear forgets, /system TEXT, /effort none|high, /image PATH")
+    if place.rank == 0:
+        sys.stdin.reconfigure(errors="surrogateescape")  # see check_utf8
+    while (line := read_line(place)) is not None and line.strip() != "/exit":
+        command, _, rest = line.strip().partition(" ")
+        if command == "/clear":
+            history, images = [], []
+        elif command == "/system":
+            system = rest or None
+        elif command == "/effort":
+            effort = rest or None
+        elif command == "/image":
+            images.append(rest)
+        elif command.startswith("/"):
+            note(f"no such command: {command}")
+        elif command:
+            turn = user_turn(images, line)
+            messages = [*opening(system), *history, turn]
+            try:
+                check_utf8((system or "") + line, "this turn")
+                result = stream(session, {"messages": messages, "reasoning_effort": effort, "where": "this turn"})
+            except UserError as error:
+                images = []  # one of them may be what is wrong
+                note(f"error: {error}")
+            except KeyboardInterrupt:  # Ctrl-C ends the answer; with several ranks it ends them all
+                if dist.is_initialized():
+                    raise
+                print()
             else:
-                parsed = parse_answer(self.tokenizer, answer.tokens)
-                text, reasoning, calls = parsed.text, parsed.reasoning, parsed.tool_calls
-            if answer.stopped_at is not None:
-                text = text.split(answer.stopped_at)[0]
-            result = {
-                "prompt_tokens": request.prompt,
-                "tokens": answer.tokens,
-                "text": text,
-                "reasoning": reasoning,
-                "tool_calls": calls,
-                "finish_reason": answer.finish_reason,
-            }
-            if request.logprobs:
-                result |= {"prompt_logprobs": answer.prompt_logprobs, "logprobs": answer.logprobs}
-            results.append({**result, "stats": stats})
-        return results
+                history, images = [*history, turn, assistant_turn(result)], []
 
 
-# ------------------------------------------------------------------------------------------------------- the terminal
+def read_line(place: Place) -> str | None:
+    """A line from the terminal of rank 0, on every rank; None at its end.
+
+    While nobody types, rank 0 says so every HEARTBEAT seconds: ranks that heard nothing for long would give up.
+    """
+    line: list = [None]
+    prompt = "\n> " if sys.stdin.isatty() else ""
+    if place.rank == 0:
+        try:
+            if prompt and dist.is_initialized():
+                print(prompt, end="", flush=True)
+                prompt = ""
+                while not select.select([sys.stdin], [], [], HEARTBEAT)[0]:
+                    dist.broadcast_object_list([STILL_THERE], src=0)
+            line = [input(prompt)]
+        except (EOFError, KeyboardInterrupt):
+            pass
+    if dist.is_initialized():
+        dist.broadcast_object_list(line, src=0)
+        while line[0] == STILL_THERE:
+            dist.broadcast_object_list(line, src=0)
+    return line[0]
+
+
+def assistant_turn(result: dict) -> dict:
+    """An answer as the history holds it. Calls need an id; nine letters and digits do for every tokenizer version."""
+    turn = {"role": "assistant", "content": result["text"]}
+    if result["tool_calls"]:
+        turn["tool_calls"] = [{"id": f"call{i:05d}", "function": call} for i, call in enumerate(result["tool_calls"])]
+    return turn
+
+
+def stream(session: Session, spec: dict, base: str = "") -> dict:
+    """The answer to one request, printed as it comes."""
+    printer = Printer(session.tokenizer, stop_strings(spec))
+    (result,) = session.answer([spec], base, printer)
+    if session.place.rank == 0:
+        printer.flush()
+        print_calls(result)
+    return result
+
+
+def print_calls(result: dict) -> None:
+    print()
+    for call in result["tool_calls"]:
+        print(json.dumps(call, ensure_ascii=False))
 
 
 class Printer:
     """Streams an answer: reasoning dimmed on stderr, text on stdout; tool calls and control tokens are not shown."""
 
     def __init__(self, tokenizer, stop: list[str]):
-        special = tokenizer.special
-        self.modes = {
-            special.get("[THINK]"): "think",
-            special.get("[/THINK]"): "text",
-            special.get("[TOOL_CALLS]"): "call",
-        }
-        self.mode, self.stop, self.held = "text", stop, ""
+        marks = {"[THINK]": "think", "[/THINK]": "text", "[TOOL_CALLS]": "call"}
+        self.modes = {tokenizer.special.get(mark): mode for mark, mode in marks.items()}
+        self.mode, self.stop = "text", stop
+        self.held = ""  # text that may turn out to be the beginning of a stop string
 
     def __call__(self, i: int, token: int, text: str) -> None:
         if token in self.modes:
@@ -310,113 +377,30 @@ class Printer:
             self.held = self.held[cut:]
 
 
-def interact(session) -> None:
-    """A chat with history and the commands that it prints first. Ctrl-C cuts an answer short."""
-    place, messages, system, images = session.place, [], session.args.system, []
-    effort = session.args.reasoning_effort
-    if place.rank == 0:
-        sys.stdin.reconfigure(errors="surrogateescape")  # see check_utf8
-        print("/exit ends, /clear forgets, /system TEXT, /effort none|high, /image PATH", file=sys.stderr)
-    while True:
-        line = read_line(place)
-        if line is None or line.strip() == "/exit":
-            return
-        command, _, rest = line.strip().partition(" ")
-        if command == "/clear":
-            messages, images = [], []
-        elif command == "/system":
-            system = rest or None
-        elif command == "/effort":
-            effort = rest or None
-        elif command == "/image":
-            images.append({"type": "image_url", "image_url": {"url": rest}})
-        elif command.startswith("/") or not command:
-            if command and place.rank == 0:
-                print(f"no such command: {command}", file=sys.stderr)
-        else:
-            turn = {"role": "user", "content": [*images, {"type": "text", "text": line}] if images else line}
-            opening = [{"role": "system", "content": system}] if system else []
-            spec = {"messages": [*opening, *messages, turn], "reasoning_effort": effort, "where": "this turn"}
-            printer = Printer(session.tokenizer, [])
-            try:
-                check_utf8((system or "") + line, "this turn")
-                (result,) = session.answer([spec], on_text=printer if place.rank == 0 else lambda *_: None)
-            except UserError as error:
-                images = []
-                if place.rank == 0:
-                    print(f"error: {error}", file=sys.stderr)
-                continue
-            except KeyboardInterrupt:  # Ctrl-C ends the answer; with several ranks it ends them all
-                if dist.is_initialized():
-                    raise
-                print()
-                continue
-            if place.rank == 0:
-                printer.flush()
-                print_calls(result)
-            answer = {"role": "assistant", "content": result["text"]}
-            if result["tool_calls"]:
-                answer["tool_calls"] = [
-                    {"id": f"call{i:05d}", "function": c} for i, c in enumerate(result["tool_calls"])
-                ]
-            messages, images = [*messages, turn, answer], []
-
-
-def read_line(place: Place) -> str | None:
-    """A line from the terminal of rank 0, on every rank; None at its end.
-
-    While nobody types, rank 0 says so every HEARTBEAT seconds: ranks that heard nothing for long would give up.
-    """
-    line: list = [None]
-    prompt = "\n> " if sys.stdin.isatty() else ""
-    if place.rank == 0:
-        try:
-            if prompt and dist.is_initialized():
-                print(prompt, end="", flush=True)
-                prompt = ""
-                while not select.select([sys.stdin], [], [], HEARTBEAT)[0]:
-                    dist.broadcast_object_list([STILL_THERE], src=0)
-            line = [input(prompt)]
-        except (EOFError, KeyboardInterrupt):
-            pass
-    if dist.is_initialized():
-        dist.broadcast_object_list(line, src=0)
-        while line[0] == STILL_THERE:
-            dist.broadcast_object_list(line, src=0)
-    return line[0]
-
-
-def print_calls(result: dict) -> None:
-    print()
-    for call in result["tool_calls"]:
-        print(json.dumps(call, ensure_ascii=False))
-
-
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     place = find_place(args.tp, args.pp)
     if place.dp_size > 1:
-        raise UserError(f"--tp {place.tp_size} × --pp {place.pp_size} should be the number of processes; see --help")
+        sizes = f"--tp {place.tp_size} × --pp {place.pp_size}"
+        raise UserError(f"{sizes} should be the number of processes, {place.world_size}; start so many with torchrun")
     specs, base = ([], "") if args.interactive else together(lambda: read_requests(args))
     session = Session(args, place)
     if args.interactive:
         return interact(session)
     for first in range(0, len(specs), args.batch_size):
-        batch = specs[first : first + args.batch_size]
-        streams = len(specs) == 1 and not args.json and place.rank == 0
-        stop = batch[0].get("stop") or [] if streams else []
-        printer = Printer(session.tokenizer, [stop] if isinstance(stop, str) else stop)
-        results = session.answer(batch, base, printer if streams else lambda *_: None)
-        for i, result in enumerate(results if place.rank == 0 else [], first + 1):
+        if len(specs) == 1 and not args.json:
+            results = [stream(session, specs[0], base)]
+        else:
+            results = session.answer(specs[first : first + args.batch_size], base)
+        if place.rank > 0:
+            continue
+        for i, result in enumerate(results, first + 1):
             if args.json:
                 print(json.dumps(result, ensure_ascii=False), flush=True)
-            elif streams:
-                printer.flush()
-                print_calls(result)
-            else:
+            elif len(specs) > 1:
                 print(f"[{i}] {result['text']}", end="")
                 print_calls(result)
-        if place.rank == 0 and not args.json:
+        if not args.json:
             stats = results[0]["stats"]
             speeds = f"{stats['prefill_tokens_per_s']} prompt tokens/s, {stats['decode_tokens_per_s']} new tokens/s"
             print(f"loaded in {stats['load_s']} s, {speeds}", file=sys.stderr)

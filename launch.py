@@ -1,7 +1,7 @@
 """How a program runs on many ranks: what is agreed among them, and how all of them end when one of them must.
 
-The rules: a mistake of the user's is one line in all and exit status 2 on every rank; anything else that goes wrong on
-one rank is one line with its cause and ends the job; nobody waits for ever for a rank that is gone.
+The rules: a user error prints exactly one line, and every rank exits with status 2; anything else that goes wrong on
+one rank prints one line with its cause and ends the job; no rank waits for ever for one that is gone.
 """
 
 import argparse
@@ -17,17 +17,20 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from config import UserError
+from config import TopologyError, UserError
 from parallel import Place
 
 LOST_SECONDS = 10  # a rank that lost another one waits so long before it says so: the cause should be said first
+
+# What every program calls the flags that a TopologyError is about; the layers that raise it know of no flags.
+WHAT_TO_DO = "choose other --tp and --pp; their product, times the data-parallel replicas, is the number of processes"
 
 
 # --------------------------------------------------------------------------------------------- the command line
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes on the command line are one line, like all others."""
+    """Raises UserError for mistakes on the command line, where argparse would print its usage too."""
 
     def error(self, message: str):
         raise UserError(f"{message} (--help lists the options)")
@@ -51,14 +54,6 @@ def number(kind: type, low: float, high: float, above: bool = False):
 
 
 COUNT, SIZE = number(int, 0, 1 << 40), number(int, 1, 1 << 40)
-
-
-def check_utf8(text: str, where: str) -> None:
-    """Bytes that are not UTF-8 come from the command line and the terminal as lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: not UTF-8 text; check the encoding of the terminal or script") from None
 
 
 class Progress:
@@ -86,8 +81,8 @@ def peak_memory(place: Place) -> int:
 # ------------------------------------------------------------------------------------------------- many ranks
 
 
-def start_world() -> int:
-    """Join the processes that torchrun started (NCCL on GPUs, Gloo on CPUs); returns this one's rank, 0 if alone."""
+def start_world() -> None:
+    """Join the processes that torchrun started, if it did: NCCL on GPUs, Gloo on CPUs."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         gpu, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(minutes=30))
@@ -97,22 +92,21 @@ def start_world() -> int:
             if crowded:
                 raise UserError(f"more processes than the {gpus} GPUs of a machine; lower --nproc-per-node")
             torch.cuda.set_device(gpu)
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def find_place(tp: int | None, pp: int | None) -> Place:
     """This rank's place in a grid of pp × dp × tp; without sizes, all ranks are tensor-parallel.
 
-    `answer_group` repeats `pp_group`: sampled tokens travel against the hidden states, and on one NCCL communicator a
-    send of the one could wait for ever behind a send of the other.
+    `answer_group` repeats `pp_group`: sampled tokens and gradients travel against the hidden states, and on one NCCL
+    communicator a send of the one could wait for ever behind a send of the other.
     """
-    rank = start_world()
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    start_world()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     pp = pp or 1
     tp = tp or max(1, world // pp)
-    if tp < 1 or pp < 1 or world % (tp * pp):
-        raise UserError(
-            f"--tp {tp} × --pp {pp} does not divide the {world} processes; start tp × pp of them with torchrun"
+    if world % (tp * pp):
+        raise TopologyError(
+            f"tensor-parallel size {tp} × pipeline-parallel size {pp} does not divide the number of processes, {world}"
         )
     dp = world // (tp * pp)
     cuda = torch.cuda.is_available()
@@ -121,14 +115,13 @@ def find_place(tp: int | None, pp: int | None) -> Place:
     grid = torch.arange(world).view(pp, dp, tp)
 
     def groups(members: torch.Tensor) -> dist.ProcessGroup | None:
-        """One group for each row of `members`, made on every rank in the same order; this rank's, if it has company."""
-        mine = None
-        for row in members.tolist() if members.shape[1] > 1 else []:
-            group = dist.new_group(row)
-            mine = group if rank in row else mine
-        return mine
+        """A group of each row of `members` (groups, ranks); returns this rank's, or None if a group is one rank.
 
-    columns = grid.permute(1, 2, 0).reshape(-1, pp)
+        Every rank has to make every group, in the same order, also those it is not part of: torch counts them.
+        """
+        return dist.new_subgroups_by_enumeration(members.tolist())[0] if members.shape[1] > 1 else None
+
+    columns = grid.permute(1, 2, 0).reshape(-1, pp)  # the ranks that differ in their stage only
     return Place(
         *(rank, tp_rank, tp, pp_rank, pp, dp_rank, dp),
         tp_group=groups(grid.reshape(-1, tp)),
@@ -149,65 +142,75 @@ def gather_objects(value) -> list:
 
 
 def together(action: Callable):
-    """Run `action` on every rank; a mistake that only one rank can see (a damaged shard, say) is raised on all."""
+    """Run `action` on every rank and return its result; a UserError of any rank is raised on all.
+
+    A mistake that only one rank can see (a damaged shard, a file missing on its machine) would otherwise end that rank
+    alone, and the others would wait in their next collective for a peer that is gone. So no rank leaves here before all
+    have said how they fared. It is a collective itself: all ranks have to come here.
+    """
     error, result = None, None
     try:
         result = action()
     except UserError as mistake:
-        error = str(mistake)
-    error = next((e for e in gather_objects(error) if e is not None), None)
-    if error is not None:
-        raise UserError(error)
+        error = mistake
+    for error in gather_objects(error):
+        if error is not None:
+            raise error
     return result
 
 
 def run_program(main: Callable[[list[str]], None]) -> None:
     """Run `main(arguments)` on every rank, then exit: with status 0, or with one line in all that says what went wrong.
 
-    A mistake of the user's is raised on all ranks (see `together`), and their status is 2. Anything else that one rank
-    meets ends the whole job with status 1: its connections break, and whoever notices keeps quiet until the launcher
-    ends it, for LOST_SECONDS. One process alone shows the traceback, for what is then a bug.
+    A user error is raised on all ranks (see `together`), and their status is 2. Anything else that one rank meets ends
+    the whole job with status 1: its connections break, and the ranks that notice keep quiet for LOST_SECONDS, in which
+    the launcher ends them or the one that failed says why. One process alone shows the traceback, for what is then a
+    bug.
     """
-    status, line, meet = 0, None, False
+    status, line, all_know = 0, None, False
     try:
         start_world()
         main(sys.argv[1:])
+        sys.stdout.flush()
         if dist.is_initialized():
-            dist.barrier()  # who leaves early takes the others' connections along
+            dist.barrier()  # a rank that exits early breaks its peers' connections
+            dist.destroy_process_group()
     except UserError as error:
-        status, line, meet = error.status, f"error: {error}", True
+        status, line, all_know = error.status, f"error: {error}", True
+        if isinstance(error, TopologyError):
+            line += f"; {WHAT_TO_DO}"
     except KeyboardInterrupt:
         status = 130
-    except BrokenPipeError:  # the reader of our output went away
+    except BrokenPipeError:  # the reader of our output went away; Python's exit must not try to flush it once more
         status = 1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        rank = os.environ.get("RANK")
-        if rank is None:
+        if "RANK" not in os.environ:
             raise
         file, number, *_ = traceback.extract_tb(error.__traceback__)[-1]
         reason = " ".join(str(error).split())
-        line = f"error: rank {rank}: {type(error).__name__}: {reason} ({os.path.basename(file)} line {number})"
-        status = 1
+        where = f"{os.path.basename(file)} line {number}"
+        status, line = 1, f"error: rank {os.environ['RANK']}: {type(error).__name__}: {reason} ({where})"
+        # A broken connection is not the cause but its echo: another rank failed, and has the better line to print.
         if isinstance(error, dist.DistError) or "gloo" in reason or "NCCL" in reason:
             await_cause()
-    if not dist.is_initialized():
-        if line is not None:
-            print(line, file=sys.stderr, flush=True)
+    alone = not dist.is_initialized()  # or done
+    # Many ranks may come here with a line; the first to raise the counter is the only one to print.
+    if line is not None and (alone or count("spoken", 1) <= 1):
+        print(line, file=sys.stderr, flush=True)
+    if alone:
         sys.exit(status)
     sys.stdout.flush()
-    if status == 0:
-        dist.destroy_process_group()
-        sys.exit(0)
-    if line is not None and count("spoken", 1) <= 1:  # the first rank to say something is the only one
-        print(line, file=sys.stderr, flush=True)
-    if meet:
+    if all_know:
         wait_for_all()
     os._exit(status)  # tidying up could wait for ever, for ranks that are not there any more
 
 
 def count(name: str, more: int) -> int:
-    """Add to a counter that all ranks share, in the store at which they met; 0 if it went down with rank 0."""
+    """Add to a counter that all ranks share, in the store at which they met; 0 if it went down with rank 0.
+
+    The store is a small server beside the collectives, so it still answers when those hang or have failed.
+    """
     try:
         return dist.distributed_c10d._get_default_store().add(name, more)
     except RuntimeError:
@@ -223,16 +226,17 @@ def await_cause() -> None:
 
 
 def wait_for_all() -> None:
-    """Return when all ranks are about to leave, so that no launcher kills the others for the first one's exit.
+    """Return when all ranks are about to exit, each with the same status.
 
-    Rank 0, which may keep the store, leaves when the others have looked there for the last time.
+    A launcher kills the other ranks as soon as one exits with an error, and their status would be a signal's instead of
+    2. So each rank says in the store that it is leaving, and waits until all have. Rank 0 waits for one thing more:
+    that the others have looked there for the last time, because the store may live in its process.
     """
-    world, deadline = dist.get_world_size(), time.monotonic() + LOST_SECONDS
+    world, rank, deadline = dist.get_world_size(), dist.get_rank(), time.monotonic() + LOST_SECONDS
     here = count("leaving", 1)
     while 0 < here < world and time.monotonic() < deadline:
         time.sleep(0.02)
         here = count("leaving", 0)
-    if dist.get_rank() > 0:
-        count("left", 1)
-    while dist.get_rank() == 0 and count("left", 0) < world - 1 and time.monotonic() < deadline:
+    count("left", 1)
+    while rank == 0 and count("left", 0) < world and time.monotonic() < deadline:
         time.sleep(0.02)

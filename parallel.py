@@ -39,7 +39,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fp8
-from config import UserError
+from config import TopologyError
 from fp8 import matmul, pack
 
 # ---------------------------------------------------------------------------------------------- a rank's place
@@ -90,7 +90,7 @@ class Place:
         """The layers of this stage; where they do not divide, the earlier stages have one more."""
         each, more = divmod(num_hidden_layers, self.pp_size)
         if each == 0:
-            raise UserError(f"--pp {self.pp_size} is more than the {num_hidden_layers} layers; every stage needs one")
+            raise TopologyError(f"pipeline-parallel size {self.pp_size} is more than the {num_hidden_layers} layers")
         start = self.pp_rank * each + min(self.pp_rank, more)
         return range(start, start + each + (self.pp_rank < more))
 
@@ -122,7 +122,7 @@ class Slice:
 
 def divide(total: int, parts: int, what: str) -> int:
     if total % parts:
-        raise UserError(f"--tp {parts} does not divide the {total} {what}; choose a size that does")
+        raise TopologyError(f"tensor-parallel size {parts} does not divide the {total} {what}")
     return total // parts
 
 

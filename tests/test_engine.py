@@ -358,7 +358,7 @@ LONG_PROMPT = """
     from config import read_config
     from engine import Engine, Request
     from test_engine import Letters
-    from vision import MistralMedium
+    from model import MistralMedium
 
     def anonymous():
         with open("/proc/self/status") as file:

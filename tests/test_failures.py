@@ -13,6 +13,8 @@ import pytest
 from helpers import random_state, text_fields, write_checkpoint, write_tekken
 from test_parallel import EYES, make
 
+from launch import WHAT_TO_DO
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ROOT}
 ASK = ("--raw", "--prompt", "the", "--json", "--dtype", "float32", "--temperature", "0")
@@ -84,11 +86,19 @@ def files_of(tensor: str, ckpt: str) -> str:
 @pytest.mark.parametrize(
     "world, options, says",
     [
-        (4, ("--tp", "3"), "--tp 3 × --pp 1 does not divide the 4 processes"),
+        (
+            4,
+            ("--tp", "3"),
+            "tensor-parallel size 3 × pipeline-parallel size 1 does not divide the number of processes, 4; choose",
+        ),
         (4, ("--tp", "2"), "--tp 2 × --pp 1 should be the number of processes"),
-        (2, ("--tp", "2", "--pp", "2"), "--tp 2 × --pp 2 does not divide the 2 processes"),
-        (3, ("--tp", "3"), "--tp 3 does not divide the 8 attention heads"),
-        pytest.param(6, ("--pp", "6"), "--pp 6 is more than the 5 layers", marks=pytest.mark.slow),
+        (
+            2,
+            ("--tp", "2", "--pp", "2"),
+            "tensor-parallel size 2 × pipeline-parallel size 2 does not divide the number of processes, 2; choose",
+        ),
+        (3, ("--tp", "3"), "tensor-parallel size 3 does not divide the 8 attention heads; choose other --tp and --pp"),
+        pytest.param(6, ("--pp", "6"), "size 6 is more than the 5 layers; choose", marks=pytest.mark.slow),
         (2, ("--tp", "2", "--weights", "fp8"), "not FP8"),
         (2, ("--tp", "2", "--max-new-tokens", "-1"), "--max-new-tokens"),
     ],
@@ -105,7 +115,7 @@ def test_mistakes(world, options, says, ckpt):
 def test_more_ranks_than_heads(ckpt):
     status, out, lines, _ = torchrun(16, generate(ckpt, "--tp", "16"))
     assert status != 0 and out == ""
-    assert lines == ["error: --tp 16 does not divide the 8 attention heads; choose a size that does"]
+    assert lines == [f"error: tensor-parallel size 16 does not divide the 8 attention heads; {WHAT_TO_DO}"]
 
 
 @pytest.mark.slow
@@ -128,7 +138,10 @@ def test_only_the_first_stage_has_a_tower(tmp_path):
     ranks = by_hand(4, generate(directory, "--tp", "2", "--pp", "2"))
     assert [status for status, _, _ in ranks] == [2] * 4
     said = "".join(err for _, _, err in ranks)
-    assert said.count("\n") == 1 and "--tp 2 does not divide the 7 attention heads of the vision tower" in said
+    assert (
+        said.count("\n") == 1
+        and "tensor-parallel size 2 does not divide the 7 attention heads of the vision tower" in said
+    )
 
 
 def test_a_file_that_one_rank_lacks(ckpt, tmp_path):

@@ -143,14 +143,14 @@ def test_outputs_are_freed_once_sent(monkeypatch):
     pipeline.down = FakeChannel()
     pipeline.gradient_here = True
     outputs = []
-    stage = pipeline.stage
+    run_stage = pipeline.run_stage
 
     def watched(x, batch):
-        out = stage(x, batch)
+        out = run_stage(x, batch)
         outputs.append(weakref.ref(out))
         return out
 
-    pipeline.stage = watched
+    pipeline.run_stage = watched
     pipeline.forward(Batch(0, (1, 4)))
     assert pipeline.held[0][2] is not None and outputs[0]() is None and sent[0]() is None
     torch.autograd.backward([pipeline.held[0][2]], [torch.ones(1, 4, SIZE)])

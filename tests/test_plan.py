@@ -267,9 +267,9 @@ def test_the_program(medium):
 @pytest.mark.parametrize(
     "options, says",
     [
-        (("--tp", "5"), "--tp 5 does not divide the 96 attention heads"),
+        (("--tp", "5"), "tensor-parallel size 5 does not divide the 96 attention heads; choose other --tp"),
         (("--tp", "32"), "attention heads of the vision tower"),
-        (("--pp", "89"), "--pp 89 is more than the 88 layers"),
+        (("--pp", "89"), "pipeline-parallel size 89 is more than the 88 layers; choose other --tp and --pp"),
         (("--tp", "0"), "--tp"),
         (("--freeze", "head"), "--freeze"),
         (("--gpu-memory-gb", "-1"), "--gpu-memory-gb"),

@@ -384,9 +384,9 @@ def test_mistakes():
     assert not any("vision" in name or "multi_modal" in name for name, _ in text.named_parameters())
     with pytest.raises(UserError, match="no vision tower"):
         text.image_features(draw_images(config, [(1, 2)]))
-    with pytest.raises(UserError, match="--tp 5 does not divide the 2 attention heads of the vision tower"):
+    with pytest.raises(UserError, match="size 5 does not divide the 2 attention heads of the vision tower"):
         vision.VisionTower(config.vision, Place(tp_size=5), torch.float32)
-    with pytest.raises(UserError, match="--tp 3 does not divide the 20 dimensions of hidden_size"):
+    with pytest.raises(UserError, match="size 3 does not divide the 20 dimensions of hidden_size"):
         vision.Projector(dataclasses.replace(config, hidden_size=20), Place(tp_size=3), torch.float32)
 
 
