@@ -18,7 +18,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from chat import encode_chat, parse_answer
+from chat import encode_chat, parse_reply
 from checkpoint import Checkpoint, fill
 from config import UserError, read_config
 from engine import Engine, Request
@@ -171,12 +171,7 @@ class Session:
         if not args.ckpt and not os.path.isdir(TINY):
             raise UserError("this repository holds no checkpoint of its own; name one with --ckpt DIR")
         self.config, checkpoint = read_config(directory), Checkpoint(directory)
-        self.tokenizer = load_tokenizer(directory)
-        if self.tokenizer.vocab_size > self.config.vocab_size:
-            raise UserError(
-                f"{directory}: the tokenizer has {self.tokenizer.vocab_size} tokens but the model only "
-                f"{self.config.vocab_size}; they do not belong together"
-            )
+        self.tokenizer = load_tokenizer(directory, self.config.vocab_size)
         self.max_context = min(
             args.max_context or self.config.max_position_embeddings, self.config.max_position_embeddings
         )
@@ -249,8 +244,8 @@ class Session:
             if "raw" in spec:
                 text, reasoning, calls = self.tokenizer.decode(answer.tokens), None, []
             else:
-                parsed = parse_answer(self.tokenizer, answer.tokens)
-                text, reasoning, calls = parsed.text, parsed.reasoning, parsed.tool_calls
+                reply = parse_reply(self.tokenizer, answer.tokens)
+                text, reasoning, calls = reply.text, reply.reasoning, reply.tool_calls
             if answer.stopped_at is not None:
                 text = text.split(answer.stopped_at)[0]
             result = {
