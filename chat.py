@@ -1,18 +1,23 @@
-"""A chat to token ids, and the model's answer back to text, reasoning and tool calls.
+"""From a chat to token ids, and from the model's ids back to text, reasoning and tool calls.
 
-Mistral's chat format changed with every tokenizer version; `FORMATS` lists all that differs. With control tokens in
-brackets, this model's (v15) is
+Mistral's chat format changed with every tokenizer version; `FORMATS` lists all that differs. This model's is v15:
 
     <s>[SYSTEM_PROMPT]…[/SYSTEM_PROMPT]
     [AVAILABLE_TOOLS]json[/AVAILABLE_TOOLS][MODEL_SETTINGS]{"reasoning_effort": "high"}[/MODEL_SETTINGS]
     [INST]question[/INST] [THINK]…[/THINK]answer</s>
     [INST]question[/INST] [TOOL_CALLS]name[ARGS]json</s> [TOOL_RESULTS]…[/TOOL_RESULTS] answer</s>
 
-without the line breaks and spaces between the parts. Tools and settings stand before the first user turn.
+(control tokens in brackets; the line breaks and spaces between the parts are not there). A chat passes through three
+forms: messages, the user's JSON, are checked; turns are messages with neighbours of one role merged; pieces are what a
+turn is written with, control tokens and texts.
 
-Texts between control tokens are encoded one by one, so that no text can spell or merge into a control token. The ids
-are those of mistral-common's `encode_chat_completion`; where it would accept a conversation that makes no sense (a tool
-result that answers no call), this file raises UserError instead.
+Each text is encoded on its own, never as part of one long string that spells out the control tokens. This way nothing
+that a user types can become a control token (a literal "[/INST]" is encoded as ordinary characters), BPE cannot merge
+the end of one text with the start of the next (so every text has the ids that the model saw in training), and the loss
+mask falls exactly between tokens.
+
+The ids are those of mistral-common's `encode_chat_completion`. Where that would accept a conversation that makes no
+sense (a tool result that answers no call), this file raises UserError.
 """
 
 import json
@@ -34,65 +39,63 @@ class Format:
     tools_first: bool  # tools stand before the first user turn; else before the last
     text_with_calls: bool  # one assistant turn may hold both text and tool calls
     calls: str  # "list": [TOOL_CALLS][{…}, …]; "id" and "plain": [TOOL_CALLS]name([CALL_ID]id)[ARGS]{…} for each call
-    results: str  # "json": {"content": …, "call_id": …}; "id": id[TOOL_CONTENT]content; "content": just the content
-    sort_results: bool  # tool results follow the order of the calls
-    free_ids: bool  # any call id; else nine letters or digits
-    thinking: tuple[str, ...]  # roles that may think
-    result_images: bool  # tool results may hold images
-    text_join: str  # between the text parts of one message
+    results: str  # "json": {"content": …, "call_id": …}; "id": id[TOOL_CONTENT]content; "content": only the content
+    sort_results: bool  # tool results are put into the order of their calls
+    free_ids: bool  # a call id may be any string; else it has nine letters or digits
+    text_join: str  # what joins the text parts of one message
+    thinking: tuple[str, ...]  # roles whose messages may hold thinking
+    images: tuple[str, ...]  # roles whose messages may hold images
 
 
+# v3, the first with tools, writes calls and results as JSON and puts system prompt and tools next to the last question.
+# v7 gives the system prompt control tokens of its own and results their bare content. v11 writes calls one by one, only
+# their arguments as JSON, and puts the results into the order of the calls. v13 adds thinking, moves the tools to the
+# front, so that a growing chat keeps its beginning, and drops the call ids: the order says what answers what. v15 adds
+# settings such as the reasoning effort, allows images in results and joins text parts without a blank line.
 # fmt: off
 FORMATS = {
-    #             system tools  text and                   sort    free                           result  text
-    #             turn   first  calls    calls    results  results ids    thinking                images  join
-    "v3":  Format(False, False, False,  "list",  "json",    False, False, (),                      False, "\n\n"),
-    "v7":  Format(True,  False, True,   "list",  "id",      False, False, (),                      False, "\n\n"),
-    "v11": Format(True,  False, True,   "id",    "id",      True,  False, (),                      False, "\n\n"),
-    "v13": Format(True,  True,  True,   "plain", "content", True,  True,  ("assistant", "system"), False, "\n\n"),
-    "v15": Format(True,  True,  True,   "plain", "content", True,  True,  ("assistant",),          True,  ""),
+    #             system tools  text and                   sort    free   text    roles that may have
+    #             turn   first  calls    calls    results  results ids    join    thinking, images
+    "v3":  Format(False, False, False,  "list",  "json",    False, False, "\n\n", (), ("user",)),
+    "v7":  Format(True,  False, True,   "list",  "id",      False, False, "\n\n", (), ("user",)),
+    "v11": Format(True,  False, True,   "id",    "id",      True,  False, "\n\n", (), ("user",)),
+    "v13": Format(True,  True,  True,   "plain", "content", True,  True,  "\n\n", ("assistant", "system"), ("user",)),
+    "v15": Format(True,  True,  True,   "plain", "content", True,  True,  "",     ("assistant",), ("user", "tool")),
 }
 # fmt: on
 
-MAY_FOLLOW = {
-    "system": ("system", "user", "assistant"),
-    "user": ("user", "assistant", "system"),
-    "assistant": ("assistant", "user", "tool"),
-    "tool": ("tool", "assistant", "user"),
-}
+ROLES = ("system", "user", "assistant", "tool")
+CANNOT_FOLLOW = {("system", "tool"), ("user", "tool"), ("assistant", "system"), ("tool", "system")}  # (role, next role)
 
 
 @dataclass
 class Encoded:
-    """A conversation as the model reads it."""
+    """A chat as the model reads it."""
 
-    ids: list[int] = field(default_factory=list)
-    targets: list[bool] = field(default_factory=list)  # one an id: did an assistant write it? (the loss mask)
-    images: list[str] = field(default_factory=list)  # image urls, in the order of their tokens
-
-
-@dataclass
-class Answer:
-    text: str  # without reasoning and special tokens
-    reasoning: str | None  # what stood between [THINK] and [/THINK]
-    tool_calls: list[dict]  # {"name": …, "arguments": parsed JSON, or the raw text if it is not JSON}
+    ids: list[int]
+    targets: list[bool]  # for each id: did an assistant write it? (the loss mask)
+    images: list[str]  # image URLs, in the order of their tokens
 
 
 @dataclass
 class Part:
-    kind: str  # "text", "image_url" or "thinking"
-    value: str
-    closed: bool = True  # thinking that has ended
+    """A stretch of what somebody wrote."""
+
+    value: str  # for an image its URL
+    kind: str = "text"  # or "thinking" or "image_url"
+    closed: bool = True  # False: thinking that the model is to continue
 
 
 @dataclass
 class Message:
-    index: int
+    """A message, and after merging a turn."""
+
+    where: str  # "messages[3]"; a merged turn has that of its first message
     role: str
     content: list[Part]
     calls: list[dict] = field(default_factory=list)  # {"name", "arguments": any JSON value, "id" if it has one}
-    call_id: str | None = None
-    prefix: bool = False
+    call_id: str | None = None  # of the call that a tool message answers
+    prefix: bool = False  # the model is to continue this message
 
 
 def encode_chat(
@@ -106,170 +109,137 @@ def encode_chat(
     """The ids of a chat in OpenAI's chat-completions form.
 
     For generation the chat ends with a user or tool message, or with an assistant message that has `"prefix": true` and
-    is to be continued; for training it ends with an assistant message. `image_grid` gives an image's size in (rows,
-    columns) of [IMG] tokens; without it images are refused. Raises UserError, which names the message.
+    is to be continued; for training it ends with an assistant message. `image_grid` maps an image's URL to its size in
+    (rows, columns) of [IMG] tokens; without it images are refused. Raises UserError, which names the message.
     """
-    if tokenizer.version not in FORMATS:
-        raise UserError(f"tokenizer version {tokenizer.version} has no supported chat format ({', '.join(FORMATS)})")
-    form = FORMATS[tokenizer.version]
-    writer = _Writer(tokenizer, image_grid)
-    preamble = [("AVAILABLE_TOOLS", _read_tools(tools)), ("MODEL_SETTINGS", _settings(tokenizer, reasoning_effort))]
-
-    turns, system_prompt = _turns(_read_messages(messages, form, training), form)
+    form = FORMATS.get(tokenizer.version)
+    _check(form, f"tokenizer version {tokenizer.version} has no supported chat format ({', '.join(FORMATS)})")
+    preamble = []
+    settings = _read_settings(tokenizer, reasoning_effort)
+    for name, value in (("AVAILABLE_TOOLS", _read_tools(tools)), ("MODEL_SETTINGS", settings)):
+        preamble += [f"[{name}]", _json(value), f"[/{name}]"] if value else []
+    turns = _merge(_read_messages(messages, form, training), form)
     users = [turn for turn in turns if turn.role == "user"]
-    writer.control("<s>")
+
+    ids, targets = [tokenizer.bos_id], [False]
     for turn in turns:
-        if turn.role == "system":
-            writer.control("[SYSTEM_PROMPT]")
-            writer.parts(turn)
-            writer.control("[/SYSTEM_PROMPT]")
-        elif turn.role == "user":
-            if turn is users[0 if form.tools_first else -1]:
-                for name, value in preamble:
-                    if value:
-                        writer.control(f"[{name}]")
-                        writer.json(value)
-                        writer.control(f"[/{name}]")
-            if [part.kind for part in turn.content] == ["text", "image_url"]:
-                turn.content.reverse()  # an image after a text moves before it; other mixtures stay as they are
-            if system_prompt and turn is users[-1]:
-                turn.content.insert(0, Part("text", system_prompt + "\n\n"))
-                if len(turn.content) == 2 and turn.content[1].kind == "text":
-                    turn.content = [Part("text", turn.content[0].value + turn.content[1].value)]
-            writer.control("[INST]")
-            writer.parts(turn)
-            writer.control("[/INST]")
-        elif turn.role == "tool":
-            _write_result(writer, turn, form)
-        else:
-            writer.assistant = True
-            _write_answer(writer, turn, form)
-            writer.assistant = False
-    return writer.encoded
-
-
-class _Writer:
-    """Collects ids and marks those that an assistant wrote."""
-
-    def __init__(self, tokenizer: Tekken | SentencePiece, image_grid: Callable[[str], tuple[int, int]] | None):
-        self.tokenizer, self.image_grid = tokenizer, image_grid
-        self.encoded, self.assistant = Encoded(), False
-
-    def _extend(self, ids: list[int]) -> None:
-        self.encoded.ids += ids
-        self.encoded.targets += [self.assistant] * len(ids)
-
-    def _id(self, name: str) -> int:
-        if name not in self.tokenizer.special:
-            raise UserError(f"this checkpoint's tokenizer has no {name} token, which this chat needs")
-        return self.tokenizer.special[name]
-
-    def control(self, name: str) -> None:
-        self._extend([self._id(name)])
-
-    def text(self, text: str) -> None:
-        self._extend(self.tokenizer.encode(text))
-
-    def json(self, value: object) -> None:
-        self.text(json.dumps(value, ensure_ascii=False))
-
-    def parts(self, message: Message) -> None:
-        for part in message.content:
-            if part.kind == "text":
-                self.text(part.value)
-            elif part.kind == "thinking":
-                self.control("[THINK]")
-                self.text(part.value)
-                if part.closed:
-                    self.control("[/THINK]")
-            elif self.image_grid is None:
-                raise UserError(f"messages[{message.index}] has an image, but this checkpoint takes no images")
+        pieces = _pieces(turn, form, image_grid)
+        if turn.role == "user" and turn is users[0 if form.tools_first else -1]:
+            pieces = preamble + pieces
+        for piece in pieces:
+            if isinstance(piece, Part):
+                ids += tokenizer.encode(piece.value)
             else:
-                rows, columns = self.image_grid(part.value)
-                row = [self._id("[IMG]")] * columns + [self._id("[IMG_BREAK]")]
-                self._extend((row * rows)[:-1] + [self._id("[IMG_END]")])
-                self.encoded.images.append(part.value)
+                _check(piece in tokenizer.special, f"the tokenizer has no {piece} token, which this chat needs")
+                ids.append(tokenizer.special[piece])
+        targets += [turn.role == "assistant"] * (len(ids) - len(targets))
+    return Encoded(ids, targets, [part.value for turn in turns for part in turn.content if part.kind == "image_url"])
 
 
-def _write_answer(writer: _Writer, turn: Message, form: Format) -> None:
-    if not turn.content and not turn.calls:
-        raise UserError(f"messages[{turn.index}] has neither content nor tool_calls")
-    if turn.content and turn.calls and not form.text_with_calls:
-        raise UserError(f"messages[{turn.index}] has content and tool_calls; this checkpoint's format takes just one")
-    if [part.kind for part in turn.content] == ["text"]:
-        turn.content[0].value = turn.content[0].value.rstrip(" ")
-    writer.parts(turn)
+def _pieces(turn: Message, form: Format, image_grid: Callable[[str], tuple[int, int]] | None) -> list[str | Part]:
+    """A turn, spelled out: a str is the name of a control token, a Part is text, whatever it may look like."""
+    content = []
+    for part in turn.content:
+        if part.kind == "text":
+            content.append(part)
+        elif part.kind == "thinking":
+            content += ["[THINK]", Part(part.value), *(["[/THINK]"] if part.closed else [])]
+        else:  # each row of an image ends with [IMG_BREAK], except that the last ends with [IMG_END]
+            _check(image_grid, f"{turn.where} has an image, but this checkpoint takes no images")
+            rows, columns = image_grid(part.value)
+            content += ((["[IMG]"] * columns + ["[IMG_BREAK]"]) * rows)[:-1] + ["[IMG_END]"]
+
+    if turn.role == "system":
+        return ["[SYSTEM_PROMPT]", *content, "[/SYSTEM_PROMPT]"]
+    if turn.role == "user":
+        return ["[INST]", *content, "[/INST]"]
+    if turn.role == "tool":
+        if form.results == "json":
+            text = content[0].value if content else "{}"
+            content = [_json({"content": _json_or_text(text), "call_id": turn.call_id})]
+        elif form.results == "id":
+            content = [Part(turn.call_id), "[TOOL_CONTENT]", *content]
+        return ["[TOOL_RESULTS]", *content, "[/TOOL_RESULTS]"]
     if turn.calls and form.calls == "list":
-        writer.control("[TOOL_CALLS]")
-        writer.json(turn.calls)
-    elif turn.calls:
-        for call in turn.calls:
-            writer.control("[TOOL_CALLS]")
-            writer.text(call["name"])
-            if form.calls == "id" and "id" in call:
-                writer.control("[CALL_ID]")
-                writer.text(call["id"])
-            writer.control("[ARGS]")
-            writer.json(call["arguments"])
-    if not turn.prefix:
-        writer.control("</s>")
-
-
-def _write_result(writer: _Writer, turn: Message, form: Format) -> None:
-    writer.control("[TOOL_RESULTS]")
-    if form.results == "json":
-        text = turn.content[0].value if turn.content else "{}"
-        writer.json({"content": _json_or_text(text), "call_id": turn.call_id})
+        content += ["[TOOL_CALLS]", _json(turn.calls)]
     else:
-        if form.results == "id":
-            writer.text(turn.call_id)
-            writer.control("[TOOL_CONTENT]")
-        writer.parts(turn)
-    writer.control("[/TOOL_RESULTS]")
+        for call in turn.calls:
+            call_id = ["[CALL_ID]", Part(call["id"])] if form.calls == "id" and "id" in call else []
+            content += ["[TOOL_CALLS]", Part(call["name"]), *call_id, "[ARGS]", _json(call["arguments"])]
+    return content if turn.prefix else [*content, "</s>"]
+
+
+def _json(value: object) -> Part:
+    return Part(json.dumps(value, ensure_ascii=False))
+
+
+def _json_or_text(text: str, number: Callable[[str], float] | None = None) -> object:
+    """The value of a JSON text, or the text itself if it is not JSON. `number` reads fractions, NaN and Infinity."""
+    try:
+        return json.loads(text, parse_float=number, parse_constant=number)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _check(holds: object, problem: str) -> None:
+    if not holds:
+        raise UserError(problem)
 
 
 # ---- from messages to turns
 
 
-def _turns(messages: list[Message], form: Format) -> tuple[list[Message], str]:
-    """Neighbouring messages of one role become one turn, except system messages and tool results. The second value is
-    the system prompt for the formats that know no system turn."""
-    turns, system_prompt, call_ids = [], [], []
+def _merge(messages: list[Message], form: Format) -> list[Message]:
+    """The turns: neighbouring messages of one role become one, except for system messages and tool results. In a format
+    without system turns, the system prompt goes into the last user turn."""
+    turns, prompts = [], []
     for role, group in groupby(messages, key=lambda message: message.role):
         group = list(group)
         if role == "system" and not form.system_turn:
-            texts = [_join([message.content], form.text_join) for message in group if message.content]
-            system_prompt += [parts[0].value if parts else "" for parts in texts]
-        elif role in ("system", "tool"):
-            for message in group:
-                message.content = _join([message.content], form.text_join)
-            if role == "tool" and form.sort_results:
-                group.sort(key=lambda message: call_ids.index(message.call_id))
-            turns += group
-        else:
-            content = _join([message.content for message in group], form.text_join)
-            calls = [call for message in group for call in message.calls]
-            turns.append(Message(group[0].index, role, content, calls, prefix=group[-1].prefix))
-            call_ids = [call.get("id") for call in calls]
+            prompts += [form.text_join.join(p.value for p in m.content if p.value) for m in group if m.content]
+            continue
+        if role == "tool" and form.sort_results:
+            call_ids = [call.get("id") for call in turns[-1].calls]
+            group.sort(key=lambda message: call_ids.index(message.call_id))
+        for run in [group] if role in ("user", "assistant") else [[message] for message in group]:
+            content = _join([message.content for message in run], form.text_join)
+            calls = [call for message in run for call in message.calls]
+            turns.append(Message(run[0].where, role, content, calls, run[0].call_id, run[-1].prefix))
     if not form.system_turn and turns[0].role != "user":
-        turns.insert(0, Message(0, "user", []))
-    return turns, "\n\n".join(system_prompt)
+        turns.insert(0, Message(turns[0].where, "user", []))  # the older formats always begin with one
+
+    for turn in turns:
+        kinds = [part.kind for part in turn.content]
+        if turn.role == "user" and kinds == ["text", "image_url"]:
+            turn.content.reverse()  # the model saw single images before their text; other mixtures keep their order
+        elif turn.role == "assistant":
+            _check(kinds or turn.calls, f"{turn.where} has neither content nor tool_calls")
+            both = kinds and turn.calls and not form.text_with_calls
+            _check(not both, f"{turn.where} has content and tool_calls; this checkpoint takes only one")
+            if kinds == ["text"]:
+                turn.content[0].value = turn.content[0].value.rstrip(" ")
+    if prompt := "\n\n".join(prompts):
+        last = [turn for turn in turns if turn.role == "user"][-1]
+        last.content.insert(0, Part(f"{prompt}\n\n"))
+        if [part.kind for part in last.content] == ["text", "text"]:  # only a lone text becomes one with the prompt
+            last.content = [Part("".join(part.value for part in last.content))]
+    return turns
 
 
 def _join(contents: list[list[Part]], text_join: str) -> list[Part]:
-    """One content out of several: neighbouring texts are joined, by a blank line if they come from different messages,
-    by `text_join` within a message; empty texts vanish."""
+    """One content out of several. Neighbouring texts are joined, with a blank line if they come from different
+    messages, with `text_join` within a message; empty texts vanish."""
     parts = []
     for content in contents:
         separator = "\n\n"  # until the first text of this message
         for part in content:
-            if part.kind == "text" and not part.value:
-                continue
-            if part.kind == "text" and parts and parts[-1].kind == "text":
-                parts[-1] = Part("text", parts[-1].value + separator + part.value)
-            else:
+            if part.kind != "text":
                 parts.append(part)
-            if part.kind == "text":
+            elif part.value:
+                if parts and parts[-1].kind == "text":
+                    parts[-1] = Part(parts[-1].value + separator + part.value)
+                else:
+                    parts.append(part)
                 separator = text_join
     return parts
 
@@ -278,66 +248,57 @@ def _join(contents: list[list[Part]], text_join: str) -> list[Part]:
 
 
 def _read_messages(messages: list[dict], form: Format, training: bool) -> list[Message]:
-    if not isinstance(messages, list) or not messages:
-        raise UserError("messages must be a list with at least one message")
-    read, pending, answered = [], [], set()
+    _check(isinstance(messages, list) and messages, "messages must be a list with at least one message")
+    read = []
+    answered = {}  # the ids of the latest tool calls; has each one's result come?
     for index, raw in enumerate(messages):
-        where = f"messages[{index}]"
-        message = _read_message(where, index, raw, form)
-        last = index == len(messages) - 1
-        if read and message.role not in MAY_FOLLOW[read[-1].role]:
+        where, last = f"messages[{index}]", index == len(messages) - 1
+        message = _read_message(where, raw, form)
+        if read and (read[-1].role, message.role) in CANNOT_FOLLOW:
             raise UserError(f"{where}: a {message.role} message cannot follow a {read[-1].role} message")
-        if message.prefix and (training or not last):
-            raise UserError(f'{where}: only the last message may have "prefix": true, and not in training')
+        misplaced = message.prefix and (training or not last)
+        _check(not misplaced, f'{where}: only the last message may have "prefix": true, and not in training')
         if message.role == "assistant":
-            if len(answered) < len(pending):
-                raise UserError(f"{where}: the tool calls before it have {len(answered)} results of {len(pending)}")
-            pending, answered = [call["id"] for call in message.calls if "id" in call], set()
-            may_lack = training and last and not form.free_ids
-            if len(set(pending)) < len(pending) or (len(pending) < len(message.calls) and not may_lack):
-                raise UserError(f"{where}: each tool call needs an id of its own")
+            came = sum(answered.values())
+            _check(came == len(answered), f"{where}: the tool calls before it have {came} results of {len(answered)}")
+            ids = [call["id"] for call in message.calls if "id" in call]
+            may_lack = training and last and not form.free_ids  # no result will refer to these calls
+            answered = dict.fromkeys(ids, False)
+            unique = len(answered) == (len(ids) if may_lack else len(message.calls))
+            _check(unique, f"{where}: each tool call needs an id of its own")
         elif message.role == "tool":
-            if message.call_id not in pending:
-                raise UserError(f"{where}: tool_call_id {message.call_id!r} is not that of a tool call before it")
-            if message.call_id in answered:
-                raise UserError(f"{where}: tool call {message.call_id!r} has a result already")
-            answered.add(message.call_id)
+            id = message.call_id
+            _check(id in answered, f"{where}: tool_call_id {id!r} is not that of a tool call before it")
+            _check(not answered[id], f"{where}: tool call {id!r} has a result already")
+            answered[id] = True
         read.append(message)
-    if training and read[-1].role != "assistant":
-        raise UserError(f"messages end with role {read[-1].role}; for training they must end with an assistant message")
-    if not training and read[-1].role not in ("user", "tool") and not read[-1].prefix:
-        end = 'to be answered they must end with a user or tool message (or an assistant\'s with "prefix": true)'
-        raise UserError(f"messages end with role {read[-1].role}; {end}")
+    end = 'to be answered they must end with a user or tool message (or an assistant\'s with "prefix": true)'
+    end = "for training they must end with an assistant message" if training else end
+    good = message.prefix or message.role in (("assistant",) if training else ("user", "tool"))
+    _check(good, f"messages end with role {message.role}; {end}")
     return read
 
 
-def _read_message(where: str, index: int, raw: dict, form: Format) -> Message:
-    if not isinstance(raw, dict):
-        raise UserError(f"{where} must be an object with role and content")
-    role = raw.get("role")
-    if not isinstance(role, str) or role not in MAY_FOLLOW:
-        raise UserError(f"{where}: unknown role {role!r}; use system, user, assistant or tool")
-    content = raw.get("content")
+def _read_message(where: str, raw: dict, form: Format) -> Message:
+    _check(isinstance(raw, dict), f"{where} must be an object with role and content")
+    role, content = raw.get("role"), raw.get("content")
+    _check(role in ROLES, f"{where}: unknown role {role!r}; use system, user, assistant or tool")
     if isinstance(content, str) or (content is None and role == "assistant"):
         content = [{"type": "text", "text": content}] if content else []
-    if not isinstance(content, list):
-        raise UserError(f"{where}: content must be a string or a list of parts")
-    parts = [_read_part(f"{where}.content[{i}]", part, role, form) for i, part in enumerate(content)]
-    message = Message(index, role, parts)
+    _check(isinstance(content, list), f"{where}: content must be a string or a list of parts")
+    message = Message(where, role, [_read_part(f"{where}.content[{i}]", p, role, form) for i, p in enumerate(content)])
     if role == "assistant":
-        for key in ("reasoning", "reasoning_content"):  # how vLLM and SGLang hand out thinking
-            if raw.get(key) is not None:
-                thought = _read_part(f"{where}.{key}", {"type": "thinking", "thinking": raw[key]}, role, form)
-                message.content.insert(0, thought)
-                break
+        # vLLM and SGLang return thinking under a key of its own.
+        key = "reasoning_content" if raw.get("reasoning") is None else "reasoning"
+        if raw.get(key) is not None:
+            thought = {"type": "thinking", "thinking": raw[key]}
+            message.content.insert(0, _read_part(f"{where}.{key}", thought, role, form))
         calls = raw.get("tool_calls") or []
-        if not isinstance(calls, list):
-            raise UserError(f"{where}: tool_calls must be a list")
+        _check(isinstance(calls, list), f"{where}: tool_calls must be a list")
         message.calls = [_read_call(f"{where}.tool_calls[{i}]", call, form) for i, call in enumerate(calls)]
         message.prefix = raw.get("prefix") is True
     elif role == "tool":
-        if "tool_call_id" not in raw:
-            raise UserError(f"{where}: a tool message needs the tool_call_id of the call that it answers")
+        _check("tool_call_id" in raw, f"{where}: a tool message needs the tool_call_id of the call that it answers")
         message.call_id = _read_id(where, raw["tool_call_id"], form)
         if raw.get("name") is not None:
             _read_name(where, raw["name"])
@@ -346,31 +307,26 @@ def _read_message(where: str, index: int, raw: dict, form: Format) -> Message:
 
 def _read_part(where: str, part: dict, role: str, form: Format) -> Part:
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text":
-        value = part.get("text")
-    elif kind == "image_url" and (role == "user" or (role == "tool" and form.result_images)):
-        value = part.get("image_url")
-        value = value.get("url") if isinstance(value, dict) else value
-    elif kind == "thinking" and role in form.thinking:
-        value = part.get("thinking")
-    elif kind in ("image_url", "thinking"):
-        raise UserError(f"{where}: with this tokenizer, {role} messages hold no parts of type {kind}")
-    else:
-        raise UserError(f"{where}: a part must have the type text, image_url or thinking, not {kind!r}")
-    if not isinstance(value, str):
-        raise UserError(f"{where}: a part of type {kind!r} needs a string under {kind!r}")
-    return Part(kind, value, closed=part.get("closed") is not False)
+    known = kind in ("text", "image_url", "thinking")
+    _check(known, f"{where}: a part must have the type text, image_url or thinking, not {kind!r}")
+    allowed = kind == "text" or role in (form.images if kind == "image_url" else form.thinking)
+    _check(allowed, f"{where}: with this tokenizer, {role} messages hold no parts of type {kind}")
+    value = part.get(kind)
+    if kind == "image_url" and isinstance(value, dict):
+        value = value.get("url")
+    _check(isinstance(value, str), f"{where}: a part of type {kind!r} needs a string under {kind!r}")
+    return Part(value, kind, closed=part.get("closed") is not False)
 
 
 def _read_call(where: str, raw: dict, form: Format) -> dict:
     function = raw.get("function") if isinstance(raw, dict) else None
-    if not isinstance(function, dict) or "name" not in function or "arguments" not in function:
-        raise UserError(f'{where} must look like {{"id": …, "function": {{"name": …, "arguments": …}}}}')
+    complete = isinstance(function, dict) and "name" in function and "arguments" in function
+    _check(complete, f'{where} must look like {{"id": …, "function": {{"name": …, "arguments": …}}}}')
     arguments = function["arguments"]
     if arguments is None or isinstance(arguments, str):
         arguments = _json_or_text(arguments or "{}")
-    elif not isinstance(arguments, dict):
-        raise UserError(f"{where}: arguments must be an object or a JSON string")
+    else:
+        _check(isinstance(arguments, dict), f"{where}: arguments must be an object or a JSON string")
     call = {"name": _read_name(where, function["name"]), "arguments": arguments}
     if raw.get("id") not in (None, "null"):
         call["id"] = _read_id(where, raw["id"], form)
@@ -378,96 +334,88 @@ def _read_call(where: str, raw: dict, form: Format) -> dict:
 
 
 def _read_name(where: str, name: str) -> str:
-    if not isinstance(name, str) or not re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", name):
-        raise UserError(f"{where}: the function name {name!r} must be 1 to 64 letters, digits, underscores or dashes")
+    good = isinstance(name, str) and re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", name)
+    _check(good, f"{where}: the function name {name!r} must be 1 to 64 letters, digits, underscores or dashes")
     return name
 
 
-def _read_id(where: str, call_id: str, form: Format) -> str:
-    if not isinstance(call_id, str) or not call_id:
-        raise UserError(f"{where}: the tool call id must be a string that is not empty, not {call_id!r}")
-    if not form.free_ids and not re.fullmatch("[a-zA-Z0-9]{9}", call_id):
-        raise UserError(f"{where}: this tokenizer's tool call ids are nine letters or digits, not {call_id!r}")
-    return call_id
+def _read_id(where: str, id: str, form: Format) -> str:
+    _check(isinstance(id, str) and id, f"{where}: the tool call id must be a string that is not empty, not {id!r}")
+    good = form.free_ids or re.fullmatch("[a-zA-Z0-9]{9}", id)
+    _check(good, f"{where}: this tokenizer's tool call ids are nine letters or digits, not {id!r}")
+    return id
 
 
 def _read_tools(tools: list[dict] | None) -> list[dict]:
-    """The tools with just the keys, in the order, that the model was trained on."""
-    if tools is not None and not isinstance(tools, list):
-        raise UserError("tools must be a list")
+    """The tools with only the keys, in the order, that the model was trained on."""
+    _check(tools is None or isinstance(tools, list), "tools must be a list")
     read = []
     for i, tool in enumerate(tools or []):
-        function = tool.get("function") if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or tool.get("type", "function") != "function":
-            raise UserError(f'tools[{i}] must look like {{"type": "function", "function": {{"name": …, …}}}}')
-        name = _read_name(f"tools[{i}]", function.get("name"))
+        where, function = f"tools[{i}]", tool.get("function") if isinstance(tool, dict) else None
+        good = isinstance(function, dict) and tool.get("type", "function") == "function"
+        _check(good, f'{where} must look like {{"type": "function", "function": {{"name": …, …}}}}')
         description, parameters = function.get("description") or "", function.get("parameters") or {}
-        if not isinstance(description, str) or not isinstance(parameters, dict):
-            raise UserError(f"tools[{i}]: description must be a string and parameters an object")
-        function = {"name": name, "description": description, "parameters": parameters}
-        read.append({"type": "function", "function": function})
+        function = {"name": _read_name(where, function.get("name")), "description": description}
+        good = isinstance(description, str) and isinstance(parameters, dict)
+        _check(good, f"{where}: description must be a string and parameters an object")
+        read.append({"type": "function", "function": {**function, "parameters": parameters}})
     return read
 
 
-def _settings(tokenizer: Tekken | SentencePiece, effort: str | None) -> dict:
+def _read_settings(tokenizer: Tekken | SentencePiece, effort: str | None) -> dict:
     setting = (tokenizer.model_settings or {}).get("reasoning_effort")
     if setting is None:
-        if effort not in (None, "none"):
-            raise UserError(f"reasoning effort {effort!r}: this checkpoint has no such setting")
+        _check(effort in (None, "none"), f"reasoning effort {effort!r}: this checkpoint has no such setting")
         return {}
-    effort = setting["default"] if effort is None else effort
-    if effort not in setting["values"]:
-        raise UserError(f"reasoning effort {effort!r}: this checkpoint knows {', '.join(setting['values'])}")
+    effort, known = setting["default"] if effort is None else effort, setting["values"]
+    _check(effort in known, f"reasoning effort {effort!r}: this checkpoint knows {', '.join(known)}")
     return {"reasoning_effort": effort}
 
 
-def _json_or_text(text: str, number: Callable[[str], float] | None = None) -> object:
-    """The value of a JSON text, or a text that is not JSON itself. `number` reads fractions, NaN and Infinity."""
-    try:
-        return json.loads(text, parse_float=number, parse_constant=number)
-    except (ValueError, RecursionError):
-        return text
+# ---- from the model's ids to its reply
 
 
-# ---- from the model's ids to its answer
+@dataclass
+class Reply:
+    text: str  # without reasoning and special tokens
+    reasoning: str | None  # what stood between [THINK] and [/THINK]
+    tool_calls: list[dict]  # {"name": …, "arguments": parsed JSON, or the raw text if it is not JSON}
 
 
-def parse_answer(tokenizer: Tekken | SentencePiece, ids: list[int]) -> Answer:
+def parse_reply(tokenizer: Tekken | SentencePiece, ids: list[int]) -> Reply:
     """What the model generated after a prompt, with or without the end token. Never raises, whatever the ids."""
-    marks = ("[THINK]", "[/THINK]", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
-    marks = {tokenizer.special[name]: name for name in marks if name in tokenizer.special}
+    names = {id: name for name, id in tokenizer.special.items()}
     text, reasoning, calls = [], None, []
-    current = text  # the list of ids that is being filled
+    current = text  # the one of these lists of ids that is being filled
     for id in ids:
+        name = names.get(id)
         if id == tokenizer.eos_id:
             break
-        mark = marks.get(id)
-        if mark == "[THINK]":
+        elif name == "[THINK]":
             current = reasoning = reasoning or []
-        elif mark == "[/THINK]":
+        elif name == "[/THINK]":
             if reasoning is None and not calls:  # the prompt itself opened the thinking
                 text, reasoning = [], text
             current = text
-        elif mark == "[TOOL_CALLS]":
+        elif name == "[TOOL_CALLS]":
             calls.append({"name": [], "[CALL_ID]": [], "[ARGS]": []})
             current = calls[-1]["name"]
-        elif mark and calls:
-            current = calls[-1][mark] = []
+        elif name in ("[CALL_ID]", "[ARGS]") and calls:
+            current = calls[-1][name] = []
         else:
-            current.append(id)
+            current.append(id)  # a control token out of place, too: decoding leaves it out
     tool_calls = []
     for call in calls:
-        name = tokenizer.decode(call["name"])
+        name, arguments = tokenizer.decode(call["name"]), tokenizer.decode(call["[ARGS]"])
         if call["[ARGS]"]:
-            arguments = _json_or_text(tokenizer.decode(call["[ARGS]"]), _finite)
-            tool_calls.append({"name": name, "arguments": arguments})
+            tool_calls.append({"name": name, "arguments": _json_or_text(arguments, _finite)})
         else:
             tool_calls += _parse_call_list(name)
-    return Answer(tokenizer.decode(text), None if reasoning is None else tokenizer.decode(reasoning), tool_calls)
+    return Reply(tokenizer.decode(text), None if reasoning is None else tokenizer.decode(reasoning), tool_calls)
 
 
 def _parse_call_list(text: str) -> list[dict]:
-    """The older form, `[{"name": …, "arguments": …}, …]`; or a name whose [ARGS] have not come."""
+    """The older form, `[{"name": …, "arguments": …}, …]`, or a name whose [ARGS] have not come."""
     calls = _json_or_text(text, _finite)
     if isinstance(calls, list) and all(isinstance(call, dict) for call in calls):
         return [{"name": str(call.get("name", "")), "arguments": call.get("arguments", {})} for call in calls]

@@ -21,7 +21,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from chat import encode_chat, parse_answer
+from chat import encode_chat, parse_reply
 from checkpoint import Checkpoint, fill, weight_bytes
 from config import UserError, parse_line, read_config, read_lines
 from engine import Answer, Engine, Request
@@ -144,12 +144,7 @@ class Session:
         if not args.ckpt and not os.path.isdir(TINY):
             raise UserError("this repository holds no checkpoint of its own; name one with --ckpt DIR")
         self.config, checkpoint = read_config(directory), Checkpoint(directory)
-        self.tokenizer = load_tokenizer(directory)
-        if self.tokenizer.vocab_size > self.config.vocab_size:
-            raise UserError(
-                f"{directory}: the tokenizer has {self.tokenizer.vocab_size} tokens but the model only "
-                f"{self.config.vocab_size}; they do not belong together"
-            )
+        self.tokenizer = load_tokenizer(directory, self.config.vocab_size)
         longest = self.config.max_position_embeddings
         self.max_context = min(args.max_context or longest, longest)
         stored_fp8 = checkpoint.is_fp8()
@@ -228,7 +223,7 @@ class Session:
         if "raw" in spec:
             said = {"text": self.tokenizer.decode(answer.tokens), "reasoning": None, "tool_calls": []}
         else:
-            said = vars(parse_answer(self.tokenizer, answer.tokens))  # the same three names
+            said = vars(parse_reply(self.tokenizer, answer.tokens))  # the same three names
         if answer.stopped_at is not None:
             said["text"] = said["text"].split(answer.stopped_at)[0]
         result = {"prompt_tokens": request.prompt, "tokens": answer.tokens, **said}

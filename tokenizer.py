@@ -1,112 +1,50 @@
-"""Text to token ids and back, for the two tokenizers that Mistral checkpoints ship.
+"""Text to token ids and back, for the two kinds of tokenizer that Mistral checkpoints ship.
 
-**Tekken** (`tekken.json`, all newer checkpoints) is byte-level BPE. A Unicode regular expression cuts the text into
-words; each word's UTF-8 bytes are merged pair by pair, always the pair whose merged bytes have the lowest rank in the
-vocabulary; ids are rank + number of special tokens. The expression is written for Rust's regex engine (`\\p{Lu}`), so
-it is rewritten here with character classes built from `unicodedata`, and runs on the standard library's `re`.
+**Tekken** (`tekken.json`, all newer checkpoints) is byte-level BPE. A regular expression cuts the text into words; the
+UTF-8 bytes of each word are merged pair by pair, always the pair whose merged bytes have the lowest rank in the
+vocabulary, until no pair is in it. An id is a rank plus the number of special tokens, which come first. The expression
+is written for Rust's regex engine; `python_pattern` rewrites it for the standard library's `re`.
 
-**SentencePiece** (`tokenizer.model`, `tokenizer.model.v3`, ...; checkpoints up to v7) goes through the `sentencepiece`
-package.
+**SentencePiece** (`tokenizer.model`, `tokenizer.model.v3`, …; checkpoints up to v7) is read with the package of that
+name.
 
-Special tokens (`[INST]`, `</s>`, ...) never arise from text: a user who types `[INST]` gets ordinary tokens, and only
-chat.py places control tokens, by id. Ids agree with mistral-common's for every file and text.
+Special tokens (`[INST]`, `</s>`, …) never arise from text: a user who types `[INST]` gets ordinary tokens, and only
+chat.py places control tokens, by id. The ids equal those of mistral-common for every file and text.
 """
 
 import base64
 import codecs
 import heapq
-import json
 import os
 import re
 import unicodedata
-from functools import cache
+from contextlib import contextmanager
+from functools import cache, lru_cache
 from itertools import groupby
 
 import sentencepiece
 
-from config import UserError
+from config import UserError, read_json
 
-VERSIONS = ("v1", "v2", "v3", "v7", "v11", "v13", "v15")
+VERSIONS = ("v1", "v2", "v3", "v7", "v11", "v13", "v15")  # each has its own chat format
 
 # Tekken files up to v7 do not list their special tokens: these twenty apply, in the order of their ids.
-CLASSIC_SPECIAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"]
-CLASSIC_SPECIAL += ["[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]"]
-CLASSIC_SPECIAL += ["[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"]
-
-LAST_BMP, LAST_UNICODE = 0xFFFF, 0x10FFFF
-
-# What Rust's (and Unicode's) \s means. Python's own \s also takes \x1c to \x1f, which would cut other words.
-WHITE_SPACE = ((0x9, 0xD), (0x20, 0x20), (0x85, 0x85), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A))
-WHITE_SPACE += ((0x2028, 0x2029), (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000))
-
-# Letters, marks and numbers that Unicode 15 and 16 added. An older Python takes them for unassigned; listing them gives
-# every Python the words that the reference (Unicode 16) cuts.
-NEW_IN_UNICODE_16 = {
-    "Lu": "1c89 a7cb-a7cc a7da a7dc 10d50-10d65",
-    "Ll": "1c8a a7cd a7db 10d70-10d85 1df25-1df2a",
-    "Lm": "10d4e 10d6f 16d40-16d42 16d6b-16d6c 1e030-1e06d 1e4eb",
-    "Lo": "105c0-105f3 10d4a-10d4d 10d4f 10ec2-10ec4 1123f-11240 11380-11389 1138b 1138e 11390-113b5 113b7 113d1 113d3 "
-    "11bc0-11be0 11f02 11f04-11f10 11f12-11f33 1342f 13441-13446 13460-143fa 16100-1611d 16d43-16d6a 18cff 1b132 1b155 "
-    "1e4d0-1e4ea 1e5d0-1e5ed 1e5f0 2b739 2ebf0-2ee5d 31350-323af",
-    "Mn": "897 ece 10d69-10d6d 10efc-10eff 11241 113bb-113c0 113ce 113d0 113d2 113e1-113e2 11f00-11f01 11f36-11f3a "
-    "11f40 11f42 11f5a 13440 13447-13455 1611e-16129 1612d-1612f 1e08f 1e4ec-1e4ef 1e5ee-1e5ef",
-    "Mc": "cf3 113b8-113ba 113c2 113c5 113c7-113ca 113cc-113cd 113cf 11f03 11f34-11f35 11f3e-11f3f 11f41 1612a-1612c",
-    "Nd": "10d40-10d49 116d0-116e3 11bf0-11bf9 11f50-11f59 16130-16139 16d70-16d79 1ccf0-1ccf9 1e4f0-1e4f9 1e5f1-1e5fa",
-    "No": "1d2c0-1d2d3",
-}
+CLASSIC_SPECIAL = (
+    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] "
+    "[IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]"
+).split()
 
 
-@cache
-def _categories() -> dict[str, list[tuple[int, int]]]:
-    """Unicode general category ("Lu", "Nd", ...) -> ascending inclusive ranges of code points."""
-    category = list(map(unicodedata.category, map(chr, range(LAST_UNICODE + 1))))
-    for name, ranges in NEW_IN_UNICODE_16.items():
-        for span in ranges.split():
-            first, _, last = span.partition("-")
-            for code in range(int(first, 16), int(last or first, 16) + 1):
-                if category[code] == "Cn":
-                    category[code] = name
-    ranges, start = {}, 0
-    for name, run in groupby(category):
-        end = start + sum(1 for _ in run)
-        ranges.setdefault(name, []).append((start, end - 1))
-        start = end
-    return ranges
-
-
-@cache
-def _class_body(name: str, negated: bool, last: int) -> str:
-    """What stands between the brackets of a Python character class: white space ("s") or a general category ("L",
-    "Lu"), or its complement, over the code points up to `last`."""
-    if name == "s":
-        ranges = list(WHITE_SPACE)
-    else:
-        ranges = sorted(r for category, found in _categories().items() if category.startswith(name) for r in found)
-    if not ranges:
-        raise UserError(f"the pattern uses \\p{{{name}}}, but only general categories such as L or Lu are supported")
-    if negated:
-        starts = [0] + [end + 1 for _, end in ranges]
-        ends = [start - 1 for start, _ in ranges] + [LAST_UNICODE]
-        ranges = [(start, end) for start, end in zip(starts, ends) if start <= end]
-    return "".join(f"\\U{start:08x}-\\U{min(end, last):08x}" for start, end in ranges if start <= last)
-
-
-def python_pattern(pattern: str, last: int = LAST_UNICODE) -> str:
-    """A Rust regular expression rewritten for Python's `re`: `\\p{..}`, `\\P{..}`, `\\s` and `\\S` spelled out, in and
-    out of brackets, for text whose code points do not exceed `last`. Raises UserError for what `re` cannot say."""
-    out, in_class = [], False
-    for token in re.findall(r"\\[pP](?:\{\w+\}|[A-Z])|\\.|\[\^?\]?|&&|--|~~|.", pattern, re.DOTALL):
-        if match := re.fullmatch(r"\\([pP])\{?(\w+)\}?|\\([sS])", token):
-            kind = match[1] or match[3]
-            body = _class_body(match[2] or "s", kind.isupper(), last)
-            out.append(body if in_class else f"[{body}]")
-            continue
-        if in_class and (token[0] == "[" or token in ("&&", "--", "~~")):
-            raise UserError(f"the pattern has {token!r} inside a character class, which is not supported: {pattern!r}")
-        if token[0] == "[" or (token == "]" and in_class):
-            in_class = token != "]"
-        out.append(token)
-    return "".join(out)
+@contextmanager
+def _reading(path: str, kind: str):
+    """Whatever goes wrong while a file is interpreted becomes one line with the file's name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:
+        reason = str(error).strip().split("\n")[-1]
+        raise UserError(f"{path} is not a valid {kind}: {type(error).__name__}: {reason}") from None
 
 
 def _well_formed(text: str) -> str:
@@ -129,31 +67,26 @@ class Tekken:
     utf8_errors = "replace"
 
     def __init__(self, path: str):
-        data = _read_json(path)
-        try:
+        data = read_json(path)
+        with _reading(path, "Tekken file"):
             self._read(data)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
-            raise UserError(f"{path} is not a valid Tekken file: {type(error).__name__}: {error}") from None
 
     def _read(self, data: dict) -> None:
         config = data["config"]
-        self.version = config["version"]
+        self.version, self.vocab_size = config["version"], config["default_vocab_size"]
         if self.version not in VERSIONS:
             raise UserError(f"tokenizer version {self.version!r} is unknown; known are {', '.join(VERSIONS)}")
-        self.vocab_size = config["default_vocab_size"]
-        num_special = config["default_num_special_tokens"]
+        self._num_special = num_special = config["default_num_special_tokens"]
 
         listed = data.get("special_tokens")
         if listed is None:
             if VERSIONS.index(self.version) > VERSIONS.index("v7"):
                 raise UserError(f"a tokenizer of version {self.version} must list its special_tokens")
             listed = [{"rank": rank, "token_str": name} for rank, name in enumerate(CLASSIC_SPECIAL)]
-        names = {entry["rank"]: entry["token_str"] for entry in listed}
-        names |= {rank: f"<SPECIAL_{rank}>" for rank in range(num_special) if rank not in names}
-        self.special = {name: rank for rank, name in sorted(names.items())}
-        if not len(self.special) == len(names) == num_special or len({e["rank"] for e in listed}) < len(listed):
+        named = {entry["rank"]: entry["token_str"] for entry in listed}
+        names = {rank: f"<SPECIAL_{rank}>" for rank in range(num_special)} | named
+        self.special = {name: rank for rank, name in names.items()}
+        if not len(self.special) == len(names) == num_special or len(named) < len(listed):
             raise UserError(f"special_tokens must have distinct names and distinct ranks from 0 to {num_special - 1}")
 
         # The file may list more tokens than the model has ids for: only the first ones count.
@@ -161,15 +94,13 @@ class Tekken:
         if len(vocab) < self.vocab_size - num_special or num_special < 3:
             raise UserError(f"vocab and special tokens do not make up default_vocab_size {self.vocab_size}")
         self._bytes = [b""] * num_special + [base64.b64decode(entry["token_bytes"], validate=True) for entry in vocab]
-        self._num_special = num_special
         self._ids = {token: id for id, token in enumerate(self._bytes) if id >= num_special}
         if [entry["rank"] for entry in vocab] != list(range(len(vocab))) or len(self._ids) < len(vocab):
-            raise UserError("vocab must list distinct tokens in the order of their ranks 0, 1, 2, ...")
+            raise UserError("vocab must list distinct tokens in the order of their ranks 0, 1, 2, …")
         if self._bytes[num_special : num_special + 256] != [bytes([byte]) for byte in range(256)]:
             raise UserError("the first 256 tokens of vocab must be the single bytes in order")
 
-        self.bos_id, self.eos_id = self.special["<s>"], self.special["</s>"]
-        self.pad_id = self.special.get("<pad>")
+        self.bos_id, self.eos_id, self.pad_id = self.special["<s>"], self.special["</s>"], self.special.get("<pad>")
         image = data.get("image") or data.get("multimodal")
         self.image = {"spatial_merge_size": 1, **image} if image else None
         self.model_settings = data.get("model_settings_builder")
@@ -178,51 +109,44 @@ class Tekken:
         effort = (self.model_settings or {}).get("reasoning_effort")
         if effort and effort["default"] not in effort["values"]:
             raise UserError(f"the default reasoning effort must be one of {effort['values']}")
-        self._rust_pattern = config["pattern"]
-        self._patterns = {}
-        self._words(LAST_BMP)  # so that a bad pattern shows now
-        self._cache = {}
-
-    def _words(self, last: int) -> re.Pattern:
-        """The word pattern for text up to code point `last`. `re` looks a character up in a table inside the BMP but
-        walks through a list of ranges beyond it, so that a pattern confined to the BMP is ten times as fast."""
-        if last not in self._patterns:
-            self._patterns[last] = re.compile(python_pattern(self._rust_pattern, last))
-        return self._patterns[last]
+        self._pattern = config["pattern"]
+        _word_pattern(self._pattern, LAST_BMP)  # so that a bad pattern is reported now
+        self._merge_cached = lru_cache(50_000)(self._merge)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ordinary text; no <s> is added, and text that spells a special token is just text."""
+        """Ids of ordinary text; no <s> is added, and text that spells a special token is only text."""
         text = _well_formed(text)
-        pattern = self._words(LAST_UNICODE if max(text, default="") > "\uffff" else LAST_BMP)
-        ids, cache = [], self._cache
-        for match in pattern.finditer(text):
-            word = match[0]
-            known = cache.get(word)
-            if known is None:
-                known = self._merge(word.encode("utf-8"))
-                if len(word) < 64:
-                    if len(cache) >= 50_000:
-                        cache.clear()
-                    cache[word] = known
-            ids.extend(known)
+        beyond_bmp = max(text, default="") > chr(LAST_BMP)
+        ids = []
+        for match in _word_pattern(self._pattern, LAST_UNICODE if beyond_bmp else LAST_BMP).finditer(text):
+            word = match[0]  # few words are longer than 64 characters, and remembering those could fill the memory
+            ids += self._merge_cached(word) if len(word) < 64 else self._merge(word)
         return ids
 
-    def _merge(self, word: bytes) -> list[int]:
-        """BPE of one word. A heap of candidate pairs keeps long words (100 kB of base64) at O(n log n)."""
-        ids = self._ids
-        if word in ids:
+    def _merge(self, text: str) -> list[int]:
+        """Byte-pair encoding of one word.
+
+        Looking through all pairs before each merge would be O(n²), minutes for 100 kB of base64, which is one word. A
+        merge only changes the pairs to its left and right, so a heap that holds every pair by its rank makes it
+        O(n log n). Equal ranks are merged from left to right, as in the reference.
+        """
+        word, ids = text.encode("utf-8"), self._ids
+        if word in ids:  # even if no chain of merges leads to it
             return [ids[word]]
         # Tokens form a linked list over byte positions: end[i] is where the token that starts at i ends (0 once a
         # merge has swallowed it), before[i] is where its left neighbour starts.
         size = len(word)
         end, before = list(range(1, size + 1)), list(range(-1, size - 1))
+        # Pairs as (rank, start, stop). Ids are ranks plus a constant; none is 0, since special tokens come first.
         heap = [(ids[word[i : i + 2]], i, i + 2) for i in range(size - 1) if word[i : i + 2] in ids]
         heapq.heapify(heap)
         while heap:
             _, start, stop = heapq.heappop(heap)
+            # Pairs that no longer exist are not searched for in the heap but recognized when they come out of it: by
+            # now one of the two tokens has been swallowed, or has grown.
             middle = end[start]
             if not 0 < middle < stop or end[middle] != stop:
-                continue  # one of the two tokens has been merged with another since
+                continue
             end[start], end[middle] = stop, 0
             if stop < size:
                 before[stop] = start
@@ -240,7 +164,8 @@ class Tekken:
         return 0 <= id < self._num_special
 
     def token_bytes(self, id: int, first: bool) -> tuple[bytes, bool]:
-        """The UTF-8 bytes of a token, and whether a character may run across its borders. For StreamDecoder."""
+        """The UTF-8 bytes of a token, and whether a character may continue across its borders. `first`: no ordinary
+        token came before. For StreamDecoder."""
         ordinary = self._num_special <= id < self.vocab_size
         return (self._bytes[id], True) if ordinary else (b"", False)
 
@@ -249,32 +174,30 @@ class Tekken:
         return _decode(self, ids)
 
 
-# SentencePiece prints one U+FFFD for each invalid byte, where Python's "replace" prints one for each broken character.
+# SentencePiece prints one U+FFFD for each invalid byte, Python's "replace" one for each broken character.
 codecs.register_error("replace-each-byte", lambda error: ("\ufffd", error.start + 1))
 
 
 class SentencePiece:
     """A tokenizer read from a SentencePiece model file; the same attributes and methods as Tekken.
 
-    The chat format's version is the file name's suffix (`tokenizer.model.v3`; `.v7m1` also takes images). A plain
-    `tokenizer.model` is judged by the control tokens that it has. Raises UserError for a broken file.
+    The version of the chat format is the file name's suffix (`tokenizer.model.v3`; `.v7m1` also takes images). For a
+    plain `tokenizer.model` its control tokens tell. Raises UserError for a broken file.
     """
 
     utf8_errors = "replace-each-byte"
     model_settings = None
 
     def __init__(self, path: str):
-        try:
-            with open(path, "rb") as file:
-                self._model = sentencepiece.SentencePieceProcessor(model_proto=file.read())
-            if not self._model.vocab_size():  # an empty file loads as an empty model
-                raise RuntimeError("it is empty")
-        except (OSError, RuntimeError, TypeError) as error:
-            raise UserError(
-                f"{path} is not a valid SentencePiece model: {str(error).strip().splitlines()[-1]}"
-            ) from None
-        model = self._model
+        with _reading(path, "SentencePiece model"):
+            self._read(path)
+
+    def _read(self, path: str) -> None:
+        with open(path, "rb") as file:
+            self._model = model = sentencepiece.SentencePieceProcessor(model_proto=file.read())
         self.vocab_size = model.vocab_size()
+        if not self.vocab_size:  # an empty file loads as an empty model
+            raise UserError("the file is empty")
         pieces = [model.id_to_piece(id) for id in range(self.vocab_size)]
         self.special = {piece: id for id, piece in enumerate(pieces) if model.is_control(id)}
         self.bos_id, self.eos_id = model.bos_id(), model.eos_id()
@@ -283,11 +206,11 @@ class SentencePiece:
         suffix = re.search(r"\.model\.(v\d+)(m1)?$", path)
         self.version = suffix[1] if suffix else self._guess_version()
         if self.version not in VERSIONS:
-            raise UserError(f"{path}: tokenizer version {self.version!r} is unknown; known are {', '.join(VERSIONS)}")
+            raise UserError(f"tokenizer version {self.version!r} is unknown; known are {', '.join(VERSIONS)}")
         image = {"image_patch_size": 16, "max_image_size": 1024, "spatial_merge_size": 1}
         self.image = image if suffix and suffix[2] else None
 
-        # Bytes of each piece, decoded as SentencePiece does: byte pieces (<0x0A>) may form a character together.
+        # The bytes of each piece, as SentencePiece decodes it. Byte pieces (<0x0A>) may form a character together.
         self._is_byte = [model.is_byte(id) for id in range(self.vocab_size)]
         self._bytes = [
             b"" if model.is_control(id) else bytes([int(piece[3:5], 16)]) if byte else piece.replace("▁", " ").encode()
@@ -320,6 +243,27 @@ class SentencePiece:
         return _decode(self, ids)
 
 
+def load_tokenizer(directory: str, vocab_size: int | None = None) -> Tekken | SentencePiece:
+    """The tokenizer of a checkpoint directory: `tekken.json`, else a SentencePiece `*.model` file, a versioned name
+    (`tokenizer.model.v3`) before a plain one. Raises UserError if there is none, if it is broken, or if it has more
+    tokens than the model's `vocab_size`."""
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError as error:
+        raise UserError(f"cannot read the tokenizer's directory: {error}") from None
+    models = [name for name in names if re.search(r"\.model(\.v\d+(m\d+)?)?$", name)]
+    if "tekken.json" in names:
+        tokenizer = Tekken(os.path.join(directory, "tekken.json"))
+    elif models:
+        tokenizer = SentencePiece(os.path.join(directory, models[-1]))
+    else:
+        raise UserError(f"{directory} has no tokenizer: expected tekken.json or a SentencePiece tokenizer.model")
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        sizes = f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {vocab_size}"
+        raise UserError(f"{directory}: {sizes}; they do not belong together")
+    return tokenizer
+
+
 class StreamDecoder:
     """Decodes ids one by one as they are generated. The pieces of text, put together, are `tokenizer.decode(ids)`.
 
@@ -349,27 +293,92 @@ def _decode(tokenizer: Tekken | SentencePiece, ids: list[int]) -> str:
     return "".join(map(stream.add, ids)) + stream.flush()
 
 
-def _read_json(path: str) -> dict:
-    try:
-        with open(path, encoding="utf-8") as file:
-            data = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return data
+# ---- cutting text into words
+
+# Tekken's pattern is made of Unicode categories (`\p{Lu}`: upper-case letters), which Python's `re` does not know, and
+# of `\s`, which it takes to mean something else. So both are spelled out as ranges of characters, from the tables of
+# `unicodedata`. A word cut differently would be merged differently: the ids would not be those of the training.
+
+LAST_BMP, LAST_UNICODE = 0xFFFF, 0x10FFFF  # code points; the Basic Multilingual Plane holds nearly all living scripts
+
+# What \s means to Rust, and to Unicode. Python's also matches \x1c to \x1f.
+WHITE_SPACE = ((0x9, 0xD), (0x20, 0x20), (0x85, 0x85), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A))
+WHITE_SPACE += ((0x2028, 0x2029), (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000))
+
+# Letters, marks and numbers that Unicode 15 and 16 added, as ranges of hexadecimal code points. An older Python takes
+# them for unassigned; listing them gives every Python the words of the reference, which knows Unicode 16.
+NEW_IN_UNICODE_16 = {
+    "Lu": "1c89 a7cb-a7cc a7da a7dc 10d50-10d65",
+    "Ll": "1c8a a7cd a7db 10d70-10d85 1df25-1df2a",
+    "Lm": "10d4e 10d6f 16d40-16d42 16d6b-16d6c 1e030-1e06d 1e4eb",
+    "Lo": "105c0-105f3 10d4a-10d4d 10d4f 10ec2-10ec4 1123f-11240 11380-11389 1138b 1138e 11390-113b5 113b7 113d1 113d3 "
+    "11bc0-11be0 11f02 11f04-11f10 11f12-11f33 1342f 13441-13446 13460-143fa 16100-1611d 16d43-16d6a 18cff 1b132 1b155 "
+    "1e4d0-1e4ea 1e5d0-1e5ed 1e5f0 2b739 2ebf0-2ee5d 31350-323af",
+    "Mn": "897 ece 10d69-10d6d 10efc-10eff 11241 113bb-113c0 113ce 113d0 113d2 113e1-113e2 11f00-11f01 11f36-11f3a "
+    "11f40 11f42 11f5a 13440 13447-13455 1611e-16129 1612d-1612f 1e08f 1e4ec-1e4ef 1e5ee-1e5ef",
+    "Mc": "cf3 113b8-113ba 113c2 113c5 113c7-113ca 113cc-113cd 113cf 11f03 11f34-11f35 11f3e-11f3f 11f41 1612a-1612c",
+    "Nd": "10d40-10d49 116d0-116e3 11bf0-11bf9 11f50-11f59 16130-16139 16d70-16d79 1ccf0-1ccf9 1e4f0-1e4f9 1e5f1-1e5fa",
+    "No": "1d2c0-1d2d3",
+}
 
 
-def load_tokenizer(directory: str) -> Tekken | SentencePiece:
-    """The tokenizer of a checkpoint directory: `tekken.json`, else a SentencePiece `*.model` file, a versioned name
-    (`tokenizer.model.v3`) before a plain one. Raises UserError if there is none or it is broken."""
-    try:
-        names = sorted(os.listdir(directory))
-    except OSError as error:
-        raise UserError(f"cannot read the tokenizer's directory: {error}") from None
-    if "tekken.json" in names:
-        return Tekken(os.path.join(directory, "tekken.json"))
-    models = [name for name in names if re.search(r"\.model(\.v\d+(m\d+)?)?$", name)]
-    if not models:
-        raise UserError(f"{directory} has no tokenizer: expected tekken.json or a SentencePiece tokenizer.model")
-    return SentencePiece(os.path.join(directory, models[-1]))
+@cache
+def _categories() -> dict[str, list[tuple[int, int]]]:
+    """Unicode general category ("Lu", "Nd", …) -> ascending inclusive ranges of code points."""
+    category = list(map(unicodedata.category, map(chr, range(LAST_UNICODE + 1))))
+    for name, ranges in NEW_IN_UNICODE_16.items():
+        for span in ranges.split():
+            first, _, last = span.partition("-")
+            for code in range(int(first, 16), int(last or first, 16) + 1):
+                if category[code] == "Cn":  # unassigned
+                    category[code] = name
+    ranges, start = {}, 0
+    for name, run in groupby(category):
+        end = start + sum(1 for _ in run)
+        ranges.setdefault(name, []).append((start, end - 1))
+        start = end
+    return ranges
+
+
+@cache
+def _class_body(name: str, negated: bool, last: int) -> str:
+    """What stands between the brackets of a Python character class for white space ("s") or a general category ("Lu",
+    or "L" for all that begin so), or for its complement, over the code points up to `last`."""
+    if name == "s":
+        ranges = list(WHITE_SPACE)
+    else:
+        ranges = sorted(r for category, found in _categories().items() if category.startswith(name) for r in found)
+    if not ranges:
+        raise UserError(f"the pattern uses \\p{{{name}}}, but only general categories such as L or Lu are supported")
+    if negated:
+        starts = [0] + [end + 1 for _, end in ranges]
+        ends = [start - 1 for start, _ in ranges] + [LAST_UNICODE]
+        ranges = [(start, end) for start, end in zip(starts, ends) if start <= end]
+    return "".join(f"\\U{start:08x}-\\U{min(end, last):08x}" for start, end in ranges if start <= last)
+
+
+def python_pattern(pattern: str, last: int = LAST_UNICODE) -> str:
+    """A Rust regular expression rewritten for Python's `re`: `\\p{..}`, `\\P{..}`, `\\s` and `\\S` spelled out, in and
+    out of brackets, for text whose code points do not exceed `last`. Raises UserError for what `re` cannot say."""
+    out, in_class = [], False
+    # One token per escape, bracket or other character; a "]" right after "[" or "[^" is a member of the class.
+    for token in re.findall(r"\\[pP](?:\{\w+\}|[A-Z])|\\.|\[\^?\]?|&&|--|~~|.", pattern, re.DOTALL):
+        if match := re.fullmatch(r"\\([pP])\{?(\w+)\}?|\\([sS])", token):
+            kind = match[1] or match[3]
+            body = _class_body(match[2] or "s", kind.isupper(), last)
+            out.append(body if in_class else f"[{body}]")
+            continue
+        # Rust has nested classes, intersections and differences; `re` would read the same signs as characters.
+        if in_class and (token[0] == "[" or token in ("&&", "--", "~~")):
+            raise UserError(f"the pattern has {token!r} inside a character class, which is not supported: {pattern!r}")
+        if token[0] == "[" or (token == "]" and in_class):
+            in_class = token != "]"
+        out.append(token)
+    return "".join(out)
+
+
+@cache
+def _word_pattern(pattern: str, last: int) -> re.Pattern:
+    """The rewritten pattern, compiled. `re` looks a character up in a table inside the BMP but walks through a list of
+    ranges beyond it, so that a pattern confined to the BMP is ten times as fast; most texts need no other."""
+    return re.compile(python_pattern(pattern, last))

@@ -118,13 +118,8 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, place: Place):
         self.args, self.place = args, place
         self.checkpoints = os.path.join(args.out, "checkpoints")
-        self.tokenizer = load_tokenizer(args.ckpt or args.tokenizer)
         self.config = read_config(args.ckpt or args.init)
-        if self.tokenizer.vocab_size > self.config.vocab_size:
-            raise UserError(
-                f"the tokenizer has {self.tokenizer.vocab_size} tokens but the model only {self.config.vocab_size}; "
-                "they do not belong together"
-            )
+        self.tokenizer = load_tokenizer(args.ckpt or args.tokenizer, self.config.vocab_size)
         if args.max_length > self.config.max_position_embeddings:
             raise UserError(f"--max-length goes up to {self.config.max_position_embeddings} with this model")
         read = partial(Chats, tokenizer=self.tokenizer, config=self.config, max_length=args.max_length, place=place)

@@ -19,7 +19,7 @@ from chat_cases import (
     write_tekken,
 )
 
-from chat import encode_chat, parse_answer
+from chat import encode_chat, parse_reply
 from config import UserError
 from tokenizer import load_tokenizer
 
@@ -366,7 +366,7 @@ def test_tokenizers_without_a_chat_format(small, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("end_token", [True, False])
-def test_parse_answer_reads_what_encode_chat_writes(name, end_token, small):
+def test_parse_reply_reads_what_encode_chat_writes(name, end_token, small):
     tokenizer = small[name]
     calls = [
         {"id": "abcdefgh1", "function": {"name": "get_weather", "arguments": {"city": "Zürich", "n": [1, 2.5, None]}}},
@@ -377,7 +377,7 @@ def test_parse_answer_reads_what_encode_chat_writes(name, end_token, small):
     def parsed(**answer):
         encoded = encode_chat(tokenizer, [USER, {"role": "assistant", **answer}], training=True)
         ids = [id for id, target in zip(encoded.ids, encoded.targets) if target]
-        answer = parse_answer(tokenizer, ids if end_token else ids[:-1])
+        answer = parse_reply(tokenizer, ids if end_token else ids[:-1])
         return answer.text, answer.reasoning, answer.tool_calls
 
     assert parsed(content="Ja, 🙂 [INST]") == ("Ja, 🙂 [INST]", None, [])
@@ -417,12 +417,12 @@ def ids_of(tokenizer, spelled: str) -> list[int]:
 )
 def test_parse_odd_answers(generated, expected, small):
     tokenizer = small["tekken-v15"]
-    answer = parse_answer(tokenizer, ids_of(tokenizer, generated))
+    answer = parse_reply(tokenizer, ids_of(tokenizer, generated))
     assert (answer.text, answer.reasoning, answer.tool_calls) == expected
 
 
 @pytest.mark.parametrize("name", ["tekken-v3", "tekken-v15", "spm-v7"])
-def test_parse_answer_never_raises(name, small):
+def test_parse_reply_never_raises(name, small):
     tokenizer = small[name]
     rng = random.Random(name)
     pieces = ['[{"name": "f", "arguments": {}}]', "[[[", "[" * 2000, '{"a": 1}', "9" * 5000, '"\\ud800"', "é", "[1, 2]"]
@@ -432,7 +432,7 @@ def test_parse_answer_never_raises(name, small):
         for _ in range(rng.randint(0, 12)):
             drawn = [rng.randrange(40)], [rng.randrange(-3, tokenizer.vocab_size + 3)], rng.choice(pieces)
             ids += rng.choice(drawn)
-        answer = parse_answer(tokenizer, ids)
+        answer = parse_reply(tokenizer, ids)
         assert isinstance(answer.text, str) and isinstance(answer.reasoning, str | None)
         assert all(call.keys() == {"name", "arguments"} for call in answer.tool_calls)
         json.dumps(answer.tool_calls, allow_nan=False)
