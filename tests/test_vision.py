@@ -4,12 +4,10 @@ import dataclasses
 import json
 import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
-from PIL import Image
+from processes import ROOT
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -19,7 +17,6 @@ from config import Config, RopeConfig, UserError, VisionConfig, parse_config, re
 from model import MistralMedium
 from parallel import Place
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GOLDEN = os.path.join(ROOT, "tests", "golden", "vision.safetensors")
 
 
@@ -416,39 +413,3 @@ def test_every_parameter_knows_its_slice():
             assert slices[1].stop == parameter.shape[dim]
     norms = {"ln_pre", "attention_norm", "ffn_norm", "norm", "input_layernorm", "post_attention_layernorm"}
     assert replicated == norms | {"patch_conv"}
-
-
-# -------------------------------------------------------------------------------------------------------- memory
-
-MEASURE = """
-import resource, sys
-import torch
-from config import Config, RopeConfig, VisionConfig
-from model import MistralMedium
-from vision import load_image, pixels
-
-torch.set_num_threads(2)
-path, count = sys.argv[1], int(sys.argv[2])
-tower = VisionConfig(24, 40, 1, 2, 14, 1540, 1e4)
-config = Config(40, 16, 16, 1, 2, 1, 8, 1e-5, 200000, False, RopeConfig(1e6), tower)
-model = MistralMedium(config, dtype=torch.float32).to_empty(device="cpu")
-with torch.no_grad():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    features = model.image_features(pixels(load_image(path), tower) for _ in range(count))
-    assert features.shape == (count * 55 * 55, 16)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-
-
-@pytest.mark.parametrize("count", [4, pytest.param(32, marks=[pytest.mark.slow, pytest.mark.time_limit(300)])])
-def test_memory_of_large_images(count, tmp_path):
-    """Images of 1540 × 1540, 12,100 patches each, from file to features: 400 MiB for one at a time, 1 MiB for each.
-
-    A matrix of scores alone would be 1.2 GB for one image, and the pixels of 32 are 0.9 GB.
-    """
-    path = str(tmp_path / "page.bmp")
-    Image.effect_noise((1540, 1540), 50).convert("RGB").save(path)
-    command = [sys.executable, "-c", MEASURE, path, str(count)]
-    run = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert int(run.stdout) / 1024 < 400 + count

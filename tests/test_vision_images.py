@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import run
 
 from config import UserError, VisionConfig
 from vision import MEAN, STD, grid, image_size, load_image, pixels
@@ -228,3 +229,38 @@ def test_sizes_of_bad_images_are_errors_too():
     for name in ("http", "missing", "text", "bomb, warning", "bomb, error", "bad padding", "zero size png"):
         with pytest.raises(UserError):
             image_size(BAD[name][0])
+
+
+# -------------------------------------------------------------------------------------------------------- memory
+
+MEASURE = """
+import resource, sys
+import torch
+from config import Config, RopeConfig, VisionConfig
+from model import MistralMedium
+from vision import load_image, pixels
+
+torch.set_num_threads(2)
+path, count = sys.argv[1], int(sys.argv[2])
+tower = VisionConfig(24, 40, 1, 2, 14, 1540, 1e4)
+config = Config(40, 16, 16, 1, 2, 1, 8, 1e-5, 200000, False, RopeConfig(1e6), tower)
+model = MistralMedium(config, dtype=torch.float32).to_empty(device="cpu")
+with torch.no_grad():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    features = model.image_features(pixels(load_image(path), tower) for _ in range(count))
+    assert features.shape == (count * 55 * 55, 16)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(32, marks=[pytest.mark.slow, pytest.mark.time_limit(300)])])
+def test_memory_of_large_images(count, tmp_path):
+    """Images of 1540 × 1540, 12,100 patches each, from file to features: 400 MiB for one at a time, 1 MiB for each.
+
+    A matrix of scores alone would be 1.2 GB for one image, and the pixels of 32 are 0.9 GB.
+    """
+    path = str(tmp_path / "page.bmp")
+    Image.effect_noise((1540, 1540), 50).convert("RGB").save(path)
+    ended = run("-c", MEASURE, path, count, seconds=280)
+    assert ended.status == 0, ended.err
+    assert int(ended.out) / 1024 < 400 + count
