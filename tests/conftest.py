@@ -1,15 +1,18 @@
-"""Every test ends: a time limit around setup and call, and the repository root on the path."""
+"""Every test ends: a time limit around setup and call. And the fixtures that several files share."""
 
 import faulthandler
-import os
+import io
 import signal
 import sys
 from contextlib import contextmanager
 
 import pytest
 import torch
+from helpers import make_checkpoint, random_state, text_fields, write_checkpoint, write_tekken
+from train_cases import IMAGES, TEXT, make_chats
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import generate
+import launch
 
 torch.set_num_threads(1)  # the tests' tensors are so small that threads only cost time
 TIME_LIMIT = 120  # seconds; @pytest.mark.time_limit(n) gives a test its own
@@ -45,3 +48,49 @@ def pytest_runtest_setup(item):
 def pytest_runtest_call(item):
     with limited(item):
         return (yield)
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """generate.py in this process: (exit status, stdout, stderr) of some arguments."""
+
+    def run(*arguments, stdin: str | io.TextIOBase = ""):
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
+        if isinstance(stdin, str):
+            stdin = io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", stdin)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            launch.run_program(generate.main)
+        out, err = capsys.readouterr()
+        return end.value.code, out, err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> tuple[str, str]:
+    """A checkpoint without a tower, and chats for it."""
+    folder = tmp_path_factory.mktemp("text")
+    return make_checkpoint(folder, TEXT), make_chats(folder / "data", False)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> tuple[str, str]:
+    """A checkpoint with a tower, and chats with images."""
+    folder = tmp_path_factory.mktemp("images")
+    return make_checkpoint(folder, IMAGES), make_chats(folder / "data", True)
+
+
+@pytest.fixture(scope="session")
+def cases(text, images) -> dict[str, tuple[str, str]]:
+    return {"text": text, "images": images}
+
+
+@pytest.fixture(scope="session")
+def ckpt(tmp_path_factory) -> str:
+    """A tiny checkpoint with a tokenizer of this model's version."""
+    root = tmp_path_factory.mktemp("ckpt")
+    vocab_size = write_tekken(root)
+    fields = text_fields("yarn, short", vocab_size=vocab_size + 3, max_position_embeddings=600)
+    return write_checkpoint(root, fields, random_state(fields, seed=6))

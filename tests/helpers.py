@@ -1,4 +1,4 @@
-"""What the tests share: random weights, checkpoints in every layout, a small tokenizer, the formula in float64.
+"""How the tests make checkpoints (random weights, every layout, a small tokenizer), and what they compare models with.
 
 Nothing here uses the project's own conversions, so that a mistake in those cannot cancel out.
 """
@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from checkpoint import Checkpoint, fill
-from config import read_config
+from checkpoint import Checkpoint, fill, layers_with_slices
+from config import Config, parse_config, read_config
 from model import MistralMedium
+from optimizer import held_tensors
 
 # The rotary settings worth distinguishing. "yarn" is this model's, with Ministral 3's query scaling.
 ROPES = {
@@ -75,6 +76,15 @@ def random_state(fields: dict, seed: int = 0) -> dict[str, torch.Tensor]:
         shapes |= {f"layers.{i}.{name}.weight": size for name, size in sizes}
         shapes |= {f"layers.{i}.{name}.weight": (C,) for name in ("input_layernorm", "post_attention_layernorm")}
     return {name: randomize(name, torch.empty(shape), draw) for name, shape in shapes.items()}
+
+
+def whole_state(fields: dict, seed: int = 0) -> dict[str, torch.Tensor]:
+    """The same with the tower and the projector that `fields["vision_config"]` asks for."""
+    draw, config = torch.Generator().manual_seed(seed), parse_config(layout_config(fields, "new")[1])
+    parts = {name: part.shape for name, (_, part) in layers_with_slices(MistralMedium(config)).items()}
+    if config.tie_word_embeddings:
+        del parts["lm_head.weight"]
+    return {name: randomize(name, torch.empty(shape), draw) for name, shape in parts.items()}
 
 
 def randomize(name: str, tensor: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
@@ -202,15 +212,18 @@ def write_checkpoint(
     directory, fields: dict, state: dict, layout: str = "text", shards: int = 0, fp8: str | None = None
 ) -> str:
     """Write `state` (canonical names) as one file, or as `shards` files with an index. Returns the directory."""
-    directory = str(directory)
-    os.makedirs(directory, exist_ok=True)
+    stem = "consolidated" if layout == "native" else "model"
+    write_files(directory, layout_tensors(state, fields, layout), stem, shards)
     name, contents = layout_config(fields, layout, fp8)
     write_json(os.path.join(directory, name), contents)
-    tensors = layout_tensors(state, fields, layout)
-    stem = "consolidated" if layout == "native" else "model"
+    return str(directory)
+
+
+def write_files(directory, tensors: dict, stem: str = "model", shards: int = 0) -> None:
+    os.makedirs(directory, exist_ok=True)
     if not shards:
         save_file(tensors, os.path.join(directory, f"{stem}.safetensors"), metadata={"format": "pt"})
-        return directory
+        return
     weight_map = {}
     for i in range(shards):
         file = f"{stem}-{i + 1:05d}-of-{shards:05d}.safetensors"
@@ -218,7 +231,6 @@ def write_checkpoint(
         save_file(part, os.path.join(directory, file), metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
     write_json(os.path.join(directory, f"{stem}.safetensors.index.json"), {"metadata": {}, "weight_map": weight_map})
-    return directory
 
 
 def write_json(path, value) -> None:
@@ -250,6 +262,52 @@ def write_tekken(directory, version: str = "v15", merges: tuple = ("th", "he", "
     return size
 
 
+# --------------------------------------------------------------------------------------- whole checkpoints
+
+EYES = dict(
+    model_type="pixtral", hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=8, head_dim=6,
+    num_channels=3, patch_size=3, image_size=60, hidden_act="silu", rope_parameters=dict(rope_theta=100.0),
+)  # fmt: skip
+SIZES = dict(
+    hidden_size=40, intermediate_size=56, num_hidden_layers=5, num_attention_heads=8, num_key_value_heads=2, head_dim=6,
+    vocab_size=301, vision_config=EYES,
+)  # fmt: skip
+
+
+def make_eyes(directory, layout: str, fp8: str | None, changes: dict, seed: int = 0) -> str:
+    """A checkpoint in three files with the sizes above, a tower included, but for `changes`."""
+    fields = text_fields("yarn, short", **(SIZES | changes))
+    state = whole_state(fields, seed)
+    if fp8:
+        state, _ = to_fp8(state, fp8 == "static")
+    write_checkpoint(directory, fields, state, layout, shards=3, fp8=fp8)
+    if layout == "native" and fields["vision_config"]:
+        path = os.path.join(str(directory), "params.json")
+        with open(path) as file:
+            params = json.load(file)
+        params["vision_encoder"] = {name: value for name, value in EYES.items() if name != "rope_parameters"}
+        params["vision_encoder"] |= dict(
+            rope_theta=100.0, image_token_id=10, max_image_size=60, mm_projector_id="patch_merge",
+            add_pre_mm_projector_layer_norm=True, adapter_bias=False,
+        )  # fmt: skip
+        write_json(path, params)
+    return str(directory)
+
+
+def make_checkpoint(folder, config: Config, seed: int = 0, dtype=torch.float32) -> str:
+    """Random weights with norms that are not 1, with a tokenizer, for training."""
+    torch.manual_seed(seed)
+    state = {}
+    for tensor in held_tensors(MistralMedium(config)):
+        noise = torch.randn(tensor.part.shape)
+        weight = 1 + 0.3 * noise if noise.dim() == 1 else noise / noise[0].numel() ** 0.5
+        state[tensor.name] = weight.to(dtype)
+    write_files(folder, layout_tensors(state, {}, "new" if config.vision else "text"))
+    write_json(os.path.join(folder, "config.json"), config.raw)
+    assert write_tekken(folder) <= config.vocab_size
+    return str(folder)
+
+
 # ------------------------------------------------------------------------------------------------- running models
 
 
@@ -273,6 +331,44 @@ def log_probabilities(model, tokens: list[int], sizes: list[int] | None = None) 
         out.append(model.logits(model(model.embed(ids[:, start : start + size]), [start], cache))[0])
         start += size
     return torch.cat(out).log_softmax(-1)
+
+
+class Letters:
+    """A tokenizer of the vocabulary: 0 to 2 are special (2 ends), then "a" to "z", then pairs of letters."""
+
+    utf8_errors, eos_id = "replace", 2
+    pieces = [b"", b"", b"", *(bytes([c]) for c in b"abcdefghijklmnopqrstuvwxyz")]
+    pieces += [bytes([a, b]) for a in b"abcdefghijklmnopq" for b in b"abcdefghijklmnop"]
+    vocab_size = len(pieces)
+
+    def is_special(self, id: int) -> bool:
+        return id < 3
+
+    def token_bytes(self, id: int, first: bool) -> tuple[bytes, bool]:
+        return self.pieces[id], id >= 3
+
+    def text(self, ids: list[int]) -> str:
+        return b"".join(self.pieces[id] for id in ids).decode()
+
+
+class Endless(Letters):
+    eos_id = -1
+
+
+class Tokens(Letters):
+    """So many tokens, none of which ends an answer."""
+
+    eos_id = -1
+
+    def token_bytes(self, id: int, first: bool) -> tuple[bytes, bool]:
+        return b"x", False
+
+
+def answers(result: tuple[int, str, str]) -> list[dict]:
+    """The JSON lines of a run of generate.py that went well; stdout holds nothing else."""
+    status, out, err = result
+    assert status == 0, err
+    return [json.loads(line) for line in out.splitlines()]
 
 
 def random_tokens(count: int, vocab_size: int, seed: int = 0) -> list[int]:

@@ -1,10 +1,8 @@
-"""Checkpoints: exactly the slices asked for, every damaged file one clear line, and nothing half-written."""
+"""Checkpoints: exactly the slices asked for, and every damaged file one clear line."""
 
 import json
 import os
 import shutil
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -20,18 +18,16 @@ from helpers import (
     write_checkpoint,
     write_json,
 )
+from processes import run
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-import export
 from checkpoint import Checkpoint, canonical_name, fill
 from config import UserError, read_config
-from export import save
 from model import MistralMedium
 from optimizer import held_tensors
 from parallel import Place, Slice
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LAYOUTS = ("text", "new", "old", "native")
 
 
@@ -370,98 +366,6 @@ def test_a_stranger_in_a_shard_that_this_rank_does_not_need(good):
         fill(MistralMedium(read_config(directory)), Checkpoint(directory))
 
 
-# ------------------------------------------------------------------------------------------------------- writing
-
-
-def arguments(model) -> tuple[dict, list]:
-    tensors = [(name, p.detach()) for name, p in model.named_parameters()]
-    return {name: tuple(t.shape) for name, t in tensors}, tensors
-
-
-@pytest.mark.parametrize("shard_bytes", [1 << 40, 30_000, 1])
-@pytest.mark.parametrize("layout", ["text", "new", "native"])
-def test_save_and_load(layout, shard_bytes, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "SHARD_BYTES", shard_bytes)
-    fields = text_fields("yarn, short", tie_word_embeddings=layout == "new")
-    source = write_checkpoint(tmp_path / "in", fields, random_state(fields), layout)
-    for name in ("tekken.json", "README.md", "model-00009-of-00009.safetensors.old"):
-        write_json(f"{source}/{name}", name)
-    os.mkdir(f"{source}/subfolder")
-    model = load(source)
-    shapes, tensors = arguments(model)
-    out = str(tmp_path / "deep" / "out")
-    save(out, model.config, shapes, iter(tensors), source)
-    again = load(out)
-    assert again.config == model.config
-    for name, parameter in again.named_parameters():
-        assert torch.equal(parameter, model.get_parameter(name).bfloat16().float())
-    files = sorted(name for name in os.listdir(out) if name.endswith(".safetensors"))
-    with open(f"{out}/model.safetensors.index.json") as file:
-        index = json.load(file)
-    assert set(index["weight_map"].values()) == set(files) and len(index["weight_map"]) == len(tensors)
-    assert index["metadata"]["total_size"] == 2 * sum(t.numel() for _, t in tensors)
-    if shard_bytes == 1:
-        assert len(files) == len(tensors) and files[0] == f"model-00001-of-{len(tensors):05d}.safetensors"
-    elif shard_bytes == 30_000:
-        assert 1 < len(files) < len(tensors)
-    else:
-        assert files == ["model.safetensors"]
-    others = {"config.json", "model.safetensors.index.json", "tekken.json", "README.md"}
-    assert set(os.listdir(out)) == others | set(files) | {"model-00009-of-00009.safetensors.old"}
-    assert os.listdir(tmp_path / "deep") == ["out"]
-
-
-def test_saved_for_transformers(tmp_path):
-    """transformers finds every weight of a checkpoint written here."""
-    transformers = pytest.importorskip("transformers")
-    fields = text_fields("yarn, short")
-    state = {name: tensor.bfloat16() for name, tensor in random_state(fields).items()}  # what is written is BF16
-    model = load(write_checkpoint(tmp_path / "in", fields, state, "native"))
-    out = str(tmp_path / "out")
-    save(out, model.config, *arguments(model), None)
-    peer, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True, dtype=torch.float32)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    tokens = torch.arange(40)[None]
-    with torch.inference_mode():
-        ours = model.logits(model(model.embed(tokens), [0])).log_softmax(-1)
-        assert (ours - peer(input_ids=tokens).logits.log_softmax(-1)).abs().max() < 1e-4
-
-
-def test_save_refuses_and_leaves_nothing(good, tmp_path, monkeypatch):
-    model = load(good[0])
-    shapes, tensors = arguments(model)
-    before = sorted(os.listdir(tmp_path))
-    with pytest.raises(UserError, match="already exists"):
-        save(good[0], model.config, shapes, tensors, None)
-    blocker = tmp_path / "a file"
-    blocker.write_text("")
-    with pytest.raises(UserError, match="a file"):
-        save(str(blocker), model.config, shapes, tensors, None)
-    with pytest.raises(UserError, match="cannot be written"):
-        save(str(blocker / "out"), model.config, shapes, tensors, None)
-    blocker.unlink()
-
-    def interrupted():
-        yield tensors[0]
-        raise RuntimeError("the tensors end here")
-
-    with pytest.raises(RuntimeError, match="end here"):
-        save(str(tmp_path / "out"), model.config, shapes, interrupted(), None)
-
-    def full(*arguments, **options):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(export, "save_file", full)
-        with pytest.raises(UserError, match="No space left"):
-            save(str(tmp_path / "out"), model.config, shapes, tensors, None)
-    assert sorted(os.listdir(tmp_path)) == before
-    (tmp_path / "out").mkdir()
-    save(str(tmp_path / "out") + "/", model.config, shapes, tensors, None)  # an empty folder may be filled
-    load(tmp_path / "out")
-    assert sorted(os.listdir(tmp_path)) == sorted([*before, "out"])
-
-
 # -------------------------------------------------------------------------------------------------------- memory
 
 LOADER = """
@@ -526,10 +430,9 @@ def large(tmp_path_factory):
 ])  # fmt: skip
 def test_memory_of_loading(stored, dtype, weights, large):
     """Peak anonymous memory: the weights in the run dtype, the largest tensor, and 400 MB for Python and PyTorch."""
-    command = [sys.executable, "-c", textwrap.dedent(LOADER), str(large / stored), dtype, weights]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
-    peak, total, largest = map(int, done.stdout.split())
+    ended = run("-c", textwrap.dedent(LOADER), large / stored, dtype, weights, seconds=250)
+    assert ended.status == 0, ended.err
+    peak, total, largest = map(int, ended.out.split())
     print(f"peak {peak / 1e6:.0f} MB, weights {total / 1e6:.0f} MB, largest tensor {largest / 1e6:.0f} MB")
     assert total > 5e8 and peak > 5e7  # BF16 weights may stay mapped from the file, which is not anonymous
     assert peak <= total + largest + 400e6

@@ -3,41 +3,26 @@
 import math
 import os
 import random
-import subprocess
-import sys
 import textwrap
 import time
 
 import pytest
 import torch
-from helpers import load, log_probabilities, random_state, random_tokens, text_fields, write_checkpoint
+from helpers import (
+    Endless,
+    Letters,
+    load,
+    log_probabilities,
+    random_state,
+    random_tokens,
+    text_fields,
+    write_checkpoint,
+)
+from processes import ENVIRONMENT, ROOT, run
 
 from engine import Engine, Request, nucleus
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 END = 2
-
-
-class Letters:
-    """A tokenizer of the vocabulary: 0 to 2 are special (2 ends), then "a" to "z", then pairs of letters."""
-
-    utf8_errors, eos_id = "replace", END
-    pieces = [b"", b"", b"", *(bytes([c]) for c in b"abcdefghijklmnopqrstuvwxyz")]
-    pieces += [bytes([a, b]) for a in b"abcdefghijklmnopq" for b in b"abcdefghijklmnop"]
-    vocab_size = len(pieces)
-
-    def is_special(self, id: int) -> bool:
-        return id < 3
-
-    def token_bytes(self, id: int, first: bool) -> tuple[bytes, bool]:
-        return self.pieces[id], id >= 3
-
-    def text(self, ids: list[int]) -> str:
-        return b"".join(self.pieces[id] for id in ids).decode()
-
-
-class Endless(Letters):
-    eos_id = -1
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +171,15 @@ def test_nucleus():
 
 
 @pytest.mark.parametrize(
-    "temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (1.7, 1.0), (1.0, 0.8), (0.7, 0.95), (2.0, 0.3)]
+    "temperature, top_p",
+    [
+        (1.0, 1.0),
+        (1.7, 1.0),
+        (0.7, 0.95),
+        pytest.param(0.5, 1.0, marks=pytest.mark.slow),
+        pytest.param(1.0, 0.8, marks=pytest.mark.slow),
+        pytest.param(2.0, 0.3, marks=pytest.mark.slow),
+    ],
 )
 def test_frequencies(temperature, top_p, chain):
     """16 rows of 700 tokens each: transitions as often as the (tempered, cut) softmax says, by a chi-square test."""
@@ -357,7 +350,7 @@ LONG_PROMPT = """
     from checkpoint import Checkpoint, fill
     from config import read_config
     from engine import Engine, Request
-    from test_engine import Letters
+    from helpers import Letters
     from model import MistralMedium
 
     def anonymous():
@@ -397,13 +390,10 @@ def test_memory_of_a_long_prompt(tmp_path):
     directory = write_checkpoint(tmp_path, fields, random_state(fields))
     beyond = {}
     for length in (16_384, 65_536):
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(LONG_PROMPT), directory, str(length)],
-            cwd=ROOT, capture_output=True, text=True, timeout=180,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        peak, cache = map(int, done.stdout.split())
+        env = {**os.environ, **ENVIRONMENT, "PYTHONPATH": f"{ROOT}/tests"}
+        ended = run("-c", textwrap.dedent(LONG_PROMPT), directory, length, env=env, seconds=180)
+        assert ended.status == 0, ended.err
+        peak, cache = map(int, ended.out.split())
         beyond[length] = peak - cache
         print(f"{length} tokens: {peak / 1e6:.0f} MB, of which the cache {cache / 1e6:.0f} MB")
     assert max(beyond.values()) < 100e6

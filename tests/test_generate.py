@@ -1,11 +1,9 @@
-"""generate.py from outside: options, JSON lines, streaming, the interactive chat, and every mistake in one line."""
+"""generate.py from outside: options, JSON lines, streaming, and the interactive chat."""
 
-import io
 import json
 import math
 import os
 import pty
-import subprocess
 import sys
 import threading
 
@@ -13,78 +11,32 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import (
+    answers,
     load,
     log_probabilities,
     random_state,
     text_fields,
     to_fp8,
     write_checkpoint,
-    write_json,
     write_tekken,
 )
-from ranks import run_ranks
+from processes import run, run_ranks, start
 
 import generate
-import launch
 from launch import find_place
 from tokenizer import load_tokenizer
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 KEYS = ["prompt_tokens", "tokens", "text", "reasoning", "tool_calls", "finish_reason", "stats"]
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # a tiny model gains nothing from more, least on a busy machine
 STATS = {"load_s", "prefill_tokens_per_s", "decode_tokens_per_s", "peak_memory_bytes", "weight_bytes", "bytes_read"}
-
-
-@pytest.fixture(scope="module")
-def ckpt(tmp_path_factory) -> str:
-    """A tiny checkpoint with a tokenizer of this model's version."""
-    root = tmp_path_factory.mktemp("ckpt")
-    vocab_size = write_tekken(root)
-    fields = text_fields("yarn, short", vocab_size=vocab_size + 3, max_position_embeddings=600)
-    return write_checkpoint(root, fields, random_state(fields, seed=6))
-
-
-def start(*arguments, stdin: str | bytes = b"", **options) -> subprocess.CompletedProcess:
-    """`python generate.py` in a process of its own."""
-    stdin = stdin.encode() if isinstance(stdin, str) else stdin
-    command = [sys.executable, os.path.join(ROOT, "generate.py"), *arguments]
-    options.setdefault("env", ONE_THREAD)
-    return subprocess.run(command, input=stdin, capture_output=True, timeout=400, **options)
-
-
-@pytest.fixture
-def program(monkeypatch, capsys):
-    """The same program in this process: (exit status, stdout, stderr) of some arguments."""
-
-    def run(*arguments, stdin: str = ""):
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            launch.run_program(generate.main)
-        out, err = capsys.readouterr()
-        lines = [line for line in err.splitlines(True) if not line.startswith("loading:")]  # on a busy machine
-        return end.value.code, out, "".join(lines)
-
-    return run
-
-
-def answers(result) -> list[dict]:
-    """The JSON lines of a run that went well; stdout holds nothing else."""
-    status, out, err = result
-    assert status == 0, err
-    return [json.loads(line) for line in out.splitlines()]
 
 
 # ----------------------------------------------------------------------------------------------------- answering
 
 
 def test_raw_json_in_a_process(ckpt):
-    done = start("--ckpt", ckpt, "--raw", "--prompt", "the café", "--json", "--max-new-tokens", "12", "--logprobs")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.decode().splitlines()
-    assert len(lines) == 1
-    answer, tokenizer = json.loads(lines[0]), load_tokenizer(ckpt)
+    arguments = ("--ckpt", ckpt, "--raw", "--prompt", "the café", "--json", "--max-new-tokens", "12", "--logprobs")
+    (answer,) = answers(run("generate.py", *arguments))
+    tokenizer = load_tokenizer(ckpt)
     assert set(answer) == {*KEYS, "prompt_logprobs", "logprobs"} and set(answer["stats"]) == STATS
     assert answer["prompt_tokens"] == [1, *tokenizer.encode("the café")]
     assert 1 <= len(answer["tokens"]) <= 12 and len(answer["logprobs"]) == len(answer["tokens"])
@@ -213,19 +165,17 @@ def test_context(ckpt, program):
 # --------------------------------------------------------------------------------------------------- interactive
 
 
-@pytest.mark.time_limit(300)
-def test_interactive(ckpt):
+def test_interactive(ckpt, program):
     """A chat over a pipe: commands, history, and the same answers as asked alone."""
     common = ("--ckpt", ckpt, "--dtype", "float32", "--max-new-tokens", "6")
     lines = ["the one", "/clear", "the one", "/system Be brief.", "/effort none", "", "/nonsense", "/clear", "the one"]
-    done = start(*common, "--interactive", stdin="\n".join([*lines, "/exit", "never asked"]) + "\n")
-    err = done.stderr.decode()
-    assert done.returncode == 0 and "Traceback" not in err
-    assert "/nonsense" in err
-    plain = start(*common, "--prompt", "the one").stdout.decode()
-    system = start(*common, "--prompt", "the one", "--system", "Be brief.").stdout.decode()
+    stdin = "\n".join([*lines, "/exit", "never asked"]) + "\n"
+    status, out, err = run("generate.py", *common, "--interactive", stdin=stdin)
+    assert status == 0 and "Traceback" not in err and "/nonsense" in err
+    plain = program(*common, "--prompt", "the one")[1]
+    system = program(*common, "--prompt", "the one", "--system", "Be brief.")[1]
     assert plain != system
-    assert done.stdout.decode() == plain + plain + system
+    assert out == plain + plain + system
 
 
 def lines_on_a_rank() -> tuple[list, int]:
@@ -270,163 +220,13 @@ def test_interactive_history_and_mistakes(ckpt, program, monkeypatch):
 
 def test_interactive_needs_no_flag_in_a_terminal(ckpt):
     """On a terminal, chatting is what happens without a prompt."""
-    import pty
-
     parent, child = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, os.path.join(ROOT, "generate.py"), "--ckpt", ckpt, "--max-new-tokens", "2"],
-        stdin=child, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ONE_THREAD,
-    )  # fmt: skip
+    process = start("generate.py", "--ckpt", ckpt, "--max-new-tokens", "2", stdin=child)
     os.write(parent, b"the\n/exit\n")
     out, err = process.communicate(timeout=60)
     os.close(parent)
     os.close(child)
-    assert process.returncode == 0 and b"Traceback" not in err and b"/exit" in err
-
-
-# ------------------------------------------------------------------------------------------------------ mistakes
-
-
-def refused(result, *named: str) -> str:
-    """Exit status 2, one line on stderr that says what is wrong, nothing on stdout."""
-    status, out, err = result
-    assert status == 2, (status, out, err)
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
-    for name in named:
-        assert name in err, err
-    return err
-
-
-@pytest.mark.parametrize("arguments, named", [
-    (["--temperature", "-0.5"], "--temperature"), (["--temperature", "nan"], "--temperature"),
-    (["--temperature", "inf"], "--temperature"), (["--temperature", "warm"], "--temperature"),
-    (["--top-p", "0"], "--top-p"), (["--top-p", "1.01"], "--top-p"), (["--top-p", "-1"], "--top-p"),
-    (["--seed", "-1"], "--seed"), (["--seed", "1.5"], "--seed"), (["--seed", str(1 << 64)], "--seed"),
-    (["--max-new-tokens", "-1"], "--max-new-tokens"), (["--max-new-tokens", "many"], "--max-new-tokens"),
-    (["--batch-size", "0"], "--batch-size"), (["--max-context", "0"], "--max-context"),
-    (["--dtype", "float16"], "--dtype"), (["--weights", "int4"], "--weights"), (["--weights", "fp8"], "fp8"),
-    (["--reasoning-effort", "maximal"], "--reasoning-effort"), (["--unknown"], "--unknown"), 
-    (["--max-new", "3"], "--max-new"),
-    (["--interactive"], "--interactive"), (["--requests", "x.jsonl"], "--requests"), (["--tp", "2"], "--tp"),
-    (["--tp", "0"], "--tp"), (["--pp", "2"], "--pp"), (["--image", "nowhere.png"], "image"),
-    (["--raw", "--system", "x"], "--raw"), (["--max-context", "2"], "context"), (["--ckpt", "/nowhere"], "/nowhere"),
-    (["--ckpt", ""], "--ckpt"), (["stray"], "stray"), (["--seed"], "--seed"),
-])  # fmt: skip
-def test_bad_options(arguments, named, ckpt, program):
-    if arguments == ["--ckpt", ""] and os.path.isdir(generate.TINY):
-        pytest.skip("an empty --ckpt is the default one")
-    refused(program("--ckpt", ckpt, "--prompt", "hi", *arguments), named)
-
-
-def test_nothing_to_do(ckpt, program):
-    refused(program("--ckpt", ckpt), "nothing to do")
-    refused(program("--ckpt", ckpt, "--json"), "nothing to do")
-    refused(program("--ckpt", ckpt, "--interactive", "--json"), "--interactive")
-
-
-USER = {"role": "user", "content": "hi"}
-CALL = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-
-
-@pytest.mark.parametrize("line, named", [
-    ("{", "not JSON"), ("nonsense", "not JSON"), ('{"raw": "a"} x', "not JSON"), ("[" * 100_000, "not JSON"),
-    ('{"raw": "\xff"}'.encode("latin-1"), "not JSON"), (b"\xff\xfe", "not JSON"), ("[]", "object"), ("3", "object"),
-    ('"raw"', "object"), ("null", "object"), ("{}", "messages"), (dict(raw="a", messages=[USER]), "either"),
-    (dict(raw="a", stpo="x"), "stpo"), (dict(raw=3), "raw"), (dict(raw=None), "raw"), (dict(raw=["a"]), "raw"),
-    (dict(messages=[]), ""), (dict(messages={}), ""), (dict(messages="hi"), ""), (dict(messages=None), ""),
-    (dict(messages=[{"role": "wizard", "content": "hi"}]), "wizard"), (dict(messages=[{"content": "hi"}]), "role"),
-    (dict(messages=["hi"]), ""), (dict(messages=[{"role": ["user"], "content": "hi"}]), "role"),
-    (dict(messages=[USER, {"role": "tool", "content": "4", "tool_call_id": "abcdefghi"}]), "tool"),
-    (dict(messages=[{"role": "tool", "content": "4", "tool_call_id": "abcdefghi"}]), "tool"),
-    (dict(messages=[USER, {"role": "assistant", "content": "", "tool_calls": [CALL]},
-                    {"role": "tool", "content": "4", "tool_call_id": "other0000"}]), "other0000"),
-    (dict(messages=[{"role": "user", "content": 7}]), "content"), (dict(messages=[{"role": "user"}]), "content"),
-    (dict(messages=[{"role": "user", "content": [{"type": "video"}]}]), "video"),
-    (dict(messages=[USER], tools=3), "tools"), (dict(messages=[USER], tools=[{"type": "function"}]), ""),
-    (dict(messages=[USER], reasoning_effort="maximal"), "maximal"),
-    (dict(raw="a", temperature=-1), "temperature"), (dict(raw="a", temperature="1"), "temperature"),
-    (dict(raw="a", temperature=True), "temperature"), (dict(raw="a", temperature=[1]), "temperature"),
-    ('{"raw": "a", "temperature": NaN}', "temperature"), ('{"raw": "a", "temperature": 1e999}', "temperature"),
-    (dict(raw="a", top_p=0), "top_p"), (dict(raw="a", top_p=2), "top_p"), (dict(raw="a", seed=-1), "seed"),
-    (dict(raw="a", seed=1.5), "seed"), (dict(raw="a", max_new_tokens=-1), "max_new_tokens"),
-    (dict(raw="a", max_new_tokens=1.5), "max_new_tokens"), (dict(raw="a", max_new_tokens={}), "max_new_tokens"),
-    (dict(raw="a", stop=3), "stop"), (dict(raw="a", stop=[""]), "stop"), (dict(raw="a", stop=[3]), "stop"),
-    (dict(raw="abcdefgh " * 200), "context"), (dict(messages=[{"role": "user", "content": "abc " * 500}]), "context"),
-    (dict(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x.png"}}]}]), "image"),
-], ids=lambda x: str(x)[:50])  # fmt: skip
-def test_bad_requests(line, named, ckpt, program, tmp_path):
-    """The line is named by its number, and no request of the file is answered."""
-    line = json.dumps(line) if isinstance(line, dict) else line
-    path = tmp_path / "r.jsonl"
-    good = b'{"raw": "a", "max_new_tokens": 2}\n'
-    path.write_bytes(good + b"\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n" + good)
-    err = refused(program("--ckpt", ckpt, "--requests", path, "--json"), named)
-    assert "line 3" in err and len(err) < 1000
-
-
-def test_bad_request_files(ckpt, program, tmp_path):
-    refused(program("--ckpt", ckpt, "--requests", tmp_path / "none.jsonl"), "none.jsonl")
-    refused(program("--ckpt", ckpt, "--requests", tmp_path), str(tmp_path))
-    (tmp_path / "empty.jsonl").write_text("\n \n")
-    refused(program("--ckpt", ckpt, "--requests", tmp_path / "empty.jsonl"), "empty.jsonl")
-
-
-def test_bad_checkpoints(ckpt, program, tmp_path):
-    """What load_tokenizer, read_config and Checkpoint refuse arrives as one line."""
-    import shutil
-
-    def copy(name: str) -> str:
-        return shutil.copytree(ckpt, tmp_path / name)
-
-    ask = lambda directory: program("--ckpt", directory, "--prompt", "hi", "--json")  # noqa: E731
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    refused(ask(empty), str(empty))
-    refused(ask(tmp_path / "missing"), "missing")
-    directory = copy("truncated")
-    with open(directory / "model.safetensors", "r+b") as file:
-        file.truncate(5000)
-    refused(ask(directory), "model.safetensors")
-    directory = copy("no tokenizer")
-    (directory / "tekken.json").unlink()
-    refused(ask(directory), "tokenizer")
-    directory = copy("bad tokenizer")
-    (directory / "tekken.json").write_bytes(b"\xff{}")
-    refused(ask(directory), "tekken.json")
-    directory = copy("bad config")
-    (directory / "config.json").write_bytes(b'{"model_type": "mistral3", \xff}')
-    refused(ask(directory), "config.json")
-    fields = text_fields("yarn, short", vocab_size=write_tekken(tmp_path) - 1)
-    refused(ask(write_checkpoint(tmp_path, fields, random_state(fields))), "tokenizer", "tokens")
-    write_json(tmp_path / "config.json", [])
-    refused(ask(tmp_path), "config.json")
-
-
-@pytest.mark.time_limit(300)
-def test_mistakes_in_a_process(ckpt, tmp_path):
-    """The whole way: exit status 2, one line, no traceback. With the shell's raw bytes, too."""
-    path = tmp_path / "r.jsonl"
-    path.write_bytes(b'{"raw": "a"}\n{"raw": "\xff"}\n')
-    for arguments, named in [
-        (["--requests", str(path)], "line 2"),
-        (["--prompt", b"caf\xe9 \xff"], "UTF-8"),
-        (["--prompt", "hi", "--system", b"\xff"], "UTF-8"),
-        (["--raw", "--prompt", b"\xff"], "UTF-8"),
-        (["--prompt", "hi", "--temperature", "-1"], "--temperature"),
-    ]:
-        done = start("--ckpt", ckpt, "--json", *arguments)
-        refused((done.returncode, done.stdout.decode(), done.stderr.decode()), named)
-
-
-@pytest.mark.time_limit(300)
-def test_bad_bytes_in_the_chat(ckpt):
-    """Invalid UTF-8 on stdin is one line, too, and the chat goes on."""
-    for mode in ("utf-8:strict", "utf-8:surrogateescape"):
-        arguments = ("--ckpt", ckpt, "--interactive", "--max-new-tokens", "2")
-        done = start(*arguments, stdin=b"hi\n\xff\xfe\nhi\n", env={**ONE_THREAD, "PYTHONIOENCODING": mode})
-        errors = [line for line in done.stderr.splitlines() if line.startswith(b"error: ")]
-        assert done.returncode == 0 and b"Traceback" not in done.stderr
-        assert len(errors) == 1 and b"UTF-8" in errors[0]
+    assert process.returncode == 0 and "Traceback" not in err and "/exit" in err
 
 
 def test_help(program):
@@ -438,16 +238,13 @@ def test_a_reader_that_goes_away(ckpt, tmp_path):
     """`generate.py … | head`: no traceback."""
     path = tmp_path / "r.jsonl"
     path.write_text('{"raw": "a", "max_new_tokens": 1}\n' * 3000)
-    process = subprocess.Popen(
-        [sys.executable, os.path.join(ROOT, "generate.py"), "--ckpt", ckpt, "--requests", str(path), "--json"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ONE_THREAD,
-    )  # fmt: skip
+    process = start("generate.py", "--ckpt", ckpt, "--requests", path, "--json")
     process.stdout.readline()
     process.stdout.close()
     err = process.stderr.read()
     process.wait(timeout=60)
     process.stderr.close()
-    assert b"Traceback" not in err
+    assert "Traceback" not in err
 
 
 def test_log_probabilities_are_finite_numbers_in_json(ckpt, program):
@@ -469,8 +266,6 @@ def test_real_weights():
     said = {}
     for layout in ("hf", "fp8", "native"):
         arguments = ("--ckpt", os.path.join(os.environ["SMOLLM"], layout), "--raw", "--json", "--max-new-tokens", "64")
-        done = start(*arguments, "--prompt", "The capital of France is", env=os.environ)
-        assert done.returncode == 0, done.stderr
-        said[layout] = json.loads(done.stdout)
+        (said[layout],) = answers(run("generate.py", *arguments, "--prompt", "The capital of France is", seconds=400))
         assert "Paris" in said[layout]["text"], said[layout]["text"]
     assert said["hf"]["tokens"] == said["native"]["tokens"] and len(said["hf"]["tokens"]) > 30

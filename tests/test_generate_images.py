@@ -6,12 +6,10 @@ import json
 
 import pytest
 import torch
-from helpers import layout_config, randomize, text_fields, write_checkpoint, write_tekken
+from helpers import answers, random_state, text_fields, whole_state, write_checkpoint, write_tekken
 from PIL import Image
-from test_generate import answers, program  # noqa: F401  (a fixture)
 
 import engine
-from checkpoint import layers_with_slices
 from config import parse_config
 from model import MistralMedium
 from vision import grid, load_image, pixels
@@ -29,12 +27,7 @@ def ckpt(tmp_path_factory) -> str:
         head_dim=12, num_channels=3, patch_size=7, image_size=84, hidden_act="silu",
         rope_parameters=dict(rope_type="axial", rope_theta=1e4),
     )  # fmt: skip
-    model = MistralMedium(parse_config(layout_config(fields, "new")[1]))
-    draw = torch.Generator().manual_seed(5)
-    state = {
-        name: randomize(name, torch.empty(part.shape), draw) for name, (_, part) in layers_with_slices(model).items()
-    }
-    write_checkpoint(root, fields, state, "new")
+    write_checkpoint(root, fields, whole_state(fields, seed=5), "new")
     for i, size in enumerate(SIZES):
         Image.effect_noise(size, 90).convert("RGB").save(root / f"{i}.png")
     return str(root)
@@ -72,14 +65,14 @@ def write_requests(path, specs: list[dict]):
     return path
 
 
-def score(program, root: str, specs: list[dict], *options) -> list[dict]:  # noqa: F811
+def score(program, root: str, specs: list[dict], *options) -> list[dict]:
     path = f"{root}/requests.jsonl"  # the pictures' paths are relative to it
     with open(path, "w") as file:
         file.write("".join(json.dumps({**spec, "max_new_tokens": 0}) + "\n" for spec in specs))
     return answers(program("--ckpt", root, "--requests", path, "--dtype", "float32", "--json", *options))
 
 
-def test_together_as_alone_and_in_small_chunks(ckpt, program, monkeypatch):  # noqa: F811
+def test_together_as_alone_and_in_small_chunks(ckpt, program, monkeypatch):
     specs = chats(ckpt)
     together = score(program, ckpt, specs)
     monkeypatch.setattr(engine, "CHUNK", 7)  # cuts images in the middle of a row
@@ -89,7 +82,7 @@ def test_together_as_alone_and_in_small_chunks(ckpt, program, monkeypatch):  # n
         assert alone["prompt_logprobs"][1:] == pytest.approx(answer["prompt_logprobs"][1:], abs=1e-4)
 
 
-def test_log_probabilities_equal_transformers(ckpt, program):  # noqa: F811
+def test_log_probabilities_equal_transformers(ckpt, program):
     """1 to 5 images in one turn and across turns, from the file to the log-probability."""
     transformers = pytest.importorskip("transformers")
     theirs = transformers.Mistral3ForConditionalGeneration.from_pretrained(ckpt, dtype=torch.float32)
@@ -122,7 +115,7 @@ def test_log_probabilities_equal_transformers(ckpt, program):  # noqa: F811
         assert answer["prompt_logprobs"][1:] == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_option_and_the_chat(ckpt, program):  # noqa: F811
+def test_the_option_and_the_chat(ckpt, program):
     """--image puts the images first; /image gives one to the next turn, which history keeps."""
     common = ("--ckpt", ckpt, "--dtype", "float32", "--max-new-tokens", 4)
     images = ("--image", f"{ckpt}/0.png", "--image", f"{ckpt}/4.png")
@@ -144,7 +137,7 @@ def refused(result, *words: str) -> None:
     assert all(word in err for word in words), err
 
 
-def test_mistakes(ckpt, program, tmp_path):  # noqa: F811
+def test_mistakes(ckpt, program, tmp_path):
     (tmp_path / "text.png").write_text("this is no image")
     whole = io.BytesIO()
     Image.effect_noise((70, 70), 50).save(whole, "PNG")
@@ -161,9 +154,7 @@ def test_mistakes(ckpt, program, tmp_path):  # noqa: F811
     refused(program("--ckpt", ckpt, "--requests", bad), "r.jsonl line 2", "x")
 
 
-def test_text_only_checkpoints_refuse_images(ckpt, program, tmp_path):  # noqa: F811
+def test_text_only_checkpoints_refuse_images(ckpt, program, tmp_path):
     fields = text_fields("plain", vocab_size=write_tekken(tmp_path))
-    model = MistralMedium(parse_config(layout_config(fields, "text")[1]))
-    state = {name: torch.randn(part.shape) for name, (_, part) in layers_with_slices(model).items()}
-    write_checkpoint(tmp_path, fields, state, "text")
+    write_checkpoint(tmp_path, fields, random_state(fields))
     refused(program("--ckpt", tmp_path, "--image", f"{ckpt}/0.png", "--prompt", "hat"), "takes no images")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import load, log_probabilities
 from safetensors.torch import load_file
-from train_cases import IMAGES, TEXT, arguments, launch, make_chats, make_checkpoint, metrics, worst
+from train_cases import IMAGES, arguments, metrics, train_on_ranks, trainer, worst
 
 import train
 from config import UserError
@@ -19,21 +19,11 @@ OPTIONS = {"lora_rank": 3, "lora_alpha": 10.0, "lr": 1e-2, "micro_batch_size": 2
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory):
+def cases(text, images, tmp_path_factory):
     """A checkpoint and chats each: images in FP8, text in FP32."""
-    made = {}
-    for name, config in (("images", IMAGES), ("text", TEXT)):
-        folder = tmp_path_factory.mktemp(name)
-        ckpt = make_checkpoint(folder / "whole", config)
-        if name == "images":
-            convert([ckpt, str(folder / "fp8")])
-            ckpt = str(folder / "fp8")
-        made[name] = ckpt, make_chats(folder / "data", name == "images")
-    return made
-
-
-def trainer(case, out, **options) -> train.Trainer:
-    return train.Trainer(train.parse_args(arguments(*case, out, **options)), train.find_place(1, 1))
+    fp8 = str(tmp_path_factory.mktemp("lora") / "fp8")
+    convert([images[0], fp8])
+    return {"images": (fp8, images[1]), "text": text}
 
 
 def test_the_base_stays_frozen_and_fp8(cases, tmp_path):
@@ -96,8 +86,7 @@ def check_topology(case, topology, folder, **options) -> None:
     """The same losses, and the same adapters, as on one process."""
     options = {**OPTIONS, **options}
     train.main(arguments(*case, folder / "one", **options))
-    status, errors = launch(arguments(*case, folder / "many", **options), topology)
-    assert status == 0, errors
+    train_on_ranks(arguments(*case, folder / "many", **options), topology)
     for name in ("loss", "grad_norm"):
         assert worst(metrics(folder / "many"), metrics(folder / "one"), name) < 1e-4
     one, many = (load_file(folder / out / "adapters" / "adapter_model.safetensors") for out in ("one", "many"))
@@ -124,8 +113,8 @@ def test_resuming(cases, tmp_path):
     train.main(arguments(*cases["images"], tmp_path, **OPTIONS, save_every=2))
     whole = metrics(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints" / "step-6")
-    status, errors = launch(arguments(*cases["images"], tmp_path, **OPTIONS, resume=True), (1, 2, 1))
-    assert status == 0 and "resumed after step 4" in errors, errors
+    said = train_on_ranks(arguments(*cases["images"], tmp_path, **OPTIONS, resume=True), (1, 2, 1))
+    assert "resumed after step 4" in said
     assert worst(metrics(tmp_path), whole, "loss") < 1e-4
     with pytest.raises(UserError, match="lora"):
         train.main(arguments(*cases["images"], tmp_path, **{**OPTIONS, "lora_rank": 4}, resume=True))

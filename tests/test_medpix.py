@@ -9,7 +9,8 @@ import sys
 
 import pytest
 from PIL import Image
-from train_cases import IMAGES, ROOT, arguments, make_checkpoint, metrics
+from processes import ROOT
+from train_cases import arguments, metrics
 
 import train
 from config import UserError
@@ -51,7 +52,7 @@ def row(content: bytes, question: str = "Is it red?", answer: str = " Yes. ") ->
     return {"image_id": image, "mode": "CT", "case_id": "MPX1", "question": question, "answer": answer}
 
 
-def test_parquet_to_chats(tmp_path):
+def test_parquet_to_chats(images, tmp_path):
     red, blue = encoded("red", "JPEG"), encoded("blue", "PNG")
     source, target = tmp_path / "parquet", tmp_path / "medpix"
     write_parquet(str(source / "data" / "train-00000-of-00002.parquet"), [row(red), row(red, "Really?"), row(blue)])
@@ -72,9 +73,8 @@ def test_parquet_to_chats(tmp_path):
     assert [(target / name).read_bytes() for name in names] == [red, red, blue, blue]
     assert len(os.listdir(target / "images")) == 2
 
-    ckpt = make_checkpoint(tmp_path / "ckpt", IMAGES)
     argv = arguments(
-        ckpt, str(target / "train.jsonl"), tmp_path / "out", max_steps=2, val=str(target / "validation.jsonl")
+        images[0], str(target / "train.jsonl"), tmp_path / "out", max_steps=2, val=str(target / "validation.jsonl")
     )
     train.main(argv)
     assert [line["step"] for line in metrics(tmp_path / "out")] == [1, 2, 2]

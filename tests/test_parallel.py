@@ -1,31 +1,19 @@
 """Every topology gives one process's answers: text and images, batches, sampling, FP8, both layouts."""
 
-import json
-import os
-
 import pytest
 import torch
-from helpers import layout_config, random_tokens, randomize, text_fields, to_fp8, write_checkpoint
-from ranks import run_ranks
-from test_engine import Letters
+from helpers import EYES, Tokens, make_eyes, random_tokens
+from processes import run_ranks
 
 import engine
-from checkpoint import Checkpoint, fill, layers_with_slices
-from config import parse_config, read_config
+from checkpoint import Checkpoint, fill
+from config import read_config
 from engine import Engine, Request
 from launch import find_place
 from model import MistralMedium
 from parallel import Place
 
 TOPOLOGIES = [(1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1)]
-EYES = dict(
-    model_type="pixtral", hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=8, head_dim=6,
-    num_channels=3, patch_size=3, image_size=60, hidden_act="silu", rope_parameters=dict(rope_theta=100.0),
-)  # fmt: skip
-SIZES = dict(
-    hidden_size=40, intermediate_size=56, num_hidden_layers=5, num_attention_heads=8, num_key_value_heads=2, head_dim=6,
-    vocab_size=301, vision_config=EYES,
-)  # fmt: skip
 # name -> layout, FP8 scheme on disk, whether the weights stay FP8, whether the fields differ from SIZES
 CASES = {
     "shared key/value heads": ("new", None, False, {}),
@@ -34,37 +22,6 @@ CASES = {
     "fp8 kept, native": ("native", "static", True, {}),
     "fp8 kept, text only": ("text", "dynamic", True, dict(num_key_value_heads=8, vocab_size=17, vision_config=None)),
 }
-
-
-class Tokens(Letters):
-    """So many tokens, none of which ends an answer."""
-
-    eos_id = -1
-
-    def token_bytes(self, id: int, first: bool) -> tuple[bytes, bool]:
-        return b"x", False
-
-
-def make(directory, layout: str, fp8: str | None, changes: dict, seed: int = 0) -> str:
-    fields = text_fields("yarn, short", **(SIZES | changes))
-    draw, config = torch.Generator().manual_seed(seed), parse_config(layout_config(fields, "new")[1])
-    parts = {name: part.shape for name, (_, part) in layers_with_slices(MistralMedium(config)).items()}
-    state = {name: randomize(name, torch.empty(shape), draw) for name, shape in parts.items()}
-    if fp8:
-        state, _ = to_fp8(state, fp8 == "static")
-    write_checkpoint(directory, fields, state, layout, shards=3, fp8=fp8)
-    if layout == "native" and fields["vision_config"]:
-        path = os.path.join(str(directory), "params.json")
-        with open(path) as file:
-            params = json.load(file)
-        params["vision_encoder"] = {name: value for name, value in EYES.items() if name != "rope_parameters"}
-        params["vision_encoder"] |= dict(
-            rope_theta=100.0, image_token_id=10, max_image_size=60, mm_projector_id="patch_merge",
-            add_pre_mm_projector_layer_norm=True, adapter_bias=False,
-        )  # fmt: skip
-        with open(path, "w") as file:
-            json.dump(params, file)
-    return str(directory)
 
 
 def requests(vocab_size: int, images: bool) -> list[list[Request]]:
@@ -125,7 +82,7 @@ def cases(tmp_path_factory):
     """The checkpoints, and one process's answers."""
     made = []
     for i, (layout, fp8, keep_fp8, changes) in enumerate(CASES.values()):
-        directory = make(tmp_path_factory.mktemp("case"), layout, fp8, changes, seed=i)
+        directory = make_eyes(tmp_path_factory.mktemp("case"), layout, fp8, changes, seed=i)
         made.append((directory, keep_fp8, changes.get("vision_config", EYES) is not None))
     expected = answer(made, Place())
     assert len({tuple(tokens) for tokens, *_ in expected}) > 40

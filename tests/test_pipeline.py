@@ -1,14 +1,10 @@
 """The 1F1B schedule: its order, what it holds, and its gradients, on stages that are single matrices."""
 
-import multiprocessing
-import os
-import socket
-import tempfile
 from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.distributed as dist
+from processes import run_ranks
 
 from launch import find_place
 from pipeline import Pipeline
@@ -30,13 +26,10 @@ def first_input(batch: Batch) -> torch.Tensor:
     return torch.randn(*batch.shape, SIZE, generator=torch.Generator().manual_seed(100 + batch.number))
 
 
-def work(rank: int, stages: int, shapes: list, trained: list[bool], folder: str, port: int) -> None:
-    """One stage's process: leaves its gradient and what happened when in `folder`."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(stages), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+def work(stages: int, shapes: list, trained: list[bool]) -> dict:
+    """One stage's process: its gradient, and what happened when."""
     place = find_place(1, stages)
-    W, events = weight(rank).requires_grad_(trained[rank]), []
+    rank, W, events = place.pp_rank, weight(place.pp_rank).requires_grad_(trained[place.pp_rank]), []
 
     class Stage(torch.autograd.Function):  # notes when its backward pass runs
         @staticmethod
@@ -61,28 +54,11 @@ def work(rank: int, stages: int, shapes: list, trained: list[bool], folder: str,
     ends = []
     pipeline.train([Batch(i, shape) for i, shape in enumerate(shapes)], lambda: ends.append(len(events)))
     result = {"events": events, "grad": W.grad, "most_held": pipeline.most_held, "ends": ends}
-    torch.save({**result, "left": len(pipeline.held)}, os.path.join(folder, f"{rank}.pt"))
-    if stages > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    return {**result, "left": len(pipeline.held)}
 
 
 def run(stages: int, shapes: list, trained: list[bool] | None = None) -> list[dict]:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
-    context, trained = multiprocessing.get_context("fork"), trained or [True] * stages
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            context.Process(target=work, args=(rank, stages, shapes, trained, folder, port), daemon=True)
-            for rank in range(stages)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(60)
-            assert process.exitcode == 0
-        return [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(stages)]
+    return run_ranks(work, stages, stages, shapes, trained or [True] * stages)
 
 
 def expected_gradients(stages: int, shapes: list) -> list[torch.Tensor]:

@@ -2,16 +2,14 @@
 
 import json
 import os
-import subprocess
 import sys
 import weakref
 
 import pytest
 import torch
-from helpers import layout_config, text_fields, write_json, write_tekken
+from helpers import SIZES, layout_config, make_eyes, text_fields, write_json, write_tekken
 from PIL import Image
-from ranks import run_ranks
-from test_parallel import SIZES, make
+from processes import run, run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,7 +22,6 @@ from config import read_config
 from launch import find_place
 from model import MistralMedium
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MEDIUM = dict(
     vocab_size=131072, hidden_size=12288, intermediate_size=28672, num_hidden_layers=88, num_attention_heads=96,
     num_key_value_heads=8, head_dim=128, max_position_embeddings=262144,
@@ -208,8 +205,8 @@ def test_a_training_step(tp, pp, options, image, tmp_path):
     chat = [dict(role="user", content=question), dict(role="assistant", content="1" * (20 if image else 500))]
     data = os.path.join(folder, "data.jsonl")
     with open(data, "w") as file:
-        file.write(8 * (json.dumps(dict(messages=chat)) + "\n"))
-    common = ["--tp", str(tp), "--pp", str(pp), "--global-batch-size", "8", *options]
+        file.write(4 * (json.dumps(dict(messages=chat)) + "\n"))
+    common = ["--tp", str(tp), "--pp", str(pp), "--global-batch-size", "4", *options]
     argv = ["--init", config, "--tokenizer", folder, "--data", data, "--out", os.path.join(folder, "out"), *common]
     ranks = run_ranks(train_on_a_rank, tp * pp, argv)
     planned_stages = planned(config, *common, "--max-length", ranks[0]["length"])["stages"]
@@ -220,7 +217,7 @@ def test_a_training_step(tp, pp, options, image, tmp_path):
         ratio = stage["activation_bytes"] / max(measured["passes"], measured["step"])
         place, checkpointing = plan.places(tp, pp)[rank // tp][0], "--activation-checkpointing" in options
         passes = plan.training_activations(
-            *(read_config(config), place, 1, ranks[0]["length"], 8, checkpointing),
+            *(read_config(config), place, 1, ranks[0]["length"], 4, checkpointing),
             plan.FREEZABLE if "--lora-rank" in options else FROZEN[1:] if FROZEN[0] in options else (),
         )
         print(f"rank {rank}: estimate / measurement {ratio:.2f}, of the passes alone {passes / measured['passes']:.2f}")
@@ -238,7 +235,7 @@ def loaded_bytes(directory: str, tp: int, pp: int, dtype: torch.dtype, keep_fp8:
 @pytest.mark.parametrize("scheme, weights", [("static", "fp8"), ("dynamic", "fp8"), ("static", "dequantized")])
 def test_a_loaded_model(scheme, weights, tmp_path):
     """Weights, scales and cache of generate.py, to the byte."""
-    directory = make(tmp_path, "new", scheme, {})
+    directory = make_eyes(tmp_path, "new", scheme, {})
     for tp, pp in ((4, 1), (2, 2)):
         ranks = run_ranks(loaded_bytes, tp * pp, directory, tp, pp, torch.bfloat16, weights == "fp8")
         options = ("--inference", "--weights", weights, "--tp", tp, "--pp", pp, "--max-context", 77)
@@ -250,18 +247,13 @@ def test_a_loaded_model(scheme, weights, tmp_path):
 # ------------------------------------------------------------------------------------------------------ the program
 
 
-def start(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, os.path.join(ROOT, "parallel.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100)
-
-
-def test_the_program(medium):
-    done = start("--plan", "--config", medium, "--json", *RECIPE)
-    assert done.returncode == 0 and done.stderr == ""
-    assert json.loads(done.stdout) == json.loads(json.dumps(planned(medium, *RECIPE)))
-    done = start("--plan", "--config", medium, "--inference", "--tp", 2)
-    assert done.returncode == 0
-    assert "127,704,210,176 parameters" in done.stdout and "does not fit on 2 × 80 GB" in done.stdout
+def test_the_program(medium, capsys):
+    ended = run("parallel.py", "--plan", "--config", medium, "--json", *RECIPE)
+    assert ended.status == 0 and ended.err == ""
+    assert json.loads(ended.out) == json.loads(json.dumps(planned(medium, *RECIPE)))
+    plan.main(["--plan", "--config", medium, "--inference", "--tp", "2"])
+    out = capsys.readouterr().out
+    assert "127,704,210,176 parameters" in out and "does not fit on 2 × 80 GB" in out
 
 
 @pytest.mark.parametrize(
@@ -289,5 +281,5 @@ def test_mistakes(options, says, medium, monkeypatch, capsys):
 
 
 def test_a_mistake_outside(tmp_path):
-    done = start("--plan", "--config", tmp_path / "none.json", "--tp", 8)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and "none.json" in done.stderr
+    status, out, err = run("parallel.py", "--plan", "--config", tmp_path / "none.json", "--tp", 8)
+    assert status == 2 and out == "" and err.count("\n") == 1 and "none.json" in err

@@ -6,12 +6,12 @@ import json
 import os
 import random
 import re
-import subprocess
 import sys
 from collections import Counter
 
 import pytest
 from PIL import Image
+from processes import ROOT, run
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "examples"))
 
@@ -26,13 +26,13 @@ from model import MistralMedium
 from parallel import Place
 from tokenizer import load_tokenizer
 
-EXAMPLES = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "examples")
+EXAMPLES = os.path.join(ROOT, "examples")
 
 
 def make(folder, *options: str) -> str:
-    command = [sys.executable, os.path.join(EXAMPLES, "shapes.py"), str(folder), "--chats", "120", "--held-out", "15"]
-    command += ["--advanced", "40"]
-    subprocess.run([*command, *options], check=True, timeout=100)
+    options = ("--chats", 120, "--held-out", 15, "--advanced", 40, *options)
+    ended = run("examples/shapes.py", folder, *options)
+    assert ended.status == 0, ended.err
     return str(folder)
 
 

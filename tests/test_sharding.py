@@ -8,10 +8,9 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import layout_config, random_tokens, text_fields, write_json
-from ranks import run_ranks
+from helpers import Tokens, layout_config, make_eyes, random_tokens, text_fields, write_json
+from processes import run_ranks
 from safetensors.torch import save_file
-from test_parallel import Tokens, make
 
 from checkpoint import Checkpoint, fill
 from config import read_config
@@ -50,7 +49,7 @@ def test_gradients(tp, tied, tmp_path):
 
     The gradient of a shared part is the sum of what its sharers find; of all else each rank finds the whole.
     """
-    directory = make(tmp_path, "new", None, dict(tie_word_embeddings=tied))
+    directory = make_eyes(tmp_path, "new", None, dict(tie_word_embeddings=tied))
     expected = gradients(directory, Place())
     ranks = run_ranks(gradients_on_a_rank, tp, directory, tp)
     for rank in ranks:
@@ -108,7 +107,7 @@ def conversation(directory: str, tp: int, pp: int, prompt: list[int], count: int
 def test_what_ranks_say(sampler, tmp_path):
     """Prefill and decode at TP=2 and at TP=2 × PP=2: two all-reduces a layer and one for the embedding, four numbers
     for the token, the hidden states at a border of stages, the token's way back; logits for top-p, and for it alone."""
-    directory = make(tmp_path, "new", None, dict(vision_config=None))
+    directory = make_eyes(tmp_path, "new", None, dict(vision_config=None))
     config, prompt, count = read_config(directory), random_tokens(9, 301), 4
     layers, nucleus = config.num_hidden_layers, sampler.get("top_p", 1) < 1
     padded = -(-config.vocab_size // 2)
@@ -227,7 +226,7 @@ def test_a_rank_reads_and_holds_its_part(tmp_path):
 
 def test_a_rank_opens_only_its_files(tmp_path):
     """A file that only the last stage needs may be missing on the first stage's machine for all it knows."""
-    directory = make(tmp_path, "new", None, {})
+    directory = make_eyes(tmp_path, "new", None, {})
     opened = run_ranks(files_of_a_rank, 4, directory, 2, 2)
     assert opened[0] == opened[1] and opened[2] == opened[3]
 

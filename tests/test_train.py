@@ -5,11 +5,11 @@ import os
 import sys
 
 import pytest
-import torch
-from train_cases import IMAGES, ROOT, TEXT, arguments, launch, make_chats, make_checkpoint, metrics, worst
+from helpers import make_checkpoint
+from processes import ROOT
+from train_cases import IMAGES, RECIPE, TEXT, arguments, make_chats, metrics, train_on_ranks, worst
 
 import train
-from parallel import run_layer
 
 sys.path.append(os.path.join(ROOT, "tests", "golden"))
 from make_train_golden import CASES, reference  # noqa: E402
@@ -17,22 +17,10 @@ from make_train_golden import CASES, reference  # noqa: E402
 with open(os.path.join(ROOT, "tests", "golden", "train.json"), encoding="utf-8") as golden:
     GOLDEN = json.load(golden)
 
-RECIPE = {"freeze": ["vision_tower", "projector", "embeddings"]}
-
 
 def assert_parity(ours: list[dict], theirs: list[dict], bound: float = 1e-4) -> None:
     for name in ("loss", "grad_norm"):
         assert worst(ours, theirs, name) < bound, name
-
-
-@pytest.fixture(scope="module")
-def cases(tmp_path_factory):
-    """Image chats and text chats, each with a model for them: {"images": (ckpt, data), "text": …}."""
-    made = {}
-    for name, config in (("images", IMAGES), ("text", TEXT)):
-        folder = tmp_path_factory.mktemp(name)
-        made[name] = make_checkpoint(folder, config), make_chats(folder / "data", name == "images")
-    return made
 
 
 # ------------------------------------------------------------------------------------------------ transformers
@@ -52,7 +40,7 @@ def test_live_losses_of_transformers(name, tmp_path):
     config, options = CASES[name]
     ckpt = make_checkpoint(tmp_path / "ckpt", config, seed=3)
     data = make_chats(tmp_path / "data", config is IMAGES, count=11, seed=3)
-    options = {**options, "activation_checkpointing": True, "micro_batch_size": 5}
+    options = {**options, "activation_checkpointing": True, "micro_batch_size": 5, "max_steps": 8}
     train.main(arguments(ckpt, data, tmp_path / "out", no_shuffle=True, **options))
     assert_parity(metrics(tmp_path / "out"), reference(ckpt, data, options))
 
@@ -64,11 +52,10 @@ TOPOLOGIES = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), 
 
 
 def check_topology(case: tuple[str, str], topology: tuple[int, int, int], folder, **options) -> None:
-    """The same 20 steps as on one process. Micro-batches of odd sizes, and a last one that is smaller."""
-    options = {"micro_batch_size": 4, "global_batch_size": 7, **options}
+    """The same steps as on one process. Micro-batches of odd sizes, and a last one that is smaller."""
+    options = {"micro_batch_size": 4, "global_batch_size": 7, "max_steps": 6, **options}
     train.main(arguments(*case, folder / "one", **options))
-    status, errors = launch(arguments(*case, folder / "many", **options), topology)
-    assert status == 0, errors
+    train_on_ranks(arguments(*case, folder / "many", **options), topology)
     assert_parity(metrics(folder / "many"), metrics(folder / "one"))
 
 
@@ -91,7 +78,7 @@ def test_other_topologies(topology, name, options, cases, tmp_path):
 @pytest.mark.parametrize("name", ["text", "images"])
 @pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
 def test_all_topologies(topology, name, checkpointing, cases, tmp_path):
-    check_topology(cases[name], topology, tmp_path, activation_checkpointing=checkpointing)
+    check_topology(cases[name], topology, tmp_path, activation_checkpointing=checkpointing, max_steps=20)
 
 
 @pytest.mark.slow
@@ -114,46 +101,7 @@ def test_topologies_with_options(topology, options, cases, tmp_path):
     check_topology(cases["text" if topology[0] == 8 else "images"], topology, tmp_path, **options)
 
 
-# ------------------------------------------------------------------------------------------------- what is frozen
-
-
-def trainer(case: tuple[str, str], out, **options) -> train.Trainer:
-    return train.Trainer(train.parse_args(arguments(*case, out, **options)), train.find_place(1, 1))
-
-
-def test_frozen_weights_cost_nothing(cases, tmp_path, monkeypatch):
-    """No gradient, no optimizer state, no change, and no graph through the tower."""
-    run = trainer(cases["images"], tmp_path, max_steps=2, **RECIPE)
-    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-    graphs = []
-
-    def watched(layer, recompute, *inputs):
-        out = run_layer(layer, recompute, *inputs)
-        graphs.append(out.requires_grad)
-        return out
-
-    monkeypatch.setattr("vision.run_layer", watched)
-    for step in (1, 2):
-        run.step(step, run.prepare_step(step))
-    assert graphs and not any(graphs)
-    trained = {t.name for bucket in run.optimizer.buckets for t in bucket.tensors}
-    for name, parameter in run.model.named_parameters():
-        frozen = name.startswith(("vision_tower.", "multi_modal_projector.", "embed_tokens."))
-        assert frozen == torch.equal(parameter, before[name]) == (name not in trained), name
-        assert parameter.grad is None
-
-
-def test_bfloat16_adds_up_in_float32(cases, tmp_path):
-    """Many updates, each below half a unit in the last place of the BF16 weights, still move them."""
-    run = trainer(cases["text"], tmp_path, dtype="bfloat16", global_batch_size=2, lr=2e-5, min_lr=2e-5, max_steps=30)
-    before = run.model.norm.weight.detach().clone()
-    assert before.dtype == torch.bfloat16
-    for step in range(1, 31):
-        run.step(step, run.prepare_step(step))
-    master = {t.name: views["masters"] for t, views in run.optimizer.parts}["norm.weight"]
-    moved = (master - before.float()).abs()
-    assert 2e-4 < moved.median() < 7e-4  # 30 steps of about 2e-5; near 1, BF16 has steps of 39e-4 and 78e-4
-    assert torch.equal(run.model.norm.weight, master.bfloat16())
+# ------------------------------------------------------------------------------------------------- the recipe
 
 
 def test_learning_rate():

@@ -4,13 +4,11 @@ import dataclasses
 import json
 import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
 from helpers import layout_config, text_fields, vision_fields
-from PIL import Image
+from processes import ROOT
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -20,7 +18,6 @@ from config import Config, UserError, parse_config, read_config
 from model import MistralMedium
 from parallel import Place
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GOLDEN = os.path.join(ROOT, "tests", "golden", "vision.safetensors")
 
 
@@ -414,44 +411,3 @@ def test_every_parameter_knows_its_slice():
             assert slices[1].stop == parameter.shape[dim]
     norms = {"ln_pre", "attention_norm", "ffn_norm", "norm", "input_layernorm", "post_attention_layernorm"}
     assert replicated == norms | {"patch_conv"}
-
-
-# -------------------------------------------------------------------------------------------------------- memory
-
-MEASURE = """
-import resource, sys
-import torch
-from config import parse_config
-from helpers import layout_config, text_fields, vision_fields
-from model import MistralMedium
-from vision import load_image, pixels
-
-torch.set_num_threads(2)
-path, count = sys.argv[1], int(sys.argv[2])
-tower = vision_fields(
-    hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=1540
-)
-fields = text_fields("plain", vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8)
-config = parse_config(layout_config(fields | {"vision_config": tower}, "new")[1])
-model = MistralMedium(config, dtype=torch.float32).to_empty(device="cpu")
-with torch.no_grad():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    features = model.image_features(pixels(load_image(path), config.vision) for _ in range(count))
-    assert features.shape == (count * 55 * 55, 16)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-
-
-@pytest.mark.parametrize("count", [4, pytest.param(32, marks=[pytest.mark.slow, pytest.mark.time_limit(300)])])
-def test_memory_of_large_images(count, tmp_path):
-    """Images of 1540 × 1540, 12,100 patches each, from file to features: 400 MiB for one at a time, 1 MiB for each.
-
-    A matrix of scores alone would be 1.2 GB for one image, and the pixels of 32 are 0.9 GB.
-    """
-    page = str(tmp_path / "page.bmp")
-    Image.effect_noise((1540, 1540), 50).convert("RGB").save(page)
-    command = [sys.executable, "-c", MEASURE, page, str(count)]
-    path = os.pathsep.join((ROOT, os.path.join(ROOT, "tests")))
-    run = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert int(run.stdout) / 1024 < 400 + count

@@ -1,24 +1,17 @@
-"""What the training tests share: a tiny model, chats with and without images, and launching train.py."""
+"""What the training tests share: a tiny model, chats with and without images, and train.py on several ranks."""
 
 import json
+import math
 import os
 import random
-import signal
-import socket
-import subprocess
-import sys
 
-import torch
-from helpers import layout_config, text_fields, vision_fields, write_json, write_tekken
+from helpers import layout_config, text_fields, vision_fields
 from PIL import Image
-from safetensors.torch import save_file
+from processes import run_on_ranks
 
-from checkpoint import hf_name
-from config import Config, parse_config
-from model import MistralMedium
-from optimizer import held_tensors
+import train
+from config import parse_config
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VOCABULARY = 307  # odd, so that a head split over ranks is padded
 SIZES = dict(
     vocab_size=VOCABULARY, hidden_size=48, intermediate_size=56, num_hidden_layers=5, num_attention_heads=8,
@@ -35,19 +28,7 @@ TEXT = parse_config(text_fields(**SIZES, tie_word_embeddings=True))
 IMAGES = parse_config(layout_config(text_fields(**SIZES, vision_config=TOWER), "new")[1])
 
 
-def make_checkpoint(folder, config: Config, seed: int = 0, dtype=torch.float32) -> str:
-    """Random weights with norms that are not 1, in the HF layout, with a tokenizer."""
-    os.makedirs(folder, exist_ok=True)
-    torch.manual_seed(seed)
-    tensors = {}
-    for tensor in held_tensors(MistralMedium(config)):
-        noise = torch.randn(tensor.part.shape)
-        weight = 1 + 0.3 * noise if noise.dim() == 1 else noise / noise[0].numel() ** 0.5
-        tensors[hf_name(tensor.name, config)] = weight.to(dtype)
-    save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
-    write_json(os.path.join(folder, "config.json"), config.raw)
-    assert write_tekken(folder) <= config.vocab_size
-    return str(folder)
+RECIPE = {"freeze": ["vision_tower", "projector", "embeddings"]}
 
 
 def make_chats(folder, images: bool, count: int = 17, seed: int = 0) -> str:
@@ -86,53 +67,16 @@ def arguments(ckpt: str, data: str, out, **options) -> list[str]:
     return argv
 
 
-def start(argv: list[str], topology: tuple[int, int, int] = (1, 1, 1), **popen) -> subprocess.Popen:
-    """train.py with torchrun on tp × pp × dp processes, or by itself."""
-    (tp, pp, dp), command = topology, [sys.executable]
-    if tp * pp * dp > 1:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
-        command += ["-m", "torch.distributed.run", f"--nproc-per-node={tp * pp * dp}", f"--master-port={port}"]
-        argv = [*argv, "--tp", str(tp), "--pp", str(pp)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(
-        [*command, os.path.join(ROOT, "train.py"), *argv], env=environment, stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE, text=True, **popen,
-    )  # fmt: skip
+def on(argv: list[str], topology: tuple[int, int, int]) -> list[str]:
+    return [*argv, "--tp", str(topology[0]), "--pp", str(topology[1])]
 
 
-def kill(process: subprocess.Popen) -> None:
-    """SIGKILL a run with all its ranks; torchrun, which would tell them to stop, is halted first."""
-    try:
-        os.kill(process.pid, signal.SIGSTOP)
-    except ProcessLookupError:
-        return
-    family = [process.pid]
-    for entry in os.listdir("/proc"):
-        try:
-            with open(f"/proc/{entry}/stat", encoding="utf-8") as file:
-                parent = int(file.read().rpartition(")")[2].split()[1])
-        except (OSError, ValueError, IndexError):
-            continue
-        if parent == process.pid:
-            family.insert(0, int(entry))
-    for pid in family:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-
-
-def launch(argv: list[str], topology: tuple[int, int, int] = (1, 1, 1), timeout: int = 300, **popen):
-    """Run to the end; returns (exit status, stderr)."""
-    process = start(argv, topology, **popen)
-    try:
-        _, errors = process.communicate(timeout=timeout)
-    finally:
-        if process.poll() is None:
-            kill(process)
-    return process.returncode, errors
+def train_on_ranks(argv: list[str], topology: tuple[int, int, int], status: int = 0, **more) -> str:
+    """Run train.py to its end on tp × pp × dp ranks; returns what they say on stderr."""
+    ended = run_on_ranks(math.prod(topology), "train.py", *on(argv, topology), **more)
+    said = "".join(rank.err for rank in ended)
+    assert [rank.status for rank in ended] == [status] * len(ended), said
+    return said
 
 
 def metrics(out) -> list[dict]:
@@ -144,3 +88,13 @@ def worst(ours: list[dict], theirs: list[dict], name: str) -> float:
     """The largest relative difference of a column."""
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     return max(abs(a[name] - b[name]) / abs(b[name]) for a, b in zip(ours, theirs))
+
+
+def trained(out) -> list[tuple]:
+    """What training alone decides."""
+    return [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in metrics(out)]
+
+
+def trainer(case: tuple[str, str], out, **options) -> train.Trainer:
+    """A run in this process, to be taken step by step."""
+    return train.Trainer(train.parse_args(arguments(*case, out, **options)), train.find_place(1, 1))

@@ -12,7 +12,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), os.path.dirname(os.path.dirname(HERE))]
 
 import torch  # noqa: E402
-from train_cases import IMAGES, TEXT, make_chats, make_checkpoint  # noqa: E402
+from helpers import make_checkpoint  # noqa: E402
+from train_cases import IMAGES, TEXT, make_chats  # noqa: E402
 
 from chat import encode_chat  # noqa: E402
 from checkpoint import draw  # noqa: E402

@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import layout_config, text_fields, vision_fields
 from PIL import Image
+from processes import run
 
 from config import UserError, VisionConfig, parse_config
 from vision import MEAN, STD, grid, image_size, load_image, pixels
@@ -234,3 +235,42 @@ def test_sizes_of_bad_images_are_errors_too():
     for name in ("http", "missing", "text", "bomb, warning", "bomb, error", "bad padding", "zero size png"):
         with pytest.raises(UserError):
             image_size(BAD[name][0])
+
+
+# -------------------------------------------------------------------------------------------------------- memory
+
+MEASURE = """
+import resource, sys
+import torch
+from config import parse_config
+from helpers import layout_config, text_fields, vision_fields
+from model import MistralMedium
+from vision import load_image, pixels
+
+torch.set_num_threads(2)
+path, count = sys.argv[1], int(sys.argv[2])
+tower = vision_fields(
+    hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=1540
+)
+fields = text_fields("plain", vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8)
+config = parse_config(layout_config(fields | {"vision_config": tower}, "new")[1])
+model = MistralMedium(config, dtype=torch.float32).to_empty(device="cpu")
+with torch.no_grad():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    features = model.image_features(pixels(load_image(path), config.vision) for _ in range(count))
+    assert features.shape == (count * 55 * 55, 16)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(32, marks=[pytest.mark.slow, pytest.mark.time_limit(300)])])
+def test_memory_of_large_images(count, tmp_path):
+    """Images of 1540 × 1540, 12,100 patches each, from file to features: 400 MiB for one at a time, 1 MiB for each.
+
+    A matrix of scores alone would be 1.2 GB for one image, and the pixels of 32 are 0.9 GB.
+    """
+    path = str(tmp_path / "page.bmp")
+    Image.effect_noise((1540, 1540), 50).convert("RGB").save(path)
+    ended = run("-c", MEASURE, path, count, seconds=280)
+    assert ended.status == 0, ended.err
+    assert int(ended.out) / 1024 < 400 + count

@@ -1,4 +1,4 @@
-"""`python fp8.py IN OUT`: the numbers it writes, the layouts it reads, the scales it measures, what it refuses."""
+"""What is written: checkpoints, whole or not at all; and `python fp8.py IN OUT`, its numbers, layouts and scales."""
 
 import json
 import os
@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import PROJECTIONS, load, random_state, text_fields, to_fp8, write_checkpoint, write_tekken
+from helpers import PROJECTIONS, load, random_state, text_fields, to_fp8, write_checkpoint, write_json, write_tekken
 from safetensors.torch import load_file
 
+import export
 from checkpoint import canonical_name
 from config import UserError
-from export import main, measure_inputs
+from export import main, measure_inputs, save
 
 LINEARS = [f"layers.{i}.{name}.weight" for i in range(3) for name in PROJECTIONS]
 
@@ -175,3 +176,97 @@ def test_the_largest_input_of_all_batches_counts(tmp_path, source):
     assert any(first[name] > second[name] for name in first) and any(first[name] < second[name] for name in first)
     for order in (batches, batches[::-1]):
         assert measure_inputs(model, order) == {name: max(first[name], second[name]) for name in LINEARS}
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+def pieces(model) -> tuple[dict, list]:
+    tensors = [(name, p.detach()) for name, p in model.named_parameters()]
+    return {name: tuple(t.shape) for name, t in tensors}, tensors
+
+
+@pytest.mark.parametrize("shard_bytes", [1 << 40, 30_000, 1])
+@pytest.mark.parametrize("layout", ["text", "new", "native"])
+def test_save_and_load(layout, shard_bytes, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "SHARD_BYTES", shard_bytes)
+    fields = text_fields("yarn, short", tie_word_embeddings=layout == "new")
+    source = write_checkpoint(tmp_path / "in", fields, random_state(fields), layout)
+    for name in ("tekken.json", "README.md", "model-00009-of-00009.safetensors.old"):
+        write_json(f"{source}/{name}", name)
+    os.mkdir(f"{source}/subfolder")
+    model = load(source)
+    shapes, tensors = pieces(model)
+    out = str(tmp_path / "deep" / "out")
+    save(out, model.config, shapes, iter(tensors), source)
+    again = load(out)
+    assert again.config == model.config
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name).bfloat16().float())
+    files = sorted(name for name in os.listdir(out) if name.endswith(".safetensors"))
+    with open(f"{out}/model.safetensors.index.json") as file:
+        index = json.load(file)
+    assert set(index["weight_map"].values()) == set(files) and len(index["weight_map"]) == len(tensors)
+    assert index["metadata"]["total_size"] == 2 * sum(t.numel() for _, t in tensors)
+    if shard_bytes == 1:
+        assert len(files) == len(tensors) and files[0] == f"model-00001-of-{len(tensors):05d}.safetensors"
+    elif shard_bytes == 30_000:
+        assert 1 < len(files) < len(tensors)
+    else:
+        assert files == ["model.safetensors"]
+    others = {"config.json", "model.safetensors.index.json", "tekken.json", "README.md"}
+    assert set(os.listdir(out)) == others | set(files) | {"model-00009-of-00009.safetensors.old"}
+    assert os.listdir(tmp_path / "deep") == ["out"]
+
+
+def test_saved_for_transformers(tmp_path):
+    """transformers finds every weight of a checkpoint written here."""
+    transformers = pytest.importorskip("transformers")
+    fields = text_fields("yarn, short")
+    state = {name: tensor.bfloat16() for name, tensor in random_state(fields).items()}  # what is written is BF16
+    model = load(write_checkpoint(tmp_path / "in", fields, state, "native"))
+    out = str(tmp_path / "out")
+    save(out, model.config, *pieces(model), None)
+    peer, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True, dtype=torch.float32)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tokens = torch.arange(40)[None]
+    with torch.inference_mode():
+        ours = model.logits(model(model.embed(tokens), [0])).log_softmax(-1)
+        assert (ours - peer(input_ids=tokens).logits.log_softmax(-1)).abs().max() < 1e-4
+
+
+def test_save_refuses_and_leaves_nothing(tmp_path, monkeypatch):
+    fields = text_fields(num_hidden_layers=1)
+    good = write_checkpoint(tmp_path / "ckpt", fields, random_state(fields))
+    model = load(good)
+    shapes, tensors = pieces(model)
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(UserError, match="already exists"):
+        save(good, model.config, shapes, tensors, None)
+    blocker = tmp_path / "a file"
+    blocker.write_text("")
+    with pytest.raises(UserError, match="a file"):
+        save(str(blocker), model.config, shapes, tensors, None)
+    with pytest.raises(UserError, match="cannot be written"):
+        save(str(blocker / "out"), model.config, shapes, tensors, None)
+    blocker.unlink()
+
+    def interrupted():
+        yield tensors[0]
+        raise RuntimeError("the tensors end here")
+
+    with pytest.raises(RuntimeError, match="end here"):
+        save(str(tmp_path / "out"), model.config, shapes, interrupted(), None)
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "save_file", full)
+        with pytest.raises(UserError, match="No space left"):
+            save(str(tmp_path / "out"), model.config, shapes, tensors, None)
+    assert sorted(os.listdir(tmp_path)) == before
+    (tmp_path / "out").mkdir()
+    save(str(tmp_path / "out") + "/", model.config, shapes, tensors, None)  # an empty folder may be filled
+    load(tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == sorted([*before, "out"])

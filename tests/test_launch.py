@@ -3,20 +3,15 @@
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import textwrap
 import time
 
 import pytest
-from helpers import random_state, text_fields, write_checkpoint, write_tekken
-from test_parallel import EYES, make
+from helpers import EYES, make_eyes, random_state, text_fields, write_checkpoint, write_tekken
+from processes import ROOT, run, run_on_ranks
 
 from launch import WHAT_TO_DO
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ROOT}
 ASK = ("--raw", "--prompt", "the", "--json", "--dtype", "float32", "--temperature", "0")
 
 
@@ -31,39 +26,8 @@ def ckpt(tmp_path_factory) -> str:
     return write_checkpoint(root, fields, random_state(fields), shards=6)
 
 
-def by_hand(world: int, program: list[str], seconds: float = 100) -> list[tuple[int, str, str]]:
-    """(exit status, stdout, stderr) of each rank, with no launcher that would end the others after the first."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    where = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, *program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**ENVIRONMENT, **where, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        outputs = [rank.communicate(timeout=seconds) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return [(rank.returncode, *output) for rank, output in zip(ranks, outputs)]
-
-
-def torchrun(world: int, program: list[str], seconds: float = 100) -> tuple[int, str, list[str], float]:
-    """(exit status, stdout, the ranks' own lines on stderr, seconds), without torchrun's report."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), *program]
-    started = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=ENVIRONMENT)
-    lines = [line for line in done.stderr.splitlines() if line.startswith(("error:", "caution:"))]
-    assert "generate.py" not in done.stderr.split("Traceback")[0] or done.returncode
-    return done.returncode, done.stdout, lines, time.monotonic() - started
-
-
 def generate(ckpt: str, *options: str) -> list[str]:
-    return [os.path.join(ROOT, "generate.py"), "--ckpt", ckpt, *ASK, *options]
+    return ["generate.py", "--ckpt", ckpt, *ASK, *options]
 
 
 # ------------------------------------------------------------------------------------------------ the user's mistakes
@@ -104,7 +68,7 @@ def files_of(tensor: str, ckpt: str) -> str:
     ],
 )
 def test_mistakes(world, options, says, ckpt):
-    ranks = by_hand(world, generate(ckpt, *options))
+    ranks = run_on_ranks(world, *generate(ckpt, *options))
     assert [status for status, _, _ in ranks] == [2] * world
     assert "".join(out for _, out, _ in ranks) == ""
     said = "".join(err for _, _, err in ranks)
@@ -113,29 +77,29 @@ def test_mistakes(world, options, says, ckpt):
 
 @pytest.mark.slow
 def test_more_ranks_than_heads(ckpt):
-    status, out, lines, _ = torchrun(16, generate(ckpt, "--tp", "16"))
-    assert status != 0 and out == ""
-    assert lines == [f"error: tensor-parallel size 16 does not divide the 8 attention heads; {WHAT_TO_DO}"]
+    ended = run(*generate(ckpt, "--tp", "16"), ranks=16)
+    assert ended.status != 0 and ended.out == ""
+    assert ended.errors == [f"error: tensor-parallel size 16 does not divide the 8 attention heads; {WHAT_TO_DO}"]
 
 
 @pytest.mark.slow
 def test_a_file_that_one_rank_opens(ckpt, tmp_path):
     """The other ranks never look at it, and yet all end with status 2 and one line."""
     broken = damaged(ckpt, tmp_path)
-    ranks = by_hand(3, generate(broken, "--pp", "3"))
+    ranks = run_on_ranks(3, *generate(broken, "--pp", "3"))
     said = "".join(err for _, _, err in ranks)
     assert [status for status, _, _ in ranks] == [2] * 3
     assert said.count("\n") == 1 and files_of("lm_head.weight", ckpt) in said and "not a whole safetensors file" in said
-    status, out, lines, seconds = torchrun(3, generate(broken, "--pp", "3"))
-    assert status != 0 and out == "" and lines == [said.strip()] and seconds < 60
+    ended = run(*generate(broken, "--pp", "3"), ranks=3, seconds=60)
+    assert ended.status != 0 and ended.out == "" and ended.errors == [said.strip()]
 
 
 def test_only_the_first_stage_has_a_tower(tmp_path):
     """Heads of the tower that do not divide: a mistake that only the first stage could see."""
     eyes = {**EYES, "hidden_size": 42, "num_attention_heads": 7}
     vocab_size = write_tekken(tmp_path)
-    directory = make(tmp_path, "new", None, dict(vision_config=eyes, vocab_size=vocab_size))
-    ranks = by_hand(4, generate(directory, "--tp", "2", "--pp", "2"))
+    directory = make_eyes(tmp_path, "new", None, dict(vision_config=eyes, vocab_size=vocab_size))
+    ranks = run_on_ranks(4, *generate(directory, "--tp", "2", "--pp", "2"))
     assert [status for status, _, _ in ranks] == [2] * 4
     said = "".join(err for _, _, err in ranks)
     assert (
@@ -154,7 +118,9 @@ def test_a_file_that_one_rank_lacks(ckpt, tmp_path):
         sys.argv.append({str(path)!r} if os.environ["RANK"] == "0" else "elsewhere")
         launch.run_program(generate.main)
     """
-    ranks = by_hand(2, ["-c", textwrap.dedent(program)])
+    script = tmp_path / "program.py"
+    script.write_text(textwrap.dedent(program))
+    ranks = run_on_ranks(2, script)
     assert [status for status, _, _ in ranks] == [2, 2]
     said = "".join(err for _, _, err in ranks)
     assert said.count("\n") == 1 and "elsewhere" in said
@@ -192,44 +158,43 @@ FAIL = """
 @pytest.fixture
 def failing(tmp_path):
     path = tmp_path / "failing.py"
-    path.write_text(textwrap.dedent(FAIL))
+    path.write_text(f"import sys\nsys.path.append({ROOT!r})\n" + textwrap.dedent(FAIL).lstrip("\n"))
     return lambda ckpt, what, place, *options: [str(path), what, place, "--ckpt", ckpt, *ASK, *options]
 
 
-@pytest.mark.parametrize("place, options", [("decode", ("--tp", "2")), ("prefill", ("--pp", "2"))])
+@pytest.mark.parametrize(
+    "place, options",
+    [("decode", ("--tp", "2")), pytest.param("prefill", ("--pp", "2"), marks=pytest.mark.slow)],
+)
 def test_an_exception_on_one_rank(place, options, ckpt, failing):
     """Under torchrun: the rank that failed says why, the other one says nothing."""
-    status, out, lines, seconds = torchrun(2, failing(ckpt, "raise", place, *options))
-    assert status == 1 and out == "" and seconds < 30 + 20  # starting up is not part of the 30
-    assert lines == ["error: rank 1: RuntimeError: the oven is hot (failing.py line 11)"]
+    ended = run(*failing(ckpt, "raise", place, *options), ranks=2, seconds=30 + 20)  # 20 to start up
+    assert ended.status == 1 and ended.out == ""
+    assert ended.errors == ["error: rank 1: RuntimeError: the oven is hot (failing.py line 12)"]
 
 
 @pytest.mark.slow
 def test_an_exception_without_a_launcher(ckpt, failing):
     """Nobody ends the others: they do so themselves. Those that outlive rank 0, where all look, may say a line more."""
     started = time.monotonic()
-    ranks = by_hand(4, failing(ckpt, "raise", "decode", "--tp", "2", "--pp", "2"))
+    ranks = run_on_ranks(4, *failing(ckpt, "raise", "decode", "--tp", "2", "--pp", "2"))
     assert [status for status, _, _ in ranks] == [1] * 4 and time.monotonic() - started < 60
     said = [line for _, _, err in ranks for line in err.splitlines() if line.startswith("error:")]
-    assert said.count("error: rank 1: RuntimeError: the oven is hot (failing.py line 11)") == 1
+    assert said.count("error: rank 1: RuntimeError: the oven is hot (failing.py line 12)") == 1
     assert not any("error:" in err for rank, (_, _, err) in enumerate(ranks) if rank == 0)
     assert not any("Traceback" in err for _, _, err in ranks)
 
 
 def test_a_killed_rank(ckpt, failing):
     """torchrun says which one, and by which signal; the others do not add that they miss it."""
-    command = failing(ckpt, "kill", "decode", "--tp", "2", "--pp", "2")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", *command]
-    started = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=ENVIRONMENT)
-    assert done.returncode != 0 and done.stdout == "" and time.monotonic() - started < 50
-    assert "error:" not in [line[:6] for line in done.stderr.splitlines()]
-    assert f"exitcode: {-signal.SIGKILL}) local_rank: 1" in done.stderr
+    ended = run(*failing(ckpt, "kill", "decode", "--tp", "2", "--pp", "2"), ranks=4, seconds=50)
+    assert ended.status != 0 and ended.out == "" and ended.errors == []
+    assert f"exitcode: {-signal.SIGKILL}) local_rank: 1" in ended.err
 
 
 @pytest.mark.slow
 def test_a_killed_rank_without_a_launcher(ckpt, failing):
-    ranks = by_hand(3, failing(ckpt, "kill", "prefill", "--pp", "3"))
+    ranks = run_on_ranks(3, *failing(ckpt, "kill", "prefill", "--pp", "3"))
     assert [status for status, _, _ in ranks] == [1, -signal.SIGKILL, 1]
     said = [line for _, _, err in ranks for line in err.splitlines() if line.startswith("error:")]
     assert 1 <= len(said) <= 2 and all("Connection" in line for line in said)
@@ -240,15 +205,12 @@ def test_a_killed_rank_without_a_launcher(ckpt, failing):
 def test_a_mistake_that_one_rank_alone_finds(ckpt, failing):
     """No program should raise one without `together`; if it does, the job ends all the same, and says why."""
     started = time.monotonic()
-    ranks = by_hand(2, failing(ckpt, "mistake", "decode", "--tp", "2"))
+    ranks = run_on_ranks(2, *failing(ckpt, "mistake", "decode", "--tp", "2"))
     assert [status for status, _, _ in ranks] == [1, 2] and time.monotonic() - started < 60
     errors = [line for _, _, err in ranks for line in err.splitlines() if line.startswith("error:")]
     assert errors == ["error: only this rank thinks so"]
 
 
-def test_one_process_shows_the_traceback(ckpt, failing):
-    done = subprocess.run(
-        [sys.executable, "-c", "import launch; launch.run_program(lambda argv: 1 // 0)"],
-        capture_output=True, text=True, timeout=100, env=ENVIRONMENT, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr and "Traceback" in done.stderr
+def test_one_process_shows_the_traceback():
+    ended = run("-c", "import launch; launch.run_program(lambda argv: 1 // 0)")
+    assert ended.status == 1 and "ZeroDivisionError" in ended.err and "Traceback" in ended.err

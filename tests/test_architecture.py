@@ -1,0 +1,72 @@
+"""The house: which modules there are, which may import which, how long they are, and which packages they need."""
+
+import ast
+import glob
+import os
+import sys
+
+from processes import ROOT
+
+# Bottom up: a module imports only from those before it.
+MODULES = "config fp8 parallel vision model pipeline checkpoint tokenizer chat launch engine optimizer data export"
+MODULES = [*MODULES.split(), "plan", "generate", "train"]
+PACKAGES = {"torch", "safetensors", "sentencepiece", "PIL", "numpy"}
+NARROW = {  # modules that know less than their place in the order allows
+    "launch": {"config", "parallel"},
+    "checkpoint": {"parallel", "fp8", "config"},
+    "pipeline": {"parallel"},
+}
+
+
+def trees() -> dict[str, ast.Module]:
+    paths = glob.glob(os.path.join(ROOT, "*.py"))
+    return {os.path.basename(path)[:-3]: ast.parse(read(path), path) for path in paths}
+
+
+def read(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def imported(nodes) -> set[str]:
+    """The first names of everything that is imported in or under these nodes."""
+    names = set()
+    for node in nodes:
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in inner.names}
+            elif isinstance(inner, ast.ImportFrom):
+                names.add(inner.module.split(".")[0])
+    return names
+
+
+def is_tail(node: ast.AST) -> bool:
+    """`if __name__ == "__main__":`"""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+
+
+def test_the_modules():
+    assert sorted(trees()) == sorted(MODULES) and len(MODULES) <= 17
+    for name in MODULES:
+        assert len(read(os.path.join(ROOT, f"{name}.py")).splitlines()) <= 450, name
+
+
+def test_imports_point_downward():
+    """Inside functions, too, so that there is no circle; only two programs end by starting a module above them."""
+    tails = {}
+    for name, tree in trees().items():
+        below = set(MODULES[: MODULES.index(name)])
+        ours = imported(node for node in tree.body if not is_tail(node)) & set(MODULES)
+        assert ours <= NARROW.get(name, below), f"{name}.py imports {sorted(ours - NARROW.get(name, below))}"
+        if upward := (imported(filter(is_tail, tree.body)) & set(MODULES)) - below:
+            tails[name] = upward
+    assert tails == {"fp8": {"export", "launch"}, "parallel": {"plan", "launch"}}
+
+
+def test_packages():
+    """What is shipped needs five packages, and the scripts in examples/ and benchmarks/ are not part of that."""
+    for name, tree in trees().items():
+        strangers = imported([tree]) - set(MODULES) - PACKAGES - set(sys.stdlib_module_names)
+        assert not strangers, f"{name}.py imports {sorted(strangers)}"
+    required = [line.split("=")[0] for line in read(os.path.join(ROOT, "requirements.txt")).split()]
+    assert set(required) - {"pytest"} == {"torch", "safetensors", "sentencepiece", "pillow", "numpy"}

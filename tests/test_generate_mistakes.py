@@ -1,0 +1,149 @@
+"""What generate.py refuses: every mistake is one line, names what is wrong, and ends with status 2."""
+
+import io
+import json
+import os
+import shutil
+
+import pytest
+from helpers import random_state, text_fields, write_checkpoint, write_json, write_tekken
+from processes import run
+
+import generate
+
+
+def refused(result, *named: str) -> str:
+    """Exit status 2, one line on stderr that says what is wrong, nothing on stdout."""
+    status, out, err = result
+    assert status == 2, (status, out, err)
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    for name in named:
+        assert name in err, err
+    return err
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (["--temperature", "-0.5"], "--temperature"), (["--temperature", "nan"], "--temperature"),
+    (["--temperature", "inf"], "--temperature"), (["--temperature", "warm"], "--temperature"),
+    (["--top-p", "0"], "--top-p"), (["--top-p", "1.01"], "--top-p"), (["--top-p", "-1"], "--top-p"),
+    (["--seed", "-1"], "--seed"), (["--seed", "1.5"], "--seed"), (["--seed", str(1 << 64)], "--seed"),
+    (["--max-new-tokens", "-1"], "--max-new-tokens"), (["--max-new-tokens", "many"], "--max-new-tokens"),
+    (["--batch-size", "0"], "--batch-size"), (["--max-context", "0"], "--max-context"),
+    (["--dtype", "float16"], "--dtype"), (["--weights", "int4"], "--weights"), (["--weights", "fp8"], "fp8"),
+    (["--reasoning-effort", "maximal"], "--reasoning-effort"), (["--unknown"], "--unknown"), 
+    (["--max-new", "3"], "--max-new"),
+    (["--interactive"], "--interactive"), (["--requests", "x.jsonl"], "--requests"), (["--tp", "2"], "--tp"),
+    (["--tp", "0"], "--tp"), (["--pp", "2"], "--pp"), (["--image", "nowhere.png"], "image"),
+    (["--raw", "--system", "x"], "--raw"), (["--max-context", "2"], "context"), (["--ckpt", "/nowhere"], "/nowhere"),
+    (["--ckpt", ""], "--ckpt"), (["stray"], "stray"), (["--seed"], "--seed"),
+])  # fmt: skip
+def test_bad_options(arguments, named, ckpt, program):
+    if arguments == ["--ckpt", ""] and os.path.isdir(generate.TINY):
+        pytest.skip("an empty --ckpt is the default one")
+    refused(program("--ckpt", ckpt, "--prompt", "hi", *arguments), named)
+
+
+def test_nothing_to_do(ckpt, program):
+    refused(program("--ckpt", ckpt), "nothing to do")
+    refused(program("--ckpt", ckpt, "--json"), "nothing to do")
+    refused(program("--ckpt", ckpt, "--interactive", "--json"), "--interactive")
+
+
+USER = {"role": "user", "content": "hi"}
+CALL = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize("line, named", [
+    ("{", "not JSON"), ("nonsense", "not JSON"), ('{"raw": "a"} x', "not JSON"), ("[" * 100_000, "not JSON"),
+    ('{"raw": "\xff"}'.encode("latin-1"), "not JSON"), (b"\xff\xfe", "not JSON"), ("[]", "object"), ("3", "object"),
+    ('"raw"', "object"), ("null", "object"), ("{}", "messages"), (dict(raw="a", messages=[USER]), "either"),
+    (dict(raw="a", stpo="x"), "stpo"), (dict(raw=3), "raw"), (dict(raw=None), "raw"), (dict(raw=["a"]), "raw"),
+    (dict(messages=[]), ""), (dict(messages={}), ""), (dict(messages="hi"), ""), (dict(messages=None), ""),
+    (dict(messages=[{"role": "wizard", "content": "hi"}]), "wizard"), (dict(messages=[{"content": "hi"}]), "role"),
+    (dict(messages=["hi"]), ""), (dict(messages=[{"role": ["user"], "content": "hi"}]), "role"),
+    (dict(messages=[USER, {"role": "tool", "content": "4", "tool_call_id": "abcdefghi"}]), "tool"),
+    (dict(messages=[{"role": "tool", "content": "4", "tool_call_id": "abcdefghi"}]), "tool"),
+    (dict(messages=[USER, {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                    {"role": "tool", "content": "4", "tool_call_id": "other0000"}]), "other0000"),
+    (dict(messages=[{"role": "user", "content": 7}]), "content"), (dict(messages=[{"role": "user"}]), "content"),
+    (dict(messages=[{"role": "user", "content": [{"type": "video"}]}]), "video"),
+    (dict(messages=[USER], tools=3), "tools"), (dict(messages=[USER], tools=[{"type": "function"}]), ""),
+    (dict(messages=[USER], reasoning_effort="maximal"), "maximal"),
+    (dict(raw="a", temperature=-1), "temperature"), (dict(raw="a", temperature="1"), "temperature"),
+    (dict(raw="a", temperature=True), "temperature"), (dict(raw="a", temperature=[1]), "temperature"),
+    ('{"raw": "a", "temperature": NaN}', "temperature"), ('{"raw": "a", "temperature": 1e999}', "temperature"),
+    (dict(raw="a", top_p=0), "top_p"), (dict(raw="a", top_p=2), "top_p"), (dict(raw="a", seed=-1), "seed"),
+    (dict(raw="a", seed=1.5), "seed"), (dict(raw="a", max_new_tokens=-1), "max_new_tokens"),
+    (dict(raw="a", max_new_tokens=1.5), "max_new_tokens"), (dict(raw="a", max_new_tokens={}), "max_new_tokens"),
+    (dict(raw="a", stop=3), "stop"), (dict(raw="a", stop=[""]), "stop"), (dict(raw="a", stop=[3]), "stop"),
+    (dict(raw="abcdefgh " * 200), "context"), (dict(messages=[{"role": "user", "content": "abc " * 500}]), "context"),
+    (dict(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x.png"}}]}]), "image"),
+], ids=lambda x: str(x)[:50])  # fmt: skip
+def test_bad_requests(line, named, ckpt, program, tmp_path):
+    """The line is named by its number, and no request of the file is answered."""
+    line = json.dumps(line) if isinstance(line, dict) else line
+    path = tmp_path / "r.jsonl"
+    good = b'{"raw": "a", "max_new_tokens": 2}\n'
+    path.write_bytes(good + b"\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n" + good)
+    err = refused(program("--ckpt", ckpt, "--requests", path, "--json"), named)
+    assert "line 3" in err and len(err) < 1000
+
+
+def test_bad_request_files(ckpt, program, tmp_path):
+    refused(program("--ckpt", ckpt, "--requests", tmp_path / "none.jsonl"), "none.jsonl")
+    refused(program("--ckpt", ckpt, "--requests", tmp_path), str(tmp_path))
+    (tmp_path / "empty.jsonl").write_text("\n \n")
+    refused(program("--ckpt", ckpt, "--requests", tmp_path / "empty.jsonl"), "empty.jsonl")
+
+
+def test_bad_checkpoints(ckpt, program, tmp_path):
+    """What load_tokenizer, read_config and Checkpoint refuse arrives as one line."""
+
+    def copy(name: str) -> str:
+        return shutil.copytree(ckpt, tmp_path / name)
+
+    ask = lambda directory: program("--ckpt", directory, "--prompt", "hi", "--json")  # noqa: E731
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused(ask(empty), str(empty))
+    refused(ask(tmp_path / "missing"), "missing")
+    directory = copy("truncated")
+    with open(directory / "model.safetensors", "r+b") as file:
+        file.truncate(5000)
+    refused(ask(directory), "model.safetensors")
+    directory = copy("no tokenizer")
+    (directory / "tekken.json").unlink()
+    refused(ask(directory), "tokenizer")
+    directory = copy("bad tokenizer")
+    (directory / "tekken.json").write_bytes(b"\xff{}")
+    refused(ask(directory), "tekken.json")
+    directory = copy("bad config")
+    (directory / "config.json").write_bytes(b'{"model_type": "mistral3", \xff}')
+    refused(ask(directory), "config.json")
+    fields = text_fields("yarn, short", vocab_size=write_tekken(tmp_path) - 1)
+    refused(ask(write_checkpoint(tmp_path, fields, random_state(fields))), "tokenizer", "tokens")
+    write_json(tmp_path / "config.json", [])
+    refused(ask(tmp_path), "config.json")
+
+
+def test_mistakes_in_a_process(ckpt, program, tmp_path):
+    """The whole way: exit status 2, one line, no traceback. With the shell's raw bytes, too."""
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(b'{"raw": "a"}\n{"raw": "\xff"}\n')
+    refused(run("generate.py", "--ckpt", ckpt, "--json", "--prompt", b"caf\xe9 \xff"), "UTF-8")
+    for arguments, named in [
+        (["--requests", path], "line 2"),
+        (["--prompt", "hi", "--system", "\udcff"], "UTF-8"),  # as Python reads the byte FF
+        (["--raw", "--prompt", "\udcff"], "UTF-8"),
+    ]:
+        refused(program("--ckpt", ckpt, "--json", *arguments), named)
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bad_bytes_in_the_chat(errors, ckpt, program):
+    """Invalid UTF-8 on stdin is one line, too, and the chat goes on."""
+    stdin = io.TextIOWrapper(io.BytesIO(b"hi\n\xff\xfe\nhi\n"), encoding="utf-8", errors=errors)
+    status, _, err = program("--ckpt", ckpt, "--interactive", "--max-new-tokens", "2", stdin=stdin)
+    said = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 0 and "Traceback" not in err
+    assert len(said) == 1 and "UTF-8" in said[0]
