@@ -295,8 +295,8 @@ def _decode(tokenizer: Tekken | SentencePiece, ids: list[int]) -> str:
 
 # ---- cutting text into words
 
-# Tekken's pattern is made of Unicode categories (`\p{Lu}`: upper-case letters), which Python's `re` does not know, and of
-# `\s`, which it takes to mean something else. So both are spelled out as ranges of characters, from the tables of
+# Tekken's pattern is made of Unicode categories (`\p{Lu}`: upper-case letters), which Python's `re` does not know, and
+# of `\s`, which it takes to mean something else. So both are spelled out as ranges of characters, from the tables of
 # `unicodedata`. A word cut differently would be merged differently: the ids would not be those of the training.
 
 LAST_BMP, LAST_UNICODE = 0xFFFF, 0x10FFFF  # code points; the Basic Multilingual Plane holds nearly all living scripts
