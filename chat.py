@@ -48,10 +48,10 @@ class Format:
 
 
 # v3, the first with tools, writes calls and results as JSON and puts system prompt and tools next to the last question.
-# v7 gives the system prompt control tokens of its own and results their bare content. v11 writes calls one by one, only
-# their arguments as JSON, and puts the results into the order of the calls. v13 adds thinking, moves the tools to the
-# front, so that a growing chat keeps its beginning, and drops the call ids: the order says what answers what. v15 adds
-# settings such as the reasoning effort, allows images in results and joins text parts without a blank line.
+# v7 gives the system prompt control tokens of its own and writes results without JSON. v11 writes calls singly, only
+# their arguments as JSON, and results in the order of the calls. v13 adds thinking, moves the tools to the front, so
+# that a growing chat keeps its beginning, and drops the call ids: the order says what answers what. v15 adds settings
+# such as the reasoning effort, allows images in results and joins text parts without a blank line.
 # fmt: off
 FORMATS = {
     #             system tools  text and                   sort    free   text    roles that may have
@@ -79,7 +79,7 @@ class Encoded:
 
 @dataclass
 class Part:
-    """A stretch of what somebody wrote."""
+    """A piece of a message's content."""
 
     value: str  # for an image its URL
     kind: str = "text"  # or "thinking" or "image_url"
@@ -88,7 +88,7 @@ class Part:
 
 @dataclass
 class Message:
-    """A message, and after merging a turn."""
+    """One message that was checked; after merging, one turn."""
 
     where: str  # "messages[3]"; a merged turn has that of its first message
     role: str
@@ -211,7 +211,7 @@ def _merge(messages: list[Message], form: Format) -> list[Message]:
     for turn in turns:
         kinds = [part.kind for part in turn.content]
         if turn.role == "user" and kinds == ["text", "image_url"]:
-            turn.content.reverse()  # the model saw single images before their text; other mixtures keep their order
+            turn.content.reverse()  # mistral-common puts a single image before its text; other mixtures stay
         elif turn.role == "assistant":
             _check(kinds or turn.calls, f"{turn.where} has neither content nor tool_calls")
             both = kinds and turn.calls and not form.text_with_calls
@@ -264,8 +264,8 @@ def _read_messages(messages: list[dict], form: Format, training: bool) -> list[M
             ids = [call["id"] for call in message.calls if "id" in call]
             may_lack = training and last and not form.free_ids  # no result will refer to these calls
             answered = dict.fromkeys(ids, False)
-            unique = len(answered) == (len(ids) if may_lack else len(message.calls))
-            _check(unique, f"{where}: each tool call needs an id of its own")
+            good = len(answered) == (len(ids) if may_lack else len(message.calls))
+            _check(good, f"{where}: each tool call needs an id of its own")
         elif message.role == "tool":
             id = message.call_id
             _check(id in answered, f"{where}: tool_call_id {id!r} is not that of a tool call before it")
@@ -322,11 +322,9 @@ def _read_call(where: str, raw: dict, form: Format) -> dict:
     function = raw.get("function") if isinstance(raw, dict) else None
     complete = isinstance(function, dict) and "name" in function and "arguments" in function
     _check(complete, f'{where} must look like {{"id": …, "function": {{"name": …, "arguments": …}}}}')
-    arguments = function["arguments"]
-    if arguments is None or isinstance(arguments, str):
-        arguments = _json_or_text(arguments or "{}")
-    else:
-        _check(isinstance(arguments, dict), f"{where}: arguments must be an object or a JSON string")
+    arguments = "{}" if function["arguments"] in (None, "") else function["arguments"]
+    _check(isinstance(arguments, dict | str), f"{where}: arguments must be an object or a JSON string")
+    arguments = _json_or_text(arguments) if isinstance(arguments, str) else arguments
     call = {"name": _read_name(where, function["name"]), "arguments": arguments}
     if raw.get("id") not in (None, "null"):
         call["id"] = _read_id(where, raw["id"], form)
@@ -394,7 +392,7 @@ def parse_reply(tokenizer: Tekken | SentencePiece, ids: list[int]) -> Reply:
         elif name == "[THINK]":
             current = reasoning = reasoning or []
         elif name == "[/THINK]":
-            if reasoning is None and not calls:  # the prompt itself opened the thinking
+            if reasoning is None and not calls:  # the prompt itself opened it: all so far was reasoning
                 text, reasoning = [], text
             current = text
         elif name == "[TOOL_CALLS]":
@@ -403,7 +401,7 @@ def parse_reply(tokenizer: Tekken | SentencePiece, ids: list[int]) -> Reply:
         elif name in ("[CALL_ID]", "[ARGS]") and calls:
             current = calls[-1][name] = []
         else:
-            current.append(id)  # a control token out of place, too: decoding leaves it out
+            current.append(id)  # even a misplaced control token: decoding leaves it out
     tool_calls = []
     for call in calls:
         name, arguments = tokenizer.decode(call["name"]), tokenizer.decode(call["[ARGS]"])

@@ -105,7 +105,7 @@ def test_sentencepiece_equals_mistral_common(name):
 
 
 def test_a_whole_word_in_the_vocabulary_is_one_token(tmp_path):
-    """Even where no merge leads to it. The second is a word only for a pattern that knows letters beyond the BMP."""
+    """Even where no merge leads to it. Only a pattern that knows letters beyond the BMP cuts no word in the second."""
 
     def change(data):
         for rank, word in ((1400, "xqz"), (1401, "a\U00010428")):
@@ -233,7 +233,7 @@ def test_encoding_english_is_fast(small):
     text = " ".join(rng.choice(words.split()) if rng.random() < 0.7 else rng.choice(made_up) for _ in range(200_000))
     start = time.process_time()
     small["tekken-v3"].encode(text)
-    assert len(text) / (time.process_time() - start) > 0.5e6  # bytes a second; several million
+    assert len(text) / (time.process_time() - start) > 0.5e6  # bytes per second; in fact several million
 
 
 def test_more_words_than_the_cache_holds(small):
@@ -301,6 +301,15 @@ def test_files_that_are_not_json(text, tmp_path):
     (tmp_path / "tekken.json").write_bytes(text)
     with pytest.raises(UserError, match="tekken.json"):
         load_tokenizer(str(tmp_path))
+
+
+def test_tokenizer_larger_than_the_model(tmp_path):
+    write_tekken(SMALL_TEKKEN, str(tmp_path), "v15")
+    size = load_tokenizer(str(tmp_path)).vocab_size
+    assert load_tokenizer(str(tmp_path), size).vocab_size == load_tokenizer(str(tmp_path), size + 1).vocab_size == size
+    message = f"{tmp_path}: the tokenizer has {size} tokens but the model only {size - 1}; they do not belong together"
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_tokenizer(str(tmp_path), size - 1)
 
 
 def test_missing_tokenizer_and_broken_sentencepiece(tmp_path):
