@@ -133,6 +133,11 @@ def grid(width: int, height: int, vision: VisionConfig) -> tuple[int, int]:
     return (height - 1) // cell + 1, (width - 1) // cell + 1
 
 
+def grid_of(url: str, base: str, vision: VisionConfig) -> tuple[int, int]:
+    """The `grid` of the image at `url`, from its header alone. Arguments and errors as `load_image`."""
+    return grid(*image_size(url, base), vision)
+
+
 def pixels(image: Image.Image, vision: VisionConfig) -> torch.Tensor:
     """An RGB image -> (3, rows · cell, columns · cell) float32, where cell = patch · merge: resized and normalized.
 
