@@ -23,7 +23,7 @@ from torch import nn
 import fp8
 from checkpoint import Checkpoint, check_names, fill, hf_name, is_quantized, layers_with_slices, scale_names
 from config import Config, UserError, read_config, to_hf, write_json
-from data import Chats, ImageReader, MicroBatch, micro_batches
+from data import Chats, MicroBatch, decode_images, micro_batches
 from launch import Parser, gather_objects, together
 from model import MistralMedium
 from optimizer import held_tensors
@@ -233,11 +233,10 @@ def calibrate(directory: str, chats_file: str, config: Config, checkpoint: Check
     model = MistralMedium(config)
     chats = Chats(chats_file, load_tokenizer(directory), config, config.max_position_embeddings, Place())
     fill(model, checkpoint)
-    batches, reader = micro_batches(chats.samples, 1, 0), ImageReader(config, torch.bfloat16)
 
     def decoded() -> Iterator:
-        for batch in batches:
-            reader.start([batch], chats.base)()
+        for batch in micro_batches(chats.samples, 1, 0):
+            decode_images([batch], chats.base, config.vision, torch.bfloat16)
             yield batch
             batch.pixels = []
 

@@ -81,14 +81,14 @@ def measure(args: argparse.Namespace, ours: train.Trainer, ckpt: str) -> None:
     speeds, pad = {"train.py": [], "transformers": []}, ours.tokenizer.pad_id or 0
     cpu_ratios = []
     for step in range(1, args.rounds + 1):
-        prepared = ours.prepare_step(step)
+        upcoming = ours.upcoming(step)
         our_cpu = time.process_time()
-        line = ours.step(step, prepared)
+        line = ours.step(step, upcoming)
         our_cpu = time.process_time() - our_cpu
 
         started, their_cpu, total = time.perf_counter(), time.process_time(), 0.0
-        count = sum(int((batch.targets != IGNORE).sum()) for batch in prepared[0])
-        for batch in prepared[0]:
+        count = sum(int((batch.targets != IGNORE).sum()) for batch in upcoming[0])
+        for batch in upcoming[0]:
             # transformers shifts the labels itself, so it gets the last token too.
             ids = torch.nn.functional.pad(batch.tokens, (0, 1), value=pad).to(ours.place.device)
             labels = torch.nn.functional.pad(batch.targets, (1, 0), value=IGNORE).to(ours.place.device)
@@ -104,10 +104,10 @@ def measure(args: argparse.Namespace, ours: train.Trainer, ckpt: str) -> None:
         seconds = time.perf_counter() - started
         cpu_ratios.append((time.process_time() - their_cpu) / our_cpu)
         speeds["train.py"].append(line["tokens_per_s"])
-        speeds["transformers"].append(sum(batch.length for batch in prepared[0]) / seconds)
+        speeds["transformers"].append(sum(batch.length for batch in upcoming[0]) / seconds)
         print(
             f"step {step}: loss {line['loss']:.5f} and {total:.5f}, {count} targets of "
-            f"{sum(batch.length for batch in prepared[0])} tokens, "
+            f"{sum(batch.length for batch in upcoming[0])} tokens, "
             + ", ".join(f"{name} {values[-1]:.0f} tokens/s" for name, values in speeds.items())
             + f", CPU seconds {cpu_ratios[-1]:.2f} : 1",
             flush=True,

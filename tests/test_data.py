@@ -11,7 +11,7 @@ from train_cases import IMAGES, TEXT, make_chats
 
 from chat import encode_chat
 from config import UserError
-from data import IGNORE, Chats, ImageReader, Order, micro_batches
+from data import IGNORE, Chats, Order, decode_images, micro_batches
 from parallel import Place
 from tokenizer import load_tokenizer
 from vision import load_image, pixels
@@ -100,7 +100,8 @@ def test_long_samples_are_dropped_and_counted(tokenizer, tmp_path):
         ([chat("a", "b"), "", '{"messages": ['], "line 3: not JSON"),
         ([chat("a", "b"), chat("a")], "line 2: messages end with role user"),
         ([chat("a", "b"), {"messages": []}], "line 2: messages must be a list with at least one"),
-        ([[1]], "line 1: should be an object with 'messages'"),
+        ([[1]], "line 1: should be a JSON object"),
+        ([{"tools": []}], "line 1: messages must be a list with at least one"),
         ([chat("a", "b", tool=[])], "line 1: unknown key 'tool'"),
         ([], "is empty"),
         (["", "  "], "is empty"),
@@ -132,7 +133,7 @@ def test_images_are_read_when_they_are_needed(tokenizer, tmp_path):
     chats = Chats(path, tokenizer, IMAGES, 1000, Place())
     batches = micro_batches(chats.samples[:5], 2, 11)
     assert not any(batch.pixels for batch in batches) and [len(b.images) for b in batches][0] > 0
-    ImageReader(IMAGES, torch.float32).start(batches, chats.base)()
+    decode_images(batches, chats.base, IMAGES.vision, torch.float32)
     for batch in batches:
         count = int((batch.tokens == IMAGES.vision.image_token_id).sum())
         assert sum(image.shape[1] * image.shape[2] for image in batch.pixels) == count * 36  # (3 · 2)² pixels a token
@@ -147,9 +148,8 @@ def test_an_image_that_breaks_later(tokenizer, tmp_path):
     see = chat([{"type": "image_url", "image_url": {"url": "a.png"}}], "b")
     chats = Chats(write(tmp_path, see), tokenizer, IMAGES, 1000, Place())
     (tmp_path / "a.png").write_bytes(whole[:-30])
-    wait = ImageReader(IMAGES, torch.float32).start(micro_batches(chats.samples, 1, 11), chats.base)
     with pytest.raises(UserError, match=r"a\.png.*cut off or damaged"):
-        wait()
+        decode_images(micro_batches(chats.samples, 1, 11), chats.base, IMAGES.vision, torch.float32)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

@@ -30,7 +30,7 @@ def test_the_base_stays_frozen_and_fp8(cases, tmp_path):
     run = trainer(cases["images"], tmp_path, **OPTIONS)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     for step in (1, 2):
-        run.step(step, run.prepare_step(step))
+        run.step(step, run.upcoming(step))
     trained = {tensor.name for bucket in run.optimizer.buckets for tensor in bucket.tensors}
     assert len(trained) == 2 * 7 * IMAGES.num_hidden_layers
     for name, parameter in run.model.named_parameters():
@@ -75,7 +75,7 @@ def test_what_is_written(name, cases, tmp_path):
 
 def test_merging_is_the_sum(cases, tmp_path):
     run = trainer(cases["images"], tmp_path, **OPTIONS)
-    run.step(1, run.prepare_step(1))
+    run.step(1, run.upcoming(1))
     layer = run.model.layers["2"].mlp.down_proj
     x = torch.randn(5, 56)
     with torch.no_grad():

@@ -44,7 +44,7 @@ def test_frozen_weights_cost_nothing(cases, tmp_path, monkeypatch):
 
     monkeypatch.setattr("vision.run_layer", watched)
     for step in (1, 2):
-        run.step(step, run.prepare_step(step))
+        run.step(step, run.upcoming(step))
     assert graphs and not any(graphs)
     trained = {t.name for bucket in run.optimizer.buckets for t in bucket.tensors}
     for name, parameter in run.model.named_parameters():
@@ -59,7 +59,7 @@ def test_bfloat16_adds_up_in_float32(cases, tmp_path):
     before = run.model.norm.weight.detach().clone()
     assert before.dtype == torch.bfloat16
     for step in range(1, 31):
-        run.step(step, run.prepare_step(step))
+        run.step(step, run.upcoming(step))
     master = {t.name: views["masters"] for t, views in run.optimizer.parts}["norm.weight"]
     moved = (master - before.float()).abs()
     assert 2e-4 < moved.median() < 7e-4  # 30 steps of about 2e-5; near 1, BF16 has steps of 39e-4 and 78e-4

@@ -156,7 +156,7 @@ def train_on_a_rank(argv: list[str]) -> dict:
     weights, buckets = [*model.parameters(), *model.buffers()], optimizer.buckets
     grads = [bucket.grads for bucket in buckets]
     state = [x for bucket in buckets for x in (bucket.masters, bucket.exp_avg, bucket.exp_avg_sq)]
-    batches, mine, wait = trainer.prepare_step(1)
+    batches, mine, wait = trainer.upcoming(1)
     wait()
     trainer.target_tokens = sum(int(batch.targets.sum()) for batch in batches)
     optimizer.start()

@@ -60,7 +60,7 @@ def test_a_gradient_that_is_not_finite(text, tmp_path, monkeypatch):
     with pytest.raises(
         train.Diverged, match=r"step 1: the gradient norm is inf, from .* line \d+, \d+, \d+; .*no check"
     ):
-        run.step(1, run.prepare_step(1))
+        run.step(1, run.upcoming(1))
     assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
 
 
