@@ -105,7 +105,7 @@ def test_the_readme_begins_with_it():
     after = os.times()
     assert after.children_user + after.children_system - before.children_user - before.children_system < 10
     assert result.stdout.splitlines() == [answer] and thought in result.stderr.splitlines()
-    scored = json.loads(run("--json", "--logprobs").stdout)
+    scored = json.loads(started("--json", "--logprobs").stdout)
     assert (scored["reasoning"], scored["text"]) == (thought, answer)
     assert min(scored["logprobs"]) > math.log(0.8)
 
