@@ -1,4 +1,4 @@
-"""From a chat to token ids, and from the model's ids back to text, reasoning and tool calls.
+"""From a chat to token ids. (The way back, from ids to text, reasoning and tool calls, is `engine.ReplyParser`.)
 
 Mistral's chat format changed with every tokenizer version; `FORMATS` lists all that differs. This model's is v15:
 
@@ -21,7 +21,6 @@ sense (a tool result that answers no call), this file raises UserError.
 """
 
 import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -63,6 +62,8 @@ FORMATS = {
     "v15": Format(True,  True,  True,   "plain", "content", True,  True,  "",     ("assistant",), ("user", "tool")),
 }
 # fmt: on
+
+NAME = re.compile("[a-zA-Z0-9_-]{1,64}")  # of a function
 
 ROLES = ("system", "user", "assistant", "tool")
 CANNOT_FOLLOW = {("system", "tool"), ("user", "tool"), ("assistant", "system"), ("tool", "system")}  # (role, next role)
@@ -173,10 +174,10 @@ def _json(value: object) -> Part:
     return Part(json.dumps(value, ensure_ascii=False))
 
 
-def _json_or_text(text: str, number: Callable[[str], float] | None = None) -> object:
-    """The value of a JSON text, or the text itself if it is not JSON. `number` reads fractions, NaN and Infinity."""
+def _json_or_text(text: str) -> object:
+    """The value of a JSON text, or the text itself if it is not JSON."""
     try:
-        return json.loads(text, parse_float=number, parse_constant=number)
+        return json.loads(text)
     except (ValueError, RecursionError):
         return text
 
@@ -332,7 +333,7 @@ def _read_call(where: str, raw: dict, form: Format) -> dict:
 
 
 def _read_name(where: str, name: str) -> str:
-    good = isinstance(name, str) and re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", name)
+    good = isinstance(name, str) and NAME.fullmatch(name)
     _check(good, f"{where}: the function name {name!r} must be 1 to 64 letters, digits, underscores or dashes")
     return name
 
@@ -368,60 +369,3 @@ def _read_settings(tokenizer: Tekken | SentencePiece, effort: str | None) -> dic
     effort, known = setting["default"] if effort is None else effort, setting["values"]
     _check(effort in known, f"reasoning effort {effort!r}: this checkpoint knows {', '.join(known)}")
     return {"reasoning_effort": effort}
-
-
-# ---- from the model's ids to its reply
-
-
-@dataclass
-class Reply:
-    text: str  # without reasoning and special tokens
-    reasoning: str | None  # what stood between [THINK] and [/THINK]
-    tool_calls: list[dict]  # {"name": …, "arguments": parsed JSON, or the raw text if it is not JSON}
-
-
-def parse_reply(tokenizer: Tekken | SentencePiece, ids: list[int]) -> Reply:
-    """What the model generated after a prompt, with or without the end token. Never raises, whatever the ids."""
-    names = {id: name for name, id in tokenizer.special.items()}
-    text, reasoning, calls = [], None, []
-    current = text  # the one of these lists of ids that is being filled
-    for id in ids:
-        name = names.get(id)
-        if id == tokenizer.eos_id:
-            break
-        elif name == "[THINK]":
-            current = reasoning = reasoning or []
-        elif name == "[/THINK]":
-            if reasoning is None and not calls:  # the prompt itself opened it: all so far was reasoning
-                text, reasoning = [], text
-            current = text
-        elif name == "[TOOL_CALLS]":
-            calls.append({"name": [], "[CALL_ID]": [], "[ARGS]": []})
-            current = calls[-1]["name"]
-        elif name in ("[CALL_ID]", "[ARGS]") and calls:
-            current = calls[-1][name] = []
-        else:
-            current.append(id)  # even a misplaced control token: decoding leaves it out
-    tool_calls = []
-    for call in calls:
-        name, arguments = tokenizer.decode(call["name"]), tokenizer.decode(call["[ARGS]"])
-        if call["[ARGS]"]:
-            tool_calls.append({"name": name, "arguments": _json_or_text(arguments, _finite)})
-        else:
-            tool_calls += _parse_call_list(name)
-    return Reply(tokenizer.decode(text), None if reasoning is None else tokenizer.decode(reasoning), tool_calls)
-
-
-def _parse_call_list(text: str) -> list[dict]:
-    """The older form, `[{"name": …, "arguments": …}, …]`, or a name whose [ARGS] have not come."""
-    calls = _json_or_text(text, _finite)
-    if isinstance(calls, list) and all(isinstance(call, dict) for call in calls):
-        return [{"name": str(call.get("name", "")), "arguments": call.get("arguments", {})} for call in calls]
-    return [{"name": "", "arguments": text}] if text.startswith("[") else [{"name": text, "arguments": ""}]
-
-
-def _finite(number: str) -> float:
-    """Python's JSON reader lets NaN, Infinity and 1e999 through, but they cannot be written as JSON again."""
-    if not math.isfinite(float(number)):
-        raise ValueError
-    return float(number)

@@ -21,7 +21,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from chat import encode_chat, parse_reply
+from chat import encode_chat
 from checkpoint import Checkpoint, fill, weight_bytes
 from config import UserError, parse_line, read_config, read_lines
 from engine import Answer, Engine, Request
@@ -155,11 +155,11 @@ class Session:
         self.model = MistralMedium(self.config, self.place, getattr(torch, args.dtype), keep_fp8)
         return checkpoint
 
-    def answer(self, specs: list[dict], base: str = "", on_text=None) -> list[dict]:
-        """The requests' answers as the JSON objects that --json prints. `on_text`: as the engine's, on rank 0 only."""
+    def answer(self, specs: list[dict], base: str = "", on_piece=None) -> list[dict]:
+        """The requests' answers as the JSON objects that --json prints. `on_piece`: as the engine's, on rank 0 only."""
         requests = together(lambda: [self.request(spec, base) for spec in specs])
         engine = Engine(self.model, self.tokenizer, self.max_context)
-        answers = engine.generate(requests, on_text if self.place.rank == 0 else None)
+        answers = engine.generate(requests, on_piece if self.place.rank == 0 else None)
         stats = {"load_s": round(self.load_s, 3)}
         for phase in ("prefill", "decode"):
             seconds = engine.seconds[phase]
@@ -167,7 +167,7 @@ class Session:
         mine = (peak_memory(self.place), self.weight_bytes, self.bytes_read)
         every = map(list, zip(*gather_objects(mine)))
         stats |= dict(zip(("peak_memory_bytes", "weight_bytes", "bytes_read"), every))
-        return [{**self.result(*each), "stats": stats} for each in zip(specs, requests, answers)]
+        return [{**self.result(*each), "stats": stats} for each in zip(requests, answers)]
 
     def request(self, spec: dict, base: str = "") -> Request:
         """A JSON request -> token ids, pixels and settings. Raises UserError that begins with `spec["where"]`."""
@@ -198,12 +198,13 @@ class Session:
                 f"{where}: {len(prompt)} tokens are more than the context of {self.max_context}; "
                 "shorten it or raise --max-context as far as the model goes"
             )
-        stop = stop_strings(spec)
+        stop = spec.get("stop") or []
+        stop = [stop] if isinstance(stop, str) else stop
         if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
             raise UserError(f"{where}: stop should be a string or a list of strings")
         numbers = self.numbers(spec, thinks=effort == "high")
         scored = self.args.logprobs or numbers["max_new_tokens"] == 0
-        return Request(prompt, images, **numbers, stop=stop, logprobs=scored)
+        return Request(prompt, images, **numbers, stop=stop, raw="raw" in spec, logprobs=scored)
 
     def numbers(self, spec: dict, thinks: bool) -> dict:
         """max_new_tokens, temperature, top_p and seed: the request's, else the command line's, else the defaults."""
@@ -218,25 +219,13 @@ class Session:
                 found[name] = getattr(self.args, name)
         return found
 
-    def result(self, spec: dict, request: Request, answer: Answer) -> dict:
+    def result(self, request: Request, answer: Answer) -> dict:
         """What --json prints of an answer, but for `stats`."""
-        if "raw" in spec:
-            said = {"text": self.tokenizer.decode(answer.tokens), "reasoning": None, "tool_calls": []}
-        else:
-            said = vars(parse_reply(self.tokenizer, answer.tokens))  # the same three names
-        if answer.stopped_at is not None:
-            said["text"] = said["text"].split(answer.stopped_at)[0]
-        result = {"prompt_tokens": request.prompt, "tokens": answer.tokens, **said}
+        result = {"prompt_tokens": request.prompt, "tokens": answer.tokens, **vars(answer.reply)}
         result["finish_reason"] = answer.finish_reason
         if request.logprobs:
             result |= {"prompt_logprobs": answer.prompt_logprobs, "logprobs": answer.logprobs}
         return result
-
-
-def stop_strings(spec: dict) -> list[str]:
-    """As a list, where the request gives one string or none; not checked."""
-    stop = spec.get("stop") or []
-    return [stop] if isinstance(stop, str) else stop
 
 
 # ---------------------------------------------------------------------------------------------------- the terminal
@@ -320,10 +309,10 @@ def assistant_turn(result: dict) -> dict:
 
 def stream(session: Session, spec: dict, base: str = "") -> dict:
     """The answer to one request, printed as it comes."""
-    printer = Printer(session.tokenizer, stop_strings(spec))
+    printer = Printer()
     (result,) = session.answer([spec], base, printer)
     if session.place.rank == 0:
-        printer.flush()
+        printer.close()
         print_calls(result)
     return result
 
@@ -335,41 +324,24 @@ def print_calls(result: dict) -> None:
 
 
 class Printer:
-    """Streams an answer: reasoning dimmed on stderr, text on stdout; tool calls and control tokens are not shown."""
+    """Prints an answer as it comes: reasoning dimmed on stderr, text on stdout."""
 
-    def __init__(self, tokenizer, stop: list[str]):
-        marks = {"[THINK]": "think", "[/THINK]": "text", "[TOOL_CALLS]": "call"}
-        self.modes = {tokenizer.special.get(mark): mode for mark, mode in marks.items()}
-        self.mode, self.stop = "text", stop
-        self.held = ""  # text that may turn out to be the beginning of a stop string
+    def __init__(self):
+        self.kind = "text"
 
-    def __call__(self, i: int, token: int, text: str) -> None:
-        if token in self.modes:
-            if self.mode == "think":
-                print(file=sys.stderr)
-            self.dim(False)
-            self.mode = self.modes[token]
-            self.dim(self.mode == "think")
-        if self.mode == "think":
-            print(text, end="", file=sys.stderr, flush=True)
-        elif self.mode == "text":
-            self.held += text
-            self.flush(keep=max(map(len, self.stop), default=1) - 1)
+    def __call__(self, i: int, kind: str, text: str) -> None:
+        if kind != self.kind:
+            self.close()
+            if kind == "reasoning" and sys.stderr.isatty():
+                print("\x1b[2m", end="", file=sys.stderr)
+        self.kind = kind
+        print(text, end="", file=sys.stderr if kind == "reasoning" else sys.stdout, flush=True)
 
-    def dim(self, on: bool) -> None:
-        if sys.stderr.isatty():
-            print("\x1b[2m" if on else "\x1b[0m", end="", file=sys.stderr, flush=True)
-
-    def flush(self, keep: int = 0) -> None:
-        """Print what cannot be part of a stop string any more."""
-        for stop in self.stop:
-            if stop in self.held:
-                self.held, self.mode = self.held.split(stop)[0], "stopped"
-                keep = 0
-        cut = len(self.held) - keep
-        if cut > 0:
-            print(self.held[:cut], end="", flush=True)
-            self.held = self.held[cut:]
+    def close(self) -> None:
+        """End what is dimmed, and its line."""
+        if self.kind == "reasoning":
+            print("\x1b[0m" if sys.stderr.isatty() else "", file=sys.stderr, flush=True)
+        self.kind = "text"
 
 
 def main(argv: list[str]) -> None:

@@ -336,7 +336,7 @@ def log_probabilities(model, tokens: list[int], sizes: list[int] | None = None) 
 class Letters:
     """A tokenizer of the vocabulary: 0 to 2 are special (2 ends), then "a" to "z", then pairs of letters."""
 
-    utf8_errors, eos_id = "replace", 2
+    utf8_errors, eos_id, special = "replace", 2, {}
     pieces = [b"", b"", b"", *(bytes([c]) for c in b"abcdefghijklmnopqrstuvwxyz")]
     pieces += [bytes([a, b]) for a in b"abcdefghijklmnopq" for b in b"abcdefghijklmnop"]
     vocab_size = len(pieces)

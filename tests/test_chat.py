@@ -19,7 +19,7 @@ from chat_cases import (
     write_tekken,
 )
 
-from chat import encode_chat, parse_reply
+from chat import encode_chat
 from config import UserError
 from tokenizer import load_tokenizer
 
@@ -359,80 +359,3 @@ def test_tokenizers_without_a_chat_format(small, tmp_path):
         json.dump(data, file)
     with pytest.raises(UserError, match=r"no \[INST\] token"):
         encode_chat(load_tokenizer(str(tmp_path)), [USER])
-
-
-# ---- the model's answer
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("end_token", [True, False])
-def test_parse_reply_reads_what_encode_chat_writes(name, end_token, small):
-    tokenizer = small[name]
-    calls = [
-        {"id": "abcdefgh1", "function": {"name": "get_weather", "arguments": {"city": "Zürich", "n": [1, 2.5, None]}}},
-        {"id": "abcdefgh2", "function": {"name": "x", "arguments": {}}},
-    ]
-    arguments = [{"name": c["function"]["name"], "arguments": c["function"]["arguments"]} for c in calls]
-
-    def parsed(**answer):
-        encoded = encode_chat(tokenizer, [USER, {"role": "assistant", **answer}], training=True)
-        ids = [id for id, target in zip(encoded.ids, encoded.targets) if target]
-        answer = parse_reply(tokenizer, ids if end_token else ids[:-1])
-        return answer.text, answer.reasoning, answer.tool_calls
-
-    assert parsed(content="Ja, 🙂 [INST]") == ("Ja, 🙂 [INST]", None, [])
-    assert parsed(tool_calls=calls) == ("", None, arguments)
-    if not name.endswith("v3"):
-        assert parsed(content="wait", tool_calls=calls) == ("wait", None, arguments)
-    if name in ("tekken-v13", "tekken-v15"):
-        assert parsed(content="4", reasoning="2 + 2") == ("4", "2 + 2", [])
-        assert parsed(content="4", reasoning="", tool_calls=calls) == ("4", "", arguments)
-
-
-def ids_of(tokenizer, spelled: str) -> list[int]:
-    """The ids of a text in which special tokens stand by name."""
-    special = tokenizer.special
-    parts = re.split(r"(\[/?[A-Z_]+\]|</s>)", spelled)
-    return [id for part in parts for id in ([special[part]] if part in special else tokenizer.encode(part))]
-
-
-@pytest.mark.parametrize(
-    ("generated", "expected"),
-    [
-        ("", ("", None, [])),
-        ("</s>never read", ("", None, [])),
-        ("[THINK]not finish", ("", "not finish", [])),
-        ("[THINK]a[/THINK]b[THINK]c[/THINK]d", ("bd", "ac", [])),
-        ("opened before[/THINK]b", ("b", "opened before", [])),
-        ("[TOOL_CALLS]f", ("", None, [{"name": "f", "arguments": ""}])),
-        ('[TOOL_CALLS]f[ARGS]{"a": ', ("", None, [{"name": "f", "arguments": '{"a": '}])),
-        ("[TOOL_CALLS]f[ARGS]", ("", None, [{"name": "f", "arguments": ""}])),
-        ('[TOOL_CALLS]f[ARGS]{"a": NaN}', ("", None, [{"name": "f", "arguments": '{"a": NaN}'}])),
-        ('[TOOL_CALLS]f[ARGS]{"a": 1e999}', ("", None, [{"name": "f", "arguments": '{"a": 1e999}'}])),
-        ('[TOOL_CALLS]f[CALL_ID]abc[ARGS]{"a": 1.5}', ("", None, [{"name": "f", "arguments": {"a": 1.5}}])),
-        ('[TOOL_CALLS][{"name": "f", "argu', ("", None, [{"name": "", "arguments": '[{"name": "f", "argu'}])),
-        ('x[TOOL_CALLS][{"name": "f"}]', ("x", None, [{"name": "f", "arguments": {}}])),
-        ("[ARGS]text[CALL_ID][INST]", ("text", None, [])),
-    ],
-)
-def test_parse_odd_answers(generated, expected, small):
-    tokenizer = small["tekken-v15"]
-    answer = parse_reply(tokenizer, ids_of(tokenizer, generated))
-    assert (answer.text, answer.reasoning, answer.tool_calls) == expected
-
-
-@pytest.mark.parametrize("name", ["tekken-v3", "tekken-v15", "spm-v7"])
-def test_parse_reply_never_raises(name, small):
-    tokenizer = small[name]
-    rng = random.Random(name)
-    pieces = ['[{"name": "f", "arguments": {}}]', "[[[", "[" * 2000, '{"a": 1}', "9" * 5000, '"\\ud800"', "é", "[1, 2]"]
-    pieces = [tokenizer.encode(piece) for piece in pieces]
-    for _ in range(1000):
-        ids = []
-        for _ in range(rng.randint(0, 12)):
-            drawn = [rng.randrange(40)], [rng.randrange(-3, tokenizer.vocab_size + 3)], rng.choice(pieces)
-            ids += rng.choice(drawn)
-        answer = parse_reply(tokenizer, ids)
-        assert isinstance(answer.text, str) and isinstance(answer.reasoning, str | None)
-        assert all(call.keys() == {"name", "arguments"} for call in answer.tool_calls)
-        json.dumps(answer.tool_calls, allow_nan=False)

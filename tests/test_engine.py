@@ -270,15 +270,15 @@ def test_stop_strings(model):
         for stops in ([stop], ["not there", stop], [stop, text[-1] * 50]):
             shown = []
             (answer,) = Engine(model, tokenizer, 4096).generate(
-                [Request(**{**vars(request), "stop": stops})], lambda i, token, text: shown.append(text)
+                [Request(**{**vars(request), "stop": stops})], lambda i, kind, text: shown.append(text)
             )
             assert answer.tokens == free.tokens[:count]
-            assert (answer.finish_reason, answer.stopped_at) == ("stop", stop)
-            assert "".join(shown) == text[: ends[count - 1]]
+            assert answer.finish_reason == "stop"
+            assert "".join(shown) == answer.reply.text == text[: first - len(stop)]
             tried += 1
     assert tried == 18
     (answer,) = Engine(model, tokenizer, 4096).generate([Request(**{**vars(request), "stop": ["ZZ"]})])
-    assert answer.tokens == free.tokens and answer.finish_reason == "length" and answer.stopped_at is None
+    assert answer.tokens == free.tokens and answer.finish_reason == "length"
 
 
 def test_a_stop_string_in_the_prompt_does_not_count(model):
@@ -329,17 +329,17 @@ def test_prompt_log_probabilities(chunk, rows, model, monkeypatch):
         assert answer.logprobs == pytest.approx(expected[count - 1 :], abs=1e-4)
 
 
-def test_on_text(model):
-    """Every token of every row once, in order, with the text that became complete."""
-    requests, tokens, texts = sixteen(), {}, {}
+def test_on_piece(model):
+    """The pieces of every row's reply, in order; joined, they are its text."""
+    requests, texts = sixteen(), {}
 
-    def listen(i, token, text):
-        tokens.setdefault(i, []).append(token)
+    def listen(i, kind, text):
+        assert kind == "text"
         texts[i] = texts.get(i, "") + text
 
     answers = Engine(model, Letters(), 4096).generate(requests, listen)
-    assert [tokens.get(i, []) for i in range(16)] == [answer.tokens for answer in answers]
     assert [texts.get(i, "") for i in range(16)] == [Letters().text(answer.tokens) for answer in answers]
+    assert [texts.get(i, "") for i in range(16)] == [answer.reply.text for answer in answers]
 
 
 # -------------------------------------------------------------------------------------------------------- memory
