@@ -65,7 +65,14 @@ FORMATS = {
 
 NAME = re.compile("[a-zA-Z0-9_-]{1,64}")  # of a function
 
-ROLES = ("system", "user", "assistant", "tool")
+KEYS = {"role", "content", "name"}  # of every message; a name says nothing to the model
+ROLES = {  # role -> what else its messages may hold; other keys only if they are empty, as clients send them
+    "system": set(),
+    "user": set(),
+    "assistant": {"tool_calls", "prefix", "weight", "reasoning", "reasoning_content"},
+    "tool": {"tool_call_id"},
+}
+PLACES = [f"call{i:05d}" for i in range(100)]  # ids for calls in the form of generate.py's output, which has none
 CANNOT_FOLLOW = {("system", "tool"), ("user", "tool"), ("assistant", "system"), ("tool", "system")}  # (role, next role)
 
 
@@ -74,7 +81,7 @@ class Encoded:
     """A chat as the model reads it."""
 
     ids: list[int]
-    targets: list[bool]  # for each id: did an assistant write it? (the loss mask)
+    targets: list[bool]  # for each id: did an assistant write it, and is it trained on? (the loss mask)
     images: list[str]  # image URLs, in the order of their tokens
 
 
@@ -97,6 +104,7 @@ class Message:
     calls: list[dict] = field(default_factory=list)  # {"name", "arguments": any JSON value, "id" if it has one}
     call_id: str | None = None  # of the call that a tool message answers
     prefix: bool = False  # the model is to continue this message
+    weight: float | None = None  # 0: not trained on
 
 
 def encode_chat(
@@ -133,7 +141,7 @@ def encode_chat(
             else:
                 _check(piece in tokenizer.special, f"the tokenizer has no {piece} token, which this chat needs")
                 ids.append(tokenizer.special[piece])
-        targets += [turn.role == "assistant"] * (len(ids) - len(targets))
+        targets += [turn.role == "assistant" and turn.weight != 0] * (len(ids) - len(targets))
     return Encoded(ids, targets, [part.value for turn in turns for part in turn.content if part.kind == "image_url"])
 
 
@@ -191,10 +199,10 @@ def _check(holds: object, problem: str) -> None:
 
 
 def _merge(messages: list[Message], form: Format) -> list[Message]:
-    """The turns: neighbouring messages of one role become one, except for system messages and tool results. In a format
-    without system turns, the system prompt goes into the last user turn."""
+    """The turns: neighbouring messages of one role and weight become one, except for system messages and tool results.
+    In a format without system turns, the system prompt goes into the last user turn."""
     turns, prompts = [], []
-    for role, group in groupby(messages, key=lambda message: message.role):
+    for (role, weight), group in groupby(messages, key=lambda message: (message.role, message.weight)):
         group = list(group)
         if role == "system" and not form.system_turn:
             prompts += [form.text_join.join(p.value for p in m.content if p.value) for m in group if m.content]
@@ -205,7 +213,7 @@ def _merge(messages: list[Message], form: Format) -> list[Message]:
         for run in [group] if role in ("user", "assistant") else [[message] for message in group]:
             content = _join([message.content for message in run], form.text_join)
             calls = [call for message in run for call in message.calls]
-            turns.append(Message(run[0].where, role, content, calls, run[0].call_id, run[-1].prefix))
+            turns.append(Message(run[0].where, role, content, calls, run[0].call_id, run[-1].prefix, weight))
     if not form.system_turn and turns[0].role != "user":
         turns.insert(0, Message(turns[0].where, "user", []))  # the older formats always begin with one
 
@@ -268,11 +276,16 @@ def _read_messages(messages: list[dict], form: Format, training: bool) -> list[M
             good = len(answered) == (len(ids) if may_lack else len(message.calls))
             _check(good, f"{where}: each tool call needs an id of its own")
         elif message.role == "tool":
+            if message.call_id is None:  # a result of calls that have no ids but their places
+                message.call_id = next((id for id, came in answered.items() if not came and id in PLACES), None)
+                _check(message.call_id, f"{where}: a tool message needs the tool_call_id of the call that it answers")
             id = message.call_id
             _check(id in answered, f"{where}: tool_call_id {id!r} is not that of a tool call before it")
             _check(not answered[id], f"{where}: tool call {id!r} has a result already")
             answered[id] = True
         read.append(message)
+    complete = training or all(answered.values())
+    _check(complete, f"{where}: {list(answered.values()).count(False)} of the latest tool calls have no result yet")
     end = 'to be answered they must end with a user or tool message (or an assistant\'s with "prefix": true)'
     end = "for training they must end with an assistant message" if training else end
     good = message.prefix or message.role in (("assistant",) if training else ("user", "tool"))
@@ -283,7 +296,12 @@ def _read_messages(messages: list[dict], form: Format, training: bool) -> list[M
 def _read_message(where: str, raw: dict, form: Format) -> Message:
     _check(isinstance(raw, dict), f"{where} must be an object with role and content")
     role, content = raw.get("role"), raw.get("content")
-    _check(role in ROLES, f"{where}: unknown role {role!r}; use system, user, assistant or tool")
+    role = "system" if role == "developer" else role  # OpenAI's newer name
+    _check(
+        isinstance(role, str) and role in ROLES, f"{where}: unknown role {role!r}; use system, user, assistant or tool"
+    )
+    strange = [key for key, value in raw.items() if key not in KEYS | ROLES[role] and value not in (None, "", [], {})]
+    _check(not strange, f"{where}: unknown key {(strange or [None])[0]!r} in a message of role {role}")
     if isinstance(content, str) or (content is None and role == "assistant"):
         content = [{"type": "text", "text": content}] if content else []
     _check(isinstance(content, list), f"{where}: content must be a string or a list of parts")
@@ -296,11 +314,13 @@ def _read_message(where: str, raw: dict, form: Format) -> Message:
             message.content.insert(0, _read_part(f"{where}.{key}", thought, role, form))
         calls = raw.get("tool_calls") or []
         _check(isinstance(calls, list), f"{where}: tool_calls must be a list")
-        message.calls = [_read_call(f"{where}.tool_calls[{i}]", call, form) for i, call in enumerate(calls)]
-        message.prefix = raw.get("prefix") is True
+        message.calls = [_read_call(f"{where}.tool_calls[{i}]", i, call, form) for i, call in enumerate(calls)]
+        message.prefix, message.weight = raw.get("prefix") is True, raw.get("weight")
+        good = message.weight in (None, 0, 1) and not isinstance(message.weight, bool)
+        _check(good, f"{where}: weight should be 0 (do not train on this message) or 1, not {message.weight!r}")
     elif role == "tool":
-        _check("tool_call_id" in raw, f"{where}: a tool message needs the tool_call_id of the call that it answers")
-        message.call_id = _read_id(where, raw["tool_call_id"], form)
+        if raw.get("tool_call_id") is not None:
+            message.call_id = _read_id(where, raw["tool_call_id"], form)
         if raw.get("name") is not None:
             _read_name(where, raw["name"])
     return message
@@ -315,12 +335,17 @@ def _read_part(where: str, part: dict, role: str, form: Format) -> Part:
     value = part.get(kind)
     if kind == "image_url" and isinstance(value, dict):
         value = value.get("url")
+    if kind == "thinking" and isinstance(value, list):  # the API's own form: text parts
+        texts = [_read_part(f"{where}.{kind}[{i}]", text, "user", form) for i, text in enumerate(value)]
+        value = "".join(text.value for text in texts if text.kind == "text") if texts else ""
     _check(isinstance(value, str), f"{where}: a part of type {kind!r} needs a string under {kind!r}")
     return Part(value, kind, closed=part.get("closed") is not False)
 
 
-def _read_call(where: str, raw: dict, form: Format) -> dict:
+def _read_call(where: str, place: int, raw: dict, form: Format) -> dict:
     function = raw.get("function") if isinstance(raw, dict) else None
+    if isinstance(raw, dict) and "name" in raw and function is None:  # as generate.py writes them
+        function, raw = raw, {"id": raw.get("id") or PLACES[min(place, 99)]}
     complete = isinstance(function, dict) and "name" in function and "arguments" in function
     _check(complete, f'{where} must look like {{"id": …, "function": {{"name": …, "arguments": …}}}}')
     arguments = "{}" if function["arguments"] in (None, "") else function["arguments"]

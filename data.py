@@ -92,6 +92,8 @@ class Chats:
             chat = encode_chat(tokenizer, messages, tools, effort, see, training=True)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+        if not any(chat.targets):
+            raise UserError(f"{where}: nothing in this chat is trained on; every assistant message has weight 0")
         return Sample(torch.tensor(chat.ids, dtype=torch.int32), torch.tensor(chat.targets), chat.images, number)
 
     def fingerprint(self) -> str:

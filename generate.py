@@ -272,7 +272,8 @@ def interact(session: Session) -> None:
                     raise
                 print()
             else:
-                history, images = [*history, turn, assistant_turn(result)], []
+                answer = {"role": "assistant", "content": result["text"], "tool_calls": result["tool_calls"]}
+                history, images = [*history, turn, answer], []
 
 
 def read_line(place: Place) -> str | None:
@@ -297,14 +298,6 @@ def read_line(place: Place) -> str | None:
         while line[0] == STILL_THERE:
             dist.broadcast_object_list(line, src=0)
     return line[0]
-
-
-def assistant_turn(result: dict) -> dict:
-    """An answer as the history holds it. Calls need an id; nine letters and digits do for every tokenizer version."""
-    turn = {"role": "assistant", "content": result["text"]}
-    if result["tool_calls"]:
-        turn["tool_calls"] = [{"id": f"call{i:05d}", "function": call} for i, call in enumerate(result["tool_calls"])]
-    return turn
 
 
 def stream(session: Session, spec: dict, base: str = "") -> dict:

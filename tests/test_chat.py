@@ -359,3 +359,81 @@ def test_tokenizers_without_a_chat_format(small, tmp_path):
         json.dump(data, file)
     with pytest.raises(UserError, match=r"no \[INST\] token"):
         encode_chat(load_tokenizer(str(tmp_path)), [USER])
+
+
+# ---- what messages may say
+
+
+TWO_CALLS = [
+    {"id": "abcdefgh1", "function": {"name": "f", "arguments": "{}"}},
+    {"id": "abcdefgh2", "function": {"name": "g", "arguments": {"a": 1}}},
+]
+
+
+def result(id: str, text: str = "r") -> dict:
+    return {"role": "tool", "tool_call_id": id, "content": text}
+
+
+def test_forms_that_mean_the_same(small):
+    """OpenAI's newer role, the API's form of thinking, empty keys that clients send, our own output fed back."""
+    tokenizer = small["tekken-v15"]
+
+    def ids(*messages: dict) -> list[int]:
+        return encode_chat(tokenizer, list(messages)).ids
+
+    assert ids({"role": "developer", "content": "s"}, USER) == ids({"role": "system", "content": "s"}, USER)
+    thought = {"type": "thinking", "thinking": "abc"}
+    parts = {"type": "thinking", "thinking": [{"type": "text", "text": "ab"}, {"type": "text", "text": "c"}]}
+    answers = [{"role": "assistant", "content": [t, {"type": "text", "text": "x"}]} for t in (thought, parts)]
+    assert ids(USER, answers[0], USER) == ids(USER, answers[1], USER)
+    sent = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": []}
+    assert ids(USER, {"role": "assistant", "content": "x", **sent}, USER) == ids(
+        USER, {"role": "assistant", "content": "x", "name": "me"}, USER
+    )
+    ours = [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {"a": 1}}]
+    unnamed = [{"role": "tool", "content": text} for text in "pq"]
+    assert ids(USER, {"role": "assistant", "content": "", "tool_calls": ours}, *unnamed) == ids(
+        USER, {"role": "assistant", "tool_calls": TWO_CALLS}, result("abcdefgh1", "p"), result("abcdefgh2", "q")
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weight_0_is_not_trained_on(name, small):
+    tokenizer = small[name]
+
+    def chat(*weights) -> tuple[list[int], list[bool]]:
+        turns = [[USER, {"role": "assistant", "content": f"answer {w}", "weight": w}] for w in weights]
+        encoded = encode_chat(tokenizer, [message for turn in turns for message in turn], training=True)
+        return encoded.ids, encoded.targets
+
+    for weights in ((1, 0, 1), (0, 1), (None, 0), (0, 0)):
+        ids, targets = chat(*weights)
+        answers = [id for id, target in zip(ids, targets) if target]
+        expected = [f"answer {w}" for w in weights if w != 0]
+        assert answers == [id for text in expected for id in [*tokenizer.encode(text), tokenizer.eos_id]]
+    # Neighbours of different weight stay two turns, as in mistral-common.
+    pair = [USER, *({"role": "assistant", "content": "x", "weight": w} for w in (0, 1))]
+    encoded = encode_chat(tokenizer, pair, training=True)
+    assert sum(encoded.targets) == len(tokenizer.encode("x")) + 1 and encoded.ids.count(tokenizer.eos_id) == 2
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ([USER, {"role": "assistant", "tool_calls": TWO_CALLS}, result("abcdefgh1")], "1 of the latest tool calls"),
+        ([USER, {"role": "assistant", "tool_calls": TWO_CALLS}, USER], "2 of the latest tool calls have no result"),
+        ([USER, {"role": "assistant", "tool_calls": TWO_CALLS[:1], "content": "x", "prefix": True}], "have no result"),
+        ([{**USER, "wieght": 1}], "unknown key 'wieght' in a message of role user"),
+        ([USER, {"role": "assistant", "content": "x", "function_call": {"name": "f"}}, USER], "'function_call'"),
+        ([USER, {"role": "assistant", "content": "x", "weight": 0.5}, USER], "weight should be 0"),
+        ([USER, {"role": "assistant", "content": "x", "weight": True}, USER], "weight should be 0"),
+        ([USER, {"role": "assistant", "content": "x"}, {"role": "tool", "content": "r"}], "needs the tool_call_id"),
+        ([{"role": ["user"], "content": "x"}], "unknown role"),
+        ([{"role": "user", "content": "x", "weight": 1}], "unknown key 'weight'"),
+        ([USER, {"role": "assistant", "content": [{"type": "thinking", "thinking": [3]}]}, USER], "thinking[0]"),
+    ],
+)
+def test_refused(messages, says, small):
+    with pytest.raises(UserError) as refusal:
+        encode_chat(small["tekken-v15"], messages)
+    assert says in str(refusal.value) and "messages[" in str(refusal.value)
