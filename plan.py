@@ -1,15 +1,21 @@
-"""What a topology needs, before anyone rents it: memory a rank, stage by stage. `python parallel.py --plan`.
+"""What a topology needs, before anyone rents it: memory per rank, stage by stage. `python parallel.py --plan`.
 
 Every rank's part of the model is built with the real classes on the `meta` device, where a tensor has a shape but no
 memory, so the counts of parameters, weights, gradients and optimizer state are those of a real run. Two columns are
-not counted but estimated: activations, by the formulas in `layer_activations` and below it, and RESERVE.
+not counted but estimated: RESERVE, and activations, term by term in the functions below. Against small real runs on a
+CPU the estimate is 0.9 to 1.4 times what tensors took at the worst moment (`tests/test_plan.py`).
 
-Activations in training. The schedule keeps min(p - s, m) micro-batches on stage s of p, with m of them a step (see
-`pipeline.py`). Each costs what its layers keep for the backward pass, or with activation checkpointing only what goes
-into each layer; then one layer is recomputed at a time and its inside comes on top. The last stage adds logits, for
-one micro-batch. Images are taken at their worst, as if every token came from one. An Adam step needs room too, but
-when activations are gone: the larger of the two counts. Against small real runs on a CPU the estimate is 0.9 to 1.4
-times what tensors took at the worst moment (`tests/test_plan.py`).
+Activations of a training step have three parts:
+
+- What is *held*: a micro-batch's activations, from its forward to its backward pass. The schedule (`pipeline.py`) keeps
+  min(p - s, m) of the m micro-batches on stage s of p. Each costs what its layers keep for the backward pass, or with
+  activation checkpointing only each layer's input.
+- What comes and goes at the worst *moment*: a layer's backward pass, and with activation checkpointing its recomputed
+  inside; on the first stage the vision tower's pass, on the last one the logits.
+- The messages between stages.
+
+Images are taken at their worst, as if every token came from one. Adam needs room too, but when activations are gone:
+the larger of the two counts.
 """
 
 import argparse
@@ -20,7 +26,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import nn
 
 from checkpoint import weight_bytes
 from config import Config, UserError, read_config
@@ -32,14 +37,14 @@ from optimizer import BUCKET, FREEZABLE, Held, held_tensors, is_trained
 from parallel import Linear, Place
 from vision import PATCHES_AT_ONCE
 
-RESERVE = 2_000_000_000  # bytes a GPU: CUDA context, workspaces of libraries, NCCL's buffers, what the allocator wastes
+RESERVE = 2_000_000_000  # bytes per GPU: CUDA context, libraries' workspaces, NCCL's buffers, what the allocator wastes
 
-BF16, FP32 = 2, 4
+BF16, FP32 = 2, 4  # bytes per number
 
 
 @dataclass
-class Stage:
-    """Bytes (and parameters) of one rank of a pipeline stage; the stage's tensor-parallel ranks are alike."""
+class StagePlan:
+    """Bytes (and parameters) of one rank of a pipeline stage: of the one that needs most, where they differ."""
 
     stage: int
     layers: list[int]  # the first and the last
@@ -54,14 +59,81 @@ class Stage:
 
     @property
     def peak_bytes(self) -> int:
-        parts = (self.weight_bytes, self.gradient_bytes, self.optimizer_bytes, self.cache_bytes, self.activation_bytes)
-        return sum(parts) + self.reserve_bytes
+        return sum(value for name, value in vars(self).items() if name.endswith("_bytes"))
+
+
+def make_plan(config: Config, args: argparse.Namespace) -> dict:
+    """The plan as the JSON object that --json prints. Raises UserError where the topology does not divide the model."""
+    counts, stages, memory = Counter(), [], args.gpu_memory_gb * 1e9
+    for stage_places in places(args.tp, args.pp, args.dp):
+        ranks = []
+        for place in stage_places:
+            model = build(config, place, args)
+            counts += tally(model)
+            ranks.append(plan_rank(model, args))
+        worst = max(ranks, key=lambda rank: rank.peak_bytes)
+        worst.fits = worst.peak_bytes <= memory
+        stages.append(worst)
+    plan = {
+        "gpus": args.tp * args.pp * args.dp,
+        **{name: counts.pop(name, 0) for name in ("parameters", "adapters", "padding")},
+        "copies": dict(counts),  # what is left, by kind
+        "stages": [{**asdict(stage), "peak_bytes": stage.peak_bytes} for stage in stages],
+        "fits": all(stage.fits for stage in stages),
+    }
+    if args.inference:
+        # Of the columns only the cache grows with the context (activations stop growing at one chunk of the prompt).
+        rooms = [memory - (stage.peak_bytes - stage.cache_bytes) for stage in stages]
+        contexts = [int(room * args.max_context / stage.cache_bytes) for room, stage in zip(rooms, stages)]
+        plan["largest_context"] = max(0, min(config.max_position_embeddings, *contexts))
+    else:
+        plan["micro_batches"] = m = count_micro_batches(args)
+        plan["bubble"] = (args.pp - 1) / (m + args.pp - 1)  # see pipeline.py
+    return plan
 
 
 def places(tp: int, pp: int, dp: int = 1) -> list[list[Place]]:
     """One replica's places, stage by stage, without process groups: enough to build models on `meta`."""
     meta = torch.device("meta")
     return [[Place(s * dp * tp + t, t, tp, s, pp, dp_size=dp, device=meta) for t in range(tp)] for s in range(pp)]
+
+
+def build(config: Config, place: Place, args: argparse.Namespace) -> MistralMedium:
+    """A rank's part of the model, on `meta`, as generate.py or train.py would load it."""
+    keep_fp8 = config.fp8 and (args.weights != "dequantized" if args.inference else bool(args.lora_rank))
+    model = MistralMedium(config, place, torch.bfloat16, keep_fp8)
+    if args.lora_rank:
+        add_adapters(model, args.lora_rank, 1.0)
+    return model
+
+
+def count_micro_batches(args: argparse.Namespace) -> int:
+    """How many a replica runs per step; of the replica that has most."""
+    return math.ceil(math.ceil(args.global_batch_size / args.micro_batch_size) / args.dp)
+
+
+def plan_rank(model: MistralMedium, args: argparse.Namespace) -> StagePlan:
+    config, place, held = model.config, model.place, held_tensors(model)
+    layers = [int(i) for i in model.layers]
+    parameters = sum(tensor.parameter.numel() for tensor in held)
+    stage = StagePlan(place.pp_rank, [layers[0], layers[-1]], parameters, loaded_bytes(model))
+    if args.inference:
+        cache = model.new_cache(1, args.max_context)
+        stage.cache_bytes = sum(t.numel() * t.element_size() for t in (cache.keys, cache.values))
+        stage.activation_bytes = inference_activations(config, place, args.max_context, model.keep_fp8)
+        return stage
+    freeze = list(FREEZABLE) if args.lora_rank else args.freeze
+    trained = [t for t in held if is_trained(t.name, freeze) or (args.lora_rank and ".adapter." in t.name)]
+    sizes = [tensor.parameter.numel() for tensor in trained]
+    # In FP32 (see optimizer.py): the sum of gradients; the master weight and Adam's two moments.
+    stage.gradient_bytes, stage.optimizer_bytes = FP32 * sum(sizes), 3 * FP32 * sum(sizes)
+    shape = (args.micro_batch_size, args.max_length, count_micro_batches(args))
+    passes = training_activations(config, place, *shape, args.activation_checkpointing, freeze, model.keep_fp8)
+    stage.activation_bytes = max(passes, adam_activations(sizes))
+    return stage
+
+
+# ------------------------------------------------------------------------------------------- what is counted
 
 
 def loaded_bytes(model: MistralMedium) -> int:
@@ -71,49 +143,68 @@ def loaded_bytes(model: MistralMedium) -> int:
     return weight_bytes(model) + (FP32 * kept if static else 0)
 
 
-def tally(tensor: Held, layer: nn.Module) -> tuple[str, int, int]:
-    """(what it counts as, its parameters, the zeros it is padded with) for one tensor of one rank."""
-    inside = tensor.part.length * math.prod(tensor.part.shape) // tensor.part.shape[tensor.part.dim]
-    kind = "adapters" if ".adapter." in tensor.name else "model"
-    if not tensor.owner and kind == "adapters":
-        kind = "whole factors of adapters"
-    elif not tensor.owner:
-        kind = "norms" if len(tensor.part.shape) == 1 else "patch_conv"
-        kind = "key/value heads" if tensor.sharers > 1 else kind
-        kind = "tied embedding" if tensor.name.startswith("embed_tokens.") else kind
-    return kind, inside, layer.numel() - inside
+def tally(model: MistralMedium) -> Counter:
+    """What a rank's parameters count as: "parameters" or "adapters" where it owns them, a kind of copy where another
+    rank does, and "padding", the zeros past the end of a tensor that is cut into equal parts."""
+    counts = Counter()
+    for tensor in held_tensors(model):
+        part = tensor.part
+        inside = math.prod(part.shape) // part.shape[part.dim] * part.length
+        counts[kind_of(tensor)] += inside
+        counts["padding"] += tensor.parameter.numel() - inside
+    return counts
+
+
+def kind_of(tensor: Held) -> str:
+    if tensor.owner:
+        return "adapters" if ".adapter." in tensor.name else "parameters"
+    if ".adapter." in tensor.name:
+        return "whole factors of adapters"
+    if tensor.name.startswith("embed_tokens."):
+        return "tied embedding"
+    if tensor.sharers > 1:
+        return "key/value heads"
+    return "norms" if len(tensor.part.shape) == 1 else "patch_conv"
+
+
+# ----------------------------------------------------------------------------------------- what is estimated
 
 
 def layer_activations(config: Config, tp: int, tokens: int) -> int:
-    """Bytes in BF16 that a decoder layer keeps for its backward pass.
-
-    Both halves of a layer keep x, x / rms(x) and that times the norm's weight. Attention keeps q, k and v after the
-    rotation, its result and the result with the heads side by side; the MLP keeps gate, silu(gate), up and their
-    product. In FP32: what each norm divided by, and the logarithm of each head's sum of exponentials.
-    """
+    """Bytes that a decoder layer keeps for its backward pass: what its operations need again to form gradients."""
     heads, kv_heads = config.num_attention_heads // tp, max(1, config.num_key_value_heads // tp)
-    width = 6 * config.hidden_size + (3 * heads + 2 * kv_heads) * config.head_dim + 4 * config.intermediate_size // tp
+    # Attention and MLP begin with a norm. It keeps x, x / rms(x) and that times the norm's weight, whole on each rank.
+    width = 2 * 3 * config.hidden_size
+    # As wide as the query heads: q after the rotation, attention's result (H, T, D), and that again with heads side by
+    # side. As the key/value heads: k after the rotation, and v. Scores: none, the fused kernel computes them anew.
+    width += (3 * heads + 2 * kv_heads) * config.head_dim
+    # gate, silu(gate), up, and the product of the last two.
+    width += 4 * config.intermediate_size // tp
+    # In FP32: what each norm divided by, and from attention the logarithm of each head's sum of exponentials.
     return tokens * (BF16 * width + FP32 * (2 + heads))
 
 
 def layer_backward(config: Config, tp: int, tokens: int) -> int:
-    """Bytes that come and go while one layer's backward pass runs: gradients of the MLP's inside, of the residual and
-    of the norms (in BF16), and of one weight before it is added to the sum in FP32."""
-    C, F = config.hidden_size, config.intermediate_size // tp
-    return BF16 * (tokens * (3 * F + 3 * C) + max(F, config.num_attention_heads * config.head_dim // tp) * C)
+    """Bytes that come and go while one layer's backward pass runs."""
+    C, F, q = config.hidden_size, config.intermediate_size // tp, config.num_attention_heads * config.head_dim // tp
+    inside = 3 * F + 3 * C  # gradients of the product, of gate and of up; of the residual, and of a norm in and out
+    largest = max(F, q) * C  # one weight's gradient, before it is added to its sum in FP32
+    return BF16 * (tokens * inside + largest)
 
 
 def vision_layer_activations(config: Config, tp: int, patches: int) -> int:
-    """As `layer_activations`, for a layer of the tower."""
+    """As `layer_activations`, for a layer of the tower, which has as many key/value heads as query heads."""
     v = config.vision
-    width = 6 * v.hidden_size + 5 * v.hidden_size // tp + 4 * v.intermediate_size // tp
+    width = 2 * 3 * v.hidden_size + 5 * v.hidden_size // tp + 4 * v.intermediate_size // tp
     return patches * (BF16 * width + FP32 * (2 + v.num_attention_heads // tp))
 
 
 def vision_pass(config: Config, tp: int, patches: int) -> int:
-    """Bytes at the worst moment of a forward pass that keeps nothing: the residual, the norm's two and the inside."""
+    """Bytes at the worst moment of a forward pass that keeps nothing."""
     v = config.vision
-    return BF16 * patches * (3 * v.hidden_size + max(7 * v.hidden_size, 3 * v.intermediate_size) // tp)
+    outside = 3 * v.hidden_size  # the residual, and the norm's two
+    attention = 7 * v.hidden_size  # q, k and v, q and k rotated, the result twice
+    return BF16 * patches * (outside + max(attention, 3 * v.intermediate_size) // tp)  # or gate, up and their product
 
 
 def training_activations(
@@ -123,20 +214,20 @@ def training_activations(
     length: int,
     micro_batches: int,
     checkpointing: bool,
-    freeze: Sequence,
+    freeze: Sequence[str],
     keep_fp8: bool = False,
 ) -> int:
     """Bytes at the worst moment of a step's forward and backward passes, for a rank at `place`.
 
-    Where the frozen weights stay FP8, one of them at a time is there in BF16 too. Adapters' own results are left out:
-    a few numbers a token.
+    `micro_batch` samples of `length` tokens go through together, `micro_batches` times per step. What adapters keep is
+    left out: a few numbers per token.
     """
-    tp, tokens, row = place.tp_size, micro_batch * length, BF16 * micro_batch * length * config.hidden_size
-    layers = len(place.layers(config.num_hidden_layers))
+    tp, tokens = place.tp_size, micro_batch * length
+    row = BF16 * tokens * config.hidden_size  # hidden states
     inside = layer_activations(config, tp, tokens)
-    held = layers * (row if checkpointing else inside)
+    held = len(place.layers(config.num_hidden_layers)) * (row if checkpointing else inside)
     moment = layer_backward(config, tp, tokens) + (inside if checkpointing else 0)
-    if keep_fp8:
+    if keep_fp8:  # one of the frozen weights at a time is there in BF16 too, and a block of it in FP32
         heads = config.num_attention_heads * config.head_dim
         moment += BF16 * config.hidden_size * max(config.intermediate_size, heads) // tp + FP32 * BLOCK
     if config.vision is not None and place.first_stage:
@@ -144,116 +235,49 @@ def training_activations(
         patches = tokens * v.spatial_merge_size**2
         once = vision_pass(config, tp, patches)
         if not {"vision_tower", "projector"} <= set(freeze):
+            # The projector keeps what its norm does (x, x / rms(x), times the weight) and the patches in the order of
+            # their cells; of each cell the merged vector, linear_1's output and the GELU of that.
             held += BF16 * (4 * patches * v.hidden_size + tokens * (v.hidden_size + 2 * config.hidden_size // tp))
         if "vision_tower" not in freeze:
             inside = vision_layer_activations(config, tp, patches)
             held += v.num_hidden_layers * (BF16 * patches * v.hidden_size if checkpointing else inside)
-            once = inside + once
+            once += inside
         moment = max(moment, once)
     if place.last_stage:
         vocabulary = -(-config.vocab_size // tp)
-        held += 4 * row  # the last layer's output, where targets are, and the norm's two
+        held += 4 * row  # the last layer's output, its rows that have targets, and the norm's two
+        # Logits in BF16 and in FP32, and the gradient of the head's weight.
         moment = max(moment, tokens * vocabulary * (BF16 + FP32) + BF16 * vocabulary * config.hidden_size)
     messages = 4 * row if place.pp_size > 1 else row  # hidden states and gradients, to and from the neighbours
     return min(place.pp_size - place.pp_rank, micro_batches) * held + moment + messages
 
 
-def step_memory(sizes: list[int]) -> int:
-    """Bytes of an Adam step beyond its state: one FP32 tensor as large as the largest bucket."""
+def adam_activations(sizes: list[int]) -> int:
+    """Bytes of an Adam step beyond its state: one FP32 tensor as large as the largest bucket of these parameters."""
     return FP32 * max(*sizes, min(BUCKET, sum(sizes))) if sizes else 0
 
 
 def inference_activations(config: Config, place: Place, context: int, keep_fp8: bool) -> int:
-    """Bytes at the worst moment of a prefill chunk: hidden states, one layer's inside, and its attention mask.
-
-    FP8 adds either an input in FP32 and FP8, where the GPU multiplies FP8, or one weight in BF16, where it does not.
-    """
+    """Bytes at the worst moment of a prefill chunk; nothing is kept from layer to layer but hidden states."""
     tp, tokens = place.tp_size, min(CHUNK, context)
-    C, F = config.hidden_size, config.intermediate_size // tp
-    q = config.num_attention_heads * config.head_dim // tp
+    C, F, q = config.hidden_size, config.intermediate_size // tp, config.num_attention_heads * config.head_dim // tp
+    # Attention: q, k, v before and after the rotation, never more than 6 times q. MLP: gate, up and their product.
+    # The mask: a bool per element, and the kernel's version of it in BF16.
     moment = BF16 * tokens * max(6 * q, 3 * F) + 3 * MASK_ELEMENTS
     if keep_fp8:
+        # Where the GPU multiplies FP8: an input in FP32, over its scale, and in FP8. Elsewhere one weight in BF16.
         moment += max(tokens * (2 * FP32 + 1) * max(C, F, q), BF16 * C * max(F, q) + FP32 * BLOCK)
     if config.vision is not None and place.first_stage:
         v = config.vision
         largest = (v.image_size // v.patch_size) ** 2
         most = min(context * v.spatial_merge_size**2, max(PATCHES_AT_ONCE, largest))
         moment = max(moment, vision_pass(config, tp, most))
-    if place.last_stage:
+    if place.last_stage:  # logits in BF16 and FP32, and their log-softmax
         moment = max(moment, LOGIT_ROWS * -(-config.vocab_size // tp) * (BF16 + 2 * FP32))
-    return 4 * BF16 * tokens * C + moment
+    return 4 * BF16 * tokens * C + moment  # hidden states: before and after, normalized, being sent
 
 
-def make_plan(config: Config, args: argparse.Namespace) -> dict:
-    """The plan as the JSON object that --json prints. Raises UserError where the topology does not divide the model."""
-    keep_fp8 = config.fp8 and (args.weights != "dequantized" if args.inference else bool(args.lora_rank))
-    freeze = list(FREEZABLE) if args.lora_rank else args.freeze
-    micro_batches = math.ceil(math.ceil(args.global_batch_size / args.micro_batch_size) / args.dp)
-    parameters, adapters, padding, copies, stages = 0, 0, 0, Counter(), []
-    for stage_places in places(args.tp, args.pp, args.dp):
-        ranks = []
-        for place in stage_places:
-            model = MistralMedium(config, place, torch.bfloat16, keep_fp8)
-            if args.lora_rank:
-                add_adapters(model, args.lora_rank, 1.0)
-            held = held_tensors(model)
-            for tensor in held:
-                kind, inside, zeros = tally(tensor, tensor.parameter)
-                padding += zeros
-                if kind == "model":
-                    parameters += inside
-                elif kind == "adapters":
-                    adapters += inside
-                else:
-                    copies[kind] += inside
-            layers = [int(i) for i in model.layers]
-            stage = Stage(
-                place.pp_rank,
-                [layers[0], layers[-1]],
-                sum(tensor.parameter.numel() for tensor in held),
-                loaded_bytes(model),
-            )
-            if args.inference:
-                cache = model.new_cache(1, args.max_context)
-                stage.cache_bytes = sum(t.numel() * t.element_size() for t in (cache.keys, cache.values))
-                stage.activation_bytes = inference_activations(config, place, args.max_context, keep_fp8)
-            else:
-                sizes = [
-                    t.parameter.numel()
-                    for t in held
-                    if is_trained(t.name, freeze) or (args.lora_rank and ".adapter." in t.name)
-                ]
-                stage.gradient_bytes, stage.optimizer_bytes = FP32 * sum(sizes), 3 * FP32 * sum(sizes)
-                passes = training_activations(
-                    *(config, place, args.micro_batch_size, args.max_length, micro_batches),
-                    args.activation_checkpointing,
-                    freeze,
-                    keep_fp8,
-                )
-                stage.activation_bytes = max(passes, step_memory(sizes))
-            ranks.append(stage)
-        stage = max(ranks, key=lambda s: s.peak_bytes)
-        stage.fits = stage.peak_bytes <= args.gpu_memory_gb * 1e9
-        stages.append(stage)
-    plan = {
-        "gpus": args.tp * args.pp * args.dp,
-        "parameters": parameters,
-        "adapters": adapters,
-        "padding": padding,
-        "copies": dict(copies),
-        "stages": [{**asdict(stage), "peak_bytes": stage.peak_bytes} for stage in stages],
-        "fits": all(stage.fits for stage in stages),
-    }
-    if args.inference:
-        rooms = [
-            (args.gpu_memory_gb * 1e9 - (s.peak_bytes - s.cache_bytes)) * args.max_context / s.cache_bytes
-            for s in stages
-        ]
-        plan["largest_context"] = max(0, min(config.max_position_embeddings, *map(int, rooms)))
-    else:
-        plan["micro_batches"] = micro_batches
-        plan["bubble"] = (args.pp - 1) / (micro_batches + args.pp - 1)
-    return plan
+# ----------------------------------------------------------------------------------------------- the program
 
 
 def show(plan: dict, args: argparse.Namespace) -> str:
@@ -277,15 +301,12 @@ def show(plan: dict, args: argparse.Namespace) -> str:
         f"padding {plan['padding']:,}"
     )
     if args.inference:
-        lines.append(f"context {args.max_context:,} tokens, one request; the largest that fits: "
-                     f"{plan['largest_context']:,}")  # fmt: skip
+        largest = f"{plan['largest_context']:,}"
+        lines.append(f"context {args.max_context:,} tokens, one request; the largest that fits: {largest}")
     else:
-        lines.append(
-            f"bubble {100 * plan['bubble']:.1f} % of the time: {args.pp} stages, {plan['micro_batches']} micro-batches "
-            f"a step"
-        )
-    verdict = "fits" if plan["fits"] else "does not fit"
-    lines.append(f"{verdict} on {plan['gpus']} × {args.gpu_memory_gb:g} GB")
+        bubble, m = f"{100 * plan['bubble']:.1f} %", plan["micro_batches"]
+        lines.append(f"bubble {bubble} of the time: {args.pp} stages, {m} micro-batches a step")
+    lines.append(f"{'fits' if plan['fits'] else 'does not fit'} on {plan['gpus']} × {args.gpu_memory_gb:g} GB")
     return "\n".join(lines)
 
 
