@@ -97,7 +97,7 @@ def check_topology(case, topology, folder, **options) -> None:
 
 @pytest.mark.time_limit(300)
 def test_two_by_two(cases, tmp_path):
-    check_topology(cases["images"], (2, 2, 1), tmp_path, activation_checkpointing=True)
+    check_topology(cases["images"], (2, 2, 1), tmp_path, activation_checkpointing=True, max_steps=3)
 
 
 @pytest.mark.slow
