@@ -16,6 +16,23 @@ import train
 from checkpoint import Checkpoint
 from config import UserError, read_config
 
+
+def test_metrics_after_a_kill(tmp_path):
+    """A line that was cut off goes, and so do the steps that will be taken again; any other damage is named."""
+    path, whole = tmp_path / "metrics.jsonl", [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
+    path.write_text("\n".join(whole) + '\n{"step": 4, "lo')
+    assert [line["step"] for line in train.Metrics(str(tmp_path), 9, 9).lines] == [1, 2, 3]
+    assert path.read_text().splitlines() == whole
+    steps = [line["step"] for line in train.Metrics(str(tmp_path), 2, 9).lines]
+    assert steps == [1, 2] == [line["step"] for line in metrics(tmp_path)]
+    path.write_text("\n".join([whole[0], "{", whole[1]]))
+    with pytest.raises(UserError, match="metrics.jsonl line 2: not JSON"):
+        train.Metrics(str(tmp_path), 9, 9)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: cannot be written"):
+        train.Metrics(str(tmp_path / "file"), 0, 9)
+
+
 # ------------------------------------------------------------------------------------------------ not a number
 
 
