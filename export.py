@@ -186,12 +186,9 @@ def export_adapters(directory: str, model: nn.Module, rank: int, alpha: float) -
         os.makedirs(directory, exist_ok=True)
         inside = "model.language_model." if model.config.vision is not None else "model."
         renamed = {f"base_model.model.{inside}{name.replace('.adapter.', '.')}": t for name, t in tensors.items()}
-        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha, "bias": "none"}
-        config |= {
-            "lora_dropout": 0.0,
-            "target_modules": r".*layers\.\d+\.(self_attn|mlp)\.\w+_proj",  # not those of the vision tower
-            "inference_mode": True,
-        }
+        config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none")
+        targets = r".*layers\.\d+\.(self_attn|mlp)\.\w+_proj"  # the vision tower's have other names
+        config |= dict(target_modules=targets, inference_mode=True)
         path = os.path.join(directory, "adapter_model.safetensors")
         save_file(renamed, f"{path}.partial", metadata={"format": "pt"})
         os.replace(f"{path}.partial", path)

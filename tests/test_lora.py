@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -71,6 +72,8 @@ def test_what_is_written(name, cases, tmp_path):
         peer = getattr(transformers, kind)(transformers.AutoConfig.from_pretrained(str(tmp_path / "model")))
     modules = {f"base_model.model.{path}" for path, _ in peer.named_modules()}
     assert {path.split(".lora_")[0] for path in added} <= modules
+    named = {path for path, _ in peer.named_modules() if re.fullmatch(settings["target_modules"], path)}
+    assert {f"base_model.model.{path}" for path in named} == {path.split(".lora_")[0] for path in added}
 
 
 def test_merging_is_the_sum(cases, tmp_path):
