@@ -82,8 +82,6 @@ def whole_state(fields: dict, seed: int = 0) -> dict[str, torch.Tensor]:
     """The same with the tower and the projector that `fields["vision_config"]` asks for."""
     draw, config = torch.Generator().manual_seed(seed), parse_config(layout_config(fields, "new")[1])
     parts = {name: part.shape for name, (_, part) in layers_with_slices(MistralMedium(config)).items()}
-    if config.tie_word_embeddings:
-        del parts["lm_head.weight"]
     return {name: randomize(name, torch.empty(shape), draw) for name, shape in parts.items()}
 
 
