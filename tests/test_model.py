@@ -292,7 +292,7 @@ def test_mistral_in_the_old_spelling(tmp_path):
     assert_close(log_probabilities(load(directory), tokens), peer_log_probabilities(model, tokens))
 
 
-@pytest.mark.parametrize("rope", ["yarn", "plain"])
+@pytest.mark.parametrize("rope", ["yarn", pytest.param("plain", marks=pytest.mark.slow)])
 @pytest.mark.time_limit(400)
 def test_transformers_at_6000_tokens(rope, tmp_path):
     """Beyond the original 4,096 positions, where query scaling begins: whole, in uneven chunks, one by one."""
