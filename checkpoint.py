@@ -14,19 +14,22 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 import fp8
-from config import Config, UserError, read_json
+from config import Config, UserError, find_folder, read_file, read_json, reading, warn
 from parallel import Slice
 
 DTYPES = ("BF16", "F16", "F32", "F8_E4M3")  # those that a tensor may be stored in, in safetensors' words
 
-RANDOM_BLOCK = 1 << 24  # random weights are drawn this many at a time
+RANDOM_BLOCK = 1 << 24  # random weights are drawn, and all are checked, this many at a time
+
+# Scales of an FP8 cache and of fake quantization, in the files' own words: they change nothing that is computed here.
+PASSED_OVER = re.compile(r"\.[kv]_scale$|fake_quantizer\.qscale_act$")
 
 # The three HF spellings in use put different prefixes before the same names: model.layers.…, model.language_model.… or
 # language_model.model.…; model.vision_tower.… or vision_tower.…; lm_head.… or language_model.lm_head.…
@@ -81,38 +84,73 @@ class Checkpoint:
     """The tensors of a directory by canonical name, and how many of their bytes were read."""
 
     def __init__(self, directory: str):
-        self.directory = directory
-        if not os.path.isdir(directory):
-            raise UserError(f"{directory}: no such directory; --ckpt takes the folder that holds the checkpoint")
+        self.directory = find_folder(directory)
         self.bytes_read = 0
         self._open = {}
         files, self.native = self._files()
         self.tensors: dict[str, Stored] = {}
+        passed_over = []
         for file, keys in files.items():
             for key in keys:
                 name = canonical_name(key, self.native)
                 if name in self.tensors:
                     raise UserError(f"{directory}: holds {name} twice, as {self.tensors[name].key} and {key}")
-                self.tensors[name] = Stored(file, key)
+                if PASSED_OVER.search(key):
+                    passed_over.append(key)
+                else:
+                    self.tensors[name] = Stored(file, key)
+        if passed_over:
+            warn(
+                f"{directory}: {len(passed_over)} tensors that are of no use here are passed over: {some(passed_over)}"
+            )
 
     def _files(self) -> tuple[dict[str, list[str]], bool]:
         """File -> names in it, from an index where there is one; and whether the layout is the native one."""
         for stem, native in (("model", False), ("consolidated", True)):
-            index = os.path.join(self.directory, f"{stem}.safetensors.index.json")
-            if os.path.isfile(index):
-                content = read_json(index)
-                weight_map = content.get("weight_map") if isinstance(content, dict) else None
-                if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-                    raise UserError(f"{index}: has no weight_map from tensor names to file names")
+            whole = os.path.join(self.directory, f"{stem}.safetensors")
+            if os.path.exists(index := f"{whole}.index.json"):
                 files: dict[str, list[str]] = {}
-                for key, file in weight_map.items():  # basename: an index cannot lead out of its folder
-                    files.setdefault(os.path.join(self.directory, os.path.basename(file)), []).append(key)
-                if missing := sorted(f for f in files if not os.path.isfile(f)):
+                with reading(index, "index"):
+                    for key, file in read_json(index)["weight_map"].items():
+                        # basename: an index cannot lead out of its folder
+                        files.setdefault(os.path.join(self.directory, os.path.basename(file)), []).append(key)
+                if os.path.exists(whole) and whole not in files:
+                    raise UserError(f"{whole}: is not what {index} lists; remove the one of them that is out of date")
+                if missing := sorted(f for f in files if not os.path.exists(f)):
                     raise UserError(f"{missing[0]}: missing, though {os.path.basename(index)} lists it; download it")
                 return files, native
             if paths := sorted(glob.glob(os.path.join(glob.escape(self.directory), f"{stem}*.safetensors"))):
                 return {path: list(self.file(path).keys()) for path in paths}, native
         raise UserError(f"{self.directory}: holds no model*.safetensors and no consolidated*.safetensors")
+
+    def fit(self, config: Config) -> Config:
+        """`config`, compared with the tensors before anything of its sizes is built.
+
+        Whether there is a head of its own is for the file to say, as in transformers.
+        """
+        C, D, v = config.hidden_size, config.head_dim, config.vision
+        last = f"layers.{config.num_hidden_layers - 1}"
+        shapes = {"embed_tokens.weight": (config.vocab_size, C)}
+        shapes[f"{last}.self_attn.q_proj.weight"] = (config.num_attention_heads * D, C)
+        shapes[f"{last}.self_attn.k_proj.weight"] = (config.num_key_value_heads * D, C)
+        shapes[f"{last}.mlp.up_proj.weight"] = (config.intermediate_size, C)
+        if v:
+            tower = f"vision_tower.transformer.layers.{v.num_hidden_layers - 1}"
+            shapes["vision_tower.patch_conv.weight"] = (v.hidden_size, v.num_channels, v.patch_size, v.patch_size)
+            shapes[f"{tower}.feed_forward.up_proj.weight"] = (v.intermediate_size, v.hidden_size)
+            merged = (v.hidden_size, v.hidden_size * v.spatial_merge_size**2)
+            shapes["multi_modal_projector.patch_merger.merging_layer.weight"] = merged
+        for name, shape in shapes.items():
+            if name not in self.tensors:
+                raise UserError(f"{self.directory}: tensors are missing: the config asks for {name}")
+            self.stored(name, shape)
+        if config.tie_word_embeddings and "lm_head.weight" in self.tensors:
+            if True in [part.get("tie_word_embeddings") for part in (config.raw, config.raw.get("text_config") or {})]:
+                warn(
+                    f"{self.directory}: tie_word_embeddings is true in the config, but the file has a head: it is used"
+                )
+            config = replace(config, tie_word_embeddings=False)
+        return config
 
     def is_fp8(self) -> bool:
         """Whether the decoder's linears are stored in FP8."""
@@ -121,47 +159,49 @@ class Checkpoint:
     def file(self, path: str):
         """The open file (a memory map; no pickle anywhere), with errors that name it."""
         if path not in self._open:
-            try:
+            read_file(path)  # refuses a pipe, which would be waited for
+            with reading(path, "safetensors file; copy or download it again"):
                 self._open[path] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from None
         return self._open[path]
 
     def close(self) -> None:
         self._open.clear()
 
-    def stored(self, name: str):
-        """A tensor as a slice that has not been read yet, and its shape."""
+    def stored(self, name: str, shape: tuple[int, ...] | None = None):
+        """A tensor as a slice that has not been read yet, and its shape, which should be `shape`."""
         at = self.tensors[name]
-        try:
+        with reading(at.file, "home of all tensors that the index promises"):
             lazy = self.file(at.file).get_slice(at.key)
-        except SafetensorError:
-            raise UserError(f"{at.file}: does not hold {at.key}, though the index says so") from None
         if lazy.get_dtype() not in DTYPES:
             raise UserError(f"{at.file}: {at.key} is stored as {lazy.get_dtype()}; known are {', '.join(DTYPES)}")
-        return lazy, tuple(lazy.get_shape())
+        found = tuple(lazy.get_shape())
+        if shape not in (None, found):
+            raise UserError(f"{at.file}: {at.key} has shape {list(found)}, but the config asks for {list(shape)}")
+        return lazy, found
 
     def read(self, name: str, part: Slice) -> torch.Tensor:
         """The part `part` of a tensor, in its stored dtype, on the CPU; shorter than asked where `part` is padded."""
-        lazy, shape = self.stored(name)
-        if shape != part.shape:
-            at = self.tensors[name]
-            raise UserError(f"{at.file}: {at.key} has shape {list(shape)}, but the config asks for {list(part.shape)}")
+        lazy, shape = self.stored(name, part.shape)
         start = min(part.start, shape[part.dim])
         tensor = lazy[(slice(None),) * part.dim + (slice(start, start + part.length),)]
         self.bytes_read += tensor.nbytes
+        if not all(map(is_finite, tensor.flatten().split(RANDOM_BLOCK))):
+            at = self.tensors[name]
+            raise UserError(f"{at.file}: {at.key} holds NaN or infinity; copy or download the file again")
         return tensor
 
     def scale(self, name: str) -> torch.Tensor | None:
-        """A 0-d float32 scale, stored as a scalar or as one element; None where there is none of this name."""
+        """A 0-d float32 scale, stored as one element of any shape; None where there is none of this name."""
         if name not in self.tensors:
             return None
         at, (_, shape) = self.tensors[name], self.stored(name)
-        scale = self.file(at.file).get_tensor(at.key).float().reshape(-1)
-        if shape not in ((), (1,)) or not (scale.isfinite() & (scale > 0)).all():
-            raise UserError(f"{at.file}: {at.key} should be one finite number above 0, found shape {list(shape)}")
+        if math.prod(shape) != 1:
+            raise UserError(f"{at.file}: {at.key} should be one number, found shape {list(shape)}")
+        scale = self.file(at.file).get_tensor(at.key).float().reshape(())
+        if not (scale > 0 and (scale * fp8.E4M3_MAX).isfinite()):
+            raise UserError(f"{at.file}: {at.key} should be a finite number above 0, found {scale.item()}")
         self.bytes_read += 4
-        return scale.reshape(())
+        return scale
 
     def weight(self, name: str, part: Slice, config: Config) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The part `part` of a weight, rotary pairs in the HF order; and its scale where it is FP8, else None."""
@@ -175,6 +215,13 @@ class Checkpoint:
         if weight.dtype != fp8.E4M3 and scale is not None:
             raise UserError(f"{self.tensors[name].file}: {name} is not FP8, but {scale_name} is there")
         return weight, scale
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    if values.dtype == fp8.E4M3:  # it has no infinity, and its two NaNs are the bytes 7F and FF
+        return not (values.view(torch.uint8) & 0x7F).eq(0x7F).any()
+    # The sum is one pass without temporaries. It is finite where all values are, unless it overflows.
+    return bool(values.sum().isfinite() or values.isfinite().all())
 
 
 def is_quantized(name: str) -> bool:
@@ -234,8 +281,7 @@ def check_names(checkpoint: Checkpoint, model: nn.Module) -> None:
     owners = {name: re.sub(r"\.(weight_scale_inv|activation_scale)$", ".weight", name) for name in here}
     strangers = [name for name, owner in owners.items() if owner not in known and not owner.startswith(elsewhere)]
     if strangers:
-        hint = "; its config says, or leaves it to the default, that the head is tied: set tie_word_embeddings to false"
-        what = some(here[name].key for name in strangers) + (hint if "lm_head.weight" in strangers else "")
+        what = some(here[name].key for name in strangers)
         raise UserError(f"{checkpoint.directory}: {len(strangers)} tensors have no place in the model: {what}")
 
 
@@ -254,7 +300,7 @@ def fill(model: nn.Module, checkpoint: Checkpoint, progress: Callable[[int, int]
     done, total = 0, sum(map(len, wanted.values()))
     for path, entries in sorted(wanted.items()):
         listed = {at.key for at in checkpoint.tensors.values() if at.file == path}
-        if strangers := set(checkpoint.file(path).keys()) - listed:
+        if strangers := {key for key in checkpoint.file(path).keys() if not PASSED_OVER.search(key)} - listed:
             raise UserError(f"{path}: holds {some(strangers)}, which the index does not list")
         for name, layer, part in entries:
             # A new Parameter, since one on `meta` cannot be given memory on another device.

@@ -8,15 +8,26 @@ a number is either understood or refused here, so that no later file has to ask 
 import json
 import math
 import os
+import stat
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 
 class UserError(ValueError):
-    """A mistake of the user's: one line that says what is wrong and what to do. Programs exit with `status`."""
+    """A mistake of the user's: one line that says what is wrong and what to do. Programs exit with `status`.
+
+    Messages quote files, which may hold anything: what does not print is escaped, and a long line loses its middle.
+    """
 
     status = 2
+
+    def __init__(self, message: str):
+        for _ in range(2):  # again, since what is escaped grows
+            message = message if len(message) <= 440 else f"{message[:280]} … {message[-157:]}"
+            message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        super().__init__(message[:440])
 
 
 class TopologyError(UserError):
@@ -89,6 +100,11 @@ class Config:
 TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 VISION_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")
 
+# The largest sizes, and other numbers. Nothing real comes near; what is beyond might be built, or overflow, first.
+LARGEST_SIZE, LARGEST_NUMBER = 1 << 20, 1e30
+LARGEST = {"num_hidden_layers": 1 << 10, "n_layers": 1 << 10, "vocab_size": 1 << 24, "spatial_merge_size": 1 << 6}
+LARGEST |= dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings"), 1 << 30)
+
 
 class _Fields:
     """A JSON object whose fields are taken one by one, with errors that name the file and the field.
@@ -109,22 +125,22 @@ class _Fields:
         value = self.values.get(name)
         if value is None:
             if default is None:
-                raise UserError(f"{self.where}: the field {name!r} is missing")
+                raise UserError(f"{self.where}: the field {name!r} is missing; add it")
             return default
         # `type(value)`, not isinstance: to Python, true is an int.
         number = kind is float and type(value) is int
-        if not (number or type(value) is kind) or (kind is float and not math.isfinite(value)):
+        if not (number or type(value) is kind) or (kind in (int, float) and not abs(value) < LARGEST_NUMBER):
             raise UserError(f"{self.where}: {name} should be {kind.__name__}, found {value!r}")
         return kind(value)
 
-    def positive(self, name: str, kind: type, default=None):
+    def positive(self, name: str, kind: type, default=None, largest=LARGEST_NUMBER):
         value = self.get(name, kind, default)
-        if value <= 0:
-            raise UserError(f"{self.where}: {name} should be above 0, found {value}")
+        if not 1 / LARGEST_NUMBER < value <= largest:
+            raise UserError(f"{self.where}: {name} should be above 0 and at most {largest:g}, found {value}")
         return value
 
     def size(self, name: str, default: int | None = None) -> int:
-        return self.positive(name, int, default)
+        return self.positive(name, int, default, LARGEST.get(name, LARGEST_SIZE))
 
     def only(self, **allowed: tuple) -> None:
         """Refuse a value that would change the numbers in a way that this code does not compute.
@@ -145,16 +161,27 @@ class _Fields:
 
 def read_config(directory: str) -> Config:
     """Read `config.json`, or `params.json` where that is all there is, from a checkpoint directory (or a file)."""
-    inside = (os.path.join(directory, name) for name in ("config.json", "params.json"))
-    path = next(filter(os.path.isfile, (directory, *inside)), None)
-    if path is None:
-        problem = "holds neither config.json nor params.json" if os.path.isdir(directory) else "no such directory"
-        raise UserError(f"{directory}: {problem}; give the folder of a checkpoint")
-    raw = _Fields(read_json(path), path).values
-    native = "dim" in raw or "n_layers" in raw
-    config = parse_config(translate_params(raw, path) if native else raw, path)
-    check(config, path)
+    paths = [directory]
+    if not (directory.endswith(".json") and os.path.isfile(directory)):
+        paths = [os.path.join(find_folder(directory), name) for name in ("config.json", "params.json")]
+    if (path := next(filter(os.path.exists, paths), None)) is None:
+        raise UserError(f"{directory}: holds neither config.json nor params.json; give the folder of a checkpoint")
+    with reading(path, "config"):
+        raw = _Fields(read_json(path), path).values
+        native = "dim" in raw or "n_layers" in raw
+        config = parse_config(translate_params(raw, path) if native else raw, path)
+        check(config, path)
     return config
+
+
+def find_folder(path: str) -> str:
+    """`path`, which should be the folder of a checkpoint."""
+    if os.path.isfile(path):
+        raise UserError(f"{path}: is a file; give the folder that holds the checkpoint")
+    if not os.path.isdir(path):
+        hub = f" (of a Hugging Face repository: hf download {path} --local-dir DIR)" if path.count("/") == 1 else ""
+        raise UserError(f"{path}: no such directory; give the folder of a checkpoint{hub}")
+    return path
 
 
 def parse_config(raw: dict, where: str = "config.json") -> Config:
@@ -230,11 +257,10 @@ def attention_factor(rope: _Fields, factor: float, layers: int) -> float:
     if not (mscale and mscale_all_dim):
         return m(1.0)
     if (layers, factor, mscale_all_dim) == (88, 64.0, 1.0):
-        print(
-            f"WARNING: {rope.where}: mscale_all_dim = 1.0 (apply_scale = false in params.json), a mistake that this "
-            f"model's config first had, makes the attention factor {m(mscale) / m(1.0):.5f} instead of {m(1.0):.5f} "
-            "and spoils long contexts. Set mscale_all_dim to 0.0 (apply_scale to true).",
-            file=sys.stderr,
+        warn(
+            f"{rope.where}: mscale_all_dim = 1.0 (apply_scale = false in params.json), a mistake that this model's "
+            f"config first had, makes the attention factor {m(mscale) / m(1.0):.5f} instead of {m(1.0):.5f} and spoils "
+            "long contexts. Set mscale_all_dim to 0.0 (apply_scale to true)."
         )
     return m(mscale) / m(mscale_all_dim)
 
@@ -266,13 +292,20 @@ def check(config: Config, where: str) -> None:
     """Sizes that contradict each other."""
     if config.num_attention_heads % config.num_key_value_heads:
         raise UserError(f"{where}: num_attention_heads is not a multiple of num_key_value_heads")
+    if config.rope.theta <= 1:
+        raise UserError(f"{where}: rope_theta should be above 1, found {config.rope.theta}")
     if config.head_dim % 2:
         raise UserError(f"{where}: head_dim = {config.head_dim} is odd, but rotary embedding turns pairs")
     if (v := config.vision) and (v.hidden_size % v.num_attention_heads or v.head_dim % 2):
         raise UserError(f"{where}: the vision tower's hidden_size does not split into heads of an even size")
 
 
-# ------------------------------------------------------------------------------------- the native file, and export
+# ------------------------------------------------------------------------------------- the native file
+
+NATIVE_SIZES = dict(vocab_size="vocab_size", hidden_size="dim", intermediate_size="hidden_dim", head_dim="head_dim")
+NATIVE_SIZES |= dict(num_hidden_layers="n_layers", num_attention_heads="n_heads", num_key_value_heads="n_kv_heads")
+# What absent fields mean to mistral-inference. Three of them then say what is not supported here.
+NATIVE_VISION = dict(mm_projector_id="", spatial_merge_size=1, add_pre_mm_projector_layer_norm=False, adapter_bias=True)
 
 
 def translate_params(raw: dict, where: str = "params.json") -> dict:
@@ -282,8 +315,9 @@ def translate_params(raw: dict, where: str = "params.json") -> dict:
     the result, so it also says what transformers and llama.cpp want to read, defaults included.
     """
     top = _Fields(raw, where)
-    top.only(**dict.fromkeys(("moe", "lora", "sliding_window", "use_biases", "q_lora_rank"), (None, False)))
-    max_positions = top.size("max_position_embeddings", 262144)
+    top.only(**dict.fromkeys(("moe", "lora", "sliding_window", "_sliding_window"), (None, False)))
+    top.only(use_biases=(None, False), q_lora_rank=(None, False))
+    max_positions = top.size("max_position_embeddings")
     # The HF layout has one field for both: the context before YaRN, and the period of query scaling.
     original = "original_max_position_embeddings"
     rope = {"rope_type": "default", "rope_theta": top.positive("rope_theta", float)}
@@ -292,27 +326,18 @@ def translate_params(raw: dict, where: str = "params.json") -> dict:
         rope |= {"rope_type": "yarn", "factor": yarn.positive("factor", float), original: yarn.size(original)}
         rope |= dict(beta_fast=yarn.positive("beta", float), beta_slow=yarn.positive("alpha", float))
         # Whether the attention factor applies: a zero leaves it m(1), equal multipliers cancel out to 1.
-        rope |= dict(mscale=1.0, mscale_all_dim=0.0 if yarn.get("apply_scale", bool, True) else 1.0)
+        rope |= dict(mscale=1.0, mscale_all_dim=0.0 if yarn.get("apply_scale", bool) else 1.0)
     if scaling := top.section("llama_4_scaling"):
         if yarn:
             scaling.agree(original, rope[original], "that of yarn")
         rope |= {"llama_4_scaling_beta": scaling.get("beta", float), original: scaling.size(original, rope[original])}
-    hf = dict(
-        vocab_size=top.size("vocab_size"),
-        hidden_size=top.size("dim"),
-        intermediate_size=top.size("hidden_dim"),
-        num_hidden_layers=top.size("n_layers"),
-        num_attention_heads=top.size("n_heads"),
-        num_key_value_heads=top.size("n_kv_heads"),
-        head_dim=top.size("head_dim"),
-        rms_norm_eps=top.positive("norm_eps", float),
-        max_position_embeddings=max_positions,
-        tie_word_embeddings=top.get("tied_embeddings", bool, False),
-        rope_parameters=rope,
-    )
+    hf = {name: top.size(native) for name, native in NATIVE_SIZES.items()}
+    hf |= dict(rms_norm_eps=top.positive("norm_eps", float), max_position_embeddings=max_positions)
+    hf |= dict(tie_word_embeddings=top.get("tied_embeddings", bool, False), rope_parameters=rope)
     hf |= dict(model_type="ministral3", hidden_act="silu", sliding_window=None, attention_dropout=0.0)
     hf |= dict(initializer_range=0.02, bos_token_id=1, eos_token_id=2, pad_token_id=11)
     if tower := top.section("vision_encoder"):
+        tower.values = NATIVE_VISION | tower.values
         tower.only(mm_projector_id=("patch_merge",), add_pre_mm_projector_layer_norm=(True,), adapter_bias=(False,))
         tower.only(num_channels=(3,))
         longest = "max_image_size" if "max_image_size" in tower.values else "image_size"
@@ -323,7 +348,7 @@ def translate_params(raw: dict, where: str = "params.json") -> dict:
         hf = dict(
             model_type="mistral3",
             image_token_index=tower.get("image_token_id", int, 10),
-            spatial_merge_size=tower.size("spatial_merge_size", 2),
+            spatial_merge_size=tower.size("spatial_merge_size"),
             tie_word_embeddings=hf["tie_word_embeddings"],
             text_config=hf,
             vision_config=vision,
@@ -338,47 +363,77 @@ def translate_params(raw: dict, where: str = "params.json") -> dict:
     return hf
 
 
-def to_hf(config: Config) -> dict:
-    """The `config.json` of an export: what was read, but quantized as `config` says, which may have changed."""
-    raw = {name: value for name, value in config.raw.items() if name != "quantization_config"}
-    if config.fp8:
-        raw["quantization_config"] = dict(
-            quant_method="fp8",
-            activation_scheme=config.activation_scheme,
-            weight_block_size=None,
-            dequantize=False,
-            modules_to_not_convert=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
-        )
-    return raw
+# ------------------------------------------------------------------------------------------------ reading files
+
+MEGABYTE, DEEPEST = 1 << 20, 64  # levels of JSON
+LFS = b"version https://git-lfs"  # how the pointers begin that Git keeps in place of large files
 
 
-# ------------------------------------------------------------------------------------------------ JSON files
+def warn(text: str) -> None:
+    """One line on stderr, from rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"WARNING: {UserError(text)}", file=sys.stderr)
 
 
-def read_json(path: str):
+@contextmanager
+def reading(path: str, kind: str) -> Iterator[None]:
+    """The guard around the interpretation of a file: whatever its reader raises becomes one line with its name."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+        yield
+    except UserError as error:
+        raise error if str(error).startswith(str(UserError(path))) else UserError(f"{path}: {error}") from None
+    except Exception as error:
+        raise UserError(f"{path}: not a valid {kind} ({type(error).__name__}: {error})") from None
+
+
+def read_file(path: str, limit: int = 0) -> bytes:
+    """A regular file of at most `limit` bytes, since a pipe may block and a device never end; with 0 its first few."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            problem = "it is a folder" if stat.S_ISDIR(status.st_mode) else "it is a pipe or a device, not a file"
+        elif limit and status.st_size > limit:
+            problem = f"it is larger than {limit // MEGABYTE} MB"
+        else:
+            with open(path, "rb") as file:
+                contents = file.read(min(status.st_size, limit or len(LFS)))
+            if not contents.startswith(LFS):
+                return contents
+            problem = "it is a Git LFS pointer, not the file itself; run git lfs pull"
+    except (FileNotFoundError, ValueError):  # ValueError: a zero byte in the name
+        problem = "no such file"
+    except OSError as error:
+        problem = error.strerror
+    raise UserError(f"{path}: cannot be read: {problem}")
+
+
+def read_json(path: str, limit: int = 64 * MEGABYTE):
+    return parse_json(read_file(path, limit), path)
+
+
+def parse_json(data: bytes, where: str):
+    try:
+        value = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(DEEPEST):
+        inside = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [item for items in inside for item in items if isinstance(item, (dict, list))]
+        if not level:
+            return value
+    raise UserError(f"{where}: nested more than {DEEPEST} levels deep")
 
 
 def read_lines(path: str) -> list[tuple[int, bytes]]:
     """The lines of a JSON-lines file that are not blank, each with its number from 1. Raises UserError."""
-    try:
-        with open(path, "rb") as file:
-            lines = file.read().splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    lines = read_file(path, 1024 * MEGABYTE).splitlines()
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def parse_line(line: bytes, where: str, keys: Collection[str] = ()) -> dict:
     """The JSON object in `line`; with `keys`, no others may occur. Raises UserError that begins with `where`."""
-    try:
-        value = json.loads(line.decode())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from None
+    value = parse_json(line, where)
     if not isinstance(value, dict):
         raise UserError(f"{where}: should be a JSON object")
     if keys and (strange := set(value) - set(keys)):

@@ -22,7 +22,7 @@ from torch import nn
 
 import fp8
 from checkpoint import Checkpoint, check_names, fill, hf_name, is_quantized, layers_with_slices, scale_names
-from config import Config, UserError, read_config, to_hf, write_json
+from config import Config, UserError, read_config, write_json
 from data import Chats, MicroBatch, decode_images, micro_batches
 from launch import Parser, gather_objects, together
 from model import MistralMedium
@@ -102,6 +102,23 @@ def export_config(config: Config, in_fp8: bool, activation_scheme: str = "dynami
             fields.pop("torch_dtype", None)
             fields["dtype"] = "bfloat16"
     return replace(config, raw=raw, fp8=in_fp8, activation_scheme=activation_scheme)
+
+
+def to_hf(config: Config) -> dict:
+    """The `config.json` of an export: what was read, with the head and the quantization that `config` has by now."""
+    raw = {name: value for name, value in config.raw.items() if name != "quantization_config"}
+    raw |= dict(tie_word_embeddings=config.tie_word_embeddings)
+    if "text_config" in raw:
+        raw["text_config"] = raw["text_config"] | dict(tie_word_embeddings=config.tie_word_embeddings)
+    if config.fp8:
+        raw["quantization_config"] = dict(
+            quant_method="fp8",
+            activation_scheme=config.activation_scheme,
+            weight_block_size=None,
+            dequantize=False,
+            modules_to_not_convert=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+        )
+    return raw
 
 
 # ---------------------------------------------------------------------------------------- gathered from ranks
@@ -228,7 +245,7 @@ def measure_inputs(model: MistralMedium, batches: Iterable[MicroBatch]) -> dict[
 def calibrate(directory: str, chats_file: str, config: Config, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """Run the checkpoint, dequantized to BF16, over the chats of a file; see `measure_inputs`."""
     model = MistralMedium(config)
-    chats = Chats(chats_file, load_tokenizer(directory), config, config.max_position_embeddings, Place())
+    chats = Chats(chats_file, load_tokenizer(directory, config), config, config.max_position_embeddings, Place())
     fill(model, checkpoint)
 
     def decoded() -> Iterator:
@@ -246,7 +263,8 @@ def convert(source: str, target: str, to_fp8: bool, chats: str | None) -> None:
     The decoder's linears become E4M3 with a float32 scale (those that are FP8 already keep weight and scales), or BF16;
     everything else becomes BF16. Raises UserError.
     """
-    config, checkpoint = read_config(source), Checkpoint(source)
+    checkpoint = Checkpoint(source)
+    config = checkpoint.fit(read_config(source))
     model = MistralMedium(config)
     check_names(checkpoint, model)
     parts = {name: part for name, (_, part) in layers_with_slices(model).items()}

@@ -143,8 +143,9 @@ class Session:
         directory = args.ckpt or TINY
         if not args.ckpt and not os.path.isdir(TINY):
             raise UserError("this repository holds no checkpoint of its own; name one with --ckpt DIR")
-        self.config, checkpoint = read_config(directory), Checkpoint(directory)
-        self.tokenizer = load_tokenizer(directory, self.config.vocab_size)
+        checkpoint = Checkpoint(directory)
+        self.config = checkpoint.fit(read_config(directory))
+        self.tokenizer = load_tokenizer(directory, self.config)
         longest = self.config.max_position_embeddings
         self.max_context = min(args.max_context or longest, longest)
         stored_fp8 = checkpoint.is_fp8()

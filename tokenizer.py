@@ -18,13 +18,15 @@ import heapq
 import os
 import re
 import unicodedata
-from contextlib import contextmanager
 from functools import cache, lru_cache
 from itertools import groupby
 
 import sentencepiece
 
-from config import UserError, read_json
+from config import MEGABYTE, Config, UserError, find_folder, read_file, read_json, reading
+
+LARGEST_FILE = 1024 * MEGABYTE
+MOST_SPECIAL, LONGEST_PATTERN = 1 << 16, 2000  # files have 1,000 special tokens, and patterns of 300 characters
 
 VERSIONS = ("v1", "v2", "v3", "v7", "v11", "v13", "v15")  # each has its own chat format
 
@@ -33,18 +35,6 @@ CLASSIC_SPECIAL = (
     "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] "
     "[IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]"
 ).split()
-
-
-@contextmanager
-def _reading(path: str, kind: str):
-    """Whatever goes wrong while a file is interpreted becomes one line with the file's name."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:
-        reason = str(error).strip().split("\n")[-1]
-        raise UserError(f"{path} is not a valid {kind}: {type(error).__name__}: {reason}") from None
 
 
 def _well_formed(text: str) -> str:
@@ -67,9 +57,8 @@ class Tekken:
     utf8_errors = "replace"
 
     def __init__(self, path: str):
-        data = read_json(path)
-        with _reading(path, "Tekken file"):
-            self._read(data)
+        with reading(path, "Tekken file"):
+            self._read(read_json(path, LARGEST_FILE))
 
     def _read(self, data: dict) -> None:
         config = data["config"]
@@ -77,6 +66,8 @@ class Tekken:
         if self.version not in VERSIONS:
             raise UserError(f"tokenizer version {self.version!r} is unknown; known are {', '.join(VERSIONS)}")
         self._num_special = num_special = config["default_num_special_tokens"]
+        if not 3 <= num_special <= MOST_SPECIAL:
+            raise UserError(f"default_num_special_tokens should be 3 to {MOST_SPECIAL}, found {num_special}")
 
         listed = data.get("special_tokens")
         if listed is None:
@@ -91,7 +82,7 @@ class Tekken:
 
         # The file may list more tokens than the model has ids for: only the first ones count.
         vocab = data["vocab"][: self.vocab_size - num_special]
-        if len(vocab) < self.vocab_size - num_special or num_special < 3:
+        if len(vocab) < self.vocab_size - num_special:
             raise UserError(f"vocab and special tokens do not make up default_vocab_size {self.vocab_size}")
         self._bytes = [b""] * num_special + [base64.b64decode(entry["token_bytes"], validate=True) for entry in vocab]
         self._ids = {token: id for id, token in enumerate(self._bytes) if id >= num_special}
@@ -189,12 +180,11 @@ class SentencePiece:
     model_settings = None
 
     def __init__(self, path: str):
-        with _reading(path, "SentencePiece model"):
+        with reading(path, "SentencePiece model"):
             self._read(path)
 
     def _read(self, path: str) -> None:
-        with open(path, "rb") as file:
-            self._model = model = sentencepiece.SentencePieceProcessor(model_proto=file.read())
+        self._model = model = sentencepiece.SentencePieceProcessor(model_proto=read_file(path, LARGEST_FILE))
         self.vocab_size = model.vocab_size()
         if not self.vocab_size:  # an empty file loads as an empty model
             raise UserError("the file is empty")
@@ -243,14 +233,11 @@ class SentencePiece:
         return _decode(self, ids)
 
 
-def load_tokenizer(directory: str, vocab_size: int | None = None) -> Tekken | SentencePiece:
+def load_tokenizer(directory: str, config: Config | None = None) -> Tekken | SentencePiece:
     """The tokenizer of a checkpoint directory: `tekken.json`, else a SentencePiece `*.model` file, a versioned name
-    (`tokenizer.model.v3`) before a plain one. Raises UserError if there is none, if it is broken, or if it has more
-    tokens than the model's `vocab_size`."""
-    try:
-        names = sorted(os.listdir(directory))
-    except OSError as error:
-        raise UserError(f"cannot read the tokenizer's directory: {error}") from None
+    (`tokenizer.model.v3`) before a plain one. Raises UserError if there is none, if it is broken, or if it and the
+    model's `config` contradict each other."""
+    names = sorted(os.listdir(find_folder(directory)))
     models = [name for name in names if re.search(r"\.model(\.v\d+(m\d+)?)?$", name)]
     if "tekken.json" in names:
         tokenizer = Tekken(os.path.join(directory, "tekken.json"))
@@ -258,9 +245,16 @@ def load_tokenizer(directory: str, vocab_size: int | None = None) -> Tekken | Se
         tokenizer = SentencePiece(os.path.join(directory, models[-1]))
     else:
         raise UserError(f"{directory} has no tokenizer: expected tekken.json or a SentencePiece tokenizer.model")
-    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
-        sizes = f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {vocab_size}"
+    if config and tokenizer.vocab_size > config.vocab_size:
+        sizes = f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {config.vocab_size}"
         raise UserError(f"{directory}: {sizes}; they do not belong together")
+    if config and (vision := config.vision):
+        image = {"image_token_index": tokenizer.special.get("[IMG]"), **(tokenizer.image or {})}
+        known = dict(image_token_index=vision.image_token_id, image_patch_size=vision.patch_size)
+        for name, ours in (known | dict(spatial_merge_size=vision.spatial_merge_size)).items():
+            if (theirs := image.get(name)) not in (None, ours):
+                sizes = f"{name} is {theirs} in the tokenizer but {ours} in the config"
+                raise UserError(f"{directory}: {sizes}; they do not belong together")
     return tokenizer
 
 
@@ -360,14 +354,21 @@ def _class_body(name: str, negated: bool, last: int) -> str:
 def python_pattern(pattern: str, last: int = LAST_UNICODE) -> str:
     """A Rust regular expression rewritten for Python's `re`: `\\p{..}`, `\\P{..}`, `\\s` and `\\S` spelled out, in and
     out of brackets, for text whose code points do not exceed `last`. Raises UserError for what `re` cannot say."""
-    out, in_class = [], False
+    if len(pattern) > LONGEST_PATTERN:
+        raise UserError(f"the pattern has more than {LONGEST_PATTERN} characters, which is not supported")
+    out, in_class, before = [], False, ""
     # One token per escape, bracket or other character; a "]" right after "[" or "[^" is a member of the class.
     for token in re.findall(r"\\[pP](?:\{\w+\}|[A-Z])|\\.|\[\^?\]?|&&|--|~~|.", pattern, re.DOTALL):
         if match := re.fullmatch(r"\\([pP])\{?(\w+)\}?|\\([sS])", token):
             kind = match[1] or match[3]
             body = _class_body(match[2] or "s", kind.isupper(), last)
+            before = ""
             out.append(body if in_class else f"[{body}]")
             continue
+        # Where Rust takes linear time, `re` may take for ever: (a*)*b tries every way to cut a run of a's.
+        if before == ")" and token in "*+{" and not in_class:
+            raise UserError(f"the pattern repeats a group, which is not supported: {pattern!r}")
+        before = token
         # Rust has nested classes, intersections and differences; `re` would read the same signs as characters.
         if in_class and (token[0] == "[" or token in ("&&", "--", "~~")):
             raise UserError(f"the pattern has {token!r} inside a character class, which is not supported: {pattern!r}")

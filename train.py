@@ -87,8 +87,11 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, place: Place):
         self.args, self.place = args, place
         self.states = os.path.join(args.out, "checkpoints")  # where the run's state is saved
+        self.checkpoint = Checkpoint(args.ckpt) if args.ckpt else None
         self.config = read_config(args.ckpt or args.init)
-        self.tokenizer = load_tokenizer(args.ckpt or args.tokenizer, self.config.vocab_size)
+        if self.checkpoint:
+            self.config = self.checkpoint.fit(self.config)
+        self.tokenizer = load_tokenizer(args.ckpt or args.tokenizer, self.config)
         if args.max_length > self.config.max_position_embeddings:
             raise UserError(f"--max-length goes up to {self.config.max_position_embeddings} with this model")
         read = partial(Chats, tokenizer=self.tokenizer, config=self.config, max_length=args.max_length, place=place)
@@ -122,9 +125,8 @@ class Trainer:
         args, place = self.args, self.place
         keep_fp8 = bool(args.lora_rank and args.ckpt and self.config.fp8)  # frozen weights stay as they are stored
         model = together(lambda: MistralMedium(self.config, place, getattr(torch, args.dtype), keep_fp8))
-        if args.ckpt:
-            checkpoint = Checkpoint(args.ckpt)
-            together(lambda: fill(model, checkpoint, Progress(checkpoint, place)))
+        if self.checkpoint:
+            together(lambda: fill(model, self.checkpoint, Progress(self.checkpoint, place)))
         else:
             initialize(model, args.seed)
         for tensor in held_tensors(model):

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import nn
 
-from config import Config, UserError, VisionConfig
+from config import Config, UserError, VisionConfig, read_file
 from parallel import (
     MLP,
     ColumnParallelLinear,
@@ -98,9 +98,7 @@ def _opened(url: str, base: str) -> Iterator[Image.Image]:
         if re.match(r"[a-z][a-z0-9+.-]*://|(https?|ftp|file|blob):", url, re.IGNORECASE):
             raise UserError(f"image {url!r}: nothing is fetched from the network; give a path or a base64 data: URL")
         name = source = os.path.join(base, url)
-        if not os.path.isfile(source):  # a pipe or a device could block for ever
-            problem = "is a folder" if os.path.isdir(source) else "no such file"
-            raise UserError(f"image {name!r}: {problem}; give the path of an image file")
+        read_file(source)  # refuses a pipe or a device, which could block for ever
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

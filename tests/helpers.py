@@ -286,7 +286,7 @@ def make_eyes(directory, layout: str, fp8: str | None, changes: dict, seed: int 
         params["vision_encoder"] = {name: value for name, value in EYES.items() if name != "rope_parameters"}
         params["vision_encoder"] |= dict(
             rope_theta=100.0, image_token_id=10, max_image_size=60, mm_projector_id="patch_merge",
-            add_pre_mm_projector_layer_norm=True, adapter_bias=False,
+            add_pre_mm_projector_layer_norm=True, adapter_bias=False, spatial_merge_size=2,
         )  # fmt: skip
         write_json(path, params)
     return str(directory)

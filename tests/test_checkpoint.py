@@ -1,5 +1,6 @@
 """Checkpoints: exactly the slices asked for, and every damaged file one clear line."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,12 +11,16 @@ import torch
 from helpers import (
     PROJECTIONS,
     interleaved,
+    layout_config,
+    layout_tensors,
     load,
+    make_eyes,
     random_state,
     spelled,
     text_fields,
     to_fp8,
     write_checkpoint,
+    write_files,
     write_json,
 )
 from processes import run
@@ -23,7 +28,8 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 from checkpoint import Checkpoint, canonical_name, fill
-from config import UserError, read_config
+from config import UserError, parse_config, read_config
+from export import to_hf
 from model import MistralMedium
 from optimizer import held_tensors
 from parallel import Place, Slice
@@ -209,9 +215,6 @@ def test_names_that_do_not_fit(layout, good):
         assert spelled(name, layout) in message
     few = refusal(write_checkpoint(good[0] + "3", fields, {"norm.weight": state["norm.weight"]}, layout))
     assert "11 tensors are missing" in few and len(few) < 400 + len(good[0])
-    tied = dict(fields, tie_word_embeddings=True)
-    message = refusal(write_checkpoint(good[0] + "3", tied, state, "text"))
-    assert "lm_head" in message and "tie_word_embeddings" in message
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -266,13 +269,15 @@ def test_fp8_scales(layout, keep_fp8, good):
     name = "layers.0.mlp.down_proj"
     write = lambda tensors: write_checkpoint(good[0] + "5", fields, tensors, layout, fp8="static")  # noqa: E731
     load(write(stored), keep_fp8=keep_fp8)
-    load(write(stored | {f"{name}.weight_scale_inv": torch.tensor([0.5])}), keep_fp8=keep_fp8)
+    for shape in ((1,), (1, 1)):
+        load(write(stored | {f"{name}.weight_scale_inv": torch.full(shape, 0.5)}), keep_fp8=keep_fp8)
     missing = {k: v for k, v in stored.items() if k != f"{name}.weight_scale_inv"}
     assert name in refusal(write(missing), keep_fp8)
-    bad = [torch.tensor(x) for x in (0.0, -0.5, float("nan"), float("inf"))]
-    for scale in [*bad, torch.ones(2), torch.ones(1, 1), torch.ones(0), torch.ones(48, dtype=torch.bfloat16)]:
+    bad = [torch.tensor(x) for x in (0.0, -0.5, 1e37, float("nan"), float("inf"))]  # 448 · 1e37 is infinite
+    for scale in [*bad, torch.ones(2), torch.ones(0), torch.ones(48, dtype=torch.bfloat16)]:
         message = refusal(write(stored | {f"{name}.weight_scale_inv": scale}), keep_fp8)
         assert spelled(f"{name}.weight_scale_inv", layout) in message
+        assert message.endswith(f"found {scale.item()}" if scale.numel() == 1 else f"shape {list(scale.shape)}")
         if keep_fp8:
             message = refusal(write(stored | {f"{name}.activation_scale": scale}), keep_fp8)
             assert spelled(f"{name}.activation_scale", layout) in message
@@ -351,6 +356,11 @@ def test_index_and_files_disagree(layout, good):
     with open(index, "w") as file:
         file.write('{"weight_map": {')
     assert index in refusal(directory)
+    whole = f"{directory}/{stem}.safetensors"  # beside an index of other files nobody knows which ones are meant
+    write_json(index, right)
+    save_file(tensors, whole)
+    assert whole in (message := refusal(directory)) and index in message
+    os.remove(whole)
     os.remove(index)
     os.remove(second)
     assert "missing" in refusal(directory)  # no index: the names that are not there tell
@@ -364,6 +374,118 @@ def test_a_stranger_in_a_shard_that_this_rank_does_not_need(good):
     save_file(load_file(path) | {"stranger": torch.zeros(2)}, path)
     with pytest.raises(UserError, match="stranger"):
         fill(MistralMedium(read_config(directory)), Checkpoint(directory))
+
+
+@pytest.mark.parametrize("layout", ["text", "native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_what_is_not_finite(dtype, layout, good):
+    """Anywhere in a tensor, NaN or either infinity, in every dtype; but large values are not taken for it."""
+    _, fields, state = good
+    state, fp8 = {name: tensor.bfloat16() for name, tensor in state.items()}, None
+    name = "layers.0.mlp.down_proj.weight"
+    if dtype == torch.float8_e4m3fn:
+        (state, _), fp8 = to_fp8(state, static=False), "dynamic"
+        values = [torch.tensor([byte], dtype=torch.uint8).view(dtype)[0] for byte in (0x7F, 0xFF)]
+    else:
+        values = [torch.tensor(value, dtype=dtype) for value in (float("nan"), float("inf"), float("-inf"))]
+    for i, value in enumerate(values):
+        tensor = state[name].to(dtype).clone()
+        tensor.view(-1)[[0, 1000, -1][i]] = value
+        directory = write_checkpoint(good[0] + "8", fields, state | {name: tensor}, layout, fp8=fp8)
+        message = refusal(directory, keep_fp8=fp8 is not None)
+        assert spelled(name, layout) in message and "NaN or infinity" in message
+    largest = torch.full_like(state[name], torch.finfo(dtype).max, dtype=dtype)
+    load(write_checkpoint(good[0] + "8", fields, state | {name: largest}, layout, fp8=fp8), keep_fp8=fp8 is not None)
+
+
+@pytest.mark.parametrize("layout", ["text", "new", "native"])
+def test_the_file_decides_whether_the_head_is_tied(layout, good, capsys):
+    _, fields, state = good
+    directory = good[0] + "9"
+    for tied, own_head, expected in [(True, True, False), (False, True, False), (True, False, True)]:
+        tensors = {name: tensor for name, tensor in state.items() if own_head or name != "lm_head.weight"}
+        shutil.rmtree(directory, ignore_errors=True)
+        write_checkpoint(directory, dict(fields, tie_word_embeddings=tied), tensors, layout)
+        config = read_config(directory)
+        capsys.readouterr()
+        fitted = Checkpoint(directory).fit(config)
+        said = capsys.readouterr().err
+        assert fitted.tie_word_embeddings == expected
+        assert (said.count("\n") == 1 and "tie_word_embeddings" in said) if tied and own_head else said == ""
+        assert to_hf(fitted)["tie_word_embeddings"] == expected and parse_config(to_hf(fitted)) == fitted
+        model = MistralMedium(fitted, dtype=torch.float32)
+        fill(model, Checkpoint(directory))
+    if layout == "new":  # no flag at all: transformers' default is tied, and there is nothing to warn of
+        write_checkpoint(directory, fields, state, layout)
+        raw = layout_config(fields, layout)[1]
+        del raw["tie_word_embeddings"], raw["text_config"]["tie_word_embeddings"]
+        write_json(f"{directory}/config.json", raw)
+        config = read_config(directory)
+        assert config.tie_word_embeddings and not Checkpoint(directory).fit(config).tie_word_embeddings
+        assert capsys.readouterr().err == ""
+
+
+def test_tensors_that_are_passed_over(good, capsys, monkeypatch):
+    directory, fields, state = good
+    extra = [f"model.layers.0.self_attn.{name}" for name in ("k_scale", "v_scale", "k_proj.k_scale")]
+    write_files(directory, layout_tensors(state, fields, "text") | {name: torch.ones(1) for name in extra})
+    load(directory)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and all(name in said for name in extra)
+    monkeypatch.setenv("RANK", "1")
+    load(directory)
+    assert capsys.readouterr().err == ""
+    native = [f"layers.0.attention.{name}_fake_quantizer.qscale_act" for name in "kqv"]
+    native.append("layers.0.attention.fake_quantizer.qscale_act")
+    directory = write_checkpoint(good[0] + "10", fields, state, "native", shards=2)
+    path = f"{directory}/consolidated-00001-of-00002.safetensors"
+    save_file(load_file(path) | {name: torch.ones(1) for name in native}, path)  # though the index has none of them
+    load(directory)
+    write_files(good[0], layout_tensors(state, fields, "text") | {"model.layers.0.self_attn.scale": torch.ones(1)})
+    assert "no place" in refusal(good[0])
+
+
+WRONG_SIZES = dict(
+    vocab_size=302, hidden_size=40, intermediate_size=51, num_hidden_layers=1000, num_attention_heads=4, head_dim=28,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_SIZES)
+def test_sizes_are_compared_before_a_model_is_built(name, good, monkeypatch):
+    directory, fields, _ = good
+    Checkpoint(directory).fit(read_config(directory))
+    write_json(f"{directory}/config.json", fields | {name: WRONG_SIZES[name]})
+    with pytest.raises(UserError, match="layers.999" if name == "num_hidden_layers" else "the config asks for"):
+        Checkpoint(directory).fit(read_config(directory))
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "intermediate_size", "num_hidden_layers", "patch_size"])
+def test_sizes_of_the_tower_are_compared(name, tmp_path):
+    directory = make_eyes(tmp_path, "new", None, {})
+    config = Checkpoint(directory).fit(read_config(directory))
+    vision = dataclasses.replace(config.vision, **{name: getattr(config.vision, name) + 8})
+    for wrong in (vision, dataclasses.replace(config.vision, spatial_merge_size=3)):
+        with pytest.raises(
+            UserError, match="the config asks for .*(vision_tower|multi_modal)|vision_tower.*shape|merging"
+        ):
+            Checkpoint(directory).fit(dataclasses.replace(config, vision=wrong))
+
+
+def test_what_is_no_file(good):
+    """Pipes and devices are not waited for, and a Git LFS pointer is called so."""
+    directory = good[0]
+    path = f"{directory}/model.safetensors"
+    os.remove(path)
+    os.mkfifo(path)
+    assert path in (message := refusal(directory)) and "pipe" in message
+    os.remove(path)
+    with open(path, "w") as file:
+        file.write("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    assert path in (message := refusal(directory)) and "git lfs pull" in message
+    with pytest.raises(UserError, match="is a file; give the folder"):
+        Checkpoint(path)
+    with pytest.raises(UserError, match="hf download mistralai/Mistral-Medium --local-dir"):
+        Checkpoint("mistralai/Mistral-Medium")
 
 
 # -------------------------------------------------------------------------------------------------------- memory

@@ -4,13 +4,27 @@ import copy
 import dataclasses
 import json
 import os
+import pickle
 import random
 
 import pytest
 import torch
 from helpers import ROPES, layout_config, text_fields, write_json
 
-from config import RopeConfig, UserError, parse_config, read_config, to_hf, translate_params
+from config import (
+    LARGEST,
+    LARGEST_SIZE,
+    MEGABYTE,
+    RopeConfig,
+    UserError,
+    parse_config,
+    read_config,
+    read_file,
+    read_lines,
+    reading,
+    translate_params,
+)
+from export import to_hf
 from model import MistralMedium
 
 DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
@@ -215,6 +229,10 @@ def test_vision_refusals(path, value, named, tmp_path):
     ("tied_embeddings", "yes", "tied_embeddings"), ("vision_encoder/mm_projector_id", "other", "mm_projector_id"),
     ("vision_encoder/adapter_bias", True, "adapter_bias"), ("vision_encoder/hidden_size", 1663, "hidden_size"),
     ("vision_encoder/add_pre_mm_projector_layer_norm", False, "add_pre_mm_projector_layer_norm"),
+    ("_sliding_window", 4096, "_sliding_window"), ("max_position_embeddings", ..., "max_position_embeddings"),
+    ("yarn/apply_scale", ..., "apply_scale"), ("vision_encoder/mm_projector_id", ..., "mm_projector_id = ''"),
+    ("vision_encoder/adapter_bias", ..., "adapter_bias = True"),
+    ("vision_encoder/add_pre_mm_projector_layer_norm", ..., "add_pre_mm_projector_layer_norm = False"),
 ])  # fmt: skip
 def test_native_refusals(path, value, named, tmp_path):
     write_json(tmp_path / "params.json", changed(raw_config("params.json"), path, value))
@@ -224,7 +242,9 @@ def test_native_refusals(path, value, named, tmp_path):
 
 
 def test_files_that_are_no_configs(tmp_path):
-    for contents in (b"", b"{", b"[]", b"3", b'{"model_type": "\xff"}', b"null"):
+    nested = b'{"a":' * 70 + b"1" + b"}" * 70
+    huge = b'{"model_type": "ministral3", "vocab_size": 1' + b"0" * 4500 + b"}"
+    for contents in (b"", b"{", b"[]", b"3", b'{"model_type": "\xff"}', b"null", b"[" * 100_000, nested, huge):
         (tmp_path / "config.json").write_bytes(contents)
         with pytest.raises(UserError) as error:
             read_config(str(tmp_path))
@@ -235,6 +255,103 @@ def test_files_that_are_no_configs(tmp_path):
         with pytest.raises(UserError) as error:
             read_config(str(directory))
         assert str(directory) in one_line(error)
+
+
+LARGE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_nothing_large_is_built(name, tmp_path):
+    """What no model has is refused while reading, and what is just allowed is built at once, on meta."""
+    for value in (10**12, 10**400, 1 << 62):
+        write_json(tmp_path / "config.json", text_fields(**{name: value}))
+        with pytest.raises(UserError) as error:
+            read_config(str(tmp_path))
+        assert name in one_line(error)
+    layers = {} if name == "num_hidden_layers" else {"num_hidden_layers": 1}
+    fields = text_fields(**layers | {name: LARGEST.get(name, LARGEST_SIZE)})
+    model = MistralMedium(parse_config(fields))
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_numbers_that_would_overflow(tmp_path):
+    for name in (
+        "rope_theta",
+        "factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "attention_factor",
+        "llama_4_scaling_beta",
+    ):
+        for value in ("1e400", "1" + "0" * 400, "NaN", "-1e308", "1e-320"):
+            fields = text_fields("yarn")
+            fields["rope_parameters"] |= dict(mscale_all_dim=-1.0) | {name: "X"}
+            (tmp_path / "config.json").write_text(json.dumps(fields).replace('"X"', value))
+            try:
+                MistralMedium(read_config(str(tmp_path)))
+            except UserError as error:
+                assert name in str(error)
+            else:
+                assert value == "1e-320" and name in ("mscale", "llama_4_scaling_beta")  # as good as zero
+    for theta in (0, 1):
+        write_json(tmp_path / "config.json", changed(text_fields("yarn"), "rope_parameters/rope_theta", theta))
+        with pytest.raises(UserError, match="rope_theta should be above"):
+            read_config(str(tmp_path))
+
+
+def test_user_errors_are_one_short_line():
+    """Whatever a file's contents bring in: control characters, line breaks, lone surrogates, 100 kB."""
+    draw = random.Random(0)
+    for _ in range(200):
+        length = draw.choice([5, 100, 440, 441, 100_000])
+        text = "".join(draw.choices("ab é漢\n\r\t\0\x1b\x7f\u2028\u202e\ud800\U000e0001", k=length))
+        message = str(UserError(f"file.json: {text}; do this"))
+        assert message.startswith("file.json: ") and message.isprintable() and len(message) <= 440
+        assert str(UserError(message)) == message == str(pickle.loads(pickle.dumps(UserError(message))))
+        if length < 30:
+            assert message.endswith("; do this")
+    assert str(UserError("a\nb\x1b[31m")) == "a\\nb\\x1b[31m" and str(UserError("é漢")) == "é漢"
+
+
+def test_read_file(tmp_path):
+    path = str(tmp_path / "x")
+    (tmp_path / "x").write_bytes(b"12345")
+    assert read_file(path, 5) == b"12345" and read_file(path) == b"12345"
+    for limit, wrong in ((4, "larger"), (MEGABYTE, None)):
+        if wrong:
+            with pytest.raises(UserError, match=wrong):
+                read_file(path, limit)
+    (tmp_path / "x").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    os.mkfifo(tmp_path / "pipe")
+    for name, wrong in [("x", "LFS pointer"), ("pipe", "a pipe or a device"), (".", "folder"), ("no", "no such file"),
+                        ("a\0b", "no such file"), ("a" * 300, "too long")]:  # fmt: skip
+        for limit in (0, MEGABYTE):
+            with pytest.raises(UserError, match=wrong):
+                read_file(str(tmp_path / name), limit)
+    with pytest.raises(UserError, match="a pipe or a device"):
+        read_lines("/dev/zero")
+
+
+def test_the_guard_names_the_file():
+    for raised in (KeyError("x"), TypeError(), RecursionError("deep"), MemoryError(), OverflowError("int"), OSError()):
+        with pytest.raises(UserError, match=rf"^a/b.json: not a valid config \({type(raised).__name__}") as error:
+            with reading("a/b.json", "config"):
+                raise raised
+        one_line(error)
+    for text in ("no field", "a/b.json: no field"):
+        with pytest.raises(UserError, match="^a/b.json: no field$"), reading("a/b.json", "config"):
+            raise UserError(text)
+
+
+def test_what_stands_for_a_checkpoint(tmp_path):
+    write_json(tmp_path / "config.json", text_fields())
+    assert read_config(str(tmp_path)) == read_config(str(tmp_path / "config.json"))
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    for path, wrong in [("mistralai/Medium", "hf download mistralai/Medium --local-dir"), ("/no/such/x", "no such dir"),
+                        (str(tmp_path / "model.safetensors"), "is a file; give the folder")]:  # fmt: skip
+        with pytest.raises(UserError, match=wrong):
+            read_config(path)
 
 
 def test_to_hf():

@@ -12,8 +12,9 @@ import time
 
 import pytest
 from chat_cases import TEXTS, write_tekken
+from helpers import layout_config, text_fields, vision_fields
 
-from config import UserError
+from config import UserError, parse_config
 from tokenizer import LAST_BMP, SentencePiece, StreamDecoder, Tekken, load_tokenizer, python_pattern
 
 GOLDEN = os.path.join(os.path.dirname(__file__), "golden")
@@ -306,16 +307,51 @@ def test_files_that_are_not_json(text, tmp_path):
 def test_tokenizer_larger_than_the_model(tmp_path):
     write_tekken(SMALL_TEKKEN, str(tmp_path), "v15")
     size = load_tokenizer(str(tmp_path)).vocab_size
-    assert load_tokenizer(str(tmp_path), size).vocab_size == load_tokenizer(str(tmp_path), size + 1).vocab_size == size
+    for enough in (size, size + 1):
+        assert load_tokenizer(str(tmp_path), parse_config(text_fields(vocab_size=enough))).vocab_size == size
     message = f"{tmp_path}: the tokenizer has {size} tokens but the model only {size - 1}; they do not belong together"
     with pytest.raises(UserError, match=re.escape(message)):
-        load_tokenizer(str(tmp_path), size - 1)
+        load_tokenizer(str(tmp_path), parse_config(text_fields(vocab_size=size - 1)))
+
+
+def test_tokenizer_of_other_images(tmp_path):
+    """Another [IMG], another patch or merge size: the images' tokens would stand elsewhere."""
+    write_tekken(SMALL_TEKKEN, str(tmp_path), "v15")
+    tower = vision_fields(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=1540
+    )
+    raw = layout_config(text_fields(vocab_size=1564, vision_config=tower), "new")[1]
+    load_tokenizer(str(tmp_path), parse_config(raw))
+    wrong = [raw | dict(image_token_index=11), raw | dict(spatial_merge_size=1)]
+    wrong.append(raw | dict(vision_config=tower | dict(patch_size=16)))
+    for raw, name in zip(wrong, ("image_token_index is 10", "spatial_merge_size is 2", "image_patch_size is 14")):
+        with pytest.raises(UserError, match=f"{name} in the tokenizer.*do not belong together"):
+            load_tokenizer(str(tmp_path), parse_config(raw))
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a*)*b", "(a|a)+b", "(?:a+){9}", "((((a?)?)?)+", "(" * 5000 + ")" * 5000, "a" * 9999]
+)
+def test_patterns_that_could_take_for_ever(pattern, tmp_path):
+    start = time.process_time()
+    with pytest.raises(UserError, match="tekken.json: "):
+        Tekken(changed_tekken(tmp_path, lambda data: data["config"].update(pattern=pattern)))
+    assert time.process_time() - start < 2
+
+
+def test_counts_are_not_believed(tmp_path):
+    """They are compared with what is there before anything of their size is built."""
+    for counts in (dict(default_num_special_tokens=10**12), dict(default_vocab_size=10**12), dict.fromkeys(
+        ("default_num_special_tokens", "default_vocab_size"), 10**12
+    )):  # fmt: skip
+        with pytest.raises(UserError, match="tekken.json: .*(default_num_special_tokens|default_vocab_size)"):
+            Tekken(changed_tekken(tmp_path, lambda data: data["config"].update(counts)))
 
 
 def test_missing_tokenizer_and_broken_sentencepiece(tmp_path):
     with pytest.raises(UserError, match="no tokenizer"):
         load_tokenizer(str(tmp_path))
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="no such directory"):
         load_tokenizer(str(tmp_path / "nowhere"))
     with open(SMALL_SPM, "rb") as file:
         whole = file.read()

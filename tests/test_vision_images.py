@@ -189,7 +189,7 @@ BAD = {
     "missing": ("no/such.png", "no such file"),
     "empty path": ("", "is a folder"),
     "folder": (".", "is a folder"),
-    "device": ("/dev/zero", "no such file"),
+    "device": ("/dev/zero", "a pipe or a device"),
     "zero byte": ("a\0b.png", "no such file"),
     "text": ("text.png", "not an image"),
     "empty file": ("empty.png", "not an image"),
