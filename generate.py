@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import random
-import select
 import sys
 import time
 
@@ -61,6 +60,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--weights", choices=["auto", "fp8", "dequantized"], default="auto", help="keep FP8 weights FP8 in memory?")
     add("--logprobs", action="store_true", help="with --json: log-probabilities too")
     add("--json", action="store_true", help="one JSON object a request on stdout")
+    add("--timeout", type=number(float, 5, 1e9), default=300, metavar="S", help="a rank silent for so long is gone")
     args = parser.parse_args(argv)
     if args.requests and (args.prompt is not None or args.image or args.system or args.interactive):
         raise UserError("--requests already says what to ask; leave out --prompt, --image, --system and --interactive")
@@ -230,9 +230,6 @@ class Session:
 
 # ---------------------------------------------------------------------------------------------------- the terminal
 
-HEARTBEAT = 60.0  # seconds
-STILL_THERE = 0  # what rank 0 says then, instead of a line
-
 
 def interact(session: Session) -> None:
     """A chat with history and the commands that it prints first. Ctrl-C cuts an answer short."""
@@ -245,7 +242,7 @@ def interact(session: Session) -> None:
 
     note("/exit ends, /clear forgets, /system TEXT, /effort none|high, /image PATH")
     if place.rank == 0:
-        sys.stdin.reconfigure(errors="surrogateescape")  # see check_utf8
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # see check_utf8
     while (line := read_line(place)) is not None and line.strip() != "/exit":
         command, _, rest = line.strip().partition(" ")
         if command == "/clear":
@@ -267,35 +264,22 @@ def interact(session: Session) -> None:
             except UserError as error:
                 images = []  # one of them may be what is wrong
                 note(f"error: {error}")
-            except KeyboardInterrupt:  # Ctrl-C ends the answer; with several ranks it ends them all
-                if dist.is_initialized():
-                    raise
+            except KeyboardInterrupt:  # Ctrl-C ends the answer; several ranks it ends (see launch.py)
                 print()
             else:
                 history, images = [*history, turn, assistant_turn(result)], []
 
 
 def read_line(place: Place) -> str | None:
-    """A line from the terminal of rank 0, on every rank; None at its end.
-
-    While nobody types, rank 0 says so every HEARTBEAT seconds: ranks that heard nothing for long would give up.
-    """
+    """A line from the terminal of rank 0, on every rank; None at its end."""
     line: list = [None]
-    prompt = "\n> " if sys.stdin.isatty() else ""
     if place.rank == 0:
         try:
-            if prompt and dist.is_initialized():
-                print(prompt, end="", flush=True)
-                prompt = ""
-                while not select.select([sys.stdin], [], [], HEARTBEAT)[0]:
-                    dist.broadcast_object_list([STILL_THERE], src=0)
-            line = [input(prompt)]
+            line = [input("\n> " if sys.stdin.isatty() else "")]
         except (EOFError, KeyboardInterrupt):
             pass
     if dist.is_initialized():
         dist.broadcast_object_list(line, src=0)
-        while line[0] == STILL_THERE:
-            dist.broadcast_object_list(line, src=0)
     return line[0]
 
 
@@ -346,7 +330,7 @@ class Printer:
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
-    place = find_place(args.tp, args.pp)
+    place = find_place(args.tp, args.pp, args.timeout)
     if place.dp_size > 1:
         sizes = f"--tp {place.tp_size} × --pp {place.pp_size}"
         raise UserError(f"{sizes} should be the number of processes, {place.world_size}; start so many with torchrun")
