@@ -27,6 +27,7 @@ from engine import Answer, Engine, Request
 from launch import COUNT, SIZE, Parser, Progress, find_place, gather_objects, number, peak_memory, run_program, together
 from model import MistralMedium
 from parallel import Place
+from plan import check_memory
 from tokenizer import load_tokenizer
 from vision import grid, grid_of, load_image, pixels
 
@@ -128,7 +129,10 @@ class Session:
     def __init__(self, args: argparse.Namespace, place: Place):
         self.args, self.place = args, place
         started = time.perf_counter()
-        checkpoint = together(self.build)
+        checkpoint = together(self.read)
+        check_memory(self.config, place, args, self.keep_fp8)
+        dtype = getattr(torch, args.dtype)
+        self.model = together(lambda: MistralMedium(self.config, place, dtype, self.keep_fp8))
         # All ranks sample the same tokens, so they need the same seed: rank 0's, where none was given.
         self.seed = gather_objects(random.getrandbits(32) if args.seed is None else args.seed)[0]
         together(lambda: fill(self.model, checkpoint, Progress(checkpoint, place)))
@@ -137,8 +141,8 @@ class Session:
         self.model.lay_out_weights()
         self.load_s, self.bytes_read = time.perf_counter() - started, checkpoint.bytes_read
 
-    def build(self) -> Checkpoint:
-        """Everything but the weights: config, tokenizer, and this rank's part of the model on `meta`."""
+    def read(self) -> Checkpoint:
+        """Everything but the model: config, tokenizer, and which tensors there are."""
         args = self.args
         directory = args.ckpt or TINY
         if not args.ckpt and not os.path.isdir(TINY):
@@ -151,8 +155,7 @@ class Session:
         if args.weights == "fp8" and not stored_fp8:
             raise UserError(f"{directory}: its weights are not FP8; leave out --weights fp8")
         on_gpu = self.place.device.type == "cuda"  # a CPU has no fast FP8 arithmetic
-        keep_fp8 = args.weights == "fp8" or (args.weights == "auto" and on_gpu and stored_fp8)
-        self.model = MistralMedium(self.config, self.place, getattr(torch, args.dtype), keep_fp8)
+        self.keep_fp8 = args.weights == "fp8" or (args.weights == "auto" and on_gpu and stored_fp8)
         return checkpoint
 
     def answer(self, specs: list[dict], base: str = "", on_piece=None) -> list[dict]:

@@ -1,8 +1,11 @@
-"""What a topology needs, before anyone rents it: memory a rank, stage by stage. `python parallel.py --plan`.
+"""What a topology needs, before anyone rents it: memory per rank, stage by stage. `python parallel.py --plan`.
 
 Every rank's part of the model is built with the real classes on the `meta` device, where a tensor has a shape but no
-memory, so the counts of parameters, weights, gradients and optimizer state are those of a real run. Two columns are
-not counted but estimated: activations, by the formulas in `layer_activations` and below it, and RESERVE.
+memory, so the counts of parameters, weights, gradients and optimizer state are those of a real run. Layers are alike,
+so one of a stage's is built and counted as many times as there are. Two columns are not counted but estimated:
+activations, by the formulas in `layer_activations` and below it, and RESERVE.
+
+`check_memory` holds the same numbers against the memory that is there, when a program is about to build its model.
 
 Activations in training. The schedule keeps min(p - s, m) micro-batches on stage s of p, with m of them a step (see
 `pipeline.py`). Each costs what its layers keep for the backward pass, or with activation checkpointing only what goes
@@ -13,26 +16,31 @@ times what tensors took at the worst moment (`tests/test_plan.py`).
 """
 
 import argparse
+import contextlib
 import json
 import math
+import os
+import socket
+import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
 
-from checkpoint import weight_bytes
-from config import Config, UserError, read_config
+from config import Config, TopologyError, UserError, read_config
 from engine import CHUNK, LOGIT_ROWS
 from fp8 import BLOCK
-from launch import SIZE, Parser, number
+from launch import SIZE, Parser, gather_objects, number, together
 from model import MASK_ELEMENTS, MistralMedium, add_adapters
 from optimizer import BUCKET, FREEZABLE, Held, held_tensors, is_trained
-from parallel import Linear, Place
+from parallel import Place
 from vision import PATCHES_AT_ONCE
 
-RESERVE = 2_000_000_000  # bytes a GPU: CUDA context, workspaces of libraries, NCCL's buffers, what the allocator wastes
+RESERVE = (
+    2_000_000_000  # bytes per GPU: CUDA context, workspaces of libraries, NCCL's buffers, what the allocator wastes
+)
 
 BF16, FP32 = 2, 4
 
@@ -62,13 +70,6 @@ def places(tp: int, pp: int, dp: int = 1) -> list[list[Place]]:
     """One replica's places, stage by stage, without process groups: enough to build models on `meta`."""
     meta = torch.device("meta")
     return [[Place(s * dp * tp + t, t, tp, s, pp, dp_size=dp, device=meta) for t in range(tp)] for s in range(pp)]
-
-
-def loaded_bytes(model: MistralMedium) -> int:
-    """`weight_bytes` of a model on `meta` once it is loaded."""
-    kept = sum(isinstance(m, Linear) and m.weight_scale is not None for m in model.modules())
-    static = model.config.activation_scheme == "static"  # the loader adds the scales of activations
-    return weight_bytes(model) + (FP32 * kept if static else 0)
 
 
 def tally(tensor: Held, layer: nn.Module) -> tuple[str, int, int]:
@@ -184,63 +185,84 @@ def inference_activations(config: Config, place: Place, context: int, keep_fp8: 
     return 4 * BF16 * tokens * C + moment
 
 
+def count_stage(
+    config: Config, place: Place, args: argparse.Namespace, keep_fp8: bool, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Stage, list[tuple[Held, int]]]:
+    """What the rank at `place` needs; and its tensors, of which one stands for as many as the number beside it says.
+
+    Raises TopologyError where the topology does not divide the model.
+    """
+    layers = place.layers(config.num_hidden_layers)
+    repeats = {"layers.": len(layers)}
+    one = replace(config, num_hidden_layers=place.pp_size)  # a layer on each stage
+    if config.vision is not None:
+        repeats["vision_tower.transformer.layers."] = config.vision.num_hidden_layers
+        one = replace(one, vision=replace(config.vision, num_hidden_layers=1))
+    model = MistralMedium(one, replace(place, device=torch.device("meta")), dtype, keep_fp8)
+    if args.lora_rank:
+        add_adapters(model, args.lora_rank, 1.0)
+
+    def times(name: str) -> int:
+        return next((count for prefix, count in repeats.items() if name.startswith(prefix)), 1)
+
+    held = [(tensor, times(tensor.name)) for tensor in held_tensors(model)]
+    weights = sum(times(name) * x.nbytes for name, x in [*model.named_parameters(), *model.named_buffers()])
+    if config.activation_scheme == "static":  # the loader adds the scales of activations
+        weights += sum(FP32 * times(name) for name, _ in model.named_buffers() if name.endswith(".weight_scale"))
+    parameters = sum(count * tensor.parameter.numel() for tensor, count in held)
+    stage = Stage(place.pp_rank, [layers[0], layers[-1]], parameters, weights)
+    if args.inference:
+        cache = model.new_cache(1, args.max_context)
+        stage.cache_bytes = len(layers) * (cache.keys.nbytes + cache.values.nbytes)
+        activations = inference_activations(config, place, args.max_context, keep_fp8)
+    else:
+        freeze = list(FREEZABLE) if args.lora_rank else args.freeze
+        sizes = [
+            tensor.parameter.numel()
+            for tensor, count in held
+            for _ in range(count)
+            if is_trained(tensor.name, freeze) or (args.lora_rank and ".adapter." in tensor.name)
+        ]
+        stage.gradient_bytes, stage.optimizer_bytes = FP32 * sum(sizes), 3 * FP32 * sum(sizes)
+        passes = training_activations(
+            *(config, place, args.micro_batch_size, args.max_length, micro_batches(args, place.dp_size)),
+            args.activation_checkpointing,
+            freeze,
+            keep_fp8,
+        )
+        activations = max(passes, step_memory(sizes))
+    stage.activation_bytes = activations * dtype.itemsize // BF16
+    return stage, held
+
+
+def micro_batches(args: argparse.Namespace, dp: int) -> int:
+    """How many of them a replica has per step."""
+    return math.ceil(math.ceil(args.global_batch_size / args.micro_batch_size) / dp)
+
+
 def make_plan(config: Config, args: argparse.Namespace) -> dict:
-    """The plan as the JSON object that --json prints. Raises UserError where the topology does not divide the model."""
+    """The plan as the JSON object that --json prints. Raises TopologyError."""
     keep_fp8 = config.fp8 and (args.weights != "dequantized" if args.inference else bool(args.lora_rank))
-    freeze = list(FREEZABLE) if args.lora_rank else args.freeze
-    micro_batches = math.ceil(math.ceil(args.global_batch_size / args.micro_batch_size) / args.dp)
-    parameters, adapters, padding, copies, stages = 0, 0, 0, Counter(), []
+    counts, stages = Counter(), []
     for stage_places in places(args.tp, args.pp, args.dp):
         ranks = []
         for place in stage_places:
-            model = MistralMedium(config, place, torch.bfloat16, keep_fp8)
-            if args.lora_rank:
-                add_adapters(model, args.lora_rank, 1.0)
-            held = held_tensors(model)
-            for tensor in held:
+            stage, held = count_stage(config, place, args, keep_fp8)
+            for tensor, count in held:
                 kind, inside, zeros = tally(tensor, tensor.parameter)
-                padding += zeros
-                if kind == "model":
-                    parameters += inside
-                elif kind == "adapters":
-                    adapters += inside
-                else:
-                    copies[kind] += inside
-            layers = [int(i) for i in model.layers]
-            stage = Stage(
-                place.pp_rank,
-                [layers[0], layers[-1]],
-                sum(tensor.parameter.numel() for tensor in held),
-                loaded_bytes(model),
-            )
-            if args.inference:
-                cache = model.new_cache(1, args.max_context)
-                stage.cache_bytes = sum(t.numel() * t.element_size() for t in (cache.keys, cache.values))
-                stage.activation_bytes = inference_activations(config, place, args.max_context, keep_fp8)
-            else:
-                sizes = [
-                    t.parameter.numel()
-                    for t in held
-                    if is_trained(t.name, freeze) or (args.lora_rank and ".adapter." in t.name)
-                ]
-                stage.gradient_bytes, stage.optimizer_bytes = FP32 * sum(sizes), 3 * FP32 * sum(sizes)
-                passes = training_activations(
-                    *(config, place, args.micro_batch_size, args.max_length, micro_batches),
-                    args.activation_checkpointing,
-                    freeze,
-                    keep_fp8,
-                )
-                stage.activation_bytes = max(passes, step_memory(sizes))
+                counts[kind] += count * inside
+                counts["padding"] += count * zeros
             ranks.append(stage)
         stage = max(ranks, key=lambda s: s.peak_bytes)
         stage.fits = stage.peak_bytes <= args.gpu_memory_gb * 1e9
         stages.append(stage)
+    parameters, adapters, padding = (counts.pop(kind, 0) for kind in ("model", "adapters", "padding"))
     plan = {
         "gpus": args.tp * args.pp * args.dp,
         "parameters": parameters,
         "adapters": adapters,
         "padding": padding,
-        "copies": dict(copies),
+        "copies": dict(counts),
         "stages": [{**asdict(stage), "peak_bytes": stage.peak_bytes} for stage in stages],
         "fits": all(stage.fits for stage in stages),
     }
@@ -251,9 +273,87 @@ def make_plan(config: Config, args: argparse.Namespace) -> dict:
         ]
         plan["largest_context"] = max(0, min(config.max_position_embeddings, *map(int, rooms)))
     else:
-        plan["micro_batches"] = micro_batches
-        plan["bubble"] = (args.pp - 1) / (micro_batches + args.pp - 1)
+        plan["micro_batches"] = micro_batches(args, args.dp)
+        plan["bubble"] = (args.pp - 1) / (plan["micro_batches"] + args.pp - 1)
     return plan
+
+
+# ---------------------------------------------------------------------------------------- before a model is built
+
+
+def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp8: bool) -> None:
+    """Refuse a model whose weights alone do not fit here, and warn where the run's estimate does not.
+
+    `args` are those of generate.py or train.py. A GPU is a rank's own; on a CPU all ranks of a machine share its
+    memory. Every rank has to come here: they find the tightest device together. Raises UserError on all.
+    """
+    wanted = argparse.Namespace(**{**vars(parse_args(["--plan", "--config", ""])), **vars(args)})
+    wanted.inference = not hasattr(args, "lora_rank")
+    if wanted.inference:  # one request, of a chunk; the cache of more, or longer ones, comes on top
+        longest = args.max_context or config.max_position_embeddings
+        wanted.max_context = min(longest, CHUNK + (args.max_new_tokens or CHUNK))
+    dtype, gpu = getattr(torch, args.dtype), place.device.type == "cuda"
+
+    def needs(place: Place) -> Stage:
+        stage, _ = count_stage(config, place, wanted, keep_fp8, dtype)
+        stage.reserve_bytes = RESERVE if gpu else 0
+        return stage
+
+    mine = together(lambda: needs(place))
+    room = torch.cuda.mem_get_info(place.device)[0] if gpu else cpu_memory()
+    devices: dict[tuple, list] = {}
+    for device, *numbers in gather_objects(
+        ((socket.gethostname(), str(place.device)), mine.weight_bytes, mine.peak_bytes, room)
+    ):
+        devices.setdefault(device, []).append(numbers)
+    sums = [[sum(column) for column in zip(*ranks)] + [len(ranks)] for ranks in devices.values()]
+    weights, peak, room, sharers = max(sums, key=lambda each: each[1] / each[2])
+    room /= sharers  # each of them saw all of it
+    if peak <= room:
+        return
+    topology = smallest_topology(needs, room / sharers)
+    what = "the smallest split that fits is --tp {} --pp {}, {} processes with {:.1f} GB each"
+    what = what.format(*topology, math.prod(topology), room / sharers / 1e9) if topology else "no split makes it fit"
+    there = f"{room / 1e9:.1f} GB are free on {'the GPU' if gpu else 'the machine'}; {what}"
+    if weights > room:
+        raise UserError(f"the weights take {weights / 1e9:.1f} GB, but {there}")
+    if place.rank == 0:
+        print(f"caution: this may take {peak / 1e9:.1f} GB, but {there}", file=sys.stderr)
+
+
+def smallest_topology(needs: Callable[[Place], Stage], room: float) -> tuple[int, int] | None:
+    """(tp, pp) of the fewest ranks that have `room` bytes each; tp within a machine of 8 where there is a choice."""
+    whole = needs(Place())
+    fewest = math.ceil((whole.weight_bytes + whole.gradient_bytes + whole.optimizer_bytes) / max(1, room))
+    for ranks in range(max(1, fewest), 2 * fewest + 16):
+        for tp in sorted((n for n in range(1, ranks + 1) if ranks % n == 0), key=lambda n: (n > 8, -n)):
+            pp = ranks // tp
+            # The first stage has the embedding and the tower, the last the head; and with 1F1B the earlier ones hold
+            # more activations than the later ones.
+            some = [Place(0, 0, tp, stage, pp) for stage in sorted({0, min(1, pp - 1), pp - 1})]
+            with contextlib.suppress(TopologyError):
+                if all(needs(place).peak_bytes <= room for place in some):
+                    return tp, pp
+    return None
+
+
+def cpu_memory() -> float:
+    """Bytes that are free on this machine, within the limits that Slurm or a container sets (control groups)."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free = sum(1024 * int(line.split()[1]) for line in file if line.startswith(("MemAvailable", "SwapFree")))
+        with open("/proc/self/cgroup", encoding="utf-8") as file:
+            groups = [line.rstrip("\n").split(":", 2) for line in file]
+    except OSError:
+        return math.inf
+    for _, kind, path in groups:
+        if kind in ("", "memory"):  # version 2 and version 1
+            folder, name = f"/sys/fs/cgroup/{kind}{path}", "memory.limit_in_bytes" if kind else "memory.max"
+            while len(folder) >= len("/sys/fs/cgroup"):
+                with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, name)) as file:
+                    free = min(free, int(file.read()))  # ValueError: "max", no limit
+                folder = os.path.dirname(folder)
+    return free
 
 
 def show(plan: dict, args: argparse.Namespace) -> str:

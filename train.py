@@ -47,6 +47,7 @@ from model import MistralMedium, add_adapters
 from optimizer import FREEZABLE, Optimizer, held_tensors, is_trained, load_state, newest_state, save_state
 from parallel import Place
 from pipeline import Pipeline
+from plan import check_memory
 from tokenizer import load_tokenizer
 
 Split = tuple[list[MicroBatch], list[MicroBatch], Callable[[], None]]  # see Trainer.split
@@ -121,6 +122,7 @@ class Trainer:
     def build_model(self) -> MistralMedium:
         args, place = self.args, self.place
         keep_fp8 = bool(args.lora_rank and args.ckpt and self.config.fp8)  # frozen weights stay as they are stored
+        check_memory(self.config, place, args, keep_fp8)
         model = together(lambda: MistralMedium(self.config, place, getattr(torch, args.dtype), keep_fp8))
         if args.ckpt:
             checkpoint = Checkpoint(args.ckpt)
