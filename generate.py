@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import random
-import select
 import sys
 import time
 
@@ -28,6 +27,7 @@ from engine import Answer, Engine, Request
 from launch import COUNT, SIZE, Parser, Progress, find_place, gather_objects, number, peak_memory, run_program, together
 from model import MistralMedium
 from parallel import Place
+from plan import check_memory
 from tokenizer import load_tokenizer
 from vision import grid, grid_of, load_image, pixels
 
@@ -61,6 +61,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--weights", choices=["auto", "fp8", "dequantized"], default="auto", help="keep FP8 weights FP8 in memory?")
     add("--logprobs", action="store_true", help="with --json: log-probabilities too")
     add("--json", action="store_true", help="one JSON object a request on stdout")
+    add("--timeout", type=number(float, 5, 1e9), default=300, metavar="S", help="a rank silent for so long is gone")
     args = parser.parse_args(argv)
     if args.requests and (args.prompt is not None or args.image or args.system or args.interactive):
         raise UserError("--requests already says what to ask; leave out --prompt, --image, --system and --interactive")
@@ -128,7 +129,10 @@ class Session:
     def __init__(self, args: argparse.Namespace, place: Place):
         self.args, self.place = args, place
         started = time.perf_counter()
-        checkpoint = together(self.build)
+        checkpoint = together(self.read)
+        check_memory(self.config, place, args, self.keep_fp8)
+        dtype = getattr(torch, args.dtype)
+        self.model = together(lambda: MistralMedium(self.config, place, dtype, self.keep_fp8))
         # All ranks sample the same tokens, so they need the same seed: rank 0's, where none was given.
         self.seed = gather_objects(random.getrandbits(32) if args.seed is None else args.seed)[0]
         together(lambda: fill(self.model, checkpoint, Progress(checkpoint, place)))
@@ -137,8 +141,8 @@ class Session:
         self.model.lay_out_weights()
         self.load_s, self.bytes_read = time.perf_counter() - started, checkpoint.bytes_read
 
-    def build(self) -> Checkpoint:
-        """Everything but the weights: config, tokenizer, and this rank's part of the model on `meta`."""
+    def read(self) -> Checkpoint:
+        """Everything but the model: config, tokenizer, and which tensors there are."""
         args = self.args
         directory = args.ckpt or TINY
         if not args.ckpt and not os.path.isdir(TINY):
@@ -152,8 +156,7 @@ class Session:
         if args.weights == "fp8" and not stored_fp8:
             raise UserError(f"{directory}: its weights are not FP8; leave out --weights fp8")
         on_gpu = self.place.device.type == "cuda"  # a CPU has no fast FP8 arithmetic
-        keep_fp8 = args.weights == "fp8" or (args.weights == "auto" and on_gpu and stored_fp8)
-        self.model = MistralMedium(self.config, self.place, getattr(torch, args.dtype), keep_fp8)
+        self.keep_fp8 = args.weights == "fp8" or (args.weights == "auto" and on_gpu and stored_fp8)
         return checkpoint
 
     def answer(self, specs: list[dict], base: str = "", on_piece=None) -> list[dict]:
@@ -231,9 +234,6 @@ class Session:
 
 # ---------------------------------------------------------------------------------------------------- the terminal
 
-HEARTBEAT = 60.0  # seconds
-STILL_THERE = 0  # what rank 0 says then, instead of a line
-
 
 def interact(session: Session) -> None:
     """A chat with history and the commands that it prints first. Ctrl-C cuts an answer short."""
@@ -246,7 +246,7 @@ def interact(session: Session) -> None:
 
     note("/exit ends, /clear forgets, /system TEXT, /effort none|high, /image PATH")
     if place.rank == 0:
-        sys.stdin.reconfigure(errors="surrogateescape")  # see check_utf8
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # see check_utf8
     while (line := read_line(place)) is not None and line.strip() != "/exit":
         command, _, rest = line.strip().partition(" ")
         if command == "/clear":
@@ -268,9 +268,7 @@ def interact(session: Session) -> None:
             except UserError as error:
                 images = []  # one of them may be what is wrong
                 note(f"error: {error}")
-            except KeyboardInterrupt:  # Ctrl-C ends the answer; with several ranks it ends them all
-                if dist.is_initialized():
-                    raise
+            except KeyboardInterrupt:  # Ctrl-C ends the answer; several ranks it ends (see launch.py)
                 print()
             else:
                 answer = {"role": "assistant", "content": result["text"], "tool_calls": result["tool_calls"]}
@@ -278,26 +276,15 @@ def interact(session: Session) -> None:
 
 
 def read_line(place: Place) -> str | None:
-    """A line from the terminal of rank 0, on every rank; None at its end.
-
-    While nobody types, rank 0 says so every HEARTBEAT seconds: ranks that heard nothing for long would give up.
-    """
+    """A line from the terminal of rank 0, on every rank; None at its end."""
     line: list = [None]
-    prompt = "\n> " if sys.stdin.isatty() else ""
     if place.rank == 0:
         try:
-            if prompt and dist.is_initialized():
-                print(prompt, end="", flush=True)
-                prompt = ""
-                while not select.select([sys.stdin], [], [], HEARTBEAT)[0]:
-                    dist.broadcast_object_list([STILL_THERE], src=0)
-            line = [input(prompt)]
+            line = [input("\n> " if sys.stdin.isatty() else "")]
         except (EOFError, KeyboardInterrupt):
             pass
     if dist.is_initialized():
         dist.broadcast_object_list(line, src=0)
-        while line[0] == STILL_THERE:
-            dist.broadcast_object_list(line, src=0)
     return line[0]
 
 
@@ -340,7 +327,7 @@ class Printer:
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
-    place = find_place(args.tp, args.pp)
+    place = find_place(args.tp, args.pp, args.timeout)
     if place.dp_size > 1:
         sizes = f"--tp {place.tp_size} × --pp {place.pp_size}"
         raise UserError(f"{sizes} should be the number of processes, {place.world_size}; start so many with torchrun")

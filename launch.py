@@ -1,14 +1,24 @@
 """How a program runs on many ranks: what is agreed among them, and how all of them end when one of them must.
 
-The rules: a user error prints exactly one line, and every rank exits with status 2; anything else that goes wrong on
-one rank prints one line with its cause and ends the job; no rank waits for ever for one that is gone.
+The rules: a user error prints exactly one line, and every rank exits with status 2; anything else that ends the job
+prints one line with its cause, from one rank; no rank waits for ever for one that is gone.
+
+All that ranks agree on outside the model's own collectives is a few counters in a store, a small server beside them (in
+the launcher, or in rank 0 where there is none), so it still answers when collectives hang or have failed.
 """
 
 import argparse
+import contextlib
+import io
 import math
 import os
+import re
 import resource
+import select
+import signal
+import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -21,9 +31,16 @@ from config import TopologyError, UserError
 from parallel import Place
 
 LOST_SECONDS = 10  # a rank that lost another one waits so long before it says so: the cause should be said first
+JOIN = timedelta(minutes=10)  # in which all processes have to start
+HUNG = timedelta(minutes=30)  # for one collective, among ranks that are all there
+# Ranks rightly wait for a disk, or for a person in the chat. It is `Watch` that ends a wait for one that is gone.
+PATIENT = timedelta(days=30)
+
+STORE: dist.Store | None = None  # see start_world
 
 # What every program calls the flags that a TopologyError is about; the layers that raise it know of no flags.
 WHAT_TO_DO = "choose other --tp and --pp; their product, times the data-parallel replicas, is the number of processes"
+MORE_MEMORY = "use more processes with --tp or --pp, fewer or shorter requests or samples at once, or more memory"
 
 
 # --------------------------------------------------------------------------------------------- the command line
@@ -81,26 +98,51 @@ def peak_memory(place: Place) -> int:
 # ------------------------------------------------------------------------------------------------- many ranks
 
 
+def variable(name: str, low: int, high: int, default: int | None = None) -> int:
+    """An environment variable that a launcher sets."""
+    try:
+        return number(int, low, high)(os.environ.get(name, default))
+    except (argparse.ArgumentTypeError, TypeError) as error:
+        reason = "it is not set" if name not in os.environ else error
+        raise UserError(f"environment variable {name}: {reason}; start with torchrun, which sets it") from None
+
+
 def start_world() -> None:
     """Join the processes that torchrun started, if it did: NCCL on GPUs, Gloo on CPUs."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        gpu, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(minutes=30))
-        if gpus:
-            crowded = torch.tensor(int(gpu >= gpus))
-            dist.all_reduce(crowded, dist.ReduceOp.MAX)
-            if crowded:
-                raise UserError(f"more processes than the {gpus} GPUs of a machine; lower --nproc-per-node")
-            torch.cuda.set_device(gpu)
+    global STORE
+    world = variable("WORLD_SIZE", 1, 1 << 20, 1)
+    rank = variable("RANK", 0, world - 1, 0 if world == 1 else None)
+    gpu, gpus = variable("LOCAL_RANK", 0, world - 1, 0), torch.cuda.device_count()
+    if world == 1 or dist.is_initialized():
+        return
+    address, port = os.environ.get("MASTER_ADDR", ""), variable("MASTER_PORT", 1, 65535)
+    try:
+        socket.getaddrinfo(address or "?", port)
+        STORE = next(dist.rendezvous("env://", timeout=JOIN))[0]
+    except (OSError, dist.DistError) as error:
+        used = "EADDRINUSE" in str(error)
+        what = "in use on this machine; set a free one" if used else f"no way to the other ranks ({error})"
+        raise UserError(f"MASTER_ADDR {address!r}, MASTER_PORT {port}: {what}") from None
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    dist.init_process_group(backend, store=STORE, rank=rank, world_size=world, timeout=PATIENT)
+    if gpus:
+        crowded = torch.tensor(int(gpu >= gpus))
+        dist.all_reduce(crowded, dist.ReduceOp.MAX)
+        if crowded:
+            raise UserError(f"more processes than the {gpus} GPUs of a machine; lower --nproc-per-node")
+        torch.cuda.set_device(gpu)
 
 
-def find_place(tp: int | None, pp: int | None) -> Place:
+def find_place(tp: int | None, pp: int | None, timeout: float = 300.0) -> Place:
     """This rank's place in a grid of pp × dp × tp; without sizes, all ranks are tensor-parallel.
+
+    `timeout`: for so many seconds a rank may give no sign of life (see `Watch`).
 
     `answer_group` repeats `pp_group`: sampled tokens and gradients travel against the hidden states, and on one NCCL
     communicator a send of the one could wait for ever behind a send of the other.
     """
     start_world()
+    Watch.patience = timeout
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     pp = pp or 1
     tp = tp or max(1, world // pp)
@@ -119,7 +161,9 @@ def find_place(tp: int | None, pp: int | None) -> Place:
 
         Every rank has to make every group, in the same order, also those it is not part of: torch counts them.
         """
-        return dist.new_subgroups_by_enumeration(members.tolist())[0] if members.shape[1] > 1 else None
+        if members.shape[1] == 1:
+            return None
+        return dist.new_subgroups_by_enumeration(members.tolist(), max(HUNG, timedelta(seconds=timeout)))[0]
 
     columns = grid.permute(1, 2, 0).reshape(-1, pp)  # the ranks that differ in their stage only
     return Place(
@@ -159,66 +203,198 @@ def together(action: Callable):
     return result
 
 
-def run_program(main: Callable[[list[str]], None]) -> None:
-    """Run `main(arguments)` on every rank, then exit: with status 0, or with one line in all that says what went wrong.
+# ------------------------------------------------------------------------------------------------ how it all ends
 
-    A user error is raised on all ranks (see `together`), and their status is 2. Anything else that one rank meets ends
-    the whole job with status 1: its connections break, and the ranks that notice keep quiet for LOST_SECONDS, in which
-    the launcher ends them or the one that failed says why. One process alone shows the traceback, for what is then a
-    bug.
+
+class Watch:
+    """Watches the other ranks while this one works, and ends this process when one of them is gone.
+
+    A rank that waits in a collective hears no signal, and learns of another's end only if a connection to it breaks. So
+    two threads look out, whatever the main thread does: load, compute, or wait for a person. What they notice:
+
+    - a process on this machine that ended: at once, before a launcher can say so and stop this one;
+    - a rank that gave no sign of life for `patience` seconds, which is stopped, or its machine is cut off. Every rank
+      counts its beats in the store, one a second;
+    - SIGINT and SIGTERM, unless the program has set handlers of its own.
     """
-    status, line, all_know = 0, None, False
+
+    patience = 300.0
+
+    def __init__(self):
+        self.rank, self.store, self.leaving = dist.get_rank(), STORE.clone(), threading.Event()
+        self.names = [f"beats of rank {rank}" for rank in range(dist.get_world_size())]
+        self.beats: list[bytes] | None = []  # of every rank; None: the store is gone
+        self.store.add(self.names[self.rank], 1)
+        # Processes see each other where they have the same host and the same numbering of processes.
+        machine = (socket.gethostname(), os.path.basename(os.path.realpath("/proc/self/ns/pid")))
+        self.processes: dict[int, int] = {}  # file descriptor that becomes readable when a rank's process ends -> rank
+        for rank, (where, pid) in enumerate(gather_objects((machine, os.getpid()))):
+            if where == machine and rank != self.rank:
+                with contextlib.suppress(OSError, AttributeError):  # not every system has pidfd_open
+                    self.processes[os.pidfd_open(pid)] = rank
+        self.signals, written = os.pipe()  # the number of each signal that comes
+        os.set_blocking(written, False)
+        signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, left_to_watch)
+        self.threads = [threading.Thread(target=work, daemon=True) for work in (self.beat, self.look)]
+        for thread in self.threads:
+            thread.start()
+
+    def beat(self) -> None:
+        """In a thread of its own, because a store that is stopped lets its callers wait for ever."""
+        try:
+            while not self.leaving.wait(1.0):
+                self.store.add(self.names[self.rank], 1)
+                self.beats = self.store.multi_get(self.names)
+        except RuntimeError:
+            self.beats = None
+
+    def look(self) -> None:
+        # Silence is counted in looks, not by the clock: if the whole job was stopped for an hour, nobody is to blame.
+        before, silent = [], [0] * len(self.names)
+        while not self.leaving.is_set():
+            events = select.select([*self.processes, self.signals], [], [], 1.0)[0]
+            beats = self.beats
+            for event in events:
+                if event in self.processes:
+                    self.end(
+                        f"rank {self.processes[event]} was killed, or crashed; the kernel's log (dmesg) may say why"
+                    )
+                number = os.read(self.signals, 1)[0]
+                if signal.getsignal(number) is left_to_watch:
+                    self.end(f"stopped by {signal.Signals(number).name}", 128 + number)
+            if beats is None:
+                self.end("the launcher is gone, or rank 0; nothing holds the ranks together any more")
+            if events or not beats:
+                continue
+            silent = [count + 1 if now == then else 0 for count, now, then in zip(silent, beats, before or beats)]
+            before = beats
+            if max(silent) >= max(2, self.patience - 2):  # 2: a beat, and a look
+                who = ", ".join(str(rank) for rank, count in enumerate(silent) if count == max(silent))
+                stuck = silent[self.rank] == max(silent)  # not even this rank's own beats arrive
+                who = "rank 0, where all ranks meet," if stuck else f"rank {who}"
+                self.end(f"{who} gave no sign of life for {self.patience:g} s (--timeout); it is stopped or cut off")
+
+    def end(self, line: str, status: int = 1) -> None:
+        if not self.leaving.is_set():
+            say(line, self.store)
+            time.sleep(1)  # a launcher should see the rank that is the cause end first
+            os._exit(status)
+
+
+def left_to_watch(number: int, frame) -> None:
+    """The handler of a signal that `Watch` reads from a pipe: Python would run it only when the main thread is free."""
+
+
+def say(line: str, store: dist.Store | None = None) -> None:
+    """Print an error in one line of printable characters, unless another rank did: many may come here with one."""
+    if count("spoken", 1, store) <= 1:
+        line = "".join(c if c.isprintable() else " " for c in f"error: {line}")
+        line = line if len(line) <= 500 else f"{line[:300]} … {line[-190:]}"
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
+
+
+def count(name: str, more: int, store: dist.Store | None = None) -> int:
+    """Add to a counter that all ranks share; 0 where there is one process, or if the store went down with rank 0."""
     try:
-        start_world()
-        main(sys.argv[1:])
-        sys.stdout.flush()
-        if dist.is_initialized():
-            dist.barrier()  # a rank that exits early breaks its peers' connections
-            dist.destroy_process_group()
-    except UserError as error:
-        status, line, all_know = error.status, f"error: {error}", True
-        if isinstance(error, TopologyError):
-            line += f"; {WHAT_TO_DO}"
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:  # the reader of our output went away; Python's exit must not try to flush it once more
-        status = 1
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception as error:
-        if "RANK" not in os.environ:
-            raise
-        file, number, *_ = traceback.extract_tb(error.__traceback__)[-1]
-        reason = " ".join(str(error).split())
-        where = f"{os.path.basename(file)} line {number}"
-        status, line = 1, f"error: rank {os.environ['RANK']}: {type(error).__name__}: {reason} ({where})"
-        # A broken connection is not the cause but its echo: another rank failed, and has the better line to print.
-        if isinstance(error, dist.DistError) or "gloo" in reason or "NCCL" in reason:
-            await_cause()
-    alone = not dist.is_initialized()  # or done
-    # Many ranks may come here with a line; the first to raise the counter is the only one to print.
-    if line is not None and (alone or count("spoken", 1) <= 1):
-        print(line, file=sys.stderr, flush=True)
-    if alone:
-        sys.exit(status)
-    sys.stdout.flush()
-    if all_know:
-        wait_for_all()
-    os._exit(status)  # tidying up could wait for ever, for ranks that are not there any more
-
-
-def count(name: str, more: int) -> int:
-    """Add to a counter that all ranks share, in the store at which they met; 0 if it went down with rank 0.
-
-    The store is a small server beside the collectives, so it still answers when those hang or have failed.
-    """
-    try:
-        return dist.distributed_c10d._get_default_store().add(name, more)
+        return (store or STORE).add(name, more) if STORE else 0
     except RuntimeError:
         return 0
 
 
+def open_streams() -> None:
+    """Make the three standard streams usable, whatever this process was given."""
+    while (file := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed: the next file opened would take its place
+        pass
+    os.close(file)
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
+    sys.stdout = sys.stdout or open(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")  # so that writing fails
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # JSON is UTF-8 whatever the locale says. A lone surrogate becomes \udxxx, its own escape in JSON.
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def stdout_failure() -> str | None:
+    """Why standard output cannot be written, if that is so."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries once more when it exits
+        return error.strerror
+    return None
+
+
+def explain(error: Exception) -> str | None:
+    """What the machine refused, and what to do; None for anything else."""
+    reason = " ".join(str(error).split())
+    memory = r"can't allocate memory|Cannot allocate memory|bad_alloc|out of memory"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(memory, reason):
+        return f"out of memory ({reason[:200]}); {MORE_MEMORY}"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {error.strerror or reason}"
+    return None
+
+
+def run_program(main: Callable[[list[str]], None]) -> None:
+    """Run `main(arguments)` on every rank, then exit: with status 0, or with one line in all that says what went wrong.
+
+    A user error is raised on all ranks (see `together`), and their status is 2. Anything else that one rank meets ends
+    the whole job with status 1: the others notice that it is gone, and that it has said why. One process alone shows
+    the traceback of what is then a bug.
+    """
+    status, line, all_know, watch = 0, None, True, None
+    try:
+        open_streams()
+        start_world()
+        watch = Watch() if dist.is_initialized() else None
+        main(sys.argv[1:])
+        sys.stdout.flush()
+        if watch:
+            dist.barrier()  # `watch` goes on: this may take as long as the slowest rank does
+    except UserError as error:
+        status, line = error.status, f"{error}; {WHAT_TO_DO}" if isinstance(error, TopologyError) else str(error)
+    except SystemExit as stop:  # --help
+        status = stop.code or 0
+    except KeyboardInterrupt:  # only where there is no watch
+        status = 130
+    except Exception as error:
+        all_know, reason, failure = False, " ".join(str(error).split()), stdout_failure()
+        if failure and isinstance(error, OSError):  # a reader that went away knows; with several ranks, only it does
+            status, line = 1, f"standard output: {failure}"
+            line = None if isinstance(error, BrokenPipeError) and not watch else line
+        elif (line := explain(error)) is not None:
+            status = 2
+        elif "RANK" not in os.environ:
+            raise
+        else:
+            file, number, *_ = traceback.extract_tb(error.__traceback__)[-1]
+            status, line = 1, f"{type(error).__name__}: {reason} ({os.path.basename(file)} line {number})"
+        # A broken connection is not the cause but its echo: another rank failed, and has the better line to print.
+        if isinstance(error, dist.DistError) or "gloo" in reason or "NCCL" in reason:
+            await_cause()
+        line = f"rank {dist.get_rank()}: {line}" if watch and line else line
+    if watch:
+        watch.leaving.set()
+    if line is not None:
+        say(line)
+    if watch is None:
+        sys.exit(status)
+    stdout_failure()
+    if all_know:
+        wait_for_all()  # a rank that exits early breaks its peers' connections
+    if status == 0:
+        dist.destroy_process_group()
+        for thread in watch.threads:
+            thread.join(2)
+        sys.exit(0)
+    os._exit(status)  # tidying up could wait for ever, for ranks that are not there any more
+
+
 def await_cause() -> None:
-    """This rank lost another one. Give that one, or the launcher, LOST_SECONDS to say why and to end the job."""
+    """This rank lost another one. Give `Watch`, or that rank, LOST_SECONDS to say why and to end the job."""
     deadline = time.monotonic() + LOST_SECONDS
     while count("spoken", 0) == 0 and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -1,8 +1,9 @@
 """What a topology needs, before anyone rents it: memory per rank, stage by stage. `python parallel.py --plan`.
 
 Every rank's part of the model is built with the real classes on the `meta` device, where a tensor has a shape but no
-memory, so the counts of parameters, weights, gradients and optimizer state are those of a real run. Two columns are
-not counted but estimated: RESERVE, and activations, term by term in the functions below. Against small real runs on a
+memory, so the counts of parameters, weights, gradients and optimizer state are those of a real run. Layers are alike:
+one of a stage's is built, and counted as many times as there are. Two columns are not counted but estimated: RESERVE,
+and activations, term by term in the functions below. Against small real runs on a
 CPU the estimate is 0.9 to 1.4 times what tensors took at the worst moment (`tests/test_plan.py`).
 
 Activations of a training step have three parts:
@@ -16,25 +17,30 @@ Activations of a training step have three parts:
 
 Images are taken at their worst, as if every token came from one. Adam needs room too, but when activations are gone:
 the larger of the two counts.
+
+`check_memory` holds the same numbers against the memory that is there, when a program is about to build its model.
 """
 
 import argparse
+import contextlib
 import json
 import math
+import os
+import socket
+import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from checkpoint import weight_bytes
-from config import Config, UserError, read_config
+from config import Config, TopologyError, UserError, read_config
 from engine import CHUNK, LOGIT_ROWS
 from fp8 import BLOCK
-from launch import SIZE, Parser, number
+from launch import SIZE, Parser, gather_objects, number, together
 from model import MASK_ELEMENTS, MistralMedium, add_adapters
 from optimizer import BUCKET, FREEZABLE, Held, held_tensors, is_trained
-from parallel import Linear, Place
+from parallel import Place
 from vision import PATCHES_AT_ONCE
 
 RESERVE = 2_000_000_000  # bytes per GPU: CUDA context, libraries' workspaces, NCCL's buffers, what the allocator wastes
@@ -64,13 +70,14 @@ class StagePlan:
 
 def make_plan(config: Config, args: argparse.Namespace) -> dict:
     """The plan as the JSON object that --json prints. Raises UserError where the topology does not divide the model."""
+    keep_fp8 = config.fp8 and (args.weights != "dequantized" if args.inference else bool(args.lora_rank))
     counts, stages, memory = Counter(), [], args.gpu_memory_gb * 1e9
     for stage_places in places(args.tp, args.pp, args.dp):
         ranks = []
         for place in stage_places:
-            model = build(config, place, args)
-            counts += tally(model)
-            ranks.append(plan_rank(model, args))
+            rank, kinds = plan_rank(config, place, args, keep_fp8)
+            counts += kinds
+            ranks.append(rank)
         worst = max(ranks, key=lambda rank: rank.peak_bytes)
         worst.fits = worst.peak_bytes <= memory
         stages.append(worst)
@@ -87,7 +94,7 @@ def make_plan(config: Config, args: argparse.Namespace) -> dict:
         contexts = [int(room * args.max_context / stage.cache_bytes) for room, stage in zip(rooms, stages)]
         plan["largest_context"] = max(0, min(config.max_position_embeddings, *contexts))
     else:
-        plan["micro_batches"] = m = count_micro_batches(args)
+        plan["micro_batches"] = m = count_micro_batches(args, args.dp)
         plan["bubble"] = (args.pp - 1) / (m + args.pp - 1)  # see pipeline.py
     return plan
 
@@ -98,61 +105,57 @@ def places(tp: int, pp: int, dp: int = 1) -> list[list[Place]]:
     return [[Place(s * dp * tp + t, t, tp, s, pp, dp_size=dp, device=meta) for t in range(tp)] for s in range(pp)]
 
 
-def build(config: Config, place: Place, args: argparse.Namespace) -> MistralMedium:
-    """A rank's part of the model, on `meta`, as generate.py or train.py would load it."""
-    keep_fp8 = config.fp8 and (args.weights != "dequantized" if args.inference else bool(args.lora_rank))
-    model = MistralMedium(config, place, torch.bfloat16, keep_fp8)
+def count_micro_batches(args: argparse.Namespace, dp: int) -> int:
+    """How many a replica runs per step; of the replica that has most."""
+    return math.ceil(math.ceil(args.global_batch_size / args.micro_batch_size) / dp)
+
+
+def plan_rank(
+    config: Config, place: Place, args: argparse.Namespace, keep_fp8: bool, dtype: torch.dtype = torch.bfloat16
+) -> tuple[StagePlan, Counter]:
+    """What the rank at `place` needs, and what its parameters count as: "parameters" or "adapters" where it owns them,
+    a kind of copy where another rank does, and "padding", the zeros past the end of a tensor cut into equal parts.
+
+    Raises TopologyError where the topology does not divide the model.
+    """
+    layers = place.layers(config.num_hidden_layers)
+    repeats = {"layers.": len(layers)}
+    one = replace(config, num_hidden_layers=place.pp_size)  # a layer on each stage
+    if config.vision is not None:
+        repeats["vision_tower.transformer.layers."] = config.vision.num_hidden_layers
+        one = replace(one, vision=replace(config.vision, num_hidden_layers=1))
+    model = MistralMedium(one, replace(place, device=torch.device("meta")), dtype, keep_fp8)
     if args.lora_rank:
         add_adapters(model, args.lora_rank, 1.0)
-    return model
 
+    def times(name: str) -> int:  # how many tensors the one of this name stands for
+        return next((count for prefix, count in repeats.items() if name.startswith(prefix)), 1)
 
-def count_micro_batches(args: argparse.Namespace) -> int:
-    """How many a replica runs per step; of the replica that has most."""
-    return math.ceil(math.ceil(args.global_batch_size / args.micro_batch_size) / args.dp)
-
-
-def plan_rank(model: MistralMedium, args: argparse.Namespace) -> StagePlan:
-    config, place, held = model.config, model.place, held_tensors(model)
-    layers = [int(i) for i in model.layers]
-    parameters = sum(tensor.parameter.numel() for tensor in held)
-    stage = StagePlan(place.pp_rank, [layers[0], layers[-1]], parameters, loaded_bytes(model))
+    weights = sum(times(name) * x.nbytes for name, x in [*model.named_parameters(), *model.named_buffers()])
+    if config.activation_scheme == "static":  # the loader adds the scales of activations
+        weights += sum(FP32 * times(name) for name, _ in model.named_buffers() if name.endswith(".weight_scale"))
+    held, counts = held_tensors(model), Counter()
+    for tensor in held:
+        inside = math.prod(tensor.part.shape) // tensor.part.shape[tensor.part.dim] * tensor.part.length
+        counts[kind_of(tensor)] += times(tensor.name) * inside
+        counts["padding"] += times(tensor.name) * (tensor.parameter.numel() - inside)
+    parameters = sum(times(tensor.name) * tensor.parameter.numel() for tensor in held)
+    stage = StagePlan(place.pp_rank, [layers[0], layers[-1]], parameters, weights)
     if args.inference:
         cache = model.new_cache(1, args.max_context)
-        stage.cache_bytes = sum(t.numel() * t.element_size() for t in (cache.keys, cache.values))
-        stage.activation_bytes = inference_activations(config, place, args.max_context, model.keep_fp8)
-        return stage
-    freeze = list(FREEZABLE) if args.lora_rank else args.freeze
-    trained = [t for t in held if is_trained(t.name, freeze) or (args.lora_rank and ".adapter." in t.name)]
-    sizes = [tensor.parameter.numel() for tensor in trained]
-    # In FP32 (see optimizer.py): the sum of gradients; the master weight and Adam's two moments.
-    stage.gradient_bytes, stage.optimizer_bytes = FP32 * sum(sizes), 3 * FP32 * sum(sizes)
-    shape = (args.micro_batch_size, args.max_length, count_micro_batches(args))
-    passes = training_activations(config, place, *shape, args.activation_checkpointing, freeze, model.keep_fp8)
-    stage.activation_bytes = max(passes, adam_activations(sizes))
-    return stage
-
-
-# ------------------------------------------------------------------------------------------- what is counted
-
-
-def loaded_bytes(model: MistralMedium) -> int:
-    """`weight_bytes` of a model on `meta` once it is loaded."""
-    kept = sum(isinstance(m, Linear) and m.weight_scale is not None for m in model.modules())
-    static = model.config.activation_scheme == "static"  # the loader adds the scales of activations
-    return weight_bytes(model) + (FP32 * kept if static else 0)
-
-
-def tally(model: MistralMedium) -> Counter:
-    """What a rank's parameters count as: "parameters" or "adapters" where it owns them, a kind of copy where another
-    rank does, and "padding", the zeros past the end of a tensor that is cut into equal parts."""
-    counts = Counter()
-    for tensor in held_tensors(model):
-        part = tensor.part
-        inside = math.prod(part.shape) // part.shape[part.dim] * part.length
-        counts[kind_of(tensor)] += inside
-        counts["padding"] += tensor.parameter.numel() - inside
-    return counts
+        stage.cache_bytes = len(layers) * (cache.keys.nbytes + cache.values.nbytes)
+        activations = inference_activations(config, place, args.max_context, keep_fp8)
+    else:
+        freeze = list(FREEZABLE) if args.lora_rank else args.freeze
+        trained = [t for t in held if is_trained(t.name, freeze) or (args.lora_rank and ".adapter." in t.name)]
+        sizes = [tensor.parameter.numel() for tensor in trained for _ in range(times(tensor.name))]
+        # In FP32 (see optimizer.py): the sum of gradients; the master weight and Adam's two moments.
+        stage.gradient_bytes, stage.optimizer_bytes = FP32 * sum(sizes), 3 * FP32 * sum(sizes)
+        shape = (args.micro_batch_size, args.max_length, count_micro_batches(args, place.dp_size))
+        passes = training_activations(config, place, *shape, args.activation_checkpointing, freeze, keep_fp8)
+        activations = max(passes, adam_activations(sizes))
+    stage.activation_bytes = activations * dtype.itemsize // BF16
+    return stage, counts
 
 
 def kind_of(tensor: Held) -> str:
@@ -275,6 +278,84 @@ def inference_activations(config: Config, place: Place, context: int, keep_fp8: 
     if place.last_stage:  # logits in BF16 and FP32, and their log-softmax
         moment = max(moment, LOGIT_ROWS * -(-config.vocab_size // tp) * (BF16 + 2 * FP32))
     return 4 * BF16 * tokens * C + moment  # hidden states: before and after, normalized, being sent
+
+
+# ---------------------------------------------------------------------------------------- before a model is built
+
+
+def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp8: bool) -> None:
+    """Refuse a model whose weights alone do not fit here, and warn where the run's estimate does not.
+
+    `args` are those of generate.py or train.py. A GPU is a rank's own; on a CPU all ranks of a machine share its
+    memory. Every rank has to come here: they find the tightest device together. Raises UserError on all.
+    """
+    wanted = argparse.Namespace(**{**vars(parse_args(["--plan", "--config", ""])), **vars(args)})
+    wanted.inference = not hasattr(args, "lora_rank")
+    if wanted.inference:  # one request, of a chunk; the cache of more, or longer ones, comes on top
+        longest = args.max_context or config.max_position_embeddings
+        wanted.max_context = min(longest, CHUNK + (args.max_new_tokens or CHUNK))
+    dtype, gpu = getattr(torch, args.dtype), place.device.type == "cuda"
+
+    def needs(place: Place) -> StagePlan:
+        stage, _ = plan_rank(config, place, wanted, keep_fp8, dtype)
+        stage.reserve_bytes = RESERVE if gpu else 0
+        return stage
+
+    mine = together(lambda: needs(place))
+    room = torch.cuda.mem_get_info(place.device)[0] if gpu else cpu_memory()
+    devices: dict[tuple, list] = {}
+    for device, *numbers in gather_objects(
+        ((socket.gethostname(), str(place.device)), mine.weight_bytes, mine.peak_bytes, room)
+    ):
+        devices.setdefault(device, []).append(numbers)
+    sums = [[sum(column) for column in zip(*ranks)] + [len(ranks)] for ranks in devices.values()]
+    weights, peak, room, sharers = max(sums, key=lambda each: each[1] / each[2])
+    room /= sharers  # each of them saw all of it
+    if peak <= room:
+        return
+    topology = smallest_topology(needs, room / sharers)
+    what = "the smallest split that fits is --tp {} --pp {}, {} processes with {:.1f} GB each"
+    what = what.format(*topology, math.prod(topology), room / sharers / 1e9) if topology else "no split makes it fit"
+    there = f"{room / 1e9:.1f} GB are free on {'the GPU' if gpu else 'the machine'}; {what}"
+    if weights > room:
+        raise UserError(f"the weights take {weights / 1e9:.1f} GB, but {there}")
+    if place.rank == 0:
+        print(f"caution: this may take {peak / 1e9:.1f} GB, but {there}", file=sys.stderr)
+
+
+def smallest_topology(needs: Callable[[Place], StagePlan], room: float) -> tuple[int, int] | None:
+    """(tp, pp) of the fewest ranks that have `room` bytes each; tp within a machine of 8 where there is a choice."""
+    whole = needs(Place())
+    fewest = math.ceil((whole.weight_bytes + whole.gradient_bytes + whole.optimizer_bytes) / max(1, room))
+    for ranks in range(max(1, fewest), 2 * fewest + 16):
+        for tp in sorted((n for n in range(1, ranks + 1) if ranks % n == 0), key=lambda n: (n > 8, -n)):
+            pp = ranks // tp
+            # The first stage has the embedding and the tower, the last the head; and with 1F1B the earlier ones hold
+            # more activations than the later ones.
+            some = [Place(0, 0, tp, stage, pp) for stage in sorted({0, min(1, pp - 1), pp - 1})]
+            with contextlib.suppress(TopologyError):
+                if all(needs(place).peak_bytes <= room for place in some):
+                    return tp, pp
+    return None
+
+
+def cpu_memory() -> float:
+    """Bytes that are free on this machine, within the limits that Slurm or a container sets (control groups)."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free = sum(1024 * int(line.split()[1]) for line in file if line.startswith(("MemAvailable", "SwapFree")))
+        with open("/proc/self/cgroup", encoding="utf-8") as file:
+            groups = [line.rstrip("\n").split(":", 2) for line in file]
+    except OSError:
+        return math.inf
+    for _, kind, path in groups:
+        if kind in ("", "memory"):  # version 2 and version 1
+            folder, name = f"/sys/fs/cgroup/{kind}{path}", "memory.limit_in_bytes" if kind else "memory.max"
+            while len(folder) >= len("/sys/fs/cgroup"):
+                with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, name)) as file:
+                    free = min(free, int(file.read()))  # ValueError: "max", no limit
+                folder = os.path.dirname(folder)
+    return free
 
 
 # ----------------------------------------------------------------------------------------------- the program

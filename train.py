@@ -47,6 +47,7 @@ from model import MistralMedium, add_adapters
 from optimizer import FREEZABLE, Optimizer, held_tensors, is_trained, load_state, newest_state, save_state
 from parallel import Place
 from pipeline import Pipeline
+from plan import check_memory
 from tokenizer import load_tokenizer
 
 Split = tuple[list[MicroBatch], list[MicroBatch], Callable[[], None]]  # see Trainer.split
@@ -124,6 +125,7 @@ class Trainer:
     def build_model(self) -> MistralMedium:
         args, place = self.args, self.place
         keep_fp8 = bool(args.lora_rank and args.ckpt and self.config.fp8)  # frozen weights stay as they are stored
+        check_memory(self.config, place, args, keep_fp8)
         model = together(lambda: MistralMedium(self.config, place, getattr(torch, args.dtype), keep_fp8))
         if self.checkpoint:
             together(lambda: fill(model, self.checkpoint, Progress(self.checkpoint, place)))
@@ -407,6 +409,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out, if there is one")
     add("--val-every", type=SIZE, metavar="N", help="steps between validations; there is one after the last step too")
     add("--val-generate", action="store_true", help="answer the validation chats too, and count exact answers")
+    add("--timeout", type=number(float, 5, 1e9), default=300, metavar="S", help="a rank silent for so long is gone")
     add("--export", choices=["bfloat16", "fp8"], default="bfloat16", help="precision of model/")
     args = parser.parse_args(argv)
     if (args.ckpt is None) == (args.init is None) or (args.init is None) != (args.tokenizer is None):
@@ -425,7 +428,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
-    place = replace(find_place(args.tp, args.pp), sequence_parallel=args.sequence_parallel and args.tp > 1)
+    place = find_place(args.tp, args.pp, args.timeout)
+    place = replace(place, sequence_parallel=args.sequence_parallel and args.tp > 1)
     Trainer(args, place).run()
 
 

@@ -18,7 +18,7 @@ from helpers import (
     text_fields,
     write_checkpoint,
 )
-from processes import ENVIRONMENT, ROOT, run
+from processes import ROOT, run
 
 from engine import Engine, Request, nucleus
 
