@@ -5,22 +5,30 @@ one rank prints one line with its cause and ends the job; no rank waits for ever
 """
 
 import argparse
+import fcntl
 import math
 import os
 import resource
+import shutil
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
+from typing import IO
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
-from config import TopologyError, UserError
+from config import TopologyError, UserError, read_json, write_json
 from parallel import Place
 
 LOST_SECONDS = 10  # a rank that lost another one waits so long before it says so: the cause should be said first
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; the end of a job; Slurm's warning that it is near
 
 # What every program calls the flags that a TopologyError is about; the layers that raise it know of no flags.
 WHAT_TO_DO = "choose other --tp and --pp; their product, times the data-parallel replicas, is the number of processes"
@@ -206,6 +214,17 @@ def run_program(main: Callable[[list[str]], None]) -> None:
     os._exit(status)  # tidying up could wait for ever, for ranks that are not there any more
 
 
+@contextmanager
+def caught(handler: Callable) -> Iterator[dict]:
+    """Inside the block a signal calls `handler(number, frame)`; yields what it would have called before, by number."""
+    before = {number: signal.signal(number, handler) or signal.SIG_DFL for number in SIGNALS}
+    try:
+        yield before
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
 def count(name: str, more: int) -> int:
     """Add to a counter that all ranks share, in the store at which they met; 0 if it went down with rank 0.
 
@@ -240,3 +259,103 @@ def wait_for_all() -> None:
     count("left", 1)
     while rank == 0 and count("left", 0) < world and time.monotonic() < deadline:
         time.sleep(0.02)
+
+
+# --------------------------------------------------------------------------------------- the folder of a run
+
+RECORD, LOCK, STAGED = "run.json", "run.lock", ".partial"  # what the run is; held while it goes on; its unfinished ends
+
+
+def read_record(out: str) -> dict | None:
+    """What `run.json` says of the run in the folder `out`, or None if that is empty. UserError if it holds no run."""
+    names = set(os.listdir(out)) if os.path.isdir(out) else set()
+    if RECORD in names:
+        record = read_json(os.path.join(out, RECORD))
+        if isinstance(record, dict) and record.get("program") == "train.py":
+            return record
+    elif not names - {LOCK}:
+        return None
+    elif "metrics.jsonl" in names and "checkpoints" in names:  # older runs have no run.json
+        return {"finished": os.path.exists(os.path.join(out, "model", "config.json"))}
+    strange = min(names - {LOCK, "metrics.jsonl"})
+    raise UserError(f"{out}: holds {strange!r}, but no run of train.py; choose a new or an empty folder")
+
+
+@contextmanager
+def claimed(args: argparse.Namespace, rank: int) -> Iterator[bool]:
+    """Take the folder `args.out` for this run alone while the block lasts, or raise UserError; all ranks come here.
+
+    Only rank 0 looks and keeps the lock, which the kernel releases if the process is killed. Yields whether the run is
+    finished already; then nothing was touched.
+    """
+    out, lock, finished = args.out, None, False
+    is_new = not os.path.exists(out)
+
+    def claim() -> None:
+        nonlocal lock, finished
+        for flag in ("ckpt", "init", "tokenizer", "data", "val"):
+            path, real = getattr(args, flag), os.path.realpath(out)
+            if path and os.path.commonpath([os.path.realpath(path), real]) == real:
+                raise UserError(f"--{flag} {path} lies inside --out {out}; choose another --out")
+        with writing(out):
+            finished = may_go_on()
+            if finished:
+                return
+            os.makedirs(out, exist_ok=True)
+            lock = stack.enter_context(open(os.path.join(out, LOCK), "a"))
+            if not lock_file(lock):
+                lock = None
+                raise UserError(f"{out}: another run is writing to this folder; choose another, or wait for its end")
+            finished = may_go_on()  # that run may have ended just now
+            shutil.rmtree(os.path.join(out, STAGED), ignore_errors=True)
+
+    def may_go_on() -> bool:
+        record = read_record(out)
+        if record is None:
+            return False
+        if not args.resume:
+            raise UserError(f"{out}: holds a run already; --resume goes on with it, or choose another --out")
+        model = os.path.join(out, "model")
+        if os.path.exists(model) and not record.get("finished"):
+            raise UserError(f"{model}: was not written by the run in {out}, which is not finished; move it away")
+        return os.path.exists(model) and record["finished"] in (True, [args.max_steps, args.epochs])
+
+    with ExitStack() as stack:
+        try:
+            together(claim if rank == 0 else lambda: None)
+            yield gather_objects(finished)[0]
+        finally:
+            with suppress(OSError):
+                if lock:
+                    os.remove(lock.name)
+                    if is_new:
+                        os.rmdir(out)  # if nothing was written
+
+
+def lock_file(file: IO) -> bool:
+    """Whether this process has the lock on an open `file` now; where the file system has no locks, it has."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    # Whoever had the lock until now has removed the file: a lock on what has no name any more protects nothing.
+    return os.path.exists(file.name) and os.path.samestat(os.stat(file.name), os.fstat(file.fileno()))
+
+
+def write_record(out: str, finished: list | None = None) -> None:
+    """`finished`: the --max-steps and --epochs of a run whose model is about to be put into its place."""
+    with writing(out):
+        os.makedirs(out, exist_ok=True)
+        write_json(os.path.join(out, RECORD), {"program": "train.py", "finished": finished})
+
+
+@contextmanager
+def writing(path: str, advice: str = "make room, or choose another place") -> Iterator[None]:
+    """What goes wrong in the block, where `path` is written, becomes a UserError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be written ({reason}); {advice}") from None

@@ -18,19 +18,19 @@ embedding of which the last stage has a copy; and a norm over all ranks that cou
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from checkpoint import layers_with_slices
 from config import UserError, read_json, write_json
-from launch import gather_objects, together
+from launch import gather_objects, together, writing
 from parallel import Place, Slice
 
 BUCKET = 1 << 25  # elements; a larger parameter has a bucket of its own
@@ -255,10 +255,11 @@ class Optimizer:
 # ------------------------------------------------------------------------------------------------ the run's state
 
 
-def save_state(directory: str, step: int, optimizer: Optimizer, settings: dict) -> None:
+def save_state(directory: str, step: int, optimizer: Optimizer, settings: dict, keep: int) -> None:
     """Write `directory`/step-N with every rank's part of the run's state; all ranks call this together.
 
-    Replicas hold the same state and share the writing. The folder has another name until it is whole and on the disk.
+    Replicas hold the same state and share the writing. The folder has another name until it is whole and on the disk;
+    only then are all but the `keep` newest states removed.
     Raises UserError, on all ranks, if any of them cannot write; then nothing new is left behind.
     """
     place, final = optimizer.place, os.path.join(directory, f"step-{step}")
@@ -266,8 +267,8 @@ def save_state(directory: str, step: int, optimizer: Optimizer, settings: dict) 
 
     def make_folder() -> None:
         if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            os.makedirs(partial)
+            remove_state(partial)
+            os.makedirs(partial, exist_ok=True)
 
     def write_part() -> None:
         path = os.path.join(partial, f"rank-{rank:05d}.safetensors")
@@ -285,26 +286,40 @@ def save_state(directory: str, step: int, optimizer: Optimizer, settings: dict) 
         if rank == 0:
             write_json(os.path.join(partial, "state.json"), {"step": step, "ranks": place.world_size, **settings})
             flush_to_disk(partial)
-            shutil.rmtree(final, ignore_errors=True)
             os.rename(partial, final)
             flush_to_disk(directory)
 
     def explained(phase) -> None:
-        try:
+        with writing(final, "states saved before are whole: make room, then --resume"):
             phase()
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(
-                f"{final}: cannot be written ({reason}); earlier checkpoints are whole: make room, then --resume"
-            ) from None
 
     try:
         for phase in (make_folder, write_part, finish):
             together(lambda: explained(phase))
     except UserError:
         if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove_state(partial)
         raise
+    if rank == 0:
+        newest = sorted((found for name in os.listdir(directory) if (found := step_of(name))), reverse=True)[:keep]
+        for name in os.listdir(directory):
+            if step_of(name.removesuffix(".partial")) and step_of(name) not in newest:
+                remove_state(os.path.join(directory, name))
+
+
+def remove_state(path: str) -> None:
+    """Remove a saved state, or part of one: the files that `save_state` writes, and the folder unless it holds others.
+
+    It loses its name first, so that whoever is killed here leaves no state that looks whole. What cannot be removed
+    stays: that is no reason to stop a run.
+    """
+    partial = path if path.endswith(".partial") else f"{path}.partial"
+    with suppress(OSError):
+        os.rename(path, partial)
+        for name in os.listdir(partial):
+            if re.fullmatch(r"rank-\d{5,}\.safetensors|state\.json(\.partial)?", name):
+                os.remove(os.path.join(partial, name))
+        os.rmdir(partial)
 
 
 def flush_to_disk(path: str) -> None:
@@ -314,49 +329,79 @@ def flush_to_disk(path: str) -> None:
     os.close(descriptor)
 
 
+def step_of(name: str) -> int:
+    """12, of the folder's name "step-12"; 0 if it is not the name of a saved state."""
+    match = re.fullmatch(r"step-([1-9]\d{0,11})", name)
+    return int(match[1]) if match else 0
+
+
 def newest_state(directory: str) -> str | None:
     """The folder of the latest step, or None. What was not finished has another name."""
-    names = os.listdir(directory) if os.path.isdir(directory) else []
-    steps = [int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d+)", name))]
-    return os.path.join(directory, f"step-{max(steps)}") if steps else None
+    newest = max(map(step_of, os.listdir(directory)), default=0) if os.path.isdir(directory) else 0
+    return os.path.join(directory, f"step-{newest}") if newest else None
 
 
-def load_state(path: str, optimizer: Optimizer, settings: dict) -> int:
+def load_state(path: str, optimizer: Optimizer, settings: dict, data: str) -> int:
     """Fill the optimizer and the model's weights from a state that any topology wrote; returns its step.
 
-    `settings` are those of this run; the ones that decide what a step computes must be those of the state.
+    `settings` are those of this run; the ones that decide what a step computes must be those of the state. The one
+    named "data" is a digest of the samples in the file `data`. The files may hold anything: whatever that breaks, here
+    or in a library, is a UserError that names the file.
     """
-    facts = read_json(os.path.join(path, "state.json"))
-    for name, value in settings.items():
-        if facts.get(name) != value:
-            raise UserError(f"{path}: was made with {name} = {facts.get(name)!r}, but this run has {value!r}")
-    pieces: dict[str, list] = {}  # name -> (file, start, stop) of every rank that wrote a part of this tensor
-    for rank in range(facts["ranks"]):
-        file_name = os.path.join(path, f"rank-{rank:05d}.safetensors")
-        try:
+    file_name = os.path.join(path, "state.json")
+    try:
+        facts = read_json(file_name)
+        for name, value in settings.items():
+            if name == "data" and facts[name] != value:
+                raise UserError(f"{path}: was made with other data than {data}; resume with the data it began with")
+            if facts[name] != value:
+                raise UserError(f"{path}: was made with {name} = {facts[name]!r}, but this run has {value!r}")
+        step, ranks = facts["step"], facts["ranks"]
+        if type(step) is not int or type(ranks) is not int or step != step_of(os.path.basename(path)):
+            raise ValueError(f"step {step!r} of {ranks!r} ranks")
+        pieces: dict[str, list] = {}  # name -> (start, stop, file name, file) of every rank that wrote a part of it
+        for rank in range(ranks):
+            file_name = os.path.join(path, f"rank-{rank:05d}.safetensors")
+            if not os.path.isfile(file_name):
+                raise ValueError("no such file")
             file = safe_open(file_name, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file_name}: cannot be read ({error}); remove {path} to resume from before") from None
-        for name, (start, stop) in json.loads(file.metadata()["slices"]).items():
-            pieces.setdefault(name, []).append((file, start, stop))
-    with torch.no_grad():
-        for tensor, views in optimizer.parts:
-            read_part(tensor, views, pieces.get(tensor.name, []), path)
-    optimizer.steps = facts["step"]
+            for name, (start, stop) in json.loads(file.metadata()["slices"]).items():
+                pieces.setdefault(name, []).append((start, stop, file_name, file))
+        with torch.no_grad():
+            for tensor, views in optimizer.parts:
+                done = tensor.part.start
+                for start, stop, file_name, file in sorted(pieces.get(tensor.name, []), key=lambda piece: piece[:2]):
+                    done = read_piece(tensor, views, file, start, stop, done)
+                if done < tensor.part.start + tensor.part.length:
+                    file_name = path
+                    raise ValueError(f"holds no whole {tensor.name}")
+    except Exception as error:
+        if isinstance(error, UserError) and not str(error).startswith(file_name):
+            raise
+        reason = str(error).removeprefix(f"{file_name}: ")[:160]
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"{file_name}: cannot be read ({kind}{reason}); remove {path} to resume from before") from None
+    optimizer.steps = step
     optimizer.write_weights()
-    return facts["step"]
+    return step
 
 
-def read_part(tensor: Held, views: dict[str, torch.Tensor], pieces: list, path: str) -> None:
-    """Copy what this rank needs of a tensor out of the pieces that other ranks wrote, cut along the same dimension."""
-    part, missing = tensor.part, tensor.part.length
-    for file, start, stop in pieces:
-        low, high = max(start, part.start), min(stop, part.stop)
-        if low < high:
-            index = (slice(None),) * part.dim + (slice(low - start, high - start),)
-            for kind in STATE:
-                source = file.get_slice(f"{tensor.name}/{kind}")[index]
-                views[kind].narrow(part.dim, low - part.start, high - low).copy_(source)
-            missing -= high - low
-    if missing:
-        raise UserError(f"{path}: holds no whole {tensor.name}; remove the folder to resume from before")
+def read_piece(tensor: Held, views: dict[str, torch.Tensor], file: safe_open, start: int, stop: int, done: int) -> int:
+    """Copy what this rank needs out of a piece [start, stop) of a tensor, cut along the same dimension by other ranks.
+
+    The part is filled up to `done` so far, in rows of the whole tensor; returns how far it is then.
+    """
+    part = tensor.part
+    low, high = max(start, part.start), min(stop, part.start + part.length)
+    if low >= high:
+        return done
+    if low > done:
+        raise ValueError(f"{tensor.name} lacks {done} to {low}")
+    index = (slice(None),) * part.dim + (slice(low - start, high - start),)
+    for kind in STATE:
+        source = file.get_slice(f"{tensor.name}/{kind}")[index]
+        target = views[kind].narrow(part.dim, low - part.start, high - low)
+        if source.shape != target.shape or source.dtype != target.dtype or not source.isfinite().all():
+            raise ValueError(f"{tensor.name}/{kind} is not {list(target.shape)} finite float32 numbers")
+        target.copy_(source)
+    return max(done, high)
