@@ -221,7 +221,7 @@ WEIGHTS = r"(model|adapter_model)(-\d+-of-\d+)?\.safetensors"
 
 
 @contextmanager
-def finishing(out: str, finished: list, rank: int) -> Iterator[str]:
+def finishing(out: str, finished: dict, rank: int) -> Iterator[str]:
     """Yields a folder for what a run leaves in `out` at its end, which takes its place there when all of it is whole.
 
     All ranks come here. What an earlier end of the run left is replaced; a folder with files that this program does not

@@ -6,6 +6,7 @@ one rank prints one line with its cause and ends the job; no rank waits for ever
 
 import argparse
 import fcntl
+import glob
 import math
 import os
 import resource
@@ -315,10 +316,16 @@ def claimed(args: argparse.Namespace, rank: int) -> Iterator[bool]:
             return False
         if not args.resume:
             raise UserError(f"{out}: holds a run already; --resume goes on with it, or choose another --out")
-        model = os.path.join(out, "model")
-        if os.path.exists(model) and not record.get("finished"):
+        model, ended = os.path.join(out, "model"), record.get("finished")
+        if os.path.exists(model) and not ended:
             raise UserError(f"{model}: was not written by the run in {out}, which is not finished; move it away")
-        return os.path.exists(model) and record["finished"] in (True, [args.max_steps, args.epochs])
+        # With other options, or when its last states were removed, a run goes on; without any state it cannot.
+        states = glob.glob(os.path.join(glob.escape(out), "checkpoints", "step-*[0-9]"))
+        same = ended is True
+        if isinstance(ended, dict):
+            same = ended == what_decides(args) | {"step": ended.get("step")}
+            same = same and any(os.path.basename(state) == f"step-{ended['step']}" for state in states)
+        return os.path.exists(model) and (same or not states)
 
     with ExitStack() as stack:
         try:
@@ -344,8 +351,14 @@ def lock_file(file: IO) -> bool:
     return os.path.exists(file.name) and os.path.samestat(os.stat(file.name), os.fstat(file.fileno()))
 
 
-def write_record(out: str, finished: list | None = None) -> None:
-    """`finished`: the --max-steps and --epochs of a run whose model is about to be put into its place."""
+def what_decides(args: argparse.Namespace) -> dict:
+    """The options that decide with what a run ends."""
+    names = "max_steps epochs seed shuffle global_batch_size optimizer freeze lora_rank lora_alpha export".split()
+    return {"data": os.path.realpath(args.data)} | {name: getattr(args, name) for name in names}
+
+
+def write_record(out: str, finished: dict | None = None) -> None:
+    """`finished`: what decided the end of a run whose model is about to be put into its place, and its last step."""
     with writing(out):
         os.makedirs(out, exist_ok=True)
         write_json(os.path.join(out, RECORD), {"program": "train.py", "finished": finished})

@@ -58,6 +58,7 @@ from launch import (
     peak_memory,
     run_program,
     together,
+    what_decides,
 )
 from model import MistralMedium, add_adapters
 from optimizer import FREEZABLE, Optimizer, held_tensors, is_trained, load_state, newest_state, save_state
@@ -179,7 +180,7 @@ class Trainer:
                 self.end_on_signal(step)
         self.agree()  # a signal may have come after the last step
         self.end_on_signal(self.total)
-        with finishing(args.out, [args.max_steps, args.epochs], self.place.rank) as folder:
+        with finishing(args.out, what_decides(args) | {"step": self.total}, self.place.rank) as folder:
             together(lambda: draw_loss(os.path.join(folder, "loss.png"), metrics.lines) if metrics else None)
             if args.lora_rank:
                 export_adapters(os.path.join(folder, "adapters"), self.model, args.lora_rank, args.lora_alpha)
