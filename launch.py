@@ -278,8 +278,7 @@ def read_record(out: str) -> dict | None:
         return None
     elif "metrics.jsonl" in names and "checkpoints" in names:  # older runs have no run.json
         return {"finished": os.path.exists(os.path.join(out, "model", "config.json"))}
-    strange = min(names - {LOCK, "metrics.jsonl"})
-    raise UserError(f"{out}: holds {strange!r}, but no run of train.py; choose a new or an empty folder")
+    raise UserError(f"{out}: holds {min(names - {LOCK})!r}, but no run of train.py; choose a new or an empty folder")
 
 
 @contextmanager

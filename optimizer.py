@@ -355,7 +355,7 @@ def load_state(path: str, optimizer: Optimizer, settings: dict, data: str) -> in
             if name == "data" and facts[name] != value:
                 raise UserError(f"{path}: was made with other data than {data}; resume with the data it began with")
             if facts[name] != value:
-                raise UserError(f"{path}: was made with {name} = {facts[name]!r}, but this run has {value!r}")
+                raise UserError(f"{path}: was made with {name} = {str(facts[name])[:80]}, but this run has {value}")
         step, ranks = facts["step"], facts["ranks"]
         if type(step) is not int or type(ranks) is not int or step != step_of(os.path.basename(path)):
             raise ValueError(f"step {step!r} of {ranks!r} ranks")
