@@ -195,7 +195,7 @@ def merged(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
 def export_adapters(directory: str, model: nn.Module, rank: int, alpha: float) -> None:
     """Write the adapters in the form that the peft library reads: adapter_model.safetensors and its config.
 
-    `directory` must be there. `rank` and `alpha` are the adapters' own; all ranks call this together.
+    `rank` and `alpha` are the adapters' own; all ranks call this together.
     """
     tensors = dict(collect(model, adapters=True)[1])
 
@@ -209,6 +209,7 @@ def export_adapters(directory: str, model: nn.Module, rank: int, alpha: float) -
             "inference_mode": True,
         }
         with writing(directory):
+            os.makedirs(directory, exist_ok=True)
             save_file(renamed, os.path.join(directory, "adapter_model.safetensors"), metadata={"format": "pt"})
             write_json(os.path.join(directory, "adapter_config.json"), config)
 

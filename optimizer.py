@@ -310,6 +310,8 @@ def save_state(directory: str, step: int, optimizer: Optimizer, settings: dict, 
 def remove_state(path: str) -> None:
     """Remove a saved state, or part of one: the files that `save_state` writes, and the folder unless it holds others.
 
+    (While safetensors writes a file, its name is .tmp and six characters.)
+
     It loses its name first, so that whoever is killed here leaves no state that looks whole. What cannot be removed
     stays: that is no reason to stop a run.
     """
@@ -317,7 +319,7 @@ def remove_state(path: str) -> None:
     with suppress(OSError):
         os.rename(path, partial)
         for name in os.listdir(partial):
-            if re.fullmatch(r"rank-\d{5,}\.safetensors|state\.json(\.partial)?", name):
+            if re.fullmatch(r"rank-\d{5,}\.safetensors|\.tmp\w{6}|state\.json(\.partial)?", name):
                 os.remove(os.path.join(partial, name))
         os.rmdir(partial)
 
