@@ -254,6 +254,55 @@ def layers_with_slices(model: nn.Module) -> dict[str, tuple[nn.Module, Slice]]:
     }
 
 
+# ------------------------------------------------------------------------------------------- what a rank holds
+
+FREEZABLE = {  # --freeze NAME -> how its parameters' names begin
+    "vision_tower": ("vision_tower.",),
+    "projector": ("multi_modal_projector.",),
+    "embeddings": ("embed_tokens.",),
+    "language_model": ("embed_tokens.", "layers.", "norm.", "lm_head."),
+}
+
+
+def is_trained(name: str, freeze: Iterable[str]) -> bool:
+    """Whether the tensor `name` (not of an adapter) is trained when the parts `freeze` of the model are frozen."""
+    return not name.startswith(tuple(prefix for part in freeze for prefix in FREEZABLE[part]))
+
+
+@dataclass
+class Held:
+    """A parameter of this rank: its part of a tensor of the whole model."""
+
+    name: str  # canonical, of the whole tensor
+    parameter: nn.Parameter
+    part: Slice
+    sharers: int  # tensor-parallel neighbours that hold the same part and find a share of its gradient each
+    owner: bool  # of all the ranks (of one replica) that hold the same part, one owns it: counts it, and saves it
+
+
+def held_tensors(model: nn.Module) -> list[Held]:
+    """Every parameter of this rank's `model` once, trained or not, in the order of the model.
+
+    Three ways to hold a part, and who owns it:
+
+    - A part of a cut matrix, held by this rank alone: it is the owner.
+    - A whole tensor on every tensor-parallel rank (norms, the patch convolution). All see the same inputs and find the
+      same gradient, so nothing has to be summed, and rank 0 owns it.
+    - A part with `sharers`, of which each finds only a share of the gradient: key/value heads fewer than the ranks, of
+      which neighbours hold the same one; norms under sequence parallelism; the whole factor of an adapter. The first
+      of the sharers owns it.
+
+    The copy of a tensor that another stage has (a tied head) is owned there.
+    """
+    place, held = model.place, []
+    for name, (layer, part) in layers_with_slices(model).items():
+        sharers, whole = getattr(layer, "sharers", 1), part.local_shape == part.shape
+        alike = sharers if sharers > 1 else place.tp_size if whole else 1  # neighbours that hold this same part
+        owner = place.tp_rank % alike == 0 and not hasattr(layer, "copy_of")
+        held.append(Held(name, layer.weight, part, sharers, owner))
+    return held
+
+
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of this rank's parameters, FP8 scales and other buffers, each counted once."""
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))

@@ -11,22 +11,37 @@ import glob
 import json
 import math
 import os
+import re
 import shutil
+import signal
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from torch import nn
 
 import fp8
-from checkpoint import Checkpoint, check_names, fill, hf_name, is_quantized, layers_with_slices, scale_names
-from config import Config, UserError, read_config, write_json
+from checkpoint import (
+    Checkpoint,
+    check_names,
+    fill,
+    held_tensors,
+    hf_name,
+    is_quantized,
+    layers_with_slices,
+    scale_names,
+)
+from config import Config, UserError, parse_line, read_config, read_lines, write_json
 from data import Chats, MicroBatch, decode_images, micro_batches
-from launch import Parser, gather_objects, together
+from launch import Parser, caught, gather_objects, together, writing
 from model import MistralMedium
-from optimizer import held_tensors
+from optimizer import RECORD, STAGED, write_record
 from parallel import Place
 from tokenizer import load_tokenizer
 
@@ -45,8 +60,7 @@ def save(directory: str, config: Config, shapes: dict[str, tuple], weights: Iter
     if os.path.exists(directory) and not (os.path.isdir(directory) and not os.listdir(directory)):
         raise UserError(f"{directory}: already exists; choose a new folder or remove it")
     partial = f"{directory.rstrip('/')}.partial-{os.getpid()}"
-    try:
-        os.makedirs(partial)
+    with writing(directory), new_folder(partial):
         shards, filled = [[]], 0
         for name, shape in shapes.items():
             size = math.prod(shape) * (1 if config.fp8 and is_quantized(name) else 2)
@@ -74,10 +88,25 @@ def save(directory: str, config: Config, shapes: dict[str, tuple], weights: Iter
             if os.path.isfile(path) and not own:
                 shutil.copy(path, partial)
         os.rename(partial, directory)
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(path: str) -> Iterator[None]:
+    """A folder for the block to fill and to rename. Whatever ends the block early, a signal too, removes it again."""
+
+    def remove(number: int, frame) -> None:
+        shutil.rmtree(path, ignore_errors=True)
+        if not callable(before[number]):
+            os._exit(128 + number)
+        signal.signal(number, before[number])
+        signal.raise_signal(number)
+
+    with caught(remove) as before:
+        try:
+            os.makedirs(path)
+            yield
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def stored(config: Config, name: str, weight: torch.Tensor, scale=None, input_scale=None) -> dict[str, torch.Tensor]:
@@ -133,7 +162,6 @@ def export(directory: str, model: nn.Module, precision: str, source: str) -> Non
     shapes, stream = collect(model, adapters=False)
 
     def write() -> None:
-        shutil.rmtree(directory, ignore_errors=True)
         try:
             save(directory, export_config(model.config, precision == "fp8"), shapes, stream, source)
         finally:
@@ -200,18 +228,133 @@ def export_adapters(directory: str, model: nn.Module, rank: int, alpha: float) -
     tensors = dict(collect(model, adapters=True)[1])
 
     def write() -> None:
-        os.makedirs(directory, exist_ok=True)
         inside = "model.language_model." if model.config.vision is not None else "model."
         renamed = {f"base_model.model.{inside}{name.replace('.adapter.', '.')}": t for name, t in tensors.items()}
         config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none")
         targets = r".*layers\.\d+\.(self_attn|mlp)\.\w+_proj"  # the vision tower's have other names
         config |= dict(target_modules=targets, inference_mode=True)
-        path = os.path.join(directory, "adapter_model.safetensors")
-        save_file(renamed, f"{path}.partial", metadata={"format": "pt"})
-        os.replace(f"{path}.partial", path)
-        write_json(os.path.join(directory, "adapter_config.json"), config)
+        with writing(directory):
+            os.makedirs(directory, exist_ok=True)
+            save_file(renamed, os.path.join(directory, "adapter_model.safetensors"), metadata={"format": "pt"})
+            write_json(os.path.join(directory, "adapter_config.json"), config)
 
     together(write if model.place.rank == 0 else lambda: None)
+
+
+# ------------------------------------------------------------------------------- what a run leaves in its folder
+
+WEIGHTS = r"(model|adapter_model)(-\d+-of-\d+)?\.safetensors"
+
+
+@contextmanager
+def finishing(out: str, finished: dict, rank: int) -> Iterator[str]:
+    """Yields a folder for what a run leaves in `out` at its end, which takes its place there when all of it is whole.
+
+    All ranks come here. What an earlier end of the run left is replaced; a folder with files that this program does not
+    write is kept under another name.
+    """
+    staged = os.path.join(out, STAGED)
+
+    def put() -> None:
+        for name in os.listdir(staged):
+            new, final = os.path.join(staged, name), os.path.join(out, name)
+            if os.path.isdir(final):
+                own = {*os.listdir(new), *(name for name in os.listdir(final) if re.fullmatch(WEIGHTS, name))}
+                strange = set(os.listdir(final)) - own
+                os.rename(final, f"{final}.old" if strange else os.path.join(staged, f"old {name}"))
+        write_record(out, finished)  # whoever is killed before the next line left no model, and --resume writes it anew
+        for name in os.listdir(staged):
+            if not name.startswith("old "):
+                os.rename(os.path.join(staged, name), os.path.join(out, name))
+
+    def guarded(action) -> None:
+        with writing(out, "make room, then --resume"):
+            action()
+
+    with ExitStack() as stack:
+        together(lambda: guarded(lambda: stack.enter_context(new_folder(staged))) if rank == 0 else None)
+        yield staged
+        with caught(lambda number, frame: None):  # the last moment: a signal has nothing left to stop
+            together(lambda: guarded(put) if rank == 0 else None)
+
+
+LINE = "step {step}/{total}  loss {loss:.4f}  gradient norm {grad_norm:.4g}  {tokens_per_s:.0f} tokens/s  {left} left"
+
+WIDTH, HEIGHT, MARGIN = 900, 500, 60  # of loss.png, in pixels
+
+
+class Metrics:
+    """`metrics.jsonl` in the folder `out`, one JSON object per line, and each line for people on stderr."""
+
+    def __init__(self, out: str, after_step: int, total: int):
+        """Keeps what an earlier run wrote, up to `after_step`: the steps after it will be taken again."""
+        self.path, self.total = os.path.join(out, "metrics.jsonl"), total
+        lines = read_lines(self.path) if os.path.exists(self.path) else []
+        if lines and not lines[-1][1].endswith(b"}"):
+            lines.pop()  # cut off when its process was killed
+        self.lines = []
+        for number, text in lines:
+            line = parse_line(text, where := f"{self.path} line {number}")
+            if type(line.get("step")) is not int:
+                raise UserError(f"{where}: has no step; remove this line, or the file, to resume")
+            if line["step"] <= after_step:
+                self.lines.append(line)
+        if not os.path.exists(os.path.join(out, RECORD)):
+            write_record(out)  # the first file of a run: the folder is one from here on
+        with writing(self.path):
+            with open(f"{self.path}.partial", "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in self.lines)
+            os.replace(f"{self.path}.partial", self.path)
+        self.seconds: list[float] = []  # of the steps taken here
+
+    def write(self, line: dict) -> None:
+        self.lines.append(line)
+        with writing(self.path, "make room, then --resume"), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if "val_loss" in line:
+            shown = [f"{name} {value:.4f}" for name, value in line.items() if name != "step"]
+            text = f"step {line['step']}: {', '.join(shown)}"
+        else:
+            self.seconds = [*self.seconds[-19:], line["step_s"]]
+            seconds = sum(self.seconds) / len(self.seconds) * (self.total - line["step"])
+            text = LINE.format(**line, total=self.total, left=timedelta(seconds=round(seconds)))
+        print(text, file=sys.stderr, flush=True)
+
+
+def draw_loss(path: str, lines: list[dict]) -> None:
+    """A picture of the loss (blue) and the validation loss (orange) by step."""
+    colors = {"loss": "#1f77b4", "val_loss": "#ff7f0e"}
+    curves = {name: [(line["step"], line[name]) for line in lines if is_loss(line.get(name))] for name in colors}
+    points = [point for curve in curves.values() for point in curve] or [(1, 0.0)]
+    steps, losses = zip(*points)
+    last, low = max(2, *steps), min(losses)
+    high = max(*losses, low + 1e-3)
+
+    def at(step: float, loss: float) -> tuple[float, float]:
+        x = MARGIN + (step - 1) / (last - 1) * (WIDTH - 2 * MARGIN)
+        return x, HEIGHT - MARGIN - (loss - low) / (high - low) * (HEIGHT - 2 * MARGIN)
+
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    draw = ImageDraw.Draw(image)
+    for i in range(6):
+        step, loss = 1 + round(i * (last - 1) / 5), low + i * (high - low) / 5
+        left, y = at(1, loss)
+        draw.line((left, y, WIDTH - MARGIN, y), fill="#dddddd")
+        draw.text((left - 8, y), f"{loss:.4g}", fill="black", anchor="rm")
+        draw.text((at(step, low)[0], HEIGHT - MARGIN + 8), str(step), fill="black", anchor="mt")
+    draw.text((WIDTH / 2, HEIGHT - 20), "step", fill="black", anchor="mm")
+    for i, (name, color) in enumerate(colors.items()):
+        if xy := [at(*point) for point in curves[name]]:
+            draw.line(xy, fill=color, width=2)
+            for x, y in xy if len(xy) < 40 else ():
+                draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=color)
+            draw.text((WIDTH - MARGIN, 20 + 16 * i), name, fill=color, anchor="rm")
+    with writing(path):
+        image.save(path)
+
+
+def is_loss(value) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30
 
 
 # ----------------------------------------------------------------------------------------------- conversion

@@ -21,11 +21,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from config import TopologyError, UserError
 from parallel import Place
@@ -37,6 +38,8 @@ HUNG = timedelta(minutes=30)  # for one collective, among ranks that are all the
 PATIENT = timedelta(days=30)
 
 STORE: dist.Store | None = None  # see start_world
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; the end of a job; Slurm's warning that it is near
 
 # What every program calls the flags that a TopologyError is about; the layers that raise it know of no flags.
 WHAT_TO_DO = "choose other --tp and --pp; their product, times the data-parallel replicas, is the number of processes"
@@ -203,6 +206,16 @@ def together(action: Callable):
     return result
 
 
+@contextlib.contextmanager
+def writing(path: str, advice: str = "make room, or choose another place") -> Iterator[None]:
+    """What goes wrong in the block, where `path` is written, becomes a UserError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be written ({reason}); {advice}") from None
+
+
 # ------------------------------------------------------------------------------------------------ how it all ends
 
 
@@ -281,6 +294,17 @@ class Watch:
             say(line, self.store)
             time.sleep(1)  # a launcher should see the rank that is the cause end first
             os._exit(status)
+
+
+@contextlib.contextmanager
+def caught(handler: Callable) -> Iterator[dict]:
+    """Inside the block a signal calls `handler(number, frame)`; yields what it would have called before, by number."""
+    before = {number: signal.signal(number, handler) or signal.SIG_DFL for number in SIGNALS}
+    try:
+        yield before
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def left_to_watch(number: int, frame) -> None:

@@ -15,75 +15,32 @@ What tensor and pipeline parallelism add: key/value heads shared by several rank
 embedding of which the last stage has a copy; and a norm over all ranks that counts each parameter once.
 """
 
+import argparse
+import fcntl
+import glob
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from checkpoint import layers_with_slices
+from checkpoint import Held, held_tensors
 from config import UserError, read_json, write_json
-from launch import gather_objects, together
-from parallel import Place, Slice
+from launch import gather_objects, together, writing
+from parallel import Place
 
 BUCKET = 1 << 25  # elements; a larger parameter has a bucket of its own
 
 CPU_CHUNK = 1 << 16  # elements that Adam updates at a time on a CPU, so that they are still in its cache
 
 STATE = ("masters", "exp_avg", "exp_avg_sq")  # FP32 numbers per trained weight that outlive a step
-
-FREEZABLE = {  # --freeze NAME -> how its parameters' names begin
-    "vision_tower": ("vision_tower.",),
-    "projector": ("multi_modal_projector.",),
-    "embeddings": ("embed_tokens.",),
-    "language_model": ("embed_tokens.", "layers.", "norm.", "lm_head."),
-}
-
-
-def is_trained(name: str, freeze: Iterable[str]) -> bool:
-    """Whether the tensor `name` (not of an adapter) is trained when the parts `freeze` of the model are frozen."""
-    return not name.startswith(tuple(prefix for part in freeze for prefix in FREEZABLE[part]))
-
-
-@dataclass
-class Held:
-    """A parameter of this rank: its part of a tensor of the whole model."""
-
-    name: str  # canonical, of the whole tensor
-    parameter: nn.Parameter
-    part: Slice
-    sharers: int  # tensor-parallel neighbours that hold the same part and find a share of its gradient each
-    owner: bool  # of all the ranks (of one replica) that hold the same part, one owns it: counts it, and saves it
-
-
-def held_tensors(model: nn.Module) -> list[Held]:
-    """Every parameter of this rank's `model` once, trained or not, in the order of the model.
-
-    Three ways to hold a part, and who owns it:
-
-    - A part of a cut matrix, held by this rank alone: it is the owner.
-    - A whole tensor on every tensor-parallel rank (norms, the patch convolution). All see the same inputs and find the
-      same gradient, so nothing has to be summed, and rank 0 owns it.
-    - A part with `sharers`, of which each finds only a share of the gradient: key/value heads fewer than the ranks, of
-      which neighbours hold the same one; norms under sequence parallelism; the whole factor of an adapter. The first
-      of the sharers owns it.
-
-    The copy of a tensor that another stage has (a tied head) is owned there.
-    """
-    place, held = model.place, []
-    for name, (layer, part) in layers_with_slices(model).items():
-        sharers, whole = getattr(layer, "sharers", 1), part.local_shape == part.shape
-        alike = sharers if sharers > 1 else place.tp_size if whole else 1  # neighbours that hold this same part
-        owner = place.tp_rank % alike == 0 and not hasattr(layer, "copy_of")
-        held.append(Held(name, layer.weight, part, sharers, owner))
-    return held
 
 
 class Bucket:
@@ -255,10 +212,11 @@ class Optimizer:
 # ------------------------------------------------------------------------------------------------ the run's state
 
 
-def save_state(directory: str, step: int, optimizer: Optimizer, settings: dict) -> None:
+def save_state(directory: str, step: int, optimizer: Optimizer, settings: dict, keep: int) -> None:
     """Write `directory`/step-N with every rank's part of the run's state; all ranks call this together.
 
-    Replicas hold the same state and share the writing. The folder has another name until it is whole and on the disk.
+    Replicas hold the same state and share the writing. The folder has another name until it is whole and on the disk;
+    only then are all but the `keep` newest states removed.
     Raises UserError, on all ranks, if any of them cannot write; then nothing new is left behind.
     """
     place, final = optimizer.place, os.path.join(directory, f"step-{step}")
@@ -266,8 +224,8 @@ def save_state(directory: str, step: int, optimizer: Optimizer, settings: dict) 
 
     def make_folder() -> None:
         if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            os.makedirs(partial)
+            remove_state(partial)
+            os.makedirs(partial, exist_ok=True)
 
     def write_part() -> None:
         path = os.path.join(partial, f"rank-{rank:05d}.safetensors")
@@ -285,26 +243,42 @@ def save_state(directory: str, step: int, optimizer: Optimizer, settings: dict) 
         if rank == 0:
             write_json(os.path.join(partial, "state.json"), {"step": step, "ranks": place.world_size, **settings})
             flush_to_disk(partial)
-            shutil.rmtree(final, ignore_errors=True)
             os.rename(partial, final)
             flush_to_disk(directory)
 
     def explained(phase) -> None:
-        try:
+        with writing(final, "states saved before are whole: make room, then --resume"):
             phase()
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(
-                f"{final}: cannot be written ({reason}); earlier checkpoints are whole: make room, then --resume"
-            ) from None
 
     try:
         for phase in (make_folder, write_part, finish):
             together(lambda: explained(phase))
     except UserError:
         if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove_state(partial)
         raise
+    if rank == 0:
+        newest = sorted((found for name in os.listdir(directory) if (found := step_of(name))), reverse=True)[:keep]
+        for name in os.listdir(directory):
+            if step_of(name.removesuffix(".partial")) and step_of(name) not in newest:
+                remove_state(os.path.join(directory, name))
+
+
+def remove_state(path: str) -> None:
+    """Remove a saved state, or part of one: the files that `save_state` writes, and the folder unless it holds others.
+
+    (While safetensors writes a file, its name is .tmp and six characters.)
+
+    It loses its name first, so that whoever is killed here leaves no state that looks whole. What cannot be removed
+    stays: that is no reason to stop a run.
+    """
+    partial = path if path.endswith(".partial") else f"{path}.partial"
+    with suppress(OSError):
+        os.rename(path, partial)
+        for name in os.listdir(partial):
+            if re.fullmatch(r"rank-\d{5,}\.safetensors|\.tmp\w{6}|state\.json(\.partial)?", name):
+                os.remove(os.path.join(partial, name))
+        os.rmdir(partial)
 
 
 def flush_to_disk(path: str) -> None:
@@ -314,49 +288,163 @@ def flush_to_disk(path: str) -> None:
     os.close(descriptor)
 
 
+def step_of(name: str) -> int:
+    """12, of the folder's name "step-12"; 0 if it is not the name of a saved state."""
+    match = re.fullmatch(r"step-([1-9]\d{0,11})", name)
+    return int(match[1]) if match else 0
+
+
 def newest_state(directory: str) -> str | None:
     """The folder of the latest step, or None. What was not finished has another name."""
-    names = os.listdir(directory) if os.path.isdir(directory) else []
-    steps = [int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d+)", name))]
-    return os.path.join(directory, f"step-{max(steps)}") if steps else None
+    newest = max(map(step_of, os.listdir(directory)), default=0) if os.path.isdir(directory) else 0
+    return os.path.join(directory, f"step-{newest}") if newest else None
 
 
-def load_state(path: str, optimizer: Optimizer, settings: dict) -> int:
+def load_state(path: str, optimizer: Optimizer, settings: dict, data: str) -> int:
     """Fill the optimizer and the model's weights from a state that any topology wrote; returns its step.
 
-    `settings` are those of this run; the ones that decide what a step computes must be those of the state.
+    `settings` are those of this run; the ones that decide what a step computes must be those of the state. The one
+    named "data" is a digest of the samples in the file `data`. The files may hold anything: whatever that breaks, here
+    or in a library, is a UserError that names the file.
     """
-    facts = read_json(os.path.join(path, "state.json"))
-    for name, value in settings.items():
-        if facts.get(name) != value:
-            raise UserError(f"{path}: was made with {name} = {facts.get(name)!r}, but this run has {value!r}")
-    pieces: dict[str, list] = {}  # name -> (file, start, stop) of every rank that wrote a part of this tensor
-    for rank in range(facts["ranks"]):
-        file_name = os.path.join(path, f"rank-{rank:05d}.safetensors")
-        try:
+    file_name = os.path.join(path, "state.json")
+    try:
+        facts = read_json(file_name)
+        for name, value in settings.items():
+            if name == "data" and facts[name] != value:
+                raise UserError(f"{path}: was made with other data than {data}; resume with the data it began with")
+            if facts[name] != value:
+                raise UserError(f"{path}: was made with {name} = {str(facts[name])[:80]}, but this run has {value}")
+        step, ranks = facts["step"], facts["ranks"]
+        if type(step) is not int or type(ranks) is not int or step != step_of(os.path.basename(path)):
+            raise ValueError(f"step {step!r} of {ranks!r} ranks")
+        pieces: dict[str, list] = {}  # name -> (start, stop, file name, file) of every rank that wrote a part of it
+        for rank in range(ranks):
+            file_name = os.path.join(path, f"rank-{rank:05d}.safetensors")
+            if not os.path.isfile(file_name):
+                raise ValueError("no such file")
             file = safe_open(file_name, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file_name}: cannot be read ({error}); remove {path} to resume from before") from None
-        for name, (start, stop) in json.loads(file.metadata()["slices"]).items():
-            pieces.setdefault(name, []).append((file, start, stop))
-    with torch.no_grad():
-        for tensor, views in optimizer.parts:
-            read_part(tensor, views, pieces.get(tensor.name, []), path)
-    optimizer.steps = facts["step"]
+            for name, (start, stop) in json.loads(file.metadata()["slices"]).items():
+                pieces.setdefault(name, []).append((start, stop, file_name, file))
+        with torch.no_grad():
+            for tensor, views in optimizer.parts:
+                done = tensor.part.start
+                for start, stop, file_name, file in sorted(pieces.get(tensor.name, []), key=lambda piece: piece[:2]):
+                    done = read_piece(tensor, views, file, start, stop, done)
+                if done < tensor.part.start + tensor.part.length:
+                    file_name = path
+                    raise ValueError(f"holds no whole {tensor.name}")
+    except Exception as error:
+        if isinstance(error, UserError) and not str(error).startswith(file_name):
+            raise
+        reason = str(error).removeprefix(f"{file_name}: ")[:160]
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"{file_name}: cannot be read ({kind}{reason}); remove {path} to resume from before") from None
+    optimizer.steps = step
     optimizer.write_weights()
-    return facts["step"]
+    return step
 
 
-def read_part(tensor: Held, views: dict[str, torch.Tensor], pieces: list, path: str) -> None:
-    """Copy what this rank needs of a tensor out of the pieces that other ranks wrote, cut along the same dimension."""
-    part, missing = tensor.part, tensor.part.length
-    for file, start, stop in pieces:
-        low, high = max(start, part.start), min(stop, part.stop)
-        if low < high:
-            index = (slice(None),) * part.dim + (slice(low - start, high - start),)
-            for kind in STATE:
-                source = file.get_slice(f"{tensor.name}/{kind}")[index]
-                views[kind].narrow(part.dim, low - part.start, high - low).copy_(source)
-            missing -= high - low
-    if missing:
-        raise UserError(f"{path}: holds no whole {tensor.name}; remove the folder to resume from before")
+def read_piece(tensor: Held, views: dict[str, torch.Tensor], file: safe_open, start: int, stop: int, done: int) -> int:
+    """Copy what this rank needs out of a piece [start, stop) of a tensor, cut along the same dimension by other ranks.
+
+    The part is filled up to `done` so far, in rows of the whole tensor; returns how far it is then.
+    """
+    part = tensor.part
+    low, high = max(start, part.start), min(stop, part.start + part.length)
+    if low >= high:
+        return done
+    if low > done:
+        raise ValueError(f"{tensor.name} lacks {done} to {low}")
+    index = (slice(None),) * part.dim + (slice(low - start, high - start),)
+    for kind in STATE:
+        source = file.get_slice(f"{tensor.name}/{kind}")[index]
+        target = views[kind].narrow(part.dim, low - part.start, high - low)
+        if source.shape != target.shape or source.dtype != target.dtype or not source.isfinite().all():
+            raise ValueError(f"{tensor.name}/{kind} is not {list(target.shape)} finite float32 numbers")
+        target.copy_(source)
+    return max(done, high)
+
+
+# --------------------------------------------------------------------------------------- the folder of a run
+
+RECORD, STAGED = "run.json", ".partial"  # says whose folder this is; what is not finished yet
+
+
+def read_record(out: str) -> dict | None:
+    """What `run.json` says of the run in the folder `out`, or None if that is empty. UserError if it holds no run."""
+    names = set(os.listdir(out)) if os.path.isdir(out) else set()
+    if RECORD in names:
+        record = read_json(os.path.join(out, RECORD))
+        if isinstance(record, dict) and record.get("program") == "train.py":
+            return record
+    elif not names:
+        return None
+    elif "metrics.jsonl" in names and "checkpoints" in names:  # older runs have no run.json
+        return {"finished": os.path.exists(os.path.join(out, "model", "config.json"))}
+    raise UserError(f"{out}: holds {min(names)!r}, but no run of train.py; choose a new or an empty folder")
+
+
+@contextmanager
+def claimed(args: argparse.Namespace, decides: dict, rank: int) -> Iterator[bool]:
+    """Take the folder `args.out` for this run alone while the block lasts, or raise UserError; all ranks come here.
+
+    Only rank 0 looks, and locks the folder; if the process is killed, the kernel releases it. `decides`: the options
+    that decide with what the run ends. Yields whether it is finished already; then nothing was touched.
+    """
+    out, finished, is_new = args.out, False, not os.path.exists(args.out)
+
+    def claim() -> None:
+        nonlocal finished
+        for flag in ("ckpt", "init", "tokenizer", "data", "val"):
+            path, real = getattr(args, flag), os.path.realpath(out)
+            if path and os.path.commonpath([os.path.realpath(path), real]) == real:
+                raise UserError(f"--{flag} {path} lies inside --out {out}; choose another --out")
+        with writing(out):
+            finished = may_go_on()
+            if finished:
+                return
+            os.makedirs(out, exist_ok=True)
+            folder = os.open(out, os.O_RDONLY)
+            stack.callback(os.close, folder)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{out}: another run is writing there; choose another, or wait for its end") from None
+            except OSError:
+                pass  # a file system without locks
+            finished = may_go_on()  # that run may have ended just now
+            shutil.rmtree(os.path.join(out, STAGED), ignore_errors=True)
+
+    def may_go_on() -> bool:
+        record = read_record(out)
+        if record is None:
+            return False
+        if not args.resume:
+            raise UserError(f"{out}: holds a run already; --resume goes on with it, or choose another --out")
+        model, ended = os.path.join(out, "model"), record.get("finished")
+        if os.path.exists(model) and not ended:
+            raise UserError(f"{model}: was not written by the run in {out}, which is not finished; move it away")
+        # With other options, or when its last states were removed, a run goes on; without any state it cannot.
+        states = glob.glob(os.path.join(glob.escape(out), "checkpoints", "step-*[0-9]"))
+        same = ended is True
+        if isinstance(ended, dict):
+            same = ended == decides | {"step": ended.get("step")}
+            same = same and any(os.path.basename(state) == f"step-{ended['step']}" for state in states)
+        return os.path.exists(model) and (same or not states)
+
+    with ExitStack() as stack:
+        try:
+            together(claim if rank == 0 else lambda: None)
+            yield gather_objects(finished)[0]
+        finally:
+            if rank == 0 and is_new:
+                with suppress(OSError):
+                    os.rmdir(out)  # if nothing was written
+
+
+def write_record(out: str, finished: dict | None = None) -> None:
+    """`finished`: what decided the end of a run whose model is about to be put into its place, and its last step."""
+    with writing(out):
+        os.makedirs(out, exist_ok=True)
+        write_json(os.path.join(out, RECORD), {"program": "train.py", "finished": finished})

@@ -34,12 +34,13 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
+from checkpoint import FREEZABLE, Held, held_tensors, is_trained
 from config import Config, TopologyError, UserError, read_config
 from engine import CHUNK, LOGIT_ROWS
 from fp8 import BLOCK
 from launch import SIZE, Parser, gather_objects, number, together
 from model import MASK_ELEMENTS, MistralMedium, add_adapters
-from optimizer import BUCKET, FREEZABLE, Held, held_tensors, is_trained
+from optimizer import BUCKET
 from parallel import Place
 from vision import PATCHES_AT_ONCE
 

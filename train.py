@@ -13,44 +13,61 @@ The loss of a step is the mean over all N target tokens of its *global* batch. S
 own targets, of which another may have ten times as many: it contributes (the sum of its token losses) / N. These add up
 to the mean however the batch was split, and so do their gradients. Every rank knows all samples, hence N in advance.
 
---out gets `metrics.jsonl`, a line per step and per validation; `checkpoints/step-N/`, from which a run goes on, on any
-topology; at the end `loss.png` and `model/` in the HF layout. With --lora-rank the model stays frozen (in FP8, if it
-is stored so) and only adapters are trained: `adapters/` has them alone, `model/` has them merged.
+--out gets `metrics.jsonl`, a line per step and per validation; `checkpoints/step-N/`, from which --resume goes on, on
+any topology: saved every ten minutes, at the end, and when a signal stops the run; at the end `loss.png` and `model/`
+in the HF layout. With --lora-rank the model stays frozen (in FP8, if it is stored so) and only adapters are trained:
+`adapters/` has them alone, `model/` has them merged.
 
 Optimizer, learning rate, batch size and length default to those of the published fine-tune on MedPix-VQA. That job also
 freezes tower, projector and embedding, recomputes activations, and stops after 100 steps: `examples/medpix.sbatch`.
 """
 
 import argparse
-import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
+
+if __name__ == "__main__":  # a signal ends the program at once, while torch is imported and while the model loads
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
 
-from checkpoint import Checkpoint, fill, initialize, initialize_adapters
-from config import UserError, parse_line, read_config, read_lines
+from checkpoint import FREEZABLE, Checkpoint, fill, held_tensors, initialize, initialize_adapters, is_trained
+from config import UserError, read_config
 from data import IGNORE, Chats, MicroBatch, Order, Sample, decode_images, micro_batches
 from engine import Engine, Request
-from export import export, export_adapters
-from launch import COUNT, SIZE, Parser, Progress, find_place, gather_objects, number, peak_memory, run_program, together
+from export import Metrics, draw_loss, export, export_adapters, finishing
+from launch import (
+    COUNT,
+    SIZE,
+    Parser,
+    Progress,
+    caught,
+    find_place,
+    gather_objects,
+    number,
+    peak_memory,
+    run_program,
+    together,
+)
 from model import MistralMedium, add_adapters
-from optimizer import FREEZABLE, Optimizer, held_tensors, is_trained, load_state, newest_state, save_state
+from optimizer import Optimizer, claimed, load_state, newest_state, save_state
 from parallel import Place
 from pipeline import Pipeline
 from plan import check_memory
 from tokenizer import load_tokenizer
 
 Split = tuple[list[MicroBatch], list[MicroBatch], Callable[[], None]]  # see Trainer.split
+
+SAVE_SECONDS = 600  # without --save-every, the run's state is saved as often as this, and at the end
 
 VALIDATE_AT_ONCE = 8  # micro-batches per replica whose images are in memory together
 
@@ -109,6 +126,8 @@ class Trainer:
         trained = bool(self.optimizer.buckets)
         self.pipeline = Pipeline(place, self.forward, self.config.hidden_size, self.model.dtype, trained)
         self.thread = ThreadPoolExecutor(max_workers=1)  # decodes images while the model computes
+        self.signal = 0  # the signal that this rank got
+        self.due, self.stop, self.saved = False, 0, time.monotonic()  # what all ranks agreed on; see Trainer.agree
         self.target_tokens = 0  # N, of the batch that is going through the pipeline
         self.losses: list[tuple[MicroBatch, torch.Tensor]] = []  # last stage: its micro-batches, sums (B,) per sample
         same = ("seed", "shuffle", "global_batch_size", "optimizer")
@@ -142,42 +161,67 @@ class Trainer:
         return model
 
     def run(self) -> None:
-        args = self.args
-        first = self.first_step()
+        args, first = self.args, self.first_step()
         metrics = together(lambda: Metrics(args.out, first - 1, self.total) if self.place.rank == 0 else None)
 
         def record(line: dict) -> None:
-            if metrics:
-                metrics.write(line)
+            together(lambda: metrics.write(line) if metrics else None)
 
-        upcoming = self.upcoming(first) if first <= self.total else None
-        for step in range(first, self.total + 1):
-            current, upcoming = upcoming, self.upcoming(step + 1) if step < self.total else None
-            record(self.step(step, current))
-            last = step == self.total
-            if self.val and (last or (args.val_every and step % args.val_every == 0)):
-                record(self.validate(step))
-            if args.save_every and (last or step % args.save_every == 0):
-                save_state(self.states, step, self.optimizer, self.settings)
-        if metrics:
-            draw_loss(os.path.join(args.out, "loss.png"), metrics.lines)
-        if args.lora_rank:
-            export_adapters(os.path.join(args.out, "adapters"), self.model, args.lora_rank, args.lora_alpha)
-        export(os.path.join(args.out, "model"), self.model, args.export, args.ckpt or args.tokenizer)
+        with caught(self.note):
+            upcoming = self.upcoming(first) if first <= self.total else None
+            for step in range(first, self.total + 1):
+                current, upcoming = upcoming, self.upcoming(step + 1) if step < self.total else None
+                record(self.step(step, current))
+                last = step == self.total
+                if self.val and (last or (args.val_every and step % args.val_every == 0)):
+                    record(self.validate(step))
+                due = step % args.save_every == 0 if args.save_every else self.due
+                if last or due or self.stop:
+                    save_state(self.states, step, self.optimizer, self.settings, args.keep)
+                    self.saved = time.monotonic()
+                self.end_on_signal(step)
+        self.agree()  # a signal may have come after the last step
+        self.end_on_signal(self.total)
+        with finishing(args.out, what_decides(args) | {"step": self.total}, self.place.rank) as folder:
+            together(lambda: draw_loss(os.path.join(folder, "loss.png"), metrics.lines) if metrics else None)
+            if args.lora_rank:
+                export_adapters(os.path.join(folder, "adapters"), self.model, args.lora_rank, args.lora_alpha)
+            export(os.path.join(folder, "model"), self.model, args.export, args.ckpt or args.tokenizer)
         self.say(f"done: {os.path.join(args.out, 'model')}")
+
+    def note(self, number: int, frame) -> None:
+        """Called on a signal: the step goes on. A second Ctrl-C ends the program at once."""
+        self.signal = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+
+    def agree(self) -> int:
+        """Find out, on all ranks alike, whether saving is `due` and which signal says `stop`; returns bytes of memory.
+
+        Signals reach the ranks at different moments, and clocks differ: each rank acts on what all of them know.
+        """
+        due = self.place.rank == 0 and time.monotonic() - self.saved > SAVE_SECONDS
+        memory, due, stop = over_ranks([peak_memory(self.place), due, self.signal], dist.ReduceOp.MAX)
+        self.due, self.stop = bool(due), int(stop)
+        return int(memory)
+
+    def end_on_signal(self, step: int) -> None:
+        if self.stop:
+            name = signal.Signals(self.stop).name
+            error = UserError(f"{name}: stopped after step {step}, which is saved; the same with --resume goes on")
+            error.status = 128 + self.stop
+            raise error
 
     def first_step(self) -> int:
         """1, or the step after the newest saved state, which is loaded here."""
         args, newest = self.args, newest_state(self.states)
         if not any(gather_objects(self.pipeline.gradient_here)):
             raise UserError("--freeze leaves nothing to train; name less")
-        if newest and not args.resume:
-            raise UserError(f"{args.out}: holds a run already; --resume goes on with it, or choose another --out")
         if args.resume and not newest:
-            self.say(f"{args.out}: holds no whole checkpoint; the run starts from its beginning")
+            self.say(f"{args.out}: holds no saved state; the run starts from its beginning")
         if not newest:
             return 1
-        step = together(lambda: load_state(newest, self.optimizer, self.settings))
+        step = together(lambda: load_state(newest, self.optimizer, self.settings, args.data))
         self.say(f"resumed after step {step} from {newest}")
         return step + 1
 
@@ -213,10 +257,10 @@ class Trainer:
         lr = learning_rate(step, self.total, args.lr, args.min_lr, args.warmup_steps)
         # Clipping as torch.nn.utils.clip_grad_norm_ does it: all gradients shrink by the same factor.
         self.optimizer.step(lr, min(1.0, args.max_grad_norm / (norm + 1e-6)) if args.max_grad_norm else 1.0)
-        (memory,) = over_ranks([peak_memory(self.place)], dist.ReduceOp.MAX)
+        memory = self.agree()
         seconds, tokens = time.perf_counter() - started, sum(batch.length for batch in batches)
         line = dict(step=step, loss=loss, grad_norm=norm, lr=lr, target_tokens=self.target_tokens)
-        return line | dict(tokens_per_s=tokens / seconds, step_s=seconds, peak_memory_bytes=int(memory))
+        return line | dict(tokens_per_s=tokens / seconds, step_s=seconds, peak_memory_bytes=memory)
 
     def forward(self, x: torch.Tensor | None, batch: MicroBatch) -> torch.Tensor:
         """This rank's part of the model, as the pipeline calls it.
@@ -260,7 +304,7 @@ class Trainer:
         shown = ", ".join(map(str, lines[:8])) + (f" and {len(lines) - 8} more" if len(lines) > 8 else "")
         what = f"the loss is {loss}" if bad or not math.isfinite(loss) else f"the gradient norm is {norm}"
         newest = newest_state(self.states)
-        rest = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
+        rest = f"the last saved state is {newest}" if newest else "there is no saved state yet"
         raise Diverged(
             f"step {step}: {what}, from {self.args.data} line {shown}; the step was not taken, {rest}; "
             "look at these samples, or lower --lr"
@@ -275,6 +319,7 @@ class Trainer:
         line = {"step": step, "val_loss": self.totals()[0]}
         if self.args.val_generate:
             line["val_exact"] = self.exact_answers() / len(samples)
+        self.agree()  # that may have taken long
         return line
 
     def windows(self, size: int) -> Iterator[tuple[list[Sample], list[MicroBatch]]]:
@@ -296,76 +341,6 @@ class Trainer:
             answers = engine.generate(requests) if requests else []
             exact += sum(answer.tokens == expected for answer, (_, expected) in zip(answers, splits))
         return int(over_ranks([exact])[0]) // (place.tp_size * place.pp_size)  # all ranks of a replica counted them
-
-
-# ------------------------------------------------------------------------------------------------- what is shown
-
-LINE = "step {step}/{total}  loss {loss:.4f}  gradient norm {grad_norm:.4g}  {tokens_per_s:.0f} tokens/s  {left} left"
-
-WIDTH, HEIGHT, MARGIN = 900, 500, 60  # of loss.png, in pixels
-
-
-class Metrics:
-    """`metrics.jsonl` in the folder `out`, one JSON object per line, and each line for people on stderr."""
-
-    def __init__(self, out: str, after_step: int, total: int):
-        """Keeps what an earlier run wrote, up to `after_step`: the steps after it will be taken again."""
-        self.path, self.total = os.path.join(out, "metrics.jsonl"), total
-        lines = read_lines(self.path) if os.path.exists(self.path) else []
-        if lines and not lines[-1][1].endswith(b"}"):
-            lines.pop()  # cut off when its process was killed
-        lines = [parse_line(line, f"{self.path} line {number}") for number, line in lines]
-        self.lines = [line for line in lines if line["step"] <= after_step]
-        try:
-            os.makedirs(out, exist_ok=True)
-            with open(f"{self.path}.partial", "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in self.lines)
-            os.replace(f"{self.path}.partial", self.path)
-        except OSError as error:
-            raise UserError(f"{out}: cannot be written ({error.strerror})") from None
-
-    def write(self, line: dict) -> None:
-        self.lines.append(line)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        if "val_loss" in line:
-            shown = [f"{name} {value:.4f}" for name, value in line.items() if name != "step"]
-            text = f"step {line['step']}: {', '.join(shown)}"
-        else:
-            steps = [line for line in self.lines if "loss" in line][-20:]
-            seconds = sum(line["step_s"] for line in steps) / len(steps) * (self.total - line["step"])
-            text = LINE.format(**line, total=self.total, left=timedelta(seconds=round(seconds)))
-        print(text, file=sys.stderr, flush=True)
-
-
-def draw_loss(path: str, lines: list[dict]) -> None:
-    """A picture of the loss (blue) and the validation loss (orange) by step."""
-    colors = {"loss": "#1f77b4", "val_loss": "#ff7f0e"}
-    curves = {name: [(line["step"], line[name]) for line in lines if name in line] for name in colors}
-    steps, losses = zip(*(point for curve in curves.values() for point in curve))
-    last, low = max(2, *steps), min(losses)
-    high = max(*losses, low + 1e-3)
-
-    def at(step: float, loss: float) -> tuple[float, float]:
-        x = MARGIN + (step - 1) / (last - 1) * (WIDTH - 2 * MARGIN)
-        return x, HEIGHT - MARGIN - (loss - low) / (high - low) * (HEIGHT - 2 * MARGIN)
-
-    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
-    draw = ImageDraw.Draw(image)
-    for i in range(6):
-        step, loss = 1 + round(i * (last - 1) / 5), low + i * (high - low) / 5
-        left, y = at(1, loss)
-        draw.line((left, y, WIDTH - MARGIN, y), fill="#dddddd")
-        draw.text((left - 8, y), f"{loss:.4g}", fill="black", anchor="rm")
-        draw.text((at(step, low)[0], HEIGHT - MARGIN + 8), str(step), fill="black", anchor="mt")
-    draw.text((WIDTH / 2, HEIGHT - 20), "step", fill="black", anchor="mm")
-    for i, (name, color) in enumerate(colors.items()):
-        if xy := [at(*point) for point in curves[name]]:
-            draw.line(xy, fill=color, width=2)
-            for x, y in xy if len(xy) < 40 else ():
-                draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=color)
-            draw.text((WIDTH - MARGIN, 20 + 16 * i), name, fill=color, anchor="rm")
-    image.save(path)
 
 
 # ----------------------------------------------------------------------------------------------- the command line
@@ -405,8 +380,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     add("--seed", type=number(int, 0, (1 << 31) - 1), default=0, metavar="N", help="of the order, and of --init")
     add("--shuffle", action=argparse.BooleanOptionalAction, default=True)
-    add("--save-every", type=SIZE, metavar="N", help="steps between checkpoints; there is one after the last step too")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --out, if there is one")
+    add("--save-every", type=SIZE, metavar="N", help="save the run's state every N steps; default every ten minutes")
+    add("--keep", type=SIZE, default=2, metavar="N", help="how many saved states are kept, the newest")
+    add("--resume", action="store_true", help="go on from the newest state in --out, if there is one")
     add("--val-every", type=SIZE, metavar="N", help="steps between validations; there is one after the last step too")
     add("--val-generate", action="store_true", help="answer the validation chats too, and count exact answers")
     add("--timeout", type=number(float, 5, 1e9), default=300, metavar="S", help="a rank silent for so long is gone")
@@ -426,11 +402,21 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def what_decides(args: argparse.Namespace) -> dict:
+    """The options that decide with what a run ends."""
+    names = "max_steps epochs seed shuffle global_batch_size optimizer freeze lora_rank lora_alpha export".split()
+    return {"data": os.path.realpath(args.data)} | {name: getattr(args, name) for name in names}
+
+
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     place = find_place(args.tp, args.pp, args.timeout)
     place = replace(place, sequence_parallel=args.sequence_parallel and args.tp > 1)
-    Trainer(args, place).run()
+    with claimed(args, what_decides(args), place.rank) as finished:
+        if not finished:
+            Trainer(args, place).run()
+        elif place.rank == 0:
+            print(f"{args.out}: this run is finished; its model is {os.path.join(args.out, 'model')}", file=sys.stderr)
 
 
 if __name__ == "__main__":

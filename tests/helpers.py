@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from checkpoint import Checkpoint, fill, layers_with_slices
+from checkpoint import Checkpoint, fill, held_tensors, layers_with_slices
 from config import Config, parse_config, read_config
 from model import MistralMedium
-from optimizer import held_tensors
 
 # The rotary settings worth distinguishing. "yarn" is this model's, with Ministral 3's query scaling.
 ROPES = {

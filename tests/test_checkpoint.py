@@ -27,11 +27,10 @@ from processes import run
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from checkpoint import Checkpoint, canonical_name, fill
+from checkpoint import Checkpoint, canonical_name, fill, held_tensors
 from config import UserError, parse_config, read_config
 from export import to_hf
 from model import MistralMedium
-from optimizer import held_tensors
 from parallel import Place, Slice
 
 LAYOUTS = ("text", "new", "old", "native")

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -142,6 +143,22 @@ def test_the_job_script_launches_the_recipe():
     with open(SBATCH, encoding="utf-8") as file:
         directives = dict(line[10:].strip().partition("=")[::2] for line in file if line.startswith("#SBATCH "))
     assert (directives["nodes"], directives["gpus-per-node"], directives["ntasks-per-node"]) == ("8", "8", "1")
+
+
+def test_the_job_script_passes_the_warning_on(tmp_path):
+    """Slurm's signal to the script reaches srun, whose end and status the script then waits for."""
+    (tmp_path / "srun").write_text(
+        "#!/bin/bash\ntrap 'echo saved; sleep 0.5; echo ended; exit 7' USR1\necho started\n"
+        "while :; do sleep 0.1; done\n"
+    )
+    (tmp_path / "srun").chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "41234", "SLURM_JOB_NUM_NODES": "8", "SLURM_SUBMIT_DIR": ROOT, "HEAD_NODE": "gpu01"}
+    slurm |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CKPT": "c", "DATA": "d", "OUT": str(tmp_path / "out")}
+    with subprocess.Popen(["bash", SBATCH], env=slurm, stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout.readline() == "started\n"
+        job.send_signal(signal.SIGUSR1)
+        assert job.stdout.read() == "saved\nended\n"
+    assert job.returncode == 7
 
 
 def test_the_job_script_in_a_container_and_its_mistakes():

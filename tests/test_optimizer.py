@@ -88,7 +88,9 @@ def test_resuming_after_a_kill(text, tmp_path):
     train.main(arguments(*text, tmp_path / "whole", **options))
     assert kill_after(arguments(*text, tmp_path / "cut", save_every=3, **options), (1, 1, 1), 7)
     checkpoints = tmp_path / "cut" / "checkpoints"
-    shutil.copytree(checkpoints / "step-3", checkpoints / "step-999.partial")  # as a kill while saving leaves it
+    shutil.copytree(
+        newest_state(str(checkpoints)), checkpoints / "step-999.partial"
+    )  # as a kill while saving leaves it
     shutil.copytree(tmp_path / "cut", tmp_path / "other")
     train.main(arguments(*text, tmp_path / "cut", resume=True, save_every=1000, **options))
     assert trained(tmp_path / "cut") == trained(tmp_path / "whole")
@@ -144,22 +146,23 @@ def test_resume_is_exact_on_the_same_topology(images, tmp_path):
 
 
 def test_checkpoints_that_do_not_fit(text, tmp_path):
-    options = {"max_steps": 2, "save_every": 1}
-    train.main(arguments(*text, tmp_path, **options))
+    options, out = {"max_steps": 2, "save_every": 1}, tmp_path / "out"
+    train.main(arguments(*text, out, **options))
+    shutil.rmtree(out / "model")  # else the run is finished
     with pytest.raises(UserError, match="holds a run already; --resume goes on"):
-        train.main(arguments(*text, tmp_path, **options))
+        train.main(arguments(*text, out, **options))
     with pytest.raises(UserError, match="seed = 0, but this run has 7"):
-        train.main(arguments(*text, tmp_path, resume=True, seed=7, **options))
+        train.main(arguments(*text, out, resume=True, seed=7, **options))
     other = make_chats(tmp_path / "others", False, seed=1)
-    with pytest.raises(UserError, match="was made with data = "):
-        train.main(arguments(text[0], other, tmp_path, resume=True, **options))
-    file = tmp_path / "checkpoints" / "step-2" / "rank-00000.safetensors"
+    with pytest.raises(UserError, match=rf"step-2: was made with other data than {other}; resume with"):
+        train.main(arguments(text[0], other, out, resume=True, **options))
+    file = out / "checkpoints" / "step-2" / "rank-00000.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"rank-00000.safetensors: cannot be read .* remove .*step-2 to resume from"):
-        train.main(arguments(*text, tmp_path, resume=True, **options))
-    shutil.rmtree(tmp_path / "checkpoints" / "step-2")
-    train.main(arguments(*text, tmp_path, resume=True, **options))
-    assert [step for step, *_ in trained(tmp_path)] == [1, 2]
+        train.main(arguments(*text, out, resume=True, **options))
+    shutil.rmtree(out / "checkpoints" / "step-2")
+    train.main(arguments(*text, out, resume=True, **options))
+    assert [step for step, *_ in trained(out)] == [1, 2]
 
 
 def full_disk() -> None:
@@ -174,7 +177,7 @@ def test_full_disk(topology, text, tmp_path):
     shutil.rmtree(tmp_path / "model")
     errors = train_on_ranks([*argv, "--resume"], topology, status=2, prepare=full_disk)
     (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
-    assert re.search(r"step-2: cannot be written \(.*(too large|os error 27).*\); earlier checkpoints are whole", line)
+    assert re.search(r"step-2: cannot be written \(.*(too large|os error 27).*\); states saved before are whole", line)
     assert "Traceback" not in errors
     assert os.listdir(tmp_path / "checkpoints") == ["step-1"]
     train.main([*argv, "--resume"])

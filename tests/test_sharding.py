@@ -12,12 +12,11 @@ from helpers import Tokens, layout_config, make_eyes, random_tokens, text_fields
 from processes import run_ranks
 from safetensors.torch import save_file
 
-from checkpoint import Checkpoint, fill
+from checkpoint import Checkpoint, fill, held_tensors
 from config import read_config
 from engine import Engine, Request
 from launch import find_place
 from model import MistralMedium
-from optimizer import held_tensors
 from parallel import Place
 
 # ------------------------------------------------------------------------------------------------------ gradients

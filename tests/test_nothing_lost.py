@@ -1,0 +1,426 @@
+"""Nothing is lost: whose folder --out is, runs that signals, a full disk or a damaged state end, and that go on."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from functools import partial
+
+import pytest
+from processes import run_on_ranks, start
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from train_cases import arguments, on, trained, trainer
+
+import export
+import train
+from config import UserError
+from optimizer import claimed, load_state
+
+SHORT = {"max_steps": 3, "global_batch_size": 2}
+
+
+def files(folder) -> dict[str, bytes]:
+    """Everything below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def leftovers(folder) -> list[str]:
+    return [str(path) for path in folder.rglob("*") if "partial" in path.name]
+
+
+def refused(argv: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        train.main(argv)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 500
+
+
+@pytest.fixture(scope="module")
+def ended(text, tmp_path_factory):
+    """The folder of a finished run; tests copy it."""
+    out = tmp_path_factory.mktemp("ended") / "out"
+    train.main(arguments(*text, out, **SHORT))
+    return out
+
+
+@pytest.fixture
+def out(ended, tmp_path):
+    shutil.copytree(ended, tmp_path / "out")
+    return tmp_path / "out"
+
+
+# ------------------------------------------------------------------------------------------------- whose folder
+
+
+@pytest.mark.parametrize(
+    "names", [["notes.txt"], ["model/weights"], ["run.json"], ["metrics.jsonl"], ["checkpoints/step-1/state.json", "a"]]
+)
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_is_no_run_is_refused(names, resume, text, tmp_path):
+    for name in names:
+        path = tmp_path / "out" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    before = files(tmp_path)
+    refused(arguments(*text, tmp_path / "out", resume=resume, **SHORT), "holds '.*', but no run of train.py; choose")
+    assert files(tmp_path) == before
+
+
+def test_a_run_is_refused_without_resume_and_a_finished_one_says_so(out, text, capsys):
+    before = files(out)
+    refused(arguments(*text, out, **SHORT), "holds a run already; --resume goes on")
+    capsys.readouterr()
+    train.main(arguments(*text, out, resume=True, **SHORT))
+    assert capsys.readouterr().err == f"{out}: this run is finished; its model is {out}/model\n"
+    shutil.rmtree(out / "checkpoints")  # they are large, and nobody needs them any more
+    train.main(arguments(*text, out, resume=True, **SHORT))
+    assert files(out) == {name: data for name, data in before.items() if not name.startswith("checkpoints")}
+
+
+@pytest.mark.parametrize("flag", ["ckpt", "data", "val"])
+def test_inputs_inside_out_are_refused(flag, text, tmp_path):
+    """By their real path: through a link, too."""
+    (tmp_path / "out").mkdir()
+    os.symlink(tmp_path / "out", tmp_path / "link")
+    inside = {flag: str(tmp_path / "link" / "model")}
+    argv = arguments(inside.pop("ckpt", text[0]), inside.pop("data", text[1]), tmp_path / "out", **inside, **SHORT)
+    refused(argv, f"--{flag} .*model lies inside --out")
+    assert not os.listdir(tmp_path / "out")
+
+
+def test_a_mistake_leaves_no_folder(text, tmp_path):
+    refused(arguments(*text, tmp_path / "new", max_length=99999), "--max-length goes up to")
+    (tmp_path / "file").write_text("")
+    refused(arguments(*text, tmp_path / "file"), "file: cannot be written")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_one_run_per_folder(text, tmp_path):
+    argv = arguments(*text, tmp_path / "out", **SHORT)
+    args = train.parse_args(argv)
+    with claimed(args, train.what_decides(args), 0):
+        refused(argv, "another run is writing there")
+        assert os.listdir(tmp_path / "out") == []
+    train.main(argv)
+
+
+def test_a_longer_run_replaces_the_model(out, text):
+    """Of which the files that this program did not write stay."""
+    old = files(out / "model")
+    train.main(arguments(*text, out, resume=True, **{**SHORT, "max_steps": 4}))
+    middle = files(out / "model")
+    assert set(middle) == set(old) and middle["model.safetensors"] != old["model.safetensors"]
+    assert not (out / "model.old").exists() and not leftovers(out)
+    (out / "model" / "notes.txt").write_text("mine")
+    train.main(arguments(*text, out, resume=True, **{**SHORT, "max_steps": 5}))
+    assert files(out / "model.old") == middle | {"notes.txt": b"mine"}
+    assert files(out / "model")["model.safetensors"] != middle["model.safetensors"]
+
+
+def test_a_model_that_the_run_did_not_write(out, text):
+    (out / "run.json").write_text('{"program": "train.py", "finished": null}')
+    before = files(out)
+    refused(arguments(*text, out, resume=True, **SHORT), "model: was not written by the run in")
+    assert files(out) == before
+
+
+# ------------------------------------------------------------------------------------- when a run saves, and what
+
+
+@pytest.mark.parametrize(
+    "options, kept", [({}, [4, 5]), ({"keep": 1}, [5]), ({"keep": 9}, [1, 2, 3, 4, 5]), ({"save_every": 2}, [4, 5])]
+)
+def test_saved_by_the_clock(options, kept, text, tmp_path, monkeypatch):
+    """The newest few stay. With --save-every the clock does not count."""
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    train.main(arguments(*text, tmp_path / "out", **{**SHORT, "max_steps": 5, **options}))
+    assert sorted(os.listdir(tmp_path / "out" / "checkpoints")) == [f"step-{step}" for step in kept]
+
+
+def test_removing_old_states_spares_other_files(text, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    train.main(arguments(*text, out, **SHORT))
+    assert os.listdir(out / "checkpoints") == ["step-3"]  # the clock is far from ten minutes
+    (out / "checkpoints" / "step-3" / "notes.txt").write_text("mine")
+    train.main(arguments(*text, out, resume=True, save_every=1, **{**SHORT, "max_steps": 6}))
+    assert sorted(os.listdir(out / "checkpoints")) == ["step-3.partial", "step-5", "step-6"]
+    assert files(out / "checkpoints" / "step-3.partial") == {"notes.txt": b"mine"}
+
+
+# ---------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves(number, text, tmp_path, monkeypatch, ended):
+    step = train.Trainer.step
+
+    def signalled(self, at, upcoming):
+        if at == 2:
+            os.kill(os.getpid(), number)
+        return step(self, at, upcoming)
+
+    before, out = signal.getsignal(number), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "step", signalled)
+        with pytest.raises(UserError, match=f"^{number.name}: stopped after step 2, .* --resume goes on$") as caught:
+            train.main(arguments(*text, out, **SHORT))
+    assert caught.value.status == 128 + number and signal.getsignal(number) == before
+    assert os.listdir(out / "checkpoints") == ["step-2"] and not leftovers(out)
+    train.main(arguments(*text, out, resume=True, **SHORT))
+    assert trained(out) == trained(ended)
+    assert files(out / "model") == files(ended / "model")
+
+
+def signal_later(out: str, number: int) -> None:
+    """Signal this process, if it is rank 1 of several, when the first step is taken."""
+
+    def wait() -> None:
+        while not os.path.exists(f"{out}/metrics.jsonl") or not os.path.getsize(f"{out}/metrics.jsonl"):
+            time.sleep(0.005)
+        os.kill(os.getpid(), number)
+
+    if os.environ.get("RANK") == "1":
+        threading.Thread(target=wait, daemon=True).start()
+
+
+def test_a_signal_to_one_rank_stops_all(text, tmp_path):
+    out = tmp_path / "out"
+    argv = on(arguments(*text, out, max_steps=10000), (1, 2, 1))
+    ranks = run_on_ranks(2, "train.py", *argv, prepare=partial(signal_later, str(out), signal.SIGTERM))
+    assert [rank.status for rank in ranks] == [143, 143]
+    (line,) = [line for rank in ranks for line in rank.errors]
+    step = int(re.match(r"error: SIGTERM: stopped after step (\d+), which is saved", line)[1])
+    assert os.listdir(out / "checkpoints") == [f"step-{step}"]
+    assert trained(out)[-1][0] == step
+
+
+def test_a_signal_while_a_folder_is_written(tmp_path):
+    """It removes the unfinished folder, then does what it would have done."""
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(os.listdir(tmp_path)))
+    try:
+        with export.new_folder(str(tmp_path / "new")):
+            assert os.listdir(tmp_path) == ["new"]
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [[]]
+
+
+# --------------------------------------------------------------------------------------- states that are damaged
+
+
+def damaged(draw: random.Random, folder) -> str:
+    """Damage one file of a saved state; says how."""
+    state, weights = folder / "state.json", folder / "rank-00000.safetensors"
+    strange = [None, True, -1, 0, 10**400, 1e400, float("nan"), "", "1", [], {}, [[1]], {"a": 1}]
+    how = draw.choice(["lost", "garbage", "cut", "key", "value", "nested", "folder", "slices", "tensor", "metadata"])
+    if how in ("lost", "garbage", "cut", "folder"):
+        path = draw.choice([state, weights])
+        data = path.read_bytes()
+        path.unlink()
+        if how == "garbage":
+            path.write_bytes(draw.randbytes(draw.randrange(3000)))
+        elif how == "cut":
+            path.write_bytes(data[: draw.randrange(len(data) - 1)])
+        elif how == "folder":
+            path.mkdir()
+    elif how in ("key", "value"):
+        facts = json.loads(state.read_text())
+        name = draw.choice(list(facts))
+        value = draw.choice(
+            [value for value in strange if value != facts[name] or type(value) is not type(facts[name])]
+        )
+        facts.pop(name) if how == "key" else facts.update({name: value})
+        state.write_text(json.dumps(facts))
+    elif how == "nested":
+        state.write_text("[" * 100_000 + "]" * 100_000)
+    else:
+        tensors = load_file(weights)
+        with safe_open(weights, framework="pt") as file:
+            slices = json.loads(file.metadata()["slices"])
+        name = draw.choice(list(slices))
+        if how == "slices":
+            slices[name] = draw.choice([[0, 1], [1, 10**9], [-5, 0], ["a", "b"], [0], None, [0.0, 5.0], [5, 0]])
+        elif how == "tensor":
+            key = f"{name}/{draw.choice(['masters', 'exp_avg', 'exp_avg_sq'])}"
+            change = draw.choice([None, lambda t: t[:1], lambda t: t.bfloat16(), lambda t: t * float("nan")])
+            tensor = tensors.pop(key)
+            if change:
+                tensors[key] = change(tensor).contiguous()
+        save_file(tensors, weights, metadata=None if how == "metadata" else {"slices": json.dumps(slices)})
+    return how
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_states(seed, ended, text, tmp_path):
+    """One line that names the file and what to do, whatever is wrong with it."""
+    job, draw, seen = trainer(text, tmp_path / "out", **SHORT), random.Random(seed), set()
+    for i in range(25):
+        folder = tmp_path / str(i) / "step-3"
+        shutil.copytree(ended / "checkpoints" / "step-3", folder)
+        seen.add(how := damaged(draw, folder))
+        with pytest.raises(UserError) as caught:
+            load_state(str(folder), job.optimizer, job.settings, "chats.jsonl")
+            pytest.fail(f"{how} was not noticed")
+        line = str(caught.value)
+        assert line.startswith(str(folder)) and line.isprintable() and len(line) < 500, (how, line)
+        assert f"remove {folder} to resume" in line or "was made with" in line, (how, line)
+        shutil.rmtree(folder)
+    assert len(seen) > 5
+    assert load_state(str(ended / "checkpoints" / "step-3"), job.optimizer, job.settings, "") == 3
+
+
+@pytest.mark.parametrize(
+    "text_, words", [("x\n{}\n", "line 1: not JSON"), ("[]\n{}\n", "line 1: should be"), ("{}\n", "no step")]
+)
+def test_damaged_metrics(text_, words, out, text):  # fmt: skip
+    (out / "metrics.jsonl").write_text(text_)
+    refused(arguments(*text, out, resume=True, **{**SHORT, "max_steps": 4}), rf"metrics.jsonl.*{words}")
+    os.remove(out / "metrics.jsonl")
+    os.mkdir(out / "metrics.jsonl")
+    refused(arguments(*text, out, resume=True, **{**SHORT, "max_steps": 4}), "metrics.jsonl: ")
+
+
+def test_losses_that_cannot_be_drawn(tmp_path):
+    strange = [{"step": 1}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": "a"}, {"step": 4, "val_loss": None}]
+    export.draw_loss(str(tmp_path / "loss.png"), [*strange, {"step": 5, "loss": 10**400}])
+    export.draw_loss(str(tmp_path / "loss.png"), [])
+    with pytest.raises(UserError, match="nowhere/loss.png: cannot be written"):
+        export.draw_loss(str(tmp_path / "nowhere" / "loss.png"), [])
+
+
+# ------------------------------------------------------------------------------------------------------- slow
+
+
+@pytest.mark.slow
+@pytest.mark.time_limit(300)
+def test_two_runs_at_once(text, tmp_path):
+    for i in range(5):
+        argv = arguments(*text, tmp_path / str(i), **SHORT)
+        runs = [start("train.py", *argv) for _ in range(2)]
+        said = [process.communicate(timeout=60)[1] for process in runs]
+        assert sorted(process.returncode for process in runs) == [0, 2], said
+        (line,) = [err for process, err in zip(runs, said) if process.returncode]
+        assert re.fullmatch(r"error: .*(another run is writing|holds a run already).*\n", line)
+        assert len(trained(tmp_path / str(i))) == 3
+
+
+def at_random(draw: random.Random, number: int, program: str, argv: list[str], seconds: float) -> tuple[int, str]:
+    """Signal a program at a random moment of the `seconds` that it takes; (its status, stderr)."""
+    process = start(program, *argv)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(draw.random() * seconds)
+    process.send_signal(number)
+    return process.wait(60), process.communicate()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.time_limit(900)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_twenty_signals_while_training(number, text, tmp_path):
+    draw, options, statuses = random.Random(number), {**SHORT, "max_steps": 30}, []
+    train.main(arguments(*text, tmp_path / "whole", **options))
+    began = time.monotonic()
+    train_alone = start("train.py", *arguments(*text, tmp_path / "timed", **options))
+    assert train_alone.wait(60) == 0
+    seconds = time.monotonic() - began
+    for i in range(20):
+        out = tmp_path / str(i)
+        status, said = at_random(draw, number, "train.py", arguments(*text, out, **options), seconds)
+        statuses.append(status)
+        # Before Python's first line the kernel ends it.
+        assert status in (0, 128 + number, -number), said
+        assert "Traceback" not in said
+        if out.exists():
+            assert number == signal.SIGKILL or not leftovers(out), os.listdir(out)
+            (out / "notes.txt").write_text("mine")
+        if not out.exists() or os.listdir(out) == ["notes.txt"]:
+            shutil.rmtree(out, ignore_errors=True)
+        train.main(arguments(*text, out, resume=True, **options))
+        assert trained(out) == trained(tmp_path / "whole") and not leftovers(out)
+        assert files(out / "model") == files(tmp_path / "whole" / "model")
+    print(statuses)
+
+
+@pytest.mark.slow
+@pytest.mark.time_limit(900)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_twenty_signals_while_converting(number, text, tmp_path):
+    draw, statuses, argv = random.Random(number), [], [text[0], str(tmp_path / "whole")]
+    began = time.monotonic()
+    assert start("fp8.py", *argv).wait(60) == 0
+    seconds = time.monotonic() - began
+    source = files(tmp_path.parent / text[0])
+    for i in range(20):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        status, said = at_random(draw, number, "fp8.py", [text[0], str(folder / "out")], seconds)
+        statuses.append(status)
+        assert status in (0, 128 + number, -number) and "Traceback" not in said, (status, said)
+        assert number == signal.SIGKILL or not leftovers(folder)
+        if not (folder / "out").exists():
+            export.main([text[0], str(folder / "out")])
+        assert files(folder / "out") == files(tmp_path / "whole")
+    assert files(tmp_path.parent / text[0]) == source
+    print(statuses)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts a file system of so many KiB, or resizes it; its folder."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def resize(size: int):
+        mounted = os.path.ismount(disk)
+        how = f"{'remount,' if mounted else ''}size={size}k"
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", how, "tmpfs", disk], capture_output=True).returncode:
+            pytest.skip("mounting is not permitted here")
+        return disk
+
+    yield resize
+    subprocess.run(["umount", disk], capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.time_limit(600)
+@pytest.mark.parametrize("lora", [{}, {"lora_rank": 2}])
+def test_a_full_disk_while_training(lora, text, tmp_path, small_disk):
+    """At each write, from the first file to the model."""
+    options = {**SHORT, "save_every": 1, "keep": 1, **lora}
+    train.main(arguments(*text, tmp_path / "whole", **options))
+    needed = sum(map(len, files(tmp_path / "whole").values())) // 1024
+    reached = set()
+    for size in [4, 8, 12, 16, 24, 32, *range(64, 3 * needed, needed // 8)]:
+        out = small_disk(size) / str(size)
+        try:
+            train.main(arguments(*text, out, **options))
+        except UserError as error:
+            reached.add(
+                re.search(r"([\w.-]+): cannot be written \(.*No space left on device.*make room", str(error))[1]
+            )
+            assert not leftovers(small_disk(size)), size
+        small_disk(64 * 1024)
+        train.main(arguments(*text, out, resume=True, **options))
+        assert trained(out) == trained(tmp_path / "whole")
+        assert files(out / "model") == files(tmp_path / "whole" / "model")
+        shutil.rmtree(out)
+    assert len(reached) > 2, reached
+
+
+@pytest.mark.slow
+@pytest.mark.time_limit(300)
+def test_a_full_disk_while_converting(text, tmp_path, small_disk):
+    export.main([text[0], str(tmp_path / "whole")])
+    needed = sum(map(len, files(tmp_path / "whole").values())) // 1024
+    for size in range(4, needed, max(1, needed // 16)):
+        with pytest.raises(UserError, match="out: cannot be written .*No space left"):
+            export.main([text[0], str(small_disk(size) / "out")])
+        assert not os.listdir(small_disk(size))
