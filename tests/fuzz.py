@@ -10,6 +10,8 @@ at most 500 printable characters in one line that names the file, is a problem; 
 
 import argparse
 import collections
+import contextlib
+import copy
 import json
 import os
 import random
@@ -72,7 +74,8 @@ def tokenize(folder: str) -> None:
     ids = tokenizer.encode("Hello, " + "a" * 50 + "!! 漢字 🙂\n\n  1234 " + " " * 50 + "x")
     tokenizer.decode(ids)
     if tokenizer.version != "v1":
-        chat.encode_chat(tokenizer, [{"role": "user", "content": "hi"}], None, None, None)
+        with contextlib.suppress(UserError):  # a request's errors name the request
+            chat.encode_chat(tokenizer, [{"role": "user", "content": "hi"}], None, None, None)
 
 
 def kind_config(folder: str) -> Kind:
@@ -259,14 +262,14 @@ def change_json(draw: random.Random, value):
     value = json.loads(json.dumps(value))
     for _ in range(draw.choice([1, 1, 1, 2, 3])):
         if not (found := spots(value)) or draw.random() < 0.02:
-            return draw.choice(HOSTILE)
+            return copy.deepcopy(draw.choice(HOSTILE))
         *parents, key = draw.choice(found)
         at = value
         for parent in parents:
             at = at[parent]
         old, kind = at[key], draw.randrange(8)
         if kind < 4:
-            at[key] = draw.choice(HOSTILE)
+            at[key] = copy.deepcopy(draw.choice(HOSTILE))  # which later changes may hit
         elif kind == 4:
             del at[key]
         elif kind == 5 and type(old) in (int, float):
@@ -274,7 +277,9 @@ def change_json(draw: random.Random, value):
         elif kind == 5 and type(old) is str:
             at[key] = draw.choice([old[:-1], old + draw.choice("x \n\0é"), old * 2, old.upper(), [old], old[::-1]])
         elif kind == 5 and type(old) is list:
-            at[key] = draw.choice([old * 2, old[::-1], old[:-1], [*old, draw.choice(HOSTILE)]])
+            at[key] = draw.choice(
+                [copy.deepcopy(old) + old, old[::-1], old[:-1], [*old, copy.deepcopy(draw.choice(HOSTILE))]]
+            )
         elif kind == 6 and isinstance(at, dict):
             at[draw.choice(["", "type", "x" * 50_000, "\n\x1b", key + "s"])] = at.pop(key)
         else:
