@@ -184,10 +184,11 @@ class SentencePiece:
             self._read(path)
 
     def _read(self, path: str) -> None:
-        self._model = model = sentencepiece.SentencePieceProcessor(model_proto=read_file(path, LARGEST_FILE))
-        self.vocab_size = model.vocab_size()
-        if not self.vocab_size:  # an empty file loads as an empty model
+        contents = read_file(path, LARGEST_FILE)
+        if not contents:  # it would load as an empty model
             raise UserError("the file is empty")
+        self._model = model = sentencepiece.SentencePieceProcessor(model_proto=contents)
+        self.vocab_size = model.vocab_size()
         pieces = [model.id_to_piece(id) for id in range(self.vocab_size)]
         self.special = {piece: id for id, piece in enumerate(pieces) if model.is_control(id)}
         self.bos_id, self.eos_id = model.bos_id(), model.eos_id()

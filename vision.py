@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import nn
 
-from config import Config, UserError, VisionConfig, read_file
+from config import Config, UserError, VisionConfig, read_file, reading
 from parallel import (
     MLP,
     ColumnParallelLinear,
@@ -99,24 +99,19 @@ def _opened(url: str, base: str) -> Iterator[Image.Image]:
             raise UserError(f"image {url!r}: nothing is fetched from the network; give a path or a base64 data: URL")
         name = source = os.path.join(base, url)
         read_file(source)  # refuses a pipe or a device, which could block for ever
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+    # A broken file can make Pillow's decoders raise anything.
+    with reading(f"image {name!r}", "image; it may be cut off or damaged"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
             with Image.open(source) as image:
                 if image.format == "EPS":  # Pillow would hand it to Ghostscript, which runs the file as a program
-                    raise UserError(f"image {name!r}: PostScript is not supported; convert it to PNG")
+                    raise UserError("PostScript is not supported; convert it to PNG")
                 yield image
-    except UserError:
-        raise
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        limit = Image.MAX_IMAGE_PIXELS
-        raise UserError(f"image {name!r}: has more than {limit} pixels; scale it down first") from None
-    except UnidentifiedImageError:
-        raise UserError(f"image {name!r}: not an image in a format that Pillow reads") from None
-    except Exception as error:  # a broken file can make Pillow's decoders raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"image {name!r}: cannot be read, it may be cut off or damaged ({reason})") from None
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            raise UserError(f"has more than {Image.MAX_IMAGE_PIXELS} pixels; scale it down first") from None
+        except UnidentifiedImageError:
+            raise UserError("not an image in a format that Pillow reads") from None
 
 
 # ------------------------------------------------------------------------------------------------------ pixels

@@ -241,6 +241,7 @@ def test_sizes_of_bad_images_are_errors_too():
 
 MEASURE = """
 import resource, sys
+sys.path.append("tests")
 import torch
 from config import parse_config
 from helpers import layout_config, text_fields, vision_fields
