@@ -341,24 +341,14 @@ def open_streams() -> None:
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
-def stdout_failure() -> str | None:
-    """Why standard output cannot be written, if that is so."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries once more when it exits
-        return error.strerror
-    return None
-
-
 def explain(error: Exception) -> str | None:
     """What the machine refused, and what to do; None for anything else."""
     reason = " ".join(str(error).split())
     memory = r"can't allocate memory|Cannot allocate memory|bad_alloc|out of memory"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(memory, reason):
-        return f"out of memory ({reason[:200]}); {MORE_MEMORY}"
+        return f"out of memory; {MORE_MEMORY} ({reason[:200]})"
     if isinstance(error, OSError):
-        return f"{error.filename or 'a file'}: {error.strerror or reason}"
+        return f"{error.filename or 'standard output, or a file'}: {error.strerror or reason}"
     return None
 
 
@@ -384,12 +374,12 @@ def run_program(main: Callable[[list[str]], None]) -> None:
         status = stop.code or 0
     except KeyboardInterrupt:  # only where there is no watch
         status = 130
+    except BrokenPipeError:  # the reader of our output went away, and knows
+        status, all_know = 1, False
+        line = "the reader of the output went away" if watch else None
     except Exception as error:
-        all_know, reason, failure = False, " ".join(str(error).split()), stdout_failure()
-        if failure and isinstance(error, OSError):  # a reader that went away knows; with several ranks, only it does
-            status, line = 1, f"standard output: {failure}"
-            line = None if isinstance(error, BrokenPipeError) and not watch else line
-        elif (line := explain(error)) is not None:
+        all_know, reason = False, " ".join(str(error).split())
+        if (line := explain(error)) is not None:
             status = 2
         elif "RANK" not in os.environ:
             raise
@@ -404,9 +394,12 @@ def run_program(main: Callable[[list[str]], None]) -> None:
         watch.leaving.set()
     if line is not None:
         say(line)
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would try it once more when it exits, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if watch is None:
         sys.exit(status)
-    stdout_failure()
     if all_know:
         wait_for_all()  # a rank that exits early breaks its peers' connections
     if status == 0:

@@ -2,15 +2,20 @@
 
 import json
 import os
+import random
 import signal
+import socket
+import sys
 import textwrap
 import time
+from functools import partial
 
 import pytest
 from helpers import EYES, make_eyes, random_state, text_fields, write_checkpoint, write_tekken
-from processes import ROOT, run, run_on_ranks
+from processes import ROOT, run, run_on_ranks, start
 
-from launch import WHAT_TO_DO
+from config import UserError
+from launch import WHAT_TO_DO, start_world
 
 ASK = ("--raw", "--prompt", "the", "--json", "--dtype", "float32", "--temperature", "0")
 
@@ -129,13 +134,24 @@ def test_a_file_that_one_rank_lacks(ckpt, tmp_path):
 # ----------------------------------------------------------------------------------------------------- everything else
 
 FAIL = """
-    import os, signal, sys, time
+    import os, signal, subprocess, sys, time
     import config, engine, generate, launch
-    what, place, bad = sys.argv[1], sys.argv[2], int(os.environ["RANK"]) == 1
+    what, place, bad = sys.argv[1], sys.argv[2], os.environ["RANK"] == os.environ.get("BAD", "1")
 
     def fail():
+        me = os.getpid()
         if what == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(me, signal.SIGKILL)
+        if what == "crash":
+            os.kill(me, signal.SIGSEGV)
+        if what == "end":
+            os._exit(3)
+        if what in ("stop", "nap"):
+            after = f"sleep 15; kill -9 {me}" if what == "stop" else f"sleep 2; kill -CONT {me}"
+            subprocess.Popen(["sh", "-c", after])
+            return os.kill(me, signal.SIGSTOP)
+        if what == "slow":
+            return time.sleep(12)
         if what == "mistake":
             raise config.UserError("only this rank thinks so")
         raise RuntimeError("the oven\\nis hot")
@@ -170,7 +186,7 @@ def test_an_exception_on_one_rank(place, options, ckpt, failing):
     """Under torchrun: the rank that failed says why, the other one says nothing."""
     ended = run(*failing(ckpt, "raise", place, *options), ranks=2, seconds=30 + 20)  # 20 to start up
     assert ended.status == 1 and ended.out == ""
-    assert ended.errors == ["error: rank 1: RuntimeError: the oven is hot (failing.py line 12)"]
+    assert ended.errors == ["error: rank 1: RuntimeError: the oven is hot (failing.py line 24)"]
 
 
 @pytest.mark.slow
@@ -180,25 +196,77 @@ def test_an_exception_without_a_launcher(ckpt, failing):
     ranks = run_on_ranks(4, *failing(ckpt, "raise", "decode", "--tp", "2", "--pp", "2"))
     assert [status for status, _, _ in ranks] == [1] * 4 and time.monotonic() - started < 60
     said = [line for _, _, err in ranks for line in err.splitlines() if line.startswith("error:")]
-    assert said.count("error: rank 1: RuntimeError: the oven is hot (failing.py line 12)") == 1
+    assert said.count("error: rank 1: RuntimeError: the oven is hot (failing.py line 24)") == 1
     assert not any("error:" in err for rank, (_, _, err) in enumerate(ranks) if rank == 0)
     assert not any("Traceback" in err for _, _, err in ranks)
 
 
-def test_a_killed_rank(ckpt, failing):
-    """torchrun says which one, and by which signal; the others do not add that they miss it."""
-    ended = run(*failing(ckpt, "kill", "decode", "--tp", "2", "--pp", "2"), ranks=4, seconds=50)
-    assert ended.status != 0 and ended.out == "" and ended.errors == []
-    assert f"exitcode: {-signal.SIGKILL}) local_rank: 1" in ended.err
+KILLED = "error: rank 1 was killed, or crashed; the kernel's log (dmesg) may say why"
+
+
+@pytest.mark.parametrize("what, says", [("kill", KILLED), ("crash", KILLED), ("end", KILLED)])
+def test_a_killed_rank(what, says, ckpt, failing):
+    """Another rank says which one, before torchrun does; the rest keep quiet, and leave the cause to be the cause."""
+    options = ("--tp", "2", "--pp", "2") if what == "kill" else ("--tp", "2")
+    ended = run(*failing(ckpt, what, "decode", *options), ranks=4 if what == "kill" else 2, seconds=50)
+    assert ended.status != 0 and ended.out == "" and ended.errors == [says]
+    own = [line for line in ended.err.splitlines() if not line.startswith("loading:")]
+    assert own[0] == says
+    if what == "kill":
+        assert f"exitcode: {-signal.SIGKILL}) local_rank: 1" in ended.err
 
 
 @pytest.mark.slow
 def test_a_killed_rank_without_a_launcher(ckpt, failing):
     ranks = run_on_ranks(3, *failing(ckpt, "kill", "prefill", "--pp", "3"))
     assert [status for status, _, _ in ranks] == [1, -signal.SIGKILL, 1]
-    said = [line for _, _, err in ranks for line in err.splitlines() if line.startswith("error:")]
-    assert 1 <= len(said) <= 2 and all("Connection" in line for line in said)
+    assert [line for _, _, err in ranks for line in err.splitlines() if line.startswith("error:")] == [KILLED]
     assert not any("Traceback" in err for _, _, err in ranks)
+
+
+def test_a_stopped_rank(ckpt, failing):
+    """The others do not wait for it; here it is killed after 15 seconds, when they have to be gone."""
+    ranks = run_on_ranks(2, *failing(ckpt, "stop", "decode", "--tp", "2", "--timeout", "5"))
+    assert [status for status, _, _ in ranks] == [1, -signal.SIGKILL]
+    said = [line for _, _, err in ranks for line in err.splitlines() if line.startswith("error:")]
+    assert said == ["error: rank 1 gave no sign of life for 5 s (--timeout); it is stopped or cut off"]
+
+
+@pytest.mark.slow
+def test_rank_0_stopped_without_a_launcher(ckpt, failing):
+    """The store, through which ranks see each other, is in that process."""
+    ranks = run_on_ranks(2, *failing(ckpt, "stop", "decode", "--tp", "2", "--timeout", "5"), prepare=swap_ranks)
+    assert [status for status, _, _ in ranks] == [-signal.SIGKILL, 1]
+    said = [line for _, _, err in ranks for line in err.splitlines() if line.startswith("error:")]
+    assert said == [
+        "error: rank 0, where all ranks meet, gave no sign of life for 5 s (--timeout); it is stopped or cut off"
+    ]
+
+
+def swap_ranks() -> None:
+    os.environ["BAD"] = "0"
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_for_a_while(ckpt, failing):
+    """For less than the timeout: nothing happened. And a rank that is slow is not stopped, however slow."""
+    for what in ("nap", "slow"):
+        ranks = run_on_ranks(2, *failing(ckpt, what, "decode", "--tp", "2", "--timeout", "6"))
+        assert [status for status, _, _ in ranks] == [0, 0] and "error" not in ranks[0].err + ranks[1].err
+
+
+@pytest.mark.slow
+def test_ctrl_c(ckpt, tmp_path):
+    """The terminal sends SIGINT to all processes; torchrun's own report may begin before ours."""
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text(1000 * '{"raw": "the", "max_new_tokens": 50}\n')
+    command = ["generate.py", "--ckpt", ckpt, "--requests", requests, "--batch-size", "1", "--json", "--tp", "2"]
+    process = start(*command, ranks=2, start_new_session=True)
+    assert process.stdout.readline().startswith("{")
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert [line for line in err.splitlines() if line.startswith("error:")] == ["error: stopped by SIGINT"]
+    assert process.returncode == 1 and "KeyboardInterrupt" not in err
 
 
 @pytest.mark.slow
@@ -214,3 +282,137 @@ def test_a_mistake_that_one_rank_alone_finds(ckpt, failing):
 def test_one_process_shows_the_traceback():
     ended = run("-c", "import launch; launch.run_program(lambda argv: 1 // 0)")
     assert ended.status == 1 and "ZeroDivisionError" in ended.err and "Traceback" in ended.err
+
+
+# ------------------------------------------------------------------------------- what the system gives to a program
+
+SHOW = """
+    import sys, launch
+    launch.run_program(lambda argv: [print(f"é {chr(0xd800)} {i}", flush=True) for i in range(20)])
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    def make(program: str) -> str:
+        path = tmp_path / "program.py"
+        path.write_text(f"import sys\nsys.path.append({ROOT!r})\n" + textwrap.dedent(program).lstrip("\n"))
+        return str(path)
+
+    return make
+
+
+def stdout_full() -> None:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+def stdout_unread() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+
+
+def all_closed() -> None:
+    sys.stdin = sys.stdout = None
+    os.close(0)
+    os.close(1)
+
+
+def ascii_only() -> None:
+    sys.stdout.reconfigure(encoding="ascii", errors="strict")
+
+
+@pytest.mark.parametrize(
+    "prepare, status, says",
+    [
+        (stdout_full, 2, "error: standard output, or a file: No space left on device\n"),
+        (stdout_unread, 1, ""),
+        (all_closed, 2, "error: standard output, or a file: Bad file descriptor\n"),
+        (ascii_only, 0, ""),
+    ],
+)
+def test_standard_output(prepare, status, says, script):
+    (ended,) = run_on_ranks(1, script(SHOW), prepare=prepare)
+    assert (ended.status, ended.err) == (status, says)
+    assert ended.out == ("".join(f"é \\ud800 {i}\n" for i in range(20)) if status == 0 else "")
+
+
+@pytest.mark.slow
+def test_a_closed_pipe(ckpt, tmp_path):
+    """A whole program, in a shell; and one under torchrun, where one line says what happened."""
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text(200 * '{"raw": "the", "max_new_tokens": 5}\n')
+    for ranks, says in ((1, []), (2, ["error: rank 0: the reader of the output went away"])):
+        process = start("generate.py", "--ckpt", ckpt, "--requests", requests, "--batch-size", 1, "--json", ranks=ranks)
+        assert process.stdout.readline().startswith("{")
+        process.stdout.close()
+        err = process.stderr.read()
+        assert process.wait(60) == 1
+        assert [line for line in err.splitlines() if line.startswith("error:")] == says
+        assert ranks > 1 or all(line.startswith("load") for line in err.splitlines())
+
+
+@pytest.mark.parametrize("work", ["bytearray(1 << 60)", "torch.empty(1 << 50)", "open('/nowhere/x')"])
+def test_what_the_machine_refuses(work, script):
+    (ended,) = run_on_ranks(1, script(f"import launch, torch\nlaunch.run_program(lambda argv: {work})"))
+    says = "/nowhere/x: No such file" if "open" in work else "out of memory; use more processes"
+    assert ended.status == 2 and ended.err.startswith(f"error: {says}") and ended.err.count("\n") == 1
+
+
+def test_long_and_unprintable_messages(script):
+    program = "import config, launch\ndef main(argv):\n    raise config.UserError('a\\n\\x1b[31m' + 'b' * 9999)\n"
+    (ended,) = run_on_ranks(1, script(program + "launch.run_program(main)"))
+    assert ended.err.count("\n") == 1 and len(ended.err) <= 501 and ended.err.strip("\n").isprintable()
+
+
+def environment(values: dict[str, str]) -> None:
+    os.environ.update(values)
+
+
+GOOD = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+BAD = {
+    "WORLD_SIZE": ("abc", "-1", "0", "", "1e3", "9" * 5000, "2.0", "\u0664x"),
+    "RANK": ("2", "-1", "x", "", "nan"),
+    "LOCAL_RANK": ("2", "-1", "a b", ""),
+    "MASTER_PORT": ("0", "65536", "-5", "http", ""),
+    "MASTER_ADDR": ("", "no such host", "256.256.256.256"),
+}
+
+
+def test_garbage_in_the_environment(script):
+    """One of each variable's bad values, another each time the list grows; all of them where there is time."""
+    path, rng = script("import launch\nlaunch.run_program(lambda argv: None)"), random.Random(7)
+    for name, values in BAD.items():
+        value = rng.choice(values)
+        (ended,) = run_on_ranks(1, path, prepare=partial(environment, {**GOOD, name: value}))
+        assert ended.status == 2 and ended.out == "" and ended.err.count("\n") == 1, value
+        assert ended.err.startswith("error: ") and name in ended.err and len(ended.err) < 500
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in BAD.items() for value in values])
+def test_bad_variables(name, value, monkeypatch):
+    for each, good in GOOD.items():
+        monkeypatch.setenv(each, good)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=name):
+        start_world()
+
+
+def test_a_variable_that_is_missing(monkeypatch):
+    for name in GOOD:
+        for each, good in GOOD.items():
+            monkeypatch.setenv(each, good)
+        monkeypatch.delenv(name)
+        if name not in ("WORLD_SIZE", "LOCAL_RANK"):
+            with pytest.raises(UserError, match=name):
+                start_world()
+
+
+def test_a_port_in_use(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for name, value in {**GOOD, "MASTER_PORT": str(taken.getsockname()[1])}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match="MASTER_PORT .*: in use on this machine; set a free one"):
+            start_world()
