@@ -320,8 +320,8 @@ def translate_params(raw: dict, where: str = "params.json") -> dict:
     max_positions = top.size("max_position_embeddings")
     # The HF layout has one field for both: the context before YaRN, and the period of query scaling.
     original = "original_max_position_embeddings"
-    rope = {"rope_type": "default", "rope_theta": top.positive("rope_theta", float)}
-    rope |= {original: max_positions, "llama_4_scaling_beta": 0.0}
+    plain = {"rope_type": "default", "rope_theta": top.positive("rope_theta", float)}
+    rope = plain | {original: max_positions, "llama_4_scaling_beta": 0.0}
     if yarn := top.section("yarn"):
         rope |= {"rope_type": "yarn", "factor": yarn.positive("factor", float), original: yarn.size(original)}
         rope |= dict(beta_fast=yarn.positive("beta", float), beta_slow=yarn.positive("alpha", float))
@@ -331,10 +331,12 @@ def translate_params(raw: dict, where: str = "params.json") -> dict:
         if yarn:
             scaling.agree(original, rope[original], "that of yarn")
         rope |= {"llama_4_scaling_beta": scaling.get("beta", float), original: scaling.size(original, rope[original])}
+    # transformers' Ministral 3 always scales queries; its Mistral knows no such field.
+    family, rope = ("Ministral3", rope) if yarn or scaling else ("Mistral", plain)
     hf = {name: top.size(native) for name, native in NATIVE_SIZES.items()}
     hf |= dict(rms_norm_eps=top.positive("norm_eps", float), max_position_embeddings=max_positions)
     hf |= dict(tie_word_embeddings=top.get("tied_embeddings", bool, False), rope_parameters=rope)
-    hf |= dict(model_type="ministral3", hidden_act="silu", sliding_window=None, attention_dropout=0.0)
+    hf |= dict(model_type=family.lower(), hidden_act="silu", sliding_window=None, attention_dropout=0.0)
     hf |= dict(initializer_range=0.02, bos_token_id=1, eos_token_id=2, pad_token_id=11)
     if tower := top.section("vision_encoder"):
         tower.values = NATIVE_VISION | tower.values
@@ -354,7 +356,7 @@ def translate_params(raw: dict, where: str = "params.json") -> dict:
             vision_config=vision,
         )
         hf |= dict(vision_feature_layer=-1, multimodal_projector_bias=False, projector_hidden_act="gelu")
-    architecture = "Mistral3ForConditionalGeneration" if tower else "Ministral3ForCausalLM"
+    architecture = "Mistral3ForConditionalGeneration" if tower else f"{family}ForCausalLM"
     hf = dict(architectures=[architecture], dtype="bfloat16") | hf
     if quantization := top.section("quantization"):
         quantization.only(qformat_weight=("fp8_e4m3",), qscheme_act=("TENSOR", "DYNAMIC", None))

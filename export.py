@@ -220,10 +220,11 @@ def merged(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     ).to(dtype)
 
 
-def export_adapters(directory: str, model: nn.Module, rank: int, alpha: float) -> None:
+def export_adapters(directory: str, model: nn.Module, rank: int, alpha: float, base: str) -> None:
     """Write the adapters in the form that the peft library reads: adapter_model.safetensors and its config.
 
-    `rank` and `alpha` are the adapters' own; all ranks call this together.
+    `rank` and `alpha` are the adapters' own, `base` is the checkpoint beside which they were trained; all ranks call
+    this together.
     """
     tensors = dict(collect(model, adapters=True)[1])
 
@@ -232,7 +233,7 @@ def export_adapters(directory: str, model: nn.Module, rank: int, alpha: float) -
         renamed = {f"base_model.model.{inside}{name.replace('.adapter.', '.')}": t for name, t in tensors.items()}
         config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none")
         targets = r".*layers\.\d+\.(self_attn|mlp)\.\w+_proj"  # the vision tower's have other names
-        config |= dict(target_modules=targets, inference_mode=True)
+        config |= dict(target_modules=targets, inference_mode=True, base_model_name_or_path=os.path.abspath(base))
         with writing(directory):
             os.makedirs(directory, exist_ok=True)
             save_file(renamed, os.path.join(directory, "adapter_model.safetensors"), metadata={"format": "pt"})

@@ -185,7 +185,8 @@ class Trainer:
         with finishing(args.out, what_decides(args) | {"step": self.total}, self.place.rank) as folder:
             together(lambda: draw_loss(os.path.join(folder, "loss.png"), metrics.lines) if metrics else None)
             if args.lora_rank:
-                export_adapters(os.path.join(folder, "adapters"), self.model, args.lora_rank, args.lora_alpha)
+                adapters, base = os.path.join(folder, "adapters"), args.ckpt or args.init
+                export_adapters(adapters, self.model, args.lora_rank, args.lora_alpha, base)
             export(os.path.join(folder, "model"), self.model, args.export, args.ckpt or args.tokenizer)
         self.say(f"done: {os.path.join(args.out, 'model')}")
 

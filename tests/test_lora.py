@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -74,6 +75,27 @@ def test_what_is_written(name, cases, tmp_path):
     assert {path.split(".lora_")[0] for path in added} <= modules
     named = {path for path, _ in peer.named_modules() if re.fullmatch(settings["target_modules"], path)}
     assert {f"base_model.model.{path}" for path in named} == {path.split(".lora_")[0] for path in added}
+
+
+@pytest.mark.parametrize("name", ["text", "images"])
+def test_peft_loads_them(name, request, tmp_path):
+    """The modules that were trained and no others, with these values, and without a warning."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    case = request.getfixturevalue(name)
+    train.main(arguments(*case, tmp_path, **{**OPTIONS, "max_steps": 1}))
+    with open(tmp_path / "adapters" / "adapter_config.json") as file:
+        base = json.load(file)["base_model_name_or_path"]
+    assert os.path.samefile(base, case[0])
+    kind = "AutoModelForImageTextToText" if name == "images" else "AutoModelForCausalLM"
+    peer = getattr(transformers, kind).from_pretrained(base, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = peft.PeftModel.from_pretrained(peer, str(tmp_path / "adapters"))
+    added = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
+    theirs = {key.replace(".default", ""): t for key, t in model.named_parameters() if ".lora_" in key}
+    assert set(theirs) == set(added)
+    for key, tensor in added.items():
+        assert torch.equal(theirs[key].to(tensor.dtype), tensor)
 
 
 def test_merging_is_the_sum(cases, tmp_path):
