@@ -98,8 +98,8 @@ class Tekken:
         if (self.version == "v15") != (self.model_settings is not None):
             raise UserError("a model_settings_builder belongs to version v15, and to no other")
         effort = (self.model_settings or {}).get("reasoning_effort")
-        if effort and effort["default"] not in effort["values"]:
-            raise UserError(f"the default reasoning effort must be one of {effort['values']}")
+        if effort and (effort["default"] not in effort["values"] or set(map(type, effort["values"])) != {str}):
+            raise UserError(f"reasoning_effort must list texts, and its default among them: {effort['values']}")
         self._pattern = config["pattern"]
         _word_pattern(self._pattern, LAST_BMP)  # so that a bad pattern is reported now
         self._merge_cached = lru_cache(50_000)(self._merge)

@@ -264,6 +264,10 @@ def changed_tekken(tmp_path, change) -> str:
     return str(path)
 
 
+def settings(values: list) -> dict:
+    return {"reasoning_effort": {"type": "enum", "default": "none", "values": values}}
+
+
 def set_first(**entry):
     return lambda data: data["vocab"][0].update(**entry)
 
@@ -289,6 +293,8 @@ def set_first(**entry):
         lambda data: data.update(special_tokens=[{"rank": 99999, "token_str": "<s>"}]),
         lambda data: data.update(special_tokens=[{"rank": 0, "token_str": "<unk>"}]),  # no <s>
         lambda data: data.update(model_settings_builder={}),
+        lambda data: (data["config"].update(version="v15"), data.update(model_settings_builder=settings(["none", 3]))),
+        lambda data: (data["config"].update(version="v15"), data.update(model_settings_builder=settings(["high"]))),
     ],
 )
 def test_broken_tekken_files(change, tmp_path):
