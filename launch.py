@@ -284,14 +284,16 @@ class Watch:
             silent = [count + 1 if now == then else 0 for count, now, then in zip(silent, beats, before or beats)]
             before = beats
             if max(silent) >= max(2, self.patience - 2):  # 2: a beat, and a look
-                who = ", ".join(str(rank) for rank, count in enumerate(silent) if count == max(silent))
-                stuck = silent[self.rank] == max(silent)  # not even this rank's own beats arrive
-                who = "rank 0, where all ranks meet," if stuck else f"rank {who}"
-                self.end(f"{who} gave no sign of life for {self.patience:g} s (--timeout); it is stopped or cut off")
+                gone = [rank for rank, count in enumerate(silent) if count > max(silent) / 2]
+                stuck = self.rank in gone  # not even this rank's own beats arrive
+                who = "rank 0, where all ranks meet," if stuck else f"rank {', '.join(map(str, gone))}"
+                line = f"{who} gave no sign of life for {self.patience:g} s (--timeout); it is stopped or cut off"
+                self.end(line, ask=not stuck)
 
-    def end(self, line: str, status: int = 1) -> None:
+    def end(self, line: str, status: int = 1, ask: bool = True) -> None:
         if not self.leaving.is_set():
-            say(line, self.store)
+            if not ask or count("spoken", 1, self.store) <= 1:
+                say(line)
             time.sleep(1)  # a launcher should see the rank that is the cause end first
             os._exit(status)
 
@@ -311,13 +313,11 @@ def left_to_watch(number: int, frame) -> None:
     """The handler of a signal that `Watch` reads from a pipe: Python would run it only when the main thread is free."""
 
 
-def say(line: str, store: dist.Store | None = None) -> None:
-    """Print an error in one line of printable characters, unless another rank did: many may come here with one."""
-    if count("spoken", 1, store) <= 1:
-        line = "".join(c if c.isprintable() else " " for c in f"error: {line}")
-        line = line if len(line) <= 500 else f"{line[:300]} … {line[-190:]}"
-        with contextlib.suppress(OSError):
-            print(line, file=sys.stderr, flush=True)
+def say(line: str) -> None:
+    """Print an error in one line of printable characters."""
+    line = "".join(c if c.isprintable() else " " for c in f"error: {line}")
+    with contextlib.suppress(OSError):
+        print(line if len(line) <= 500 else f"{line[:300]} … {line[-190:]}", file=sys.stderr, flush=True)
 
 
 def count(name: str, more: int, store: dist.Store | None = None) -> int:
@@ -392,7 +392,7 @@ def run_program(main: Callable[[list[str]], None]) -> None:
         line = f"rank {dist.get_rank()}: {line}" if watch and line else line
     if watch:
         watch.leaving.set()
-    if line is not None:
+    if line is not None and count("spoken", 1) <= 1:  # many ranks may come here with a line
         say(line)
     try:
         sys.stdout.flush()
