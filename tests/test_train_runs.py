@@ -194,7 +194,7 @@ def test_answers_that_become_exact(images, tmp_path):
         ({"lr": "nan"}, "argument --lr"),
         ({"min_lr": 1.0}, "--min-lr must not exceed"),
         ({"max_length": 99999}, "--max-length goes up to 4096"),
-        ({"tp": 3}, "does not divide the 1 processes"),
+        ({"tp": 3}, "does not divide the number of processes, 1"),
     ],
 )
 def test_options(change, message, text, tmp_path):
