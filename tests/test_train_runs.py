@@ -21,7 +21,7 @@ from config import UserError, read_config
 
 
 def poison(byte: str) -> None:
-    """From here on a model that is loaded has an embedding of `byte` that is not a number; no checkpoint may hold it."""
+    """From here on, the embedding of `byte` becomes NaN once a model is loaded (a checkpoint with NaN is refused)."""
     load_weights = checkpoint.fill
 
     def fill(model, *arguments):
