@@ -42,6 +42,8 @@ RESERVE = (
     2_000_000_000  # bytes per GPU: CUDA context, workspaces of libraries, NCCL's buffers, what the allocator wastes
 )
 
+MOST_RANKS = 2048  # a smallest topology is looked for up to here
+
 BF16, FP32 = 2, 4
 
 
@@ -159,9 +161,9 @@ def training_activations(
     return min(place.pp_size - place.pp_rank, micro_batches) * held + moment + messages
 
 
-def step_memory(sizes: list[int]) -> int:
+def step_memory(trained: int, largest: int) -> int:
     """Bytes of an Adam step beyond its state: one FP32 tensor as large as the largest bucket."""
-    return FP32 * max(*sizes, min(BUCKET, sum(sizes))) if sizes else 0
+    return FP32 * max(largest, min(BUCKET, trained))
 
 
 def inference_activations(config: Config, place: Place, context: int, keep_fp8: bool) -> int:
@@ -218,19 +220,19 @@ def count_stage(
     else:
         freeze = list(FREEZABLE) if args.lora_rank else args.freeze
         sizes = [
-            tensor.parameter.numel()
+            (count, tensor.parameter.numel())
             for tensor, count in held
-            for _ in range(count)
             if is_trained(tensor.name, freeze) or (args.lora_rank and ".adapter." in tensor.name)
         ]
-        stage.gradient_bytes, stage.optimizer_bytes = FP32 * sum(sizes), 3 * FP32 * sum(sizes)
+        trained, largest = sum(map(math.prod, sizes)), max((size for _, size in sizes), default=0)
+        stage.gradient_bytes, stage.optimizer_bytes = FP32 * trained, 3 * FP32 * trained
         passes = training_activations(
             *(config, place, args.micro_batch_size, args.max_length, micro_batches(args, place.dp_size)),
             args.activation_checkpointing,
             freeze,
             keep_fp8,
         )
-        activations = max(passes, step_memory(sizes))
+        activations = max(passes, step_memory(trained, largest))
     stage.activation_bytes = activations * dtype.itemsize // BF16
     return stage, held
 
@@ -325,7 +327,7 @@ def smallest_topology(needs: Callable[[Place], Stage], room: float) -> tuple[int
     """(tp, pp) of the fewest ranks that have `room` bytes each; tp within a machine of 8 where there is a choice."""
     whole = needs(Place())
     fewest = math.ceil((whole.weight_bytes + whole.gradient_bytes + whole.optimizer_bytes) / max(1, room))
-    for ranks in range(max(1, fewest), 2 * fewest + 16):
+    for ranks in range(max(1, fewest), min(2 * fewest + 16, MOST_RANKS)):
         for tp in sorted((n for n in range(1, ranks + 1) if ranks % n == 0), key=lambda n: (n > 8, -n)):
             pp = ranks // tp
             # The first stage has the embedding and the tower, the last the head; and with 1F1B the earlier ones hold
