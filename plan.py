@@ -42,7 +42,7 @@ RESERVE = (
     2_000_000_000  # bytes per GPU: CUDA context, workspaces of libraries, NCCL's buffers, what the allocator wastes
 )
 
-MOST_RANKS = 2048  # a smallest topology is looked for up to here
+MOST_RANKS = 1024  # a smallest topology is looked for up to here
 
 BF16, FP32 = 2, 4
 
@@ -327,7 +327,8 @@ def smallest_topology(needs: Callable[[Place], Stage], room: float) -> tuple[int
     """(tp, pp) of the fewest ranks that have `room` bytes each; tp within a machine of 8 where there is a choice."""
     whole = needs(Place())
     fewest = math.ceil((whole.weight_bytes + whole.gradient_bytes + whole.optimizer_bytes) / max(1, room))
-    for ranks in range(max(1, fewest), min(2 * fewest + 16, MOST_RANKS)):
+    step = 8 if fewest > 64 else 1  # whole machines
+    for ranks in range(-(-max(1, fewest) // step) * step, min(2 * fewest + 16, MOST_RANKS), step):
         for tp in sorted((n for n in range(1, ranks + 1) if ranks % n == 0), key=lambda n: (n > 8, -n)):
             pp = ranks // tp
             # The first stage has the embedding and the tower, the last the head; and with 1F1B the earlier ones hold
