@@ -46,6 +46,8 @@ from vision import PATCHES_AT_ONCE
 
 RESERVE = 2_000_000_000  # bytes per GPU: CUDA context, libraries' workspaces, NCCL's buffers, what the allocator wastes
 
+MOST_RANKS = 1024  # a smallest topology is looked for up to here
+
 BF16, FP32 = 2, 4  # bytes per number
 
 
@@ -149,12 +151,13 @@ def plan_rank(
     else:
         freeze = list(FREEZABLE) if args.lora_rank else args.freeze
         trained = [t for t in held if is_trained(t.name, freeze) or (args.lora_rank and ".adapter." in t.name)]
-        sizes = [tensor.parameter.numel() for tensor in trained for _ in range(times(tensor.name))]
+        total = sum(times(tensor.name) * tensor.parameter.numel() for tensor in trained)
         # In FP32 (see optimizer.py): the sum of gradients; the master weight and Adam's two moments.
-        stage.gradient_bytes, stage.optimizer_bytes = FP32 * sum(sizes), 3 * FP32 * sum(sizes)
+        stage.gradient_bytes, stage.optimizer_bytes = FP32 * total, 3 * FP32 * total
         shape = (args.micro_batch_size, args.max_length, count_micro_batches(args, place.dp_size))
         passes = training_activations(config, place, *shape, args.activation_checkpointing, freeze, keep_fp8)
-        activations = max(passes, adam_activations(sizes))
+        largest = max((tensor.parameter.numel() for tensor in trained), default=0)
+        activations = max(passes, adam_activations(total, largest))
     stage.activation_bytes = activations * dtype.itemsize // BF16
     return stage, counts
 
@@ -256,9 +259,10 @@ def training_activations(
     return min(place.pp_size - place.pp_rank, micro_batches) * held + moment + messages
 
 
-def adam_activations(sizes: list[int]) -> int:
-    """Bytes of an Adam step beyond its state: one FP32 tensor as large as the largest bucket of these parameters."""
-    return FP32 * max(*sizes, min(BUCKET, sum(sizes))) if sizes else 0
+def adam_activations(trained: int, largest: int) -> int:
+    """Bytes of an Adam step beyond its state: one FP32 tensor as large as the largest bucket, for so many parameters in
+    all and in the largest tensor."""
+    return FP32 * max(largest, min(BUCKET, trained))
 
 
 def inference_activations(config: Config, place: Place, context: int, keep_fp8: bool) -> int:
@@ -328,7 +332,8 @@ def smallest_topology(needs: Callable[[Place], StagePlan], room: float) -> tuple
     """(tp, pp) of the fewest ranks that have `room` bytes each; tp within a machine of 8 where there is a choice."""
     whole = needs(Place())
     fewest = math.ceil((whole.weight_bytes + whole.gradient_bytes + whole.optimizer_bytes) / max(1, room))
-    for ranks in range(max(1, fewest), 2 * fewest + 16):
+    step = 8 if fewest > 64 else 1  # whole machines
+    for ranks in range(-(-max(1, fewest) // step) * step, min(2 * fewest + 16, MOST_RANKS), step):
         for tp in sorted((n for n in range(1, ranks + 1) if ranks % n == 0), key=lambda n: (n > 8, -n)):
             pp = ranks // tp
             # The first stage has the embedding and the tower, the last the head; and with 1F1B the earlier ones hold

@@ -2,7 +2,10 @@
 
 import json
 import os
+import random
+import re
 import sys
+import time
 import weakref
 
 import pytest
@@ -14,13 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fp8
+import generate
 import launch
 import plan
 import train
 from checkpoint import Checkpoint, fill
-from config import read_config
+from config import UserError, read_config
 from launch import find_place
 from model import MistralMedium
+from parallel import Place
 
 MEDIUM = dict(
     vocab_size=131072, hidden_size=12288, intermediate_size=28672, num_hidden_layers=88, num_attention_heads=96,
@@ -284,3 +289,86 @@ def test_mistakes(options, says, medium, monkeypatch, capsys):
 def test_a_mistake_outside(tmp_path):
     status, out, err = run("parallel.py", "--plan", "--config", tmp_path / "none.json", "--tp", 8)
     assert status == 2 and out == "" and err.count("\n") == 1 and "none.json" in err
+
+
+# ------------------------------------------------------------------------------------- before a model is built
+
+
+def needs(config, tp: int, pp: int, args) -> int:
+    """The most that a rank needs, by the plan; no reserve on a CPU."""
+    options = ["--plan", "--config", "", "--tp", str(tp), "--pp", str(pp)]
+    options += ["--inference", "--max-context", str(plan.CHUNK + args.max_new_tokens), "--weights", "dequantized"]
+    wanted = plan.parse_args(options)
+    return max(stage["peak_bytes"] for stage in plan.make_plan(config, wanted)["stages"]) - plan.RESERVE
+
+
+def test_the_smallest_topology(medium, monkeypatch):
+    """What is named fits by the plan, and nothing smaller does."""
+    config, args, rng = read_config(medium), generate.parse_args(["--prompt", "x"]), random.Random(3)
+    for room in [rng.uniform(30e9, 250e9) for _ in range(4)]:
+        monkeypatch.setattr(plan, "cpu_memory", lambda: room)
+        with pytest.raises(UserError, match="the weights take 255.4 GB, but .* GB are free on the machine") as refused:
+            plan.check_memory(config, Place(), args, keep_fp8=False)
+        tp, pp, ranks = map(int, re.search(r"--tp (\d+) --pp (\d+), (\d+) processes", str(refused.value)).groups())
+        assert tp * pp == ranks and needs(config, tp, pp, args) <= room
+        for smaller in ((tp, pp - 1), (tp // 2, pp), (1, ranks - 1), (2, (ranks - 1) // 2)):
+            assert not all(smaller) or needs(config, *smaller, args) > room
+
+
+def test_memory_that_does_not_do(medium, monkeypatch, capsys):
+    """Between the weights and the estimate there is a caution; above it nothing; and all of it is quick."""
+    config, started = read_config(medium), time.monotonic()
+    args = generate.parse_args(["--prompt", "x"])
+    for keep_fp8, weights, peak in ((True, 133.7e9, 138e9), (False, 255.5e9, 260e9)):
+        for room, says in ((weights, "caution: this may take "), (peak, "")):
+            monkeypatch.setattr(plan, "cpu_memory", lambda: room)
+            plan.check_memory(config, Place(), args, keep_fp8)
+            err = capsys.readouterr().err
+            assert err.startswith(says) and err.count("\n") == bool(says)
+    training = train.parse_args(["--ckpt", "x", "--data", "x", "--out", "x", "--activation-checkpointing"])
+    monkeypatch.setattr(plan, "cpu_memory", lambda: 80e9)
+    with pytest.raises(UserError, match="the smallest split that fits is --tp"):
+        plan.check_memory(config, Place(), training, False)
+    monkeypatch.setattr(plan, "cpu_memory", lambda: 1e6)
+    with pytest.raises(UserError, match="no split makes it fit"):
+        plan.check_memory(config, Place(), args, False)
+    assert time.monotonic() - started < 20
+
+
+def check_on_a_rank(config: str, room: float) -> str:
+    plan.cpu_memory = lambda: room
+    try:
+        plan.check_memory(read_config(config), find_place(2, 1), generate.parse_args(["--prompt", "x"]), False)
+    except UserError as error:
+        return str(error)
+
+
+def test_ranks_share_a_machine(medium):
+    """Two halves of 128 GB do not fit into 200 GB, though each alone would."""
+    said = run_ranks(check_on_a_rank, 2, medium, 200e9)
+    assert said[0] == said[1] and "255.4 GB, but 200.0 GB" in said[0] and "3 processes with 100.0 GB each" in said[0]
+
+
+def test_programs_ask_first(tmp_path, monkeypatch):
+    """A config of a thousand million layers is refused, within seconds, before anything of it is built."""
+    directory = make_eyes(tmp_path, "new", None, {"vocab_size": write_tekken(tmp_path)})
+    with open(os.path.join(directory, "config.json")) as file:
+        config = json.load(file)
+    config["text_config"]["num_hidden_layers"] = 1_000_000_000
+    write_json(os.path.join(directory, "config.json"), config)
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    started = time.monotonic()
+    for program, options in (
+        (generate, ["--prompt", "x"]),
+        (train, ["--data", str(data), "--out", str(tmp_path / "out")]),
+    ):
+        with pytest.raises(UserError, match="the weights take .* GB, but .* are free on the machine"):
+            program.main(["--ckpt", directory, *options])
+    assert time.monotonic() - started < 20
+
+
+def test_the_memory_of_this_machine():
+    with open("/proc/meminfo") as file:
+        total = sum(int(line.split()[1]) for line in file if line.startswith(("MemTotal", "SwapTotal")))
+    assert 1e8 < plan.cpu_memory() <= 1024 * total
