@@ -18,6 +18,13 @@ The second half is for speed only: how a CPU multiplies BF16 (on a GPU it is `F.
 - **Few rows**, decoding: the weight is laid out once the way the kernels read it (`pack`).
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # a signal ends the program at once, unless there is something to remove
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
+
 import torch
 import torch.nn.functional as F
 

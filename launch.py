@@ -122,7 +122,7 @@ def start_world() -> None:
     try:
         socket.getaddrinfo(address or "?", port)
         STORE = next(dist.rendezvous("env://", timeout=JOIN))[0]
-    except (OSError, dist.DistError) as error:
+    except (OSError, ValueError, dist.DistError) as error:
         used = "EADDRINUSE" in str(error)
         what = "in use on this machine; set a free one" if used else f"no way to the other ranks ({error})"
         raise UserError(f"MASTER_ADDR {address!r}, MASTER_PORT {port}: {what}") from None

@@ -247,7 +247,7 @@ def save_state(directory: str, step: int, optimizer: Optimizer, settings: dict, 
             flush_to_disk(directory)
 
     def explained(phase) -> None:
-        with writing(final, "states saved before are whole: make room, then --resume"):
+        with writing(final, "earlier checkpoints are whole: make room, then --resume"):
             phase()
 
     try:

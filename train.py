@@ -305,7 +305,7 @@ class Trainer:
         shown = ", ".join(map(str, lines[:8])) + (f" and {len(lines) - 8} more" if len(lines) > 8 else "")
         what = f"the loss is {loss}" if bad or not math.isfinite(loss) else f"the gradient norm is {norm}"
         newest = newest_state(self.states)
-        rest = f"the last saved state is {newest}" if newest else "there is no saved state yet"
+        rest = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
         raise Diverged(
             f"step {step}: {what}, from {self.args.data} line {shown}; the step was not taken, {rest}; "
             "look at these samples, or lower --lr"

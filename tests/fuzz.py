@@ -42,7 +42,7 @@ import launch  # noqa: E402
 import optimizer  # noqa: E402
 import train  # noqa: E402
 import vision  # noqa: E402
-from checkpoint import Checkpoint, fill  # noqa: E402
+from checkpoint import Checkpoint, fill, initialize  # noqa: E402
 from config import UserError, parse_config, read_config  # noqa: E402
 from model import MistralMedium  # noqa: E402
 from parallel import Place  # noqa: E402
@@ -173,15 +173,16 @@ def kind_images(folder: str) -> Kind:
 
 
 def trained() -> optimizer.Optimizer:
-    model = MistralMedium(parse_config(text_fields(num_hidden_layers=1)), dtype=torch.float32).to_empty(device="cpu")
+    model = MistralMedium(parse_config(text_fields(num_hidden_layers=1)), dtype=torch.float32)
+    initialize(model, 0)
     return optimizer.Optimizer(model, (0.9, 0.99), 1e-8, 0.0, False)
 
 
 def kind_state(folder: str) -> Kind:
     adam, settings = trained(), {"seed": 1, "shuffle": True, "data": "0123", "freeze": [], "lora": [None, 0.0]}
-    optimizer.save_state(folder, 3, adam, settings)
+    optimizer.save_state(folder, 3, adam, settings, keep=2)
     path = f"{folder}/step-3"
-    return Kind(path, sorted(os.listdir(path)), lambda: optimizer.load_state(path, adam, settings))
+    return Kind(path, sorted(os.listdir(path)), lambda: optimizer.load_state(path, adam, settings, "chats.jsonl"))
 
 
 def kind_metrics(folder: str) -> Kind:
@@ -206,6 +207,8 @@ def kind_environment(folder: str) -> Kind:
         json.dump(valid | dict(MASTER_PORT="29500"), file)
 
     def read() -> None:
+        if not os.path.isfile(path):  # the file stands for variables, which cannot be pipes
+            return
         try:
             with open(path) as file:
                 values = {name: str(value) for name, value in json.load(file).items() if name.isidentifier()}
@@ -219,6 +222,7 @@ def kind_environment(folder: str) -> Kind:
             except ValueError:  # a zero byte, or a lone surrogate: no shell can set that either
                 continue
         launch.dist.init_process_group = lambda *arguments, **more: None
+        launch.dist.rendezvous = lambda *arguments, **more: iter([(None, 0, 1)])
         try:
             launch.start_world()
         except UserError as error:

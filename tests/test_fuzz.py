@@ -3,7 +3,7 @@
 import fuzz
 import pytest
 
-KINDS = ("config", "params", "index", "safetensors", "tekken", "sentencepiece", "images")
+KINDS = ("config", "params", "index", "safetensors", "tekken", "sentencepiece", "images", "state", "metrics")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -177,7 +177,7 @@ def test_full_disk(topology, text, tmp_path):
     shutil.rmtree(tmp_path / "model")
     errors = train_on_ranks([*argv, "--resume"], topology, status=2, prepare=full_disk)
     (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
-    assert re.search(r"step-2: cannot be written \(.*(too large|os error 27).*\); states saved before are whole", line)
+    assert re.search(r"step-2: cannot be written \(.*(too large|os error 27).*\); earlier checkpoints are whole", line)
     assert "Traceback" not in errors
     assert os.listdir(tmp_path / "checkpoints") == ["step-1"]
     train.main([*argv, "--resume"])

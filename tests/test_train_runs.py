@@ -3,17 +3,18 @@
 import json
 import os
 import re
-import shutil
+from functools import partial
 
 import pytest
 import torch
 from helpers import load, log_probabilities, write_json, write_tekken
 from processes import run
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from train_cases import TEXT, arguments, metrics, train_on_ranks, trained, trainer
 
+import checkpoint
 import train
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, layers_with_slices
 from config import UserError, read_config
 
 
@@ -36,14 +37,17 @@ def test_metrics_after_a_kill(tmp_path):
 # ------------------------------------------------------------------------------------------------ not a number
 
 
-def poisoned(folder, case, byte: str, value: float) -> str:
-    """A checkpoint whose embedding of one byte is `value`."""
-    shutil.copytree(case[0], folder)
-    file = os.path.join(folder, "model.safetensors")
-    tensors = load_file(file)
-    tensors["model.language_model.embed_tokens.weight"][40 + ord(byte)] = value
-    save_file(tensors, file, metadata={"format": "pt"})
-    return str(folder)
+def poison(byte: str) -> None:
+    """From here on, the embedding of `byte` becomes NaN once a model is loaded (a checkpoint with NaN is refused)."""
+    load_weights = checkpoint.fill
+
+    def fill(model, *arguments):
+        load_weights(model, *arguments)
+        layer, part = layers_with_slices(model).get("embed_tokens.weight", (None, None))
+        if layer and part.start <= 40 + ord(byte) < part.stop:
+            layer.weight.data[40 + ord(byte) - part.start] = float("nan")
+
+    checkpoint.fill = train.fill = fill
 
 
 def chats_with(path, texts: list[str]) -> str:
@@ -55,16 +59,22 @@ def chats_with(path, texts: list[str]) -> str:
 
 
 @pytest.mark.parametrize("topology", [(1, 1, 1), (1, 2, 2)])
-def test_a_loss_that_is_not_a_number(topology, images, tmp_path):
-    ckpt = poisoned(tmp_path / "ckpt", images, "~", float("nan"))
+def test_a_loss_that_is_not_a_number(topology, images, tmp_path, monkeypatch):
+    ckpt = images[0]
     data = chats_with(tmp_path / "chats.jsonl", ["a", "b", "c", "d", "e", "f ~", "g", "h"])
     options = {"global_batch_size": 4, "micro_batch_size": 2, "max_steps": 5, "save_every": 1, "no_shuffle": True}
-    errors = train_on_ranks(arguments(ckpt, data, tmp_path / "out", **options), topology, status=1)
+    options["freeze"] = ["embeddings"]
+    errors = train_on_ranks(
+        arguments(ckpt, data, tmp_path / "out", **options), topology, status=1, prepare=partial(poison, "~")
+    )
     (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
     assert re.search(r"step 2: the loss is nan, from .*chats.jsonl line 6; the step was not taken, .*step-1;", line)
     assert [step for step, *_ in trained(tmp_path / "out")] == [1]
     assert os.listdir(tmp_path / "out" / "checkpoints") == ["step-1"]
     data = chats_with(tmp_path / "chats.jsonl", ["a", "b", "c", "d", "e", "f ~", "g", "h"])
+    for module in (checkpoint, train):
+        monkeypatch.setattr(module, "fill", module.fill)  # so that it is put back
+    poison("~")
     with pytest.raises(train.Diverged, match="step 2"):  # what was saved can be resumed, to the same end
         train.main(arguments(ckpt, data, tmp_path / "out", resume=True, **options))
 
