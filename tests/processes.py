@@ -25,7 +25,6 @@ import torch.distributed as dist
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # tiny models gain nothing from threads
-PRELOAD = ["torch", "torch.distributed", "numpy", "safetensors.torch", "PIL.Image", "pytest", "train", "generate"]
 
 
 class Ended(NamedTuple):
@@ -99,7 +98,7 @@ def run_on_ranks(
 def context():
     """Processes forked from a server that has imported everything already, with the repository on its path."""
     made, before = multiprocessing.get_context("forkserver"), os.environ.get("PYTHONPATH")
-    made.set_forkserver_preload(PRELOAD)
+    made.set_forkserver_preload(["preload"])
     os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])
     forkserver.ensure_running()
     os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
@@ -152,7 +151,10 @@ def start(program: str, *arguments, ranks: int = 1, **popen) -> subprocess.Popen
     if ranks > 1:
         command += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
     command += [program if program.startswith("-") else os.path.join(ROOT, program)]
-    popen = {"env": {**os.environ, **ENVIRONMENT}, "cwd": ROOT, "text": True, **popen}
+    env = {**os.environ, **ENVIRONMENT}
+    if program == "-c":  # a script of the tests' own, which may use their modules
+        env["PYTHONPATH"] = os.path.join(ROOT, "tests")
+    popen = {"env": env, "cwd": ROOT, "text": True, **popen}
     command += [argument if isinstance(argument, bytes) else str(argument) for argument in arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
 

@@ -18,7 +18,7 @@ from helpers import (
     text_fields,
     write_checkpoint,
 )
-from processes import ROOT, run
+from processes import run
 
 from engine import Engine, Request, nucleus
 
@@ -390,8 +390,7 @@ def test_memory_of_a_long_prompt(tmp_path):
     directory = write_checkpoint(tmp_path, fields, random_state(fields))
     beyond = {}
     for length in (16_384, 65_536):
-        env = {**os.environ, "PYTHONPATH": f"{ROOT}/tests"}
-        ended = run("-c", textwrap.dedent(LONG_PROMPT), directory, length, env=env, seconds=180)
+        ended = run("-c", textwrap.dedent(LONG_PROMPT), directory, length, seconds=180)
         assert ended.status == 0, ended.err
         peak, cache = map(int, ended.out.split())
         beyond[length] = peak - cache

@@ -183,7 +183,7 @@ def test_it_never_raises(name, small):
     rng = random.Random(name)
     pieces = ['[{"name": "f", "arguments": {}}]', "[[[", "[" * 2000, "[{" * 2000, '{"a": 1}', "9" * 5000, "[1, 2]"]
     pieces = [tokenizer.encode(piece) for piece in [*pieces, '"\\ud800"', "é", '[{"name": "f", "arguments": 1e999}]']]
-    for _ in range(1000):
+    for _ in range(200):
         ids = []
         for _ in range(rng.randint(0, 12)):
             drawn = [rng.randrange(40)], [rng.randrange(-3, tokenizer.vocab_size + 3)], rng.choice(pieces)

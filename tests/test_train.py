@@ -30,7 +30,7 @@ def assert_parity(ours: list[dict], theirs: list[dict], bound: float = 1e-4) -> 
 def test_stored_losses_of_transformers(name, cases, tmp_path):
     config, options = CASES[name]
     ckpt, data = cases["text" if config is TEXT else "images"]
-    train.main(arguments(ckpt, data, tmp_path, no_shuffle=True, **options))
+    train.main(arguments(ckpt, data, tmp_path, no_shuffle=True, **{"micro_batch_size": 2, **options}))
     assert_parity(metrics(tmp_path), GOLDEN[name])
 
 
