@@ -426,8 +426,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
-    place = find_place(args.tp, args.pp, args.timeout)
-    place = replace(place, sequence_parallel=args.sequence_parallel and args.tp > 1)
+    place = replace(find_place(args.tp, args.pp), sequence_parallel=args.sequence_parallel and args.tp > 1)
     Trainer(args, place).run()
 
 
