@@ -374,8 +374,8 @@ def run_program(main: Callable[[list[str]], None]) -> None:
         elif "RANK" not in os.environ:
             raise
         else:
-            file, number, *_ = traceback.extract_tb(error.__traceback__)[-1]
-            status, line = 1, f"{type(error).__name__}: {reason} ({os.path.basename(file)} line {number})"
+            file, at, *_ = traceback.extract_tb(error.__traceback__)[-1]
+            status, line = 1, f"{type(error).__name__}: {reason} ({os.path.basename(file)} line {at})"
         # A broken connection is not the cause but its echo: another rank failed, and has the better line to print.
         if isinstance(error, dist.DistError) or "gloo" in reason or "NCCL" in reason:
             await_cause()
