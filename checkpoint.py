@@ -13,11 +13,12 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import fp8
@@ -252,6 +253,16 @@ def layers_with_slices(model: nn.Module) -> dict[str, tuple[nn.Module, Slice]]:
         for prefix, layer in model.named_modules()
         for name, part in getattr(layer, "slices", {}).items()
     }
+
+
+@contextmanager
+def writing(path: str, advice: str = "make room, or choose another place") -> Iterator[None]:
+    """What goes wrong in the block, where `path` is written, becomes a UserError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be written ({reason}); {advice}") from None
 
 
 # ------------------------------------------------------------------------------------------- what a rank holds

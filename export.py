@@ -36,10 +36,11 @@ from checkpoint import (
     is_quantized,
     layers_with_slices,
     scale_names,
+    writing,
 )
 from config import Config, UserError, parse_line, read_config, read_lines, write_json
 from data import Chats, MicroBatch, decode_images, micro_batches
-from launch import Parser, caught, gather_objects, together, writing
+from launch import Parser, caught, gather_objects, together
 from model import MistralMedium
 from optimizer import RECORD, STAGED, write_record
 from parallel import Place

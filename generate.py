@@ -327,7 +327,7 @@ class Printer:
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
-    place = find_place(args.tp, args.pp, args.timeout)
+    place = find_place(args.tp, args.pp)
     if place.dp_size > 1:
         sizes = f"--tp {place.tp_size} × --pp {place.pp_size}"
         raise UserError(f"{sizes} should be the number of processes, {place.world_size}; start so many with torchrun")

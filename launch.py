@@ -26,13 +26,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 
 from config import TopologyError, UserError
 from parallel import Place
 
 LOST_SECONDS = 10  # a rank that lost another one waits so long before it says so: the cause should be said first
-JOIN = timedelta(minutes=10)  # in which all processes have to start
 HUNG = timedelta(minutes=30)  # for one collective, among ranks that are all there
 # Ranks rightly wait for a disk, or for a person in the chat. It is `Watch` that ends a wait for one that is gone.
 PATIENT = timedelta(days=30)
@@ -43,6 +41,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; the end of 
 
 # What every program calls the flags that a TopologyError is about; the layers that raise it know of no flags.
 WHAT_TO_DO = "choose other --tp and --pp; their product, times the data-parallel replicas, is the number of processes"
+OUT_OF_MEMORY = "can't allocate memory|Cannot allocate memory|bad_alloc|out of memory"
 MORE_MEMORY = "use more processes with --tp or --pp, fewer or shorter requests or samples at once, or more memory"
 
 
@@ -110,8 +109,8 @@ def variable(name: str, low: int, high: int, default: int | None = None) -> int:
         raise UserError(f"environment variable {name}: {reason}; start with torchrun, which sets it") from None
 
 
-def start_world() -> None:
-    """Join the processes that torchrun started, if it did: NCCL on GPUs, Gloo on CPUs."""
+def start_world(watched: bool = False) -> None:
+    """Join the processes that torchrun started, if it did: NCCL on GPUs, Gloo on CPUs. `watched`: with a `Watch`."""
     global STORE
     world = variable("WORLD_SIZE", 1, 1 << 20, 1)
     rank = variable("RANK", 0, world - 1, 0 if world == 1 else None)
@@ -121,10 +120,11 @@ def start_world() -> None:
     address, port = os.environ.get("MASTER_ADDR", ""), variable("MASTER_PORT", 1, 65535)
     try:
         socket.getaddrinfo(address or "?", port)
-        STORE = next(dist.rendezvous("env://", timeout=JOIN))[0]
+        STORE = next(dist.rendezvous("env://", timeout=timedelta(seconds=Watch.patience)))[0]
+        Watch.running = Watch(rank, world) if watched else None
     except (OSError, ValueError, dist.DistError) as error:
         used = "EADDRINUSE" in str(error)
-        what = "in use on this machine; set a free one" if used else f"no way to the other ranks ({error})"
+        what = "in use on this machine; set a free one" if used else f"not all ranks came to meet here ({error})"
         raise UserError(f"MASTER_ADDR {address!r}, MASTER_PORT {port}: {what}") from None
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     dist.init_process_group(backend, store=STORE, rank=rank, world_size=world, timeout=PATIENT)
@@ -136,16 +136,13 @@ def start_world() -> None:
         torch.cuda.set_device(gpu)
 
 
-def find_place(tp: int | None, pp: int | None, timeout: float = 300.0) -> Place:
+def find_place(tp: int | None, pp: int | None) -> Place:
     """This rank's place in a grid of pp × dp × tp; without sizes, all ranks are tensor-parallel.
-
-    `timeout`: for so many seconds a rank may give no sign of life (see `Watch`).
 
     `answer_group` repeats `pp_group`: sampled tokens and gradients travel against the hidden states, and on one NCCL
     communicator a send of the one could wait for ever behind a send of the other.
     """
     start_world()
-    Watch.patience = timeout
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     pp = pp or 1
     tp = tp or max(1, world // pp)
@@ -166,10 +163,10 @@ def find_place(tp: int | None, pp: int | None, timeout: float = 300.0) -> Place:
         """
         if members.shape[1] == 1:
             return None
-        return dist.new_subgroups_by_enumeration(members.tolist(), max(HUNG, timedelta(seconds=timeout)))[0]
+        return dist.new_subgroups_by_enumeration(members.tolist(), max(HUNG, timedelta(seconds=Watch.patience)))[0]
 
     columns = grid.permute(1, 2, 0).reshape(-1, pp)  # the ranks that differ in their stage only
-    return Place(
+    place = Place(
         *(rank, tp_rank, tp, pp_rank, pp, dp_rank, dp),
         tp_group=groups(grid.reshape(-1, tp)),
         pp_group=groups(columns),
@@ -177,6 +174,25 @@ def find_place(tp: int | None, pp: int | None, timeout: float = 300.0) -> Place:
         answer_group=groups(columns),
         device=device,
     )
+    keep_alive()
+    return place
+
+
+def keep_alive() -> None:
+    """Let the kernel break every connection of this process whose other machine was not heard of for 40 seconds.
+
+    A machine that lost its network or its power closes no connection, and those who wait for it would go on waiting.
+    A process that is only stopped is different: its kernel still answers.
+    """
+    for name in os.listdir("/proc/self/fd") if dist.is_initialized() and sys.platform == "linux" else ():
+        with contextlib.suppress(OSError):  # not a socket, or not of TCP
+            connection = socket.socket(fileno=int(name))
+            try:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for option, value in (("KEEPIDLE", 10), ("KEEPINTVL", 10), ("USER_TIMEOUT", 40_000)):
+                    connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{option}"), value)
+            finally:
+                connection.detach()  # it is not ours to close
 
 
 def gather_objects(value) -> list:
@@ -206,16 +222,6 @@ def together(action: Callable):
     return result
 
 
-@contextlib.contextmanager
-def writing(path: str, advice: str = "make room, or choose another place") -> Iterator[None]:
-    """What goes wrong in the block, where `path` is written, becomes a UserError."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be written ({reason}); {advice}") from None
-
-
 # ------------------------------------------------------------------------------------------------ how it all ends
 
 
@@ -231,20 +237,23 @@ class Watch:
     - SIGINT and SIGTERM, unless the program has set handlers of its own.
     """
 
+    running: "Watch | None" = None
     patience = 300.0
 
-    def __init__(self):
-        self.rank, self.store, self.leaving = dist.get_rank(), STORE.clone(), threading.Event()
-        self.names = [f"beats of rank {rank}" for rank in range(dist.get_world_size())]
+    def __init__(self, rank: int, world: int):
+        self.rank, self.store, self.leaving = rank, STORE.clone(), threading.Event()
+        self.names = [f"beats of rank {each}" for each in range(world)]
         self.beats: list[bytes] | None = []  # of every rank; None: the store is gone
-        self.store.add(self.names[self.rank], 1)
+        self.store.add(self.names[rank], 1)
         # Processes see each other where they have the same host and the same numbering of processes.
-        machine = (socket.gethostname(), os.path.basename(os.path.realpath("/proc/self/ns/pid")))
+        machine = f"{socket.gethostname()} {os.path.basename(os.path.realpath('/proc/self/ns/pid'))}"
+        self.store.set(f"process {rank}", f"{machine}\n{os.getpid()}")
         self.processes: dict[int, int] = {}  # file descriptor that becomes readable when a rank's process ends -> rank
-        for rank, (where, pid) in enumerate(gather_objects((machine, os.getpid()))):
-            if where == machine and rank != self.rank:
+        for each, process in enumerate(self.store.multi_get([f"process {each}" for each in range(world)])):
+            where, pid = process.decode().split("\n")
+            if where == machine and each != rank:
                 with contextlib.suppress(OSError, AttributeError):  # not every system has pidfd_open
-                    self.processes[os.pidfd_open(pid)] = rank
+                    self.processes[os.pidfd_open(int(pid))] = each
         self.signals, written = os.pipe()  # the number of each signal that comes
         os.set_blocking(written, False)
         signal.set_wakeup_fd(written, warn_on_full_buffer=False)
@@ -271,14 +280,12 @@ class Watch:
             beats = self.beats
             for event in events:
                 if event in self.processes:
-                    self.end(
-                        f"rank {self.processes[event]} was killed, or crashed; the kernel's log (dmesg) may say why"
-                    )
-                number = os.read(self.signals, 1)[0]
-                if signal.getsignal(number) is left_to_watch:
+                    who = f"rank {self.processes[event]}"
+                    self.end(f"{who} was killed, or crashed; the kernel's log (dmesg) may say why")
+                elif signal.getsignal(number := os.read(event, 1)[0]) is left_to_watch:
                     self.end(f"stopped by {signal.Signals(number).name}", 128 + number)
             if beats is None:
-                self.end("the launcher is gone, or rank 0; nothing holds the ranks together any more")
+                self.end("rank 0, or the launcher, is gone, and with it the place where ranks meet", ask=False)
             if events or not beats:
                 continue
             silent = [count + 1 if now == then else 0 for count, now, then in zip(silent, beats, before or beats)]
@@ -321,10 +328,12 @@ def say(line: str) -> None:
 
 
 def count(name: str, more: int, store: dist.Store | None = None) -> int:
-    """Add to a counter that all ranks share; 0 where there is one process, or if the store went down with rank 0."""
+    """Add to a counter that all ranks share; 0 where there is one process, or once the store went down with rank 0."""
+    global STORE
     try:
         return (store or STORE).add(name, more) if STORE else 0
     except RuntimeError:
+        STORE = None
         return 0
 
 
@@ -341,17 +350,6 @@ def open_streams() -> None:
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
-def explain(error: Exception) -> str | None:
-    """What the machine refused, and what to do; None for anything else."""
-    reason = " ".join(str(error).split())
-    memory = r"can't allocate memory|Cannot allocate memory|bad_alloc|out of memory"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(memory, reason):
-        return f"out of memory; {MORE_MEMORY} ({reason[:200]})"
-    if isinstance(error, OSError):
-        return f"{error.filename or 'standard output, or a file'}: {error.strerror or reason}"
-    return None
-
-
 def run_program(main: Callable[[list[str]], None]) -> None:
     """Run `main(arguments)` on every rank, then exit: with status 0, or with one line in all that says what went wrong.
 
@@ -359,52 +357,57 @@ def run_program(main: Callable[[list[str]], None]) -> None:
     the whole job with status 1: the others notice that it is gone, and that it has said why. One process alone shows
     the traceback of what is then a bug.
     """
-    status, line, all_know, watch = 0, None, True, None
+    status, line, all_know = 0, None, True
+    early = Parser(add_help=False, allow_abbrev=False)  # ranks wait for each other before `main` knows its options
+    early.add_argument("--timeout", type=number(float, 5, 1e9), default=Watch.patience)
     try:
         open_streams()
-        start_world()
-        watch = Watch() if dist.is_initialized() else None
+        with contextlib.suppress(UserError):  # `main` will raise it again
+            Watch.patience = early.parse_known_args(sys.argv[1:])[0].timeout
+        start_world(watched=True)
         main(sys.argv[1:])
         sys.stdout.flush()
-        if watch:
-            dist.barrier()  # `watch` goes on: this may take as long as the slowest rank does
+        if dist.is_initialized():
+            dist.barrier()  # watched, too: this may take as long as the slowest rank does
     except UserError as error:
         status, line = error.status, f"{error}; {WHAT_TO_DO}" if isinstance(error, TopologyError) else str(error)
     except SystemExit as stop:  # --help
         status = stop.code or 0
-    except KeyboardInterrupt:  # only where there is no watch
+    except KeyboardInterrupt:  # of one process alone
         status = 130
     except BrokenPipeError:  # the reader of our output went away, and knows
         status, all_know = 1, False
-        line = "the reader of the output went away" if watch else None
+        line = "the reader of the output went away" if dist.is_initialized() else None
     except Exception as error:
-        all_know, reason = False, " ".join(str(error).split())
-        if (line := explain(error)) is not None:
-            status = 2
+        all_know, status, reason = False, 2, " ".join(str(error).split())
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(OUT_OF_MEMORY, reason):
+            line = f"out of memory; {MORE_MEMORY} ({reason[:200]})"
+        elif isinstance(error, OSError):
+            line = f"{error.filename or 'standard output, or a file'}: {error.strerror or reason}"
         elif "RANK" not in os.environ:
             raise
         else:
-            file, number, *_ = traceback.extract_tb(error.__traceback__)[-1]
-            status, line = 1, f"{type(error).__name__}: {reason} ({os.path.basename(file)} line {number})"
+            file, at, *_ = traceback.extract_tb(error.__traceback__)[-1]
+            status, line = 1, f"{type(error).__name__}: {reason} ({os.path.basename(file)} line {at})"
         # A broken connection is not the cause but its echo: another rank failed, and has the better line to print.
         if isinstance(error, dist.DistError) or "gloo" in reason or "NCCL" in reason:
             await_cause()
-        line = f"rank {dist.get_rank()}: {line}" if watch and line else line
-    if watch:
-        watch.leaving.set()
+        line = f"rank {dist.get_rank()}: {line}" if dist.is_initialized() else line
+    if Watch.running:
+        Watch.running.leaving.set()
     if line is not None and count("spoken", 1) <= 1:  # many ranks may come here with a line
         say(line)
     try:
         sys.stdout.flush()
     except OSError:  # Python would try it once more when it exits, and complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if watch is None:
+    if not dist.is_initialized():
         sys.exit(status)
     if all_know:
         wait_for_all()  # a rank that exits early breaks its peers' connections
     if status == 0:
         dist.destroy_process_group()
-        for thread in watch.threads:
+        for thread in Watch.running.threads:
             thread.join(2)
         sys.exit(0)
     os._exit(status)  # tidying up could wait for ever, for ranks that are not there any more

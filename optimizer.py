@@ -31,9 +31,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from checkpoint import Held, held_tensors
+from checkpoint import Held, held_tensors, writing
 from config import UserError, read_json, write_json
-from launch import gather_objects, together, writing
+from launch import gather_objects, together
 from parallel import Place
 
 BUCKET = 1 << 25  # elements; a larger parameter has a bucket of its own

@@ -411,7 +411,7 @@ def what_decides(args: argparse.Namespace) -> dict:
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
-    place = find_place(args.tp, args.pp, args.timeout)
+    place = find_place(args.tp, args.pp)
     place = replace(place, sequence_parallel=args.sequence_parallel and args.tp > 1)
     with claimed(args, what_decides(args), place.rank) as finished:
         if not finished:
