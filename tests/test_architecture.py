@@ -1,4 +1,4 @@
-"""The house: which modules there are, which may import which, how long they are, and which packages they need."""
+"""The order of the modules, which may import which, how long files are, and which packages they need."""
 
 import ast
 import glob
@@ -70,3 +70,11 @@ def test_packages():
         assert not strangers, f"{name}.py imports {sorted(strangers)}"
     required = [line.split("=")[0] for line in read(os.path.join(ROOT, "requirements.txt")).split()]
     assert set(required) - {"pytest"} == {"torch", "safetensors", "sentencepiece", "pillow", "numpy"}
+
+
+def test_the_tests():
+    """No file of tests is too long to read, and none imports another: what they share is in modules of its own."""
+    for path in glob.glob(os.path.join(ROOT, "tests", "test_*.py")):
+        text = read(path)
+        assert text.count("\n") <= 450, path
+        assert not [name for name in imported([ast.parse(text)]) if name.startswith("test_")], path
