@@ -87,6 +87,7 @@ CALL = '{"name": "f", "arguments": {"a": 1}}'
         ('[TOOL_CALLS]f[ARGS]{"a": 1e999}', "", None, [("f", '{"a": 1e999}')]),
         ('[TOOL_CALLS]f[CALL_ID]abc[ARGS]{"a": 1.5}', "", None, [("f", {"a": 1.5})]),
         ('[TOOL_CALLS]f[ARGS]1[CALL_ID]abc', "", None, [("f", 1)]),
+        ("[TOOL_CALLS]f[/THINK][ARGS]1", "", None, [("f", 1)]),
         # What is no call stays in the text.
         ("[TOOL_CALLS]f", "f", None, []),
         ("[TOOL_CALLS]I cannot do that.", "I cannot do that.", None, []),
@@ -153,28 +154,58 @@ def expected_text(text: str, stop: list[str]) -> tuple[str, bool]:
     return text, False
 
 
-@pytest.mark.parametrize("name", ["tekken-v15", "spm-v7"])
-def test_however_it_is_cut_into_tokens(name, small):
+class Pieces:
+    """A tokenizer whose tokens are whatever pieces of UTF-8 a test wants; the first are special."""
+
+    utf8_errors, eos_id = "replace", 0
+    special = {name: id for id, name in enumerate(["</s>", "[THINK]", "[/THINK]", "[TOOL_CALLS]", "[ARGS]"])}
+
+    def __init__(self):
+        self.pieces = [b""] * len(self.special)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.pieces)
+
+    def is_special(self, id: int) -> bool:
+        return id < len(self.special)
+
+    def token_bytes(self, id: int, first: bool) -> tuple[bytes, bool]:
+        return self.pieces[id], not self.is_special(id)
+
+    def decode(self, ids: list[int]) -> str:
+        return b"".join(self.pieces[id] for id in ids).decode(errors="replace")
+
+    def cut(self, text: str, draw: random.Random) -> list[int]:
+        """The ids of `text`, cut anywhere, in the middle of characters too."""
+        data, ids = text.encode(), []
+        at = sorted({0, len(data), *(draw.randint(0, len(data)) for _ in range(draw.randint(0, 6)))})
+        for start, stop in zip(at, at[1:]):
+            ids.append(len(self.pieces))
+            self.pieces.append(data[start:stop])
+        return ids
+
+
+def test_however_it_is_cut_into_tokens():
     """Random replies and stop strings over few letters, each reply in several ways of cutting it into tokens."""
-    tokenizer, draw, stopped = small[name], random.Random(name), 0
-    letters, special = [*"abct e.", "🙂é"], tokenizer.special
-    for _ in range(400):
-        text, thought = ("".join(draw.choices(letters, k=draw.randint(0, 14))) for _ in range(2))
-        text = text.strip()
-        stop = ["".join(draw.choices(letters, k=draw.randint(1, 3))) for _ in range(draw.randint(0, 3))]
-        wanted, hit = expected_text(text, stop)
+    draw, stopped = random.Random(5), 0
+    for _ in range(2000):
+        tokenizer = Pieces()
+        mark = tokenizer.special
+        text, thought, more = ("".join(draw.choices([*"aabct .", "🙂", "é"], k=draw.randint(0, 14))) for _ in range(3))
+        stop = ["".join(draw.choices([*"aabct .", "🙂"], k=draw.randint(1, 3))) for _ in range(draw.randint(0, 3))]
+        wanted, hit = expected_text(text + more, stop)
         stopped += hit
         for _ in range(3):
-            at = sorted(draw.randint(0, len(text)) for _ in range(draw.randint(0, 4)))
-            parts = [text[i:j] for i, j in zip([0, *at], [*at, len(text)])] if name.startswith("tekken") else [text]
-            ids = [id for part in parts for id in tokenizer.encode(part)]
-            if "[THINK]" in special:
-                ids = [special["[THINK]"], *tokenizer.encode(thought), special["[/THINK]"], *ids]
-            reply = parse(tokenizer, ids, stop=stop)
-            assert reply.text == wanted, (text, stop, parts)
-            if "[THINK]" in special:
-                assert reply.reasoning == tokenizer.decode(tokenizer.encode(thought))
-    assert stopped > 60
+            thinks = [mark["[THINK]"], *tokenizer.cut(thought, draw), mark["[/THINK]"]]
+            calls = [mark["[TOOL_CALLS]"], *tokenizer.cut("f", draw), mark["[ARGS]"], *tokenizer.cut('{"é": 1}', draw)]
+            parts = [tokenizer.cut(text, draw), thinks, tokenizer.cut(more, draw)]
+            reply = parse(tokenizer, [id for part in parts for id in part] + calls, stop=stop)
+            assert reply.text == wanted, (text, more, stop)
+            in_text = expected_text(text, stop)[1]  # then nothing after it is read
+            assert reply.reasoning == (None if in_text else thought)
+            assert reply.tool_calls == ([] if hit else [{"name": "f", "arguments": {"é": 1}}])
+    assert 500 < stopped < 1800
 
 
 @pytest.mark.parametrize("name", ["tekken-v3", "tekken-v15", "spm-v7"])
