@@ -35,8 +35,6 @@ HUNG = timedelta(minutes=30)  # for one collective, among ranks that are all the
 # Ranks rightly wait for a disk, or for a person in the chat. It is `Watch` that ends a wait for one that is gone.
 PATIENT = timedelta(days=30)
 
-STORE: dist.Store | None = None  # see start_world
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; the end of a job; Slurm's warning that it is near
 
 # What every program calls the flags that a TopologyError is about; the layers that raise it know of no flags.
@@ -109,9 +107,12 @@ def variable(name: str, low: int, high: int, default: int | None = None) -> int:
         raise UserError(f"environment variable {name}: {reason}; start with torchrun, which sets it") from None
 
 
-def start_world(watched: bool = False) -> None:
-    """Join the processes that torchrun started, if it did: NCCL on GPUs, Gloo on CPUs. `watched`: with a `Watch`."""
-    global STORE
+def start_world(patience: float = 300.0, met: Callable[[dist.Store, int, int], None] | None = None) -> None:
+    """Join the processes that torchrun started, if it did: NCCL on GPUs, Gloo on CPUs.
+
+    They meet at a store, for which each waits `patience` seconds; `met(store, rank, world)` is called there, where all
+    ranks are known to be alive and have no connections among each other yet.
+    """
     world = variable("WORLD_SIZE", 1, 1 << 20, 1)
     rank = variable("RANK", 0, world - 1, 0 if world == 1 else None)
     gpu, gpus = variable("LOCAL_RANK", 0, world - 1, 0), torch.cuda.device_count()
@@ -120,14 +121,15 @@ def start_world(watched: bool = False) -> None:
     address, port = os.environ.get("MASTER_ADDR", ""), variable("MASTER_PORT", 1, 65535)
     try:
         socket.getaddrinfo(address or "?", port)
-        STORE = next(dist.rendezvous("env://", timeout=timedelta(seconds=Watch.patience)))[0]
-        Watch.running = Watch(rank, world) if watched else None
+        store = next(dist.rendezvous("env://", timeout=timedelta(seconds=patience)))[0]
+        if met is not None:
+            met(store, rank, world)
     except (OSError, ValueError, dist.DistError) as error:
         used = "EADDRINUSE" in str(error)
         what = "in use on this machine; set a free one" if used else f"not all ranks came to meet here ({error})"
         raise UserError(f"MASTER_ADDR {address!r}, MASTER_PORT {port}: {what}") from None
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-    dist.init_process_group(backend, store=STORE, rank=rank, world_size=world, timeout=PATIENT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENT)
     if gpus:
         crowded = torch.tensor(int(gpu >= gpus))
         dist.all_reduce(crowded, dist.ReduceOp.MAX)
@@ -163,7 +165,7 @@ def find_place(tp: int | None, pp: int | None) -> Place:
         """
         if members.shape[1] == 1:
             return None
-        return dist.new_subgroups_by_enumeration(members.tolist(), max(HUNG, timedelta(seconds=Watch.patience)))[0]
+        return dist.new_subgroups_by_enumeration(members.tolist(), HUNG)[0]
 
     columns = grid.permute(1, 2, 0).reshape(-1, pp)  # the ranks that differ in their stage only
     place = Place(
@@ -237,11 +239,8 @@ class Watch:
     - SIGINT and SIGTERM, unless the program has set handlers of its own.
     """
 
-    running: "Watch | None" = None
-    patience = 300.0
-
-    def __init__(self, rank: int, world: int):
-        self.rank, self.store, self.leaving = rank, STORE.clone(), threading.Event()
+    def __init__(self, store: dist.Store, rank: int, world: int, patience: float):
+        self.rank, self.store, self.patience, self.leaving = rank, store.clone(), patience, threading.Event()
         self.names = [f"beats of rank {each}" for each in range(world)]
         self.beats: list[bytes] | None = []  # of every rank; None: the store is gone
         self.store.add(self.names[rank], 1)
@@ -299,7 +298,7 @@ class Watch:
 
     def end(self, line: str, status: int = 1, ask: bool = True) -> None:
         if not self.leaving.is_set():
-            if not ask or count("spoken", 1, self.store) <= 1:
+            if not ask or Counters(self.store).add("spoken", 1) <= 1:
                 say(line)
             time.sleep(1)  # a launcher should see the rank that is the cause end first
             os._exit(status)
@@ -327,14 +326,18 @@ def say(line: str) -> None:
         print(line if len(line) <= 500 else f"{line[:300]} … {line[-190:]}", file=sys.stderr, flush=True)
 
 
-def count(name: str, more: int, store: dist.Store | None = None) -> int:
-    """Add to a counter that all ranks share; 0 where there is one process, or once the store went down with rank 0."""
-    global STORE
-    try:
-        return (store or STORE).add(name, more) if STORE else 0
-    except RuntimeError:
-        STORE = None
-        return 0
+class Counters:
+    """Counters that all ranks share; 0 where there is one process, or once the store went down with rank 0."""
+
+    def __init__(self, store: dist.Store | None = None):
+        self.store = store
+
+    def add(self, name: str, more: int) -> int:
+        try:
+            return self.store.add(name, more) if self.store else 0
+        except RuntimeError:
+            self.store = None
+            return 0
 
 
 def open_streams() -> None:
@@ -357,14 +360,19 @@ def run_program(main: Callable[[list[str]], None]) -> None:
     the whole job with status 1: the others notice that it is gone, and that it has said why. One process alone shows
     the traceback of what is then a bug.
     """
-    status, line, all_know = 0, None, True
+    status, line, all_know, patience, watch, counters = 0, None, True, 300.0, None, Counters()
     early = Parser(add_help=False, allow_abbrev=False)  # ranks wait for each other before `main` knows its options
-    early.add_argument("--timeout", type=number(float, 5, 1e9), default=Watch.patience)
+    early.add_argument("--timeout", type=number(float, 5, 1e9), default=patience)
+
+    def met(store: dist.Store, rank: int, world: int) -> None:
+        nonlocal watch, counters
+        watch, counters = Watch(store, rank, world, patience), Counters(store)
+
     try:
         open_streams()
         with contextlib.suppress(UserError):  # `main` will raise it again
-            Watch.patience = early.parse_known_args(sys.argv[1:])[0].timeout
-        start_world(watched=True)
+            patience = early.parse_known_args(sys.argv[1:])[0].timeout
+        start_world(patience, met)
         main(sys.argv[1:])
         sys.stdout.flush()
         if dist.is_initialized():
@@ -391,11 +399,11 @@ def run_program(main: Callable[[list[str]], None]) -> None:
             status, line = 1, f"{type(error).__name__}: {reason} ({os.path.basename(file)} line {at})"
         # A broken connection is not the cause but its echo: another rank failed, and has the better line to print.
         if isinstance(error, dist.DistError) or "gloo" in reason or "NCCL" in reason:
-            await_cause()
+            await_cause(counters)
         line = f"rank {dist.get_rank()}: {line}" if dist.is_initialized() else line
-    if Watch.running:
-        Watch.running.leaving.set()
-    if line is not None and count("spoken", 1) <= 1:  # many ranks may come here with a line
+    if watch is not None:
+        watch.leaving.set()
+    if line is not None and counters.add("spoken", 1) <= 1:  # many ranks may come here with a line
         say(line)
     try:
         sys.stdout.flush()
@@ -404,24 +412,24 @@ def run_program(main: Callable[[list[str]], None]) -> None:
     if not dist.is_initialized():
         sys.exit(status)
     if all_know:
-        wait_for_all()  # a rank that exits early breaks its peers' connections
+        wait_for_all(counters)  # a rank that exits early breaks its peers' connections
     if status == 0:
         dist.destroy_process_group()
-        for thread in Watch.running.threads:
+        for thread in watch.threads if watch else ():
             thread.join(2)
         sys.exit(0)
     os._exit(status)  # tidying up could wait for ever, for ranks that are not there any more
 
 
-def await_cause() -> None:
+def await_cause(counters: Counters) -> None:
     """This rank lost another one. Give `Watch`, or that rank, LOST_SECONDS to say why and to end the job."""
     deadline = time.monotonic() + LOST_SECONDS
-    while count("spoken", 0) == 0 and time.monotonic() < deadline:
+    while counters.add("spoken", 0) == 0 and time.monotonic() < deadline:
         time.sleep(0.2)
     time.sleep(1)  # the rank that spoke should be seen to end first
 
 
-def wait_for_all() -> None:
+def wait_for_all(counters: Counters) -> None:
     """Return when all ranks are about to exit, each with the same status.
 
     A launcher kills the other ranks as soon as one exits with an error, and their status would be a signal's instead of
@@ -429,10 +437,10 @@ def wait_for_all() -> None:
     that the others have looked there for the last time, because the store may live in its process.
     """
     world, rank, deadline = dist.get_world_size(), dist.get_rank(), time.monotonic() + LOST_SECONDS
-    here = count("leaving", 1)
+    here = counters.add("leaving", 1)
     while 0 < here < world and time.monotonic() < deadline:
         time.sleep(0.02)
-        here = count("leaving", 0)
-    count("left", 1)
-    while rank == 0 and count("left", 0) < world and time.monotonic() < deadline:
+        here = counters.add("leaving", 0)
+    counters.add("left", 1)
+    while rank == 0 and counters.add("left", 0) < world and time.monotonic() < deadline:
         time.sleep(0.02)
