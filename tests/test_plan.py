@@ -349,20 +349,17 @@ def test_ranks_share_a_machine(medium):
     assert said[0] == said[1] and "255.4 GB, but 200.0 GB" in said[0] and "3 processes with 100.0 GB each" in said[0]
 
 
-def test_programs_ask_first(tmp_path, monkeypatch):
-    """A config of a thousand million layers is refused, within seconds, before anything of it is built."""
+def test_programs_ask_first(medium, tmp_path, monkeypatch):
+    """The 128B on this machine, and any model on a small one, are refused within seconds, before they are built."""
     directory = make_eyes(tmp_path, "new", None, {"vocab_size": write_tekken(tmp_path)})
-    with open(os.path.join(directory, "config.json")) as file:
-        config = json.load(file)
-    config["text_config"]["num_hidden_layers"] = 1_000_000_000
-    write_json(os.path.join(directory, "config.json"), config)
     data = tmp_path / "data.jsonl"
     data.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    training = ["--data", str(data), "--out", str(tmp_path / "out")]
     started = time.monotonic()
-    for program, options in (
-        (generate, ["--prompt", "x"]),
-        (train, ["--data", str(data), "--out", str(tmp_path / "out")]),
-    ):
+    with pytest.raises(UserError, match="the weights take 255.4 GB, but .* are free on the machine"):
+        train.main(["--init", medium, "--tokenizer", directory, *training])
+    monkeypatch.setattr(plan, "cpu_memory", lambda: 1e5)
+    for program, options in ((generate, ["--prompt", "x"]), (train, training)):
         with pytest.raises(UserError, match="the weights take .* GB, but .* are free on the machine"):
             program.main(["--ckpt", directory, *options])
     assert time.monotonic() - started < 20
