@@ -151,10 +151,9 @@ def start(program: str, *arguments, ranks: int = 1, **popen) -> subprocess.Popen
     if ranks > 1:
         command += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
     command += [program if program.startswith("-") else os.path.join(ROOT, program)]
-    env = {**os.environ, **ENVIRONMENT}
+    popen = {"env": {**os.environ, **ENVIRONMENT}, "cwd": ROOT, "text": True, **popen}
     if program == "-c":  # a script of the tests' own, which may use their modules
-        env["PYTHONPATH"] = os.path.join(ROOT, "tests")
-    popen = {"env": env, "cwd": ROOT, "text": True, **popen}
+        popen["env"] = {**popen["env"], "PYTHONPATH": os.path.join(ROOT, "tests")}
     command += [argument if isinstance(argument, bytes) else str(argument) for argument in arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
 
