@@ -265,7 +265,7 @@ def finishing(out: str, finished: dict, rank: int) -> Iterator[str]:
                 strange = set(os.listdir(final)) - own
                 os.rename(final, f"{final}.old" if strange else os.path.join(staged, f"old {name}"))
         write_record(out, finished)  # whoever is killed before the next line left no model, and --resume writes it anew
-        for name in os.listdir(staged):
+        for name in sorted(os.listdir(staged), key=lambda name: name == "model"):  # last: with it all is in place
             if not name.startswith("old "):
                 os.rename(os.path.join(staged, name), os.path.join(out, name))
 

@@ -402,7 +402,7 @@ def claimed(args: argparse.Namespace, decides: dict, rank: int) -> Iterator[bool
                 raise UserError(f"--{flag} {path} lies inside --out {out}; choose another --out")
         with writing(out):
             finished = may_go_on()
-            if finished:
+            if finished and not os.path.exists(os.path.join(out, STAGED)):  # else it was killed in its last moment
                 return
             os.makedirs(out, exist_ok=True)
             folder = os.open(out, os.O_RDONLY)

@@ -110,6 +110,14 @@ def test_one_run_per_folder(text, tmp_path):
     train.main(argv)
 
 
+def test_killed_in_its_last_moment(out, text):
+    """What was replaced is not removed yet: the run is finished all the same, and its model stays as it is."""
+    (out / ".partial" / "old model").mkdir(parents=True)
+    model = files(out / "model")
+    train.main(arguments(*text, out, resume=True, **SHORT))
+    assert not leftovers(out) and files(out / "model") == model
+
+
 def test_a_longer_run_replaces_the_model(out, text):
     """Of which the files that this program did not write stay."""
     old = files(out / "model")
