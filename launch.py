@@ -242,7 +242,6 @@ class Watch:
     def __init__(self, store: dist.Store, rank: int, world: int, patience: float):
         self.rank, self.store, self.patience, self.leaving = rank, store.clone(), patience, threading.Event()
         self.names = [f"beats of rank {each}" for each in range(world)]
-        self.beats: list[bytes] | None = []  # of every rank; None: the store is gone
         self.store.add(self.names[rank], 1)
         # Processes see each other where they have the same host and the same numbering of processes.
         machine = f"{socket.gethostname()} {os.path.basename(os.path.realpath('/proc/self/ns/pid'))}"
@@ -253,6 +252,8 @@ class Watch:
             if where == machine and each != rank:
                 with contextlib.suppress(OSError, AttributeError):  # not every system has pidfd_open
                     self.processes[os.pidfd_open(int(pid))] = each
+        # Of every rank; None: the store is gone. Read here, since a rank may be stopped before the thread's first look.
+        self.beats: list[bytes] | None = self.store.multi_get(self.names)
         self.signals, written = os.pipe()  # the number of each signal that comes
         os.set_blocking(written, False)
         signal.set_wakeup_fd(written, warn_on_full_buffer=False)
@@ -273,7 +274,7 @@ class Watch:
 
     def look(self) -> None:
         # Silence is counted in looks, not by the clock: if the whole job was stopped for an hour, nobody is to blame.
-        before, silent = [], [0] * len(self.names)
+        before, silent = self.beats, [0] * len(self.names)
         while not self.leaving.is_set():
             events = select.select([*self.processes, self.signals], [], [], 1.0)[0]
             beats = self.beats
@@ -285,9 +286,9 @@ class Watch:
                     self.end(f"stopped by {signal.Signals(number).name}", 128 + number)
             if beats is None:
                 self.end("rank 0, or the launcher, is gone, and with it the place where ranks meet", ask=False)
-            if events or not beats:
+            if events:
                 continue
-            silent = [count + 1 if now == then else 0 for count, now, then in zip(silent, beats, before or beats)]
+            silent = [count + 1 if now == then else 0 for count, now, then in zip(silent, beats, before)]
             before = beats
             if max(silent) >= max(2, self.patience - 2):  # 2: a beat, and a look
                 gone = [rank for rank, count in enumerate(silent) if count > max(silent) / 2]
