@@ -39,11 +39,11 @@ from checkpoint import (
     writing,
 )
 from config import Config, UserError, parse_line, read_config, read_lines, write_json
-from data import Chats, MicroBatch, decode_images, micro_batches
 from launch import Parser, caught, gather_objects, together
 from model import MistralMedium
 from optimizer import RECORD, STAGED, write_record
 from parallel import Place
+from pipeline import Chats, MicroBatch, decode_images, micro_batches
 from tokenizer import load_tokenizer
 
 SHARD_BYTES = 4_000_000_000  # a file written is at most about this large

@@ -5,8 +5,8 @@
 
 A step, on every rank:
 
-1. split the step's samples into micro-batches, and these among the data-parallel replicas (`data.py`);
-2. run forward and backward passes through the pipeline (`pipeline.py`), summing gradients in FP32 (`optimizer.py`);
+1. split the step's samples into micro-batches, and these among the data-parallel replicas;
+2. run forward and backward passes through the stages (both: `pipeline.py`), summing gradients in FP32 (`optimizer.py`);
 3. make gradients complete across ranks, measure and clip their norm, and let Adam take a step.
 
 The loss of a step is the mean over all N target tokens of its *global* batch. So a micro-batch doesn't average over its
@@ -42,7 +42,6 @@ import torch.distributed as dist
 
 from checkpoint import FREEZABLE, Checkpoint, fill, held_tensors, initialize, initialize_adapters, is_trained
 from config import UserError, read_config
-from data import IGNORE, Chats, MicroBatch, Order, Sample, decode_images, micro_batches
 from engine import Engine, Request
 from export import Metrics, draw_loss, export, export_adapters, finishing
 from launch import (
@@ -61,7 +60,7 @@ from launch import (
 from model import MistralMedium, add_adapters
 from optimizer import Optimizer, claimed, load_state, newest_state, save_state
 from parallel import Place
-from pipeline import Pipeline
+from pipeline import IGNORE, Chats, MicroBatch, Order, Pipeline, Sample, decode_images, micro_batches
 from plan import check_memory
 from tokenizer import load_tokenizer
 

@@ -29,8 +29,8 @@ from train_cases import make_checkpoint  # noqa: E402
 
 import train  # noqa: E402
 from config import parse_config  # noqa: E402
-from data import IGNORE  # noqa: E402
 from launch import find_place  # noqa: E402
+from pipeline import IGNORE  # noqa: E402
 
 SIZES = dict(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3,

@@ -36,10 +36,10 @@ from PIL import Image  # noqa: E402
 from train_cases import IMAGES, make_chats  # noqa: E402
 
 import chat  # noqa: E402
-import data  # noqa: E402
 import generate  # noqa: E402
 import launch  # noqa: E402
 import optimizer  # noqa: E402
+import pipeline  # noqa: E402
 import train  # noqa: E402
 import vision  # noqa: E402
 from checkpoint import Checkpoint, fill, initialize  # noqa: E402
@@ -154,7 +154,7 @@ def kind_chats(folder: str) -> Kind:
     os.makedirs(tokenizer := os.path.join(os.path.dirname(folder), "tokenizer"), exist_ok=True)
     write_small_tekken(tokenizer)
     tokenizer, path = load_tokenizer(tokenizer), make_chats(folder, True)
-    read = lambda: data.Chats(str(path), tokenizer, IMAGES, 10_000, Place())  # noqa: E731
+    read = lambda: pipeline.Chats(str(path), tokenizer, IMAGES, 10_000, Place())  # noqa: E731
     return Kind(folder, [os.path.basename(path)], read)
 
 

@@ -11,8 +11,8 @@ from train_cases import IMAGES, TEXT, make_chats
 
 from chat import encode_chat
 from config import UserError
-from data import IGNORE, Chats, Order, decode_images, micro_batches
 from parallel import Place
+from pipeline import IGNORE, Chats, Order, decode_images, micro_batches
 from tokenizer import load_tokenizer
 from vision import load_image, pixels
 

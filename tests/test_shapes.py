@@ -21,9 +21,9 @@ from questions import CALLS, COMPARE, NUMBERS, SEVERAL, SIDES, SINGLE, Asker
 
 from chat import encode_chat
 from config import read_config
-from data import Chats
 from model import MistralMedium
 from parallel import Place
+from pipeline import Chats
 from tokenizer import load_tokenizer
 
 EXAMPLES = os.path.join(ROOT, "examples")
