@@ -17,24 +17,32 @@ stage. With one process the same loop has one stage, one group and no messages.
 Shapes: B rows of a group, T tokens of each that go through the model together, C hidden_size, V / tp logits per rank.
 """
 
-import json
-import math
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-from chat import NAME
 from model import KVCache
 from parallel import all_gather
 from pipeline import Channel
-from tokenizer import SentencePiece, StreamDecoder, Tekken
 
 CHUNK = 1024  # prompt tokens that go through the model at a time: bounds the memory of activations
 LOGIT_ROWS = 64  # positions whose logits exist at the same time when a prompt is scored
+
+
+class Reader(Protocol):
+    """Reads an answer token by token, as `session.ReplyParser` does."""
+
+    stopped: bool  # nothing after the last token counts
+
+    def add(self, id: int) -> list[tuple[str, str]]:
+        """Returns the pieces (kind, text) of the reply that became certain with this token."""
+
+    def finish(self) -> list[tuple[str, str]]:
+        """The rest of them."""
 
 
 @dataclass
@@ -47,8 +55,7 @@ class Request:
     temperature: float = 0.0  # 0 takes the likeliest token
     top_p: float = 1.0
     seed: int = 0
-    stop: list[str] = field(default_factory=list)
-    raw: bool = False  # no chat: the answer is all text
+    reader: Reader | None = None  # without one, an answer is tokens alone
     logprobs: bool = False
 
 
@@ -56,7 +63,6 @@ class Request:
 class Answer:
     """What came of a request. Log-probabilities are natural logs of the untempered softmax."""
 
-    reply: "Reply"
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     prompt_logprobs: list[float | None] = field(default_factory=lambda: [None])
@@ -66,23 +72,22 @@ class Answer:
 class Row:
     """A request, number `index` of its batch, while it is being answered."""
 
-    def __init__(self, index: int, request: Request, limit: int, tokenizer):
-        self.index, self.request = index, request
-        self.parser = ReplyParser(tokenizer, request.prompt, request.stop, request.raw)
-        self.answer = Answer(self.parser.reply)
+    def __init__(self, index: int, request: Request, limit: int, eos_id: int):
+        self.index, self.request, self.eos_id, self.answer = index, request, eos_id, Answer()
         self.length = len(request.prompt)  # tokens in the cache, once the prompt is
         self.room = min(request.max_new_tokens, limit - self.length)  # for tokens of the answer
         self.scores: list[torch.Tensor] = []  # of the prompt's tokens, on the last stage
         self.generator = torch.Generator().manual_seed(request.seed)
 
     def take(self, token: int, logprob: float) -> list[tuple[str, str]]:
-        """Append a sampled token; returns the pieces of the reply (see ReplyParser) that became certain with it."""
+        """Append a sampled token; returns the pieces of the reply that became certain with it."""
         self.answer.tokens.append(token)
         self.answer.logprobs.append(logprob)
-        pieces = self.parser.add(token)
-        if self.parser.ended or self.parser.stopped:
+        reader = self.request.reader
+        pieces = reader.add(token) if reader else []
+        if token == self.eos_id or (reader and reader.stopped):
             self.answer.finish_reason = "stop"
-        return pieces + self.parser.finish() if self.done else pieces
+        return pieces + reader.finish() if reader and self.done else pieces
 
     @property
     def done(self) -> bool:
@@ -110,8 +115,8 @@ class Group:
 class Engine:
     """Answers requests with `model` (one rank's part of it). `max_context` bounds prompt and answer together."""
 
-    def __init__(self, model, tokenizer, max_context: int):
-        self.model, self.place, self.tokenizer, self.max_context = model, model.place, tokenizer, max_context
+    def __init__(self, model, eos_id: int, max_context: int):
+        self.model, self.place, self.eos_id, self.max_context = model, model.place, eos_id, max_context
         # In flight: while decoding, at most one message per group. Only the chunks of prompts could run further ahead
         # of a slower stage; the bound keeps their hidden states from piling up.
         self.down = Channel(self.place, model.dtype, in_flight=2 * self.place.pp_size)
@@ -126,7 +131,7 @@ class Engine:
 
         Prompts must not be longer than `max_context`; an answer ends there at the latest.
         """
-        rows = [Row(i, request, self.max_context, self.tokenizer) for i, request in enumerate(requests)]
+        rows = [Row(i, request, self.max_context, self.eos_id) for i, request in enumerate(requests)]
         count = min(self.place.pp_size, len(rows))
         groups = [Group(rows[g::count], self.model) for g in range(count)]
 
@@ -307,136 +312,3 @@ def nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     outside = ordered.softmax(0).cumsum(0).roll(1) >= top_p
     outside[0] = False  # roll put the total there; the likeliest token is always inside
     return torch.empty_like(outside).scatter_(0, tokens, ~outside)
-
-
-# ------------------------------------------------------------------------ from the model's tokens to its reply
-
-
-@dataclass
-class Reply:
-    text: str = ""  # without reasoning and special tokens
-    reasoning: str | None = None  # what stood between [THINK] and [/THINK]
-    tool_calls: list[dict] = field(default_factory=list)  # {"name", "arguments": parsed JSON, or text that is none}
-
-
-class ReplyParser:
-    """Reads a reply token by token. What is streamed, what JSON carries and what a chat remembers all come from here.
-
-    `add` and `finish` return pieces (kind, text), kind "text" or "reasoning", as soon as they are certain; joined, they
-    are the texts of `reply`. A stop string counts in the answer's text alone. Of several, the one that is complete
-    first ends the text where it begins; of two complete at the same character, the one listed first. Text that may
-    still turn out to be the beginning of one is held back. Never raises, whatever the tokens.
-
-    `prompt`: its ids tell whether the reply begins inside a [THINK] that the prompt opened. `raw`: no chat, only text.
-    """
-
-    def __init__(self, tokenizer: Tekken | SentencePiece, prompt: list[int] = (), stop: list[str] = (), raw=False):
-        self.reply, self.stop, self.stopped, self.ended = Reply(), list(stop), False, False
-        self._tokenizer, special = tokenizer, tokenizer.special
-        marks = ("[THINK]", "[/THINK]", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
-        self._marks = {} if raw else {special[name]: name for name in marks if name in special}
-        self._text, self._thought = StreamDecoder(tokenizer), StreamDecoder(tokenizer)
-        self._held = ""  # text that may be the beginning of a stop string
-        self._calls: list[dict[str, list[int]]] = []  # for each, the ids of its "name", "[CALL_ID]" and "[ARGS]"
-        self._into = "text"  # or "reasoning" or "calls"
-        # The reply begins inside a thought if the last of these tokens in the prompt opened one.
-        turns = {special.get(name) for name in ("[THINK]", "[/THINK]", "[/INST]", "[/TOOL_RESULTS]", "</s>")}
-        last = next((id for id in reversed(prompt) if id in turns), None)
-        if last is not None and self._marks.get(last) == "[THINK]":
-            self._into, self.reply.reasoning = "reasoning", ""
-
-    def add(self, id: int) -> list[tuple[str, str]]:
-        mark = self._marks.get(id)
-        if self.stopped or self.ended:
-            return []
-        if id == self._tokenizer.eos_id:
-            self.ended = True
-        elif mark == "[THINK]":
-            self._into, self.reply.reasoning = "reasoning", self.reply.reasoning or ""
-        elif mark == "[/THINK]":
-            self._into = "text" if self._into == "reasoning" else self._into  # one that nothing opened closes nothing
-        elif mark == "[TOOL_CALLS]":
-            self._calls.append({"name": []})
-            self._into, self._part = "calls", self._calls[-1]["name"]
-        elif mark and self._into == "calls":
-            self._part = self._calls[-1][mark] = []
-        elif self._into == "calls":
-            self._part.append(id)
-        elif self._into == "reasoning":
-            return self._think(self._thought.add(id))
-        else:
-            return self._say(self._text.add(id))
-        return []
-
-    def finish(self) -> list[tuple[str, str]]:
-        """The rest: halves of characters, text held back, and what stood where a call should be and is none."""
-        pieces = self._think(self._thought.flush()) if self.reply.reasoning is not None else []
-        if not self.stopped:
-            rest, self._held = self._held + self._text.flush(), ""
-            for call in self._calls:
-                rest += self._read_call(call)
-            pieces += self._emit(rest)
-        return pieces
-
-    def _think(self, new: str) -> list[tuple[str, str]]:
-        self.reply.reasoning += new
-        return [("reasoning", new)] if new else []
-
-    def _say(self, new: str) -> list[tuple[str, str]]:
-        before, text = len(self._held), self._held + new
-        # (where it is complete, its place in the list, where it begins) of every stop string that ends in `new`
-        found = []
-        for order, stop in enumerate(self.stop):
-            start = text.find(stop, max(0, before - len(stop) + 1))
-            if start >= 0:
-                found.append((start + len(stop), order, start))
-        if found:
-            self.stopped, self._held = True, ""
-            return self._emit(text[: min(found)[2]])
-        starts = (i for i in range(len(text)) if any(stop.startswith(text[i:]) for stop in self.stop))
-        keep = next(starts, len(text)) if self.stop else len(text)
-        self._held = text[keep:]
-        return self._emit(text[:keep])
-
-    def _emit(self, text: str) -> list[tuple[str, str]]:
-        self.reply.text += text
-        return [("text", text)] if text else []
-
-    def _read_call(self, ids: dict[str, list[int]]) -> str:
-        """Add what one [TOOL_CALLS] introduces to the reply's calls; returns the text in it that is no call."""
-        name = self._tokenizer.decode(ids["name"])
-        if "[ARGS]" in ids:
-            if not NAME.fullmatch(name):
-                return name + self._tokenizer.decode(ids["[ARGS]"])
-            arguments = _arguments(self._tokenizer.decode(ids["[ARGS]"]))
-            self.reply.tool_calls.append({"name": name, "arguments": arguments})
-            return ""
-        # The older form: [{"name": …, "arguments": …}, …]
-        start = match.start() if (match := re.search(r"\[\s*\{", name)) else 0
-        try:
-            calls, end = _READER.raw_decode(name, start)
-            calls = [{"name": call["name"], "arguments": call.get("arguments", {})} for call in calls]
-            if not all(NAME.fullmatch(call["name"]) for call in calls):
-                return name
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            return name
-        self.reply.tool_calls += calls
-        return name[:start] + name[end:]
-
-
-def _arguments(text: str) -> object:
-    """The JSON value, or the text itself where it is not JSON (cut off, for example)."""
-    try:
-        return json.loads(text, parse_float=_finite, parse_constant=_finite)
-    except (ValueError, RecursionError):
-        return text
-
-
-def _finite(number: str) -> float:
-    """Python's JSON reader lets NaN, Infinity and 1e999 through, but they cannot be written as JSON again."""
-    if not math.isfinite(float(number)):
-        raise ValueError
-    return float(number)
-
-
-_READER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)

@@ -5,37 +5,20 @@
 
 Human-readable text and progress go to stderr, answers to stdout; with --json stdout carries JSON lines only.
 
-Whatever a user asks becomes a *spec*, the JSON object of a line in --requests, be it read from the file, made from the
-command line or from a turn in the terminal. A `Session` turns specs into requests of token ids and pixels, lets the
-engine answer them, and turns the answers' ids into text. Every rank does all of this alike; only rank 0 prints.
+What is asked becomes a JSON request, which a `Session` answers (`session.py`).
 """
 
 import argparse
 import json
 import os
-import random
 import sys
-import time
 
-import torch
 import torch.distributed as dist
 
-from chat import encode_chat
-from checkpoint import Checkpoint, fill, weight_bytes
-from config import UserError, parse_line, read_config, read_lines
-from engine import Answer, Engine, Request
-from launch import COUNT, SIZE, Parser, Progress, find_place, gather_objects, number, peak_memory, run_program, together
-from model import MistralMedium
+from config import UserError, parse_line, read_lines
+from launch import COUNT, SIZE, Parser, find_place, number, run_program, together
 from parallel import Place
-from plan import check_memory
-from tokenizer import load_tokenizer
-from vision import grid, grid_of, load_image, pixels
-
-TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "examples", "tiny")
-
-TEMPERATURE, TOP_P, SEED = number(float, 0, 100), number(float, 0, 1, above=True), number(int, 0, (1 << 63) - 1)
-NUMBERS = {"max_new_tokens": COUNT, "temperature": TEMPERATURE, "top_p": TOP_P, "seed": SEED}
-KEYS = {"messages", "tools", "raw", "reasoning_effort", "stop", *NUMBERS}  # of a request
+from session import KEYS, SEED, TEMPERATURE, TOP_P, Session
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -118,118 +101,6 @@ def check_utf8(text: str, where: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise UserError(f"{where}: not UTF-8 text; check the encoding of the terminal or script") from None
-
-
-# -------------------------------------------------------------------------------------------------------- session
-
-
-class Session:
-    """A loaded checkpoint that answers JSON requests."""
-
-    def __init__(self, args: argparse.Namespace, place: Place):
-        self.args, self.place = args, place
-        started = time.perf_counter()
-        checkpoint = together(self.read)
-        check_memory(self.config, place, args, self.keep_fp8)
-        dtype = getattr(torch, args.dtype)
-        self.model = together(lambda: MistralMedium(self.config, place, dtype, self.keep_fp8))
-        # All ranks sample the same tokens, so they need the same seed: rank 0's, where none was given.
-        self.seed = gather_objects(random.getrandbits(32) if args.seed is None else args.seed)[0]
-        together(lambda: fill(self.model, checkpoint, Progress(checkpoint, place)))
-        self.model.eval()
-        self.weight_bytes = weight_bytes(self.model)
-        self.model.lay_out_weights()
-        self.load_s, self.bytes_read = time.perf_counter() - started, checkpoint.bytes_read
-
-    def read(self) -> Checkpoint:
-        """Everything but the model: config, tokenizer, and which tensors there are."""
-        args = self.args
-        directory = args.ckpt or TINY
-        if not args.ckpt and not os.path.isdir(TINY):
-            raise UserError("this repository holds no checkpoint of its own; name one with --ckpt DIR")
-        checkpoint = Checkpoint(directory)
-        self.config = checkpoint.fit(read_config(directory))
-        self.tokenizer = load_tokenizer(directory, self.config)
-        longest = self.config.max_position_embeddings
-        self.max_context = min(args.max_context or longest, longest)
-        stored_fp8 = checkpoint.is_fp8()
-        if args.weights == "fp8" and not stored_fp8:
-            raise UserError(f"{directory}: its weights are not FP8; leave out --weights fp8")
-        on_gpu = self.place.device.type == "cuda"  # a CPU has no fast FP8 arithmetic
-        self.keep_fp8 = args.weights == "fp8" or (args.weights == "auto" and on_gpu and stored_fp8)
-        return checkpoint
-
-    def answer(self, specs: list[dict], base: str = "", on_piece=None) -> list[dict]:
-        """The requests' answers as the JSON objects that --json prints. `on_piece`: as the engine's, on rank 0 only."""
-        requests = together(lambda: [self.request(spec, base) for spec in specs])
-        engine = Engine(self.model, self.tokenizer, self.max_context)
-        answers = engine.generate(requests, on_piece if self.place.rank == 0 else None)
-        stats = {"load_s": round(self.load_s, 3)}
-        for phase in ("prefill", "decode"):
-            seconds = engine.seconds[phase]
-            stats[f"{phase}_tokens_per_s"] = round(engine.tokens[phase] / seconds, 2) if seconds else 0.0
-        mine = (peak_memory(self.place), self.weight_bytes, self.bytes_read)
-        every = map(list, zip(*gather_objects(mine)))
-        stats |= dict(zip(("peak_memory_bytes", "weight_bytes", "bytes_read"), every))
-        return [{**self.result(*each), "stats": stats} for each in zip(requests, answers)]
-
-    def request(self, spec: dict, base: str = "") -> Request:
-        """A JSON request -> token ids, pixels and settings. Raises UserError that begins with `spec["where"]`."""
-        where, vision = spec["where"], self.config.vision
-        effort = spec.get("reasoning_effort", self.args.reasoning_effort)
-        images: list[torch.Tensor] = []
-
-        def see(url: str) -> tuple[int, int]:
-            """The chat asks for an image's size in tokens. The first stage, which has the tower, takes it at once."""
-            if not self.place.first_stage:
-                return grid_of(url, base, vision)
-            image = load_image(url, base)
-            images.append(pixels(image, vision))
-            return grid(*image.size, vision)
-
-        if isinstance(raw := spec.get("raw"), str):
-            prompt = [self.tokenizer.bos_id, *self.tokenizer.encode(raw)]
-        elif "raw" in spec:
-            raise UserError(f"{where}: raw should be a string")
-        else:
-            try:
-                messages, tools = spec["messages"], spec.get("tools")
-                prompt = encode_chat(self.tokenizer, messages, tools, effort, see if vision else None).ids
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from None
-        if len(prompt) > self.max_context:
-            raise UserError(
-                f"{where}: {len(prompt)} tokens are more than the context of {self.max_context}; "
-                "shorten it or raise --max-context as far as the model goes"
-            )
-        stop = spec.get("stop") or []
-        stop = [stop] if isinstance(stop, str) else stop
-        if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
-            raise UserError(f"{where}: stop should be a string or a list of strings")
-        numbers = self.numbers(spec, thinks=effort == "high")
-        scored = self.args.logprobs or numbers["max_new_tokens"] == 0
-        return Request(prompt, images, **numbers, stop=stop, raw="raw" in spec, logprobs=scored)
-
-    def numbers(self, spec: dict, thinks: bool) -> dict:
-        """max_new_tokens, temperature, top_p and seed: the request's, else the command line's, else the defaults."""
-        found = {"temperature": 0.7 if thinks else 0.0, "top_p": 0.95 if thinks else 1.0, "seed": self.seed}
-        for name, parse in NUMBERS.items():
-            if spec.get(name) is not None:
-                try:
-                    found[name] = parse(repr(spec[name]))  # "1" and true are no numbers, and their repr shows it
-                except argparse.ArgumentTypeError as error:
-                    raise UserError(f"{spec['where']}: {name}: {error}") from None
-            elif getattr(self.args, name) is not None:
-                found[name] = getattr(self.args, name)
-        return found
-
-    def result(self, request: Request, answer: Answer) -> dict:
-        """What --json prints of an answer, but for `stats`."""
-        result = {"prompt_tokens": request.prompt, "tokens": answer.tokens, **vars(answer.reply)}
-        result["finish_reason"] = answer.finish_reason
-        if request.logprobs:
-            result |= {"prompt_logprobs": answer.prompt_logprobs, "logprobs": answer.logprobs}
-        return result
 
 
 # ---------------------------------------------------------------------------------------------------- the terminal

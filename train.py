@@ -334,7 +334,7 @@ class Trainer:
     def exact_answers(self) -> int:
         """How many validation chats the model ends with the very tokens of the file, decoding greedily."""
         place, exact = self.place, 0
-        engine = Engine(self.model, self.tokenizer, self.config.max_position_embeddings)
+        engine = Engine(self.model, self.tokenizer.eos_id, self.config.max_position_embeddings)
         for samples, batches in self.windows(1):  # a chat each
             splits = [sample.split_answer() for sample in samples[place.dp_rank :: place.dp_size]]
             requests = [Request(prompt, batch.pixels, len(answer)) for (prompt, answer), batch in zip(splits, batches)]

@@ -44,7 +44,7 @@ def main() -> None:
     tokenizer.eos_id = -1  # neither side may end early
 
     def our_run(prompt, count):
-        engine = Engine(ours, tokenizer, config.max_position_embeddings)
+        engine = Engine(ours, tokenizer.eos_id, config.max_position_embeddings)
         started = time.perf_counter()
         (answer,) = engine.generate([Request(prompt, max_new_tokens=count)])
         assert len(answer.tokens) == count

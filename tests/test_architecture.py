@@ -9,7 +9,7 @@ from processes import ROOT
 
 # Bottom up: a module imports only from those before it.
 MODULES = "config fp8 parallel vision model checkpoint tokenizer chat launch pipeline engine optimizer export"
-MODULES = [*MODULES.split(), "plan", "generate", "train"]
+MODULES = [*MODULES.split(), "plan", "session", "generate", "train"]
 PACKAGES = {"torch", "safetensors", "sentencepiece", "PIL", "numpy"}
 NARROW = {  # modules that know less than their place in the order allows
     "launch": {"config", "parallel"},

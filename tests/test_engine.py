@@ -5,6 +5,7 @@ import os
 import random
 import textwrap
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from helpers import (
 from processes import ENVIRONMENT, run
 
 from engine import Engine, Request, nucleus
+from session import ReplyParser
 
 END = 2
 
@@ -71,10 +73,10 @@ def sixteen() -> list[Request]:
 def test_a_batch_equals_single_runs(chunk, model, monkeypatch):
     """16 requests together, alone, and by the plainest loop: exactly the same tokens."""
     monkeypatch.setattr("engine.CHUNK", chunk)
-    requests, engine = sixteen(), Engine(model, Letters(), 4096)
+    requests, engine = sixteen(), Engine(model, Letters.eos_id, 4096)
     together = engine.generate(requests)
     for request, answer in zip(requests, together):
-        (alone,) = Engine(model, Letters(), 4096).generate([request])
+        (alone,) = Engine(model, Letters.eos_id, 4096).generate([request])
         plain, scores = greedy(model, request.prompt, request.max_new_tokens)
         assert answer.tokens == alone.tokens == plain
         assert answer.logprobs == pytest.approx(scores, abs=1e-4) and alone.logprobs == pytest.approx(scores, abs=1e-4)
@@ -91,7 +93,7 @@ def test_every_order_of_finishing(chain):
         counts = [draw.randint(0, 12) for _ in range(draw.randint(1, 9))]
         prompts = [random_tokens(draw.randint(1, 5), 13, seed=draw.randint(0, 10**6)) for _ in counts]
         requests = [Request(p, max_new_tokens=n) for p, n in zip(prompts, counts)]
-        for request, answer in zip(requests, Engine(model, Endless(), 100).generate(requests)):
+        for request, answer in zip(requests, Engine(model, Endless.eos_id, 100).generate(requests)):
             expected, last = [], request.prompt[-1]
             for _ in range(request.max_new_tokens):
                 last = int(table[last].argmax())
@@ -103,7 +105,7 @@ def test_a_moved_row_keeps_its_context(model):
     """Long contexts that matter, with rows that end one after the other from the front, the back and the middle."""
     for order in ([3, 9, 15, 30], [30, 15, 9, 3], [15, 3, 30, 9], [5, 5, 5, 30]):
         requests = [Request(random_tokens(40 + i, 301, seed=i), max_new_tokens=n) for i, n in enumerate(order)]
-        for request, answer in zip(requests, Engine(model, Endless(), 4096).generate(requests)):
+        for request, answer in zip(requests, Engine(model, Endless.eos_id, 4096).generate(requests)):
             tokens, scores = list(request.prompt), []
             for token in answer.tokens:  # score what was answered, whole: positions, cache and order must all be right
                 scores.append(float(log_probabilities(model, tokens)[-1, token]))
@@ -114,7 +116,7 @@ def test_a_moved_row_keeps_its_context(model):
 
 def test_a_batch_is_faster(model):
     requests = [Request(random_tokens(5, 301, seed=i), max_new_tokens=20) for i in range(16)]
-    engine = Engine(model, Endless(), 4096)
+    engine = Engine(model, Endless.eos_id, 4096)
     engine.generate(requests[:2])
     best = {}
     for _ in range(3):
@@ -134,7 +136,7 @@ def test_seeds(model):
     """The same seed gives the same answer, whoever else is in the batch; another seed another one."""
     prompt = random_tokens(9, 301)
     ask = lambda seed, **more: Request(prompt, max_new_tokens=25, temperature=1.0, seed=seed, **more)  # noqa: E731
-    engine = Engine(model, Endless(), 4096)
+    engine = Engine(model, Endless.eos_id, 4096)
     (alone,) = engine.generate([ask(7)])
     assert engine.generate([ask(7)])[0].tokens == alone.tokens
     others = [ask(1), Request(prompt, max_new_tokens=3), ask(7), ask(8, top_p=0.9), ask(7)]
@@ -188,7 +190,7 @@ def test_frequencies(temperature, top_p, chain):
         Request([i % 13], max_new_tokens=700, temperature=temperature, top_p=top_p, seed=100 + i) for i in range(16)
     ]
     counts = torch.zeros(13, 13)
-    for request, answer in zip(requests, Engine(model, Endless(), 1000).generate(requests)):
+    for request, answer in zip(requests, Engine(model, Endless.eos_id, 1000).generate(requests)):
         path = request.prompt + answer.tokens
         for a, b, logprob in zip(path, answer.tokens, answer.logprobs):
             counts[a, b] += 1
@@ -211,7 +213,7 @@ def test_frequencies(temperature, top_p, chain):
 def test_first_tokens(chain):
     """The first token of 1,500 seeds, which comes from the prefill: again by a chi-square test."""
     model, table = chain
-    engine, counts = Engine(model, Endless(), 1000), torch.zeros(13)
+    engine, counts = Engine(model, Endless.eos_id, 1000), torch.zeros(13)
     for start in range(0, 1500, 500):
         requests = [Request([4], max_new_tokens=1, temperature=1.0, seed=start + i) for i in range(500)]
         for answer in engine.generate(requests):
@@ -232,15 +234,15 @@ def test_end_token(chain):
     loops = [start for start in range(13) if start not in ends]
     tested = 0
     for start, path in ends.items():
-        (answer,) = Engine(model, Letters(), 100).generate([Request([start], max_new_tokens=50)])
+        (answer,) = Engine(model, Letters.eos_id, 100).generate([Request([start], max_new_tokens=50)])
         assert answer.tokens == path[: path.index(END) + 1] and answer.finish_reason == "stop"
         tested += 1
     for start in loops:
-        (answer,) = Engine(model, Letters(), 100).generate([Request([start], max_new_tokens=50)])
+        (answer,) = Engine(model, Letters.eos_id, 100).generate([Request([start], max_new_tokens=50)])
         assert len(answer.tokens) == 50 and answer.finish_reason == "length"
         tested += 1
     assert tested == 13 and ends and loops
-    (answer,) = Engine(model, Letters(), 100).generate([Request([END], max_new_tokens=1)])  # in the prompt: no end
+    (answer,) = Engine(model, Letters.eos_id, 100).generate([Request([END], max_new_tokens=1)])  # in the prompt: no end
     assert len(answer.tokens) == 1
 
 
@@ -256,7 +258,7 @@ def test_stop_strings(model):
     """The answer ends with the token that completes a stop string, also where it runs over several tokens."""
     tokenizer = Endless()
     request = Request(random_tokens(9, 301), max_new_tokens=40, temperature=1.0, seed=3)
-    (free,) = Engine(model, tokenizer, 4096).generate([request])
+    (free,) = Engine(model, tokenizer.eos_id, 4096).generate([request])
     text = tokenizer.text(free.tokens)
     ends, at = [], 0  # where each token's text ends
     for token in free.tokens:
@@ -269,23 +271,28 @@ def test_stop_strings(model):
         count = next(i for i, end in enumerate(ends) if end >= first) + 1
         for stops in ([stop], ["not there", stop], [stop, text[-1] * 50]):
             shown = []
-            (answer,) = Engine(model, tokenizer, 4096).generate(
-                [Request(**{**vars(request), "stop": stops})], lambda i, kind, text: shown.append(text)
+            reader = ReplyParser(tokenizer, request.prompt, stops)
+            (answer,) = Engine(model, tokenizer.eos_id, 4096).generate(
+                [replace(request, reader=reader)], lambda i, kind, text: shown.append(text)
             )
             assert answer.tokens == free.tokens[:count]
             assert answer.finish_reason == "stop"
-            assert "".join(shown) == answer.reply.text == text[: first - len(stop)]
+            assert "".join(shown) == reader.reply.text == text[: first - len(stop)]
             tried += 1
     assert tried == 18
-    (answer,) = Engine(model, tokenizer, 4096).generate([Request(**{**vars(request), "stop": ["ZZ"]})])
+    (answer,) = Engine(model, tokenizer.eos_id, 4096).generate(
+        [replace(request, reader=ReplyParser(tokenizer, request.prompt, ["ZZ"]))]
+    )
     assert answer.tokens == free.tokens and answer.finish_reason == "length"
 
 
 def test_a_stop_string_in_the_prompt_does_not_count(model):
     prompt = [3, 4, 5]  # "abc"
-    (free,) = Engine(model, Endless(), 4096).generate([Request(prompt, max_new_tokens=1)])
+    (free,) = Engine(model, Endless.eos_id, 4096).generate([Request(prompt, max_new_tokens=1)])
     letter = Endless().text(free.tokens)[0]
-    (answer,) = Engine(model, Endless(), 4096).generate([Request(prompt, max_new_tokens=5, stop=["bc" + letter])])
+    (answer,) = Engine(model, Endless.eos_id, 4096).generate(
+        [Request(prompt, max_new_tokens=5, reader=ReplyParser(Endless(), prompt, ["bc" + letter]))]
+    )
     assert len(answer.tokens) == 5
 
 
@@ -293,7 +300,7 @@ def test_max_new_tokens_0(model):
     """Scores the prompt and says nothing."""
     prompt = random_tokens(20, 301)
     seen = []
-    (answer,) = Engine(model, Letters(), 4096).generate(
+    (answer,) = Engine(model, Letters.eos_id, 4096).generate(
         [Request(prompt, max_new_tokens=0, logprobs=True)], lambda *arguments: seen.append(arguments)
     )
     assert (answer.tokens, answer.logprobs, answer.finish_reason, seen) == ([], [], "length", [])
@@ -305,7 +312,7 @@ def test_the_end_of_the_context(model):
     for length in (1, 28, 29, 30):
         request = Request(random_tokens(length, 301), max_new_tokens=100, logprobs=True)
         others = [Request(random_tokens(5, 301), max_new_tokens=100), Request([7], max_new_tokens=3)]
-        answer, other, short = Engine(model, Endless(), 30).generate([request, *others])
+        answer, other, short = Engine(model, Endless.eos_id, 30).generate([request, *others])
         assert len(answer.tokens) == 30 - length and answer.finish_reason == "length"
         assert len(other.tokens) == 25 and len(short.tokens) == 3
         assert len(answer.prompt_logprobs) == length
@@ -319,7 +326,7 @@ def test_prompt_log_probabilities(chunk, rows, model, monkeypatch):
     requests = [
         Request(random_tokens(n, 301, seed=n), max_new_tokens=2, logprobs=n != 21) for n in (1, 2, 7, 8, 10, 11, 21, 70)
     ]
-    for request, answer in zip(requests, Engine(model, Endless(), 4096).generate(requests)):
+    for request, answer in zip(requests, Engine(model, Endless.eos_id, 4096).generate(requests)):
         full = log_probabilities(model, request.prompt + answer.tokens)
         expected = [float(full[i, token]) for i, token in enumerate((request.prompt + answer.tokens)[1:])]
         count = len(request.prompt)
@@ -337,9 +344,11 @@ def test_on_piece(model):
         assert kind == "text"
         texts[i] = texts.get(i, "") + text
 
-    answers = Engine(model, Letters(), 4096).generate(requests, listen)
+    for request in requests:
+        request.reader = ReplyParser(Letters(), request.prompt)
+    answers = Engine(model, Letters.eos_id, 4096).generate(requests, listen)
     assert [texts.get(i, "") for i in range(16)] == [Letters().text(answer.tokens) for answer in answers]
-    assert [texts.get(i, "") for i in range(16)] == [answer.reply.text for answer in answers]
+    assert [texts.get(i, "") for i in range(16)] == [request.reader.reply.text for request in requests]
 
 
 # -------------------------------------------------------------------------------------------------------- memory
@@ -367,7 +376,7 @@ LONG_PROMPT = """
     length = int(sys.argv[2])
     model = MistralMedium(read_config(sys.argv[1]), dtype=torch.float32)
     fill(model, Checkpoint(sys.argv[1]))
-    engine = Engine(model, Letters(), 1 << 20)
+    engine = Engine(model, Letters.eos_id, 1 << 20)
     engine.generate([Request([5] * 3000, max_new_tokens=2, logprobs=True)])  # what is allocated once, is
     before = anonymous()
     thread = threading.Thread(target=watch)

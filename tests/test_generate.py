@@ -22,6 +22,7 @@ from helpers import (
 from processes import run, run_ranks, start
 
 import generate
+import session
 from launch import find_place
 from tokenizer import load_tokenizer
 
@@ -195,9 +196,9 @@ def test_a_chat_over_ranks():
 def test_interactive_history_and_mistakes(ckpt, program, monkeypatch):
     """History reaches the model; what cannot be answered is said, and the chat goes on."""
     asked = []
-    request = generate.Session.request
+    request = session.Session.request
     monkeypatch.setattr(
-        generate.Session, "request", lambda self, spec, base="": asked.append(spec) or request(self, spec, base)
+        session.Session, "request", lambda self, spec, base="": asked.append(spec) or request(self, spec, base)
     )
     long = "word " * 700
     lines = ["one", long, "two", "/effort high", "three", "/effort absurd", "four", "/effort", "/clear", "five"]

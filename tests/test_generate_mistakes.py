@@ -9,7 +9,7 @@ import pytest
 from helpers import random_state, text_fields, write_checkpoint, write_json, write_tekken
 from processes import run
 
-import generate
+import session
 
 
 def refused(result, *named: str) -> str:
@@ -38,7 +38,7 @@ def refused(result, *named: str) -> str:
     (["--ckpt", ""], "--ckpt"), (["stray"], "stray"), (["--seed"], "--seed"),
 ])  # fmt: skip
 def test_bad_options(arguments, named, ckpt, program):
-    if arguments == ["--ckpt", ""] and os.path.isdir(generate.TINY):
+    if arguments == ["--ckpt", ""] and os.path.isdir(session.TINY):
         pytest.skip("an empty --ckpt is the default one")
     refused(program("--ckpt", ckpt, "--prompt", "hi", *arguments), named)
 

@@ -67,7 +67,7 @@ def answer(cases: list[tuple[str, bool, bool]], place: Place) -> list:
         model = MistralMedium(config, place, torch.float32, keep_fp8)
         fill(model, Checkpoint(directory))
         batches = requests(config.vocab_size, images)
-        results = [Engine(model, Tokens(), 64).generate(batch) for batch in batches]
+        results = [Engine(model, Tokens.eos_id, 64).generate(batch) for batch in batches]
         answers += [(a.tokens, a.logprobs, a.prompt_logprobs[1:]) for batch in results for a in batch]
     return answers
 

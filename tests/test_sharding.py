@@ -98,7 +98,7 @@ def conversation(directory: str, tp: int, pp: int, prompt: list[int], count: int
             ("all_", "broadcast", "isend", "send", "recv", "irecv", "reduce", "gather", "scatter", "barrier", "batch_")
         ):
             listen(name)
-    Engine(model, Tokens(), 64).generate([Request(prompt, max_new_tokens=count, **sampler)])
+    Engine(model, Tokens.eos_id, 64).generate([Request(prompt, max_new_tokens=count, **sampler)])
     return list(said)
 
 

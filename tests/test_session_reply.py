@@ -9,7 +9,7 @@ import pytest
 from chat_cases import TEKKEN_VERSIONS, copy_spm, write_tekken
 
 from chat import encode_chat
-from engine import Reply, ReplyParser
+from session import Reply, ReplyParser
 from tokenizer import load_tokenizer
 
 GOLDEN = os.path.join(os.path.dirname(__file__), "golden")

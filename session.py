@@ -1,0 +1,277 @@
+"""A session: a loaded checkpoint that answers JSON requests, and the parser of its replies.
+
+Whatever a user asks becomes a *spec*, the JSON object of a line in --requests, be it read from the file, made from the
+command line or from a turn in the terminal. A `Session` turns specs into requests of token ids and pixels, lets the
+engine answer them, and turns the answers' ids into text. Every rank does all of this alike; only rank 0 prints.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import re
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from chat import NAME, encode_chat
+from checkpoint import Checkpoint, fill, weight_bytes
+from config import UserError, read_config
+from engine import Answer, Engine, Request
+from launch import COUNT, Progress, gather_objects, number, peak_memory, together
+from model import MistralMedium
+from parallel import Place
+from plan import check_memory
+from tokenizer import SentencePiece, StreamDecoder, Tekken, load_tokenizer
+from vision import grid, grid_of, load_image, pixels
+
+TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "examples", "tiny")
+
+TEMPERATURE, TOP_P, SEED = number(float, 0, 100), number(float, 0, 1, above=True), number(int, 0, (1 << 63) - 1)
+NUMBERS = {"max_new_tokens": COUNT, "temperature": TEMPERATURE, "top_p": TOP_P, "seed": SEED}
+KEYS = {"messages", "tools", "raw", "reasoning_effort", "stop", *NUMBERS}  # of a request
+
+
+class Session:
+    """A loaded checkpoint that answers JSON requests."""
+
+    def __init__(self, args: argparse.Namespace, place: Place):
+        self.args, self.place = args, place
+        started = time.perf_counter()
+        checkpoint = together(self.read)
+        check_memory(self.config, place, args, self.keep_fp8)
+        dtype = getattr(torch, args.dtype)
+        self.model = together(lambda: MistralMedium(self.config, place, dtype, self.keep_fp8))
+        # All ranks sample the same tokens, so they need the same seed: rank 0's, where none was given.
+        self.seed = gather_objects(random.getrandbits(32) if args.seed is None else args.seed)[0]
+        together(lambda: fill(self.model, checkpoint, Progress(checkpoint, place)))
+        self.model.eval()
+        self.weight_bytes = weight_bytes(self.model)
+        self.model.lay_out_weights()
+        self.load_s, self.bytes_read = time.perf_counter() - started, checkpoint.bytes_read
+
+    def read(self) -> Checkpoint:
+        """Everything but the model: config, tokenizer, and which tensors there are."""
+        args = self.args
+        directory = args.ckpt or TINY
+        if not args.ckpt and not os.path.isdir(TINY):
+            raise UserError("this repository holds no checkpoint of its own; name one with --ckpt DIR")
+        checkpoint = Checkpoint(directory)
+        self.config = checkpoint.fit(read_config(directory))
+        self.tokenizer = load_tokenizer(directory, self.config)
+        longest = self.config.max_position_embeddings
+        self.max_context = min(args.max_context or longest, longest)
+        stored_fp8 = checkpoint.is_fp8()
+        if args.weights == "fp8" and not stored_fp8:
+            raise UserError(f"{directory}: its weights are not FP8; leave out --weights fp8")
+        on_gpu = self.place.device.type == "cuda"  # a CPU has no fast FP8 arithmetic
+        self.keep_fp8 = args.weights == "fp8" or (args.weights == "auto" and on_gpu and stored_fp8)
+        return checkpoint
+
+    def answer(self, specs: list[dict], base: str = "", on_piece=None) -> list[dict]:
+        """The requests' answers as the JSON objects that --json prints. `on_piece`: as the engine's, on rank 0 only."""
+        requests = together(lambda: [self.request(spec, base) for spec in specs])
+        engine = Engine(self.model, self.tokenizer.eos_id, self.max_context)
+        answers = engine.generate(requests, on_piece if self.place.rank == 0 else None)
+        stats = {"load_s": round(self.load_s, 3)}
+        for phase in ("prefill", "decode"):
+            seconds = engine.seconds[phase]
+            stats[f"{phase}_tokens_per_s"] = round(engine.tokens[phase] / seconds, 2) if seconds else 0.0
+        mine = (peak_memory(self.place), self.weight_bytes, self.bytes_read)
+        every = map(list, zip(*gather_objects(mine)))
+        stats |= dict(zip(("peak_memory_bytes", "weight_bytes", "bytes_read"), every))
+        return [{**self.result(*each), "stats": stats} for each in zip(requests, answers)]
+
+    def request(self, spec: dict, base: str = "") -> Request:
+        """A JSON request -> token ids, pixels and settings. Raises UserError that begins with `spec["where"]`."""
+        where, vision = spec["where"], self.config.vision
+        effort = spec.get("reasoning_effort", self.args.reasoning_effort)
+        images: list[torch.Tensor] = []
+
+        def see(url: str) -> tuple[int, int]:
+            """The chat asks for an image's size in tokens. The first stage, which has the tower, takes it at once."""
+            if not self.place.first_stage:
+                return grid_of(url, base, vision)
+            image = load_image(url, base)
+            images.append(pixels(image, vision))
+            return grid(*image.size, vision)
+
+        if isinstance(raw := spec.get("raw"), str):
+            prompt = [self.tokenizer.bos_id, *self.tokenizer.encode(raw)]
+        elif "raw" in spec:
+            raise UserError(f"{where}: raw should be a string")
+        else:
+            try:
+                messages, tools = spec["messages"], spec.get("tools")
+                prompt = encode_chat(self.tokenizer, messages, tools, effort, see if vision else None).ids
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+        if len(prompt) > self.max_context:
+            raise UserError(
+                f"{where}: {len(prompt)} tokens are more than the context of {self.max_context}; "
+                "shorten it or raise --max-context as far as the model goes"
+            )
+        stop = spec.get("stop") or []
+        stop = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
+            raise UserError(f"{where}: stop should be a string or a list of strings")
+        numbers = self.numbers(spec, thinks=effort == "high")
+        scored = self.args.logprobs or numbers["max_new_tokens"] == 0
+        reader = ReplyParser(self.tokenizer, prompt, stop, "raw" in spec)
+        return Request(prompt, images, **numbers, reader=reader, logprobs=scored)
+
+    def numbers(self, spec: dict, thinks: bool) -> dict:
+        """max_new_tokens, temperature, top_p and seed: the request's, else the command line's, else the defaults."""
+        found = {"temperature": 0.7 if thinks else 0.0, "top_p": 0.95 if thinks else 1.0, "seed": self.seed}
+        for name, parse in NUMBERS.items():
+            if spec.get(name) is not None:
+                try:
+                    found[name] = parse(repr(spec[name]))  # "1" and true are no numbers, and their repr shows it
+                except argparse.ArgumentTypeError as error:
+                    raise UserError(f"{spec['where']}: {name}: {error}") from None
+            elif getattr(self.args, name) is not None:
+                found[name] = getattr(self.args, name)
+        return found
+
+    def result(self, request: Request, answer: Answer) -> dict:
+        """What --json prints of an answer, but for `stats`."""
+        result = {"prompt_tokens": request.prompt, "tokens": answer.tokens, **vars(request.reader.reply)}
+        result["finish_reason"] = answer.finish_reason
+        if request.logprobs:
+            result |= {"prompt_logprobs": answer.prompt_logprobs, "logprobs": answer.logprobs}
+        return result
+
+
+# ------------------------------------------------------------------------ from the model's tokens to its reply
+
+
+@dataclass
+class Reply:
+    text: str = ""  # without reasoning and special tokens
+    reasoning: str | None = None  # what stood between [THINK] and [/THINK]
+    tool_calls: list[dict] = field(default_factory=list)  # {"name", "arguments": parsed JSON, or text that is none}
+
+
+class ReplyParser:
+    """Reads a reply token by token. What is streamed, what JSON carries and what a chat remembers all come from here.
+
+    `add` and `finish` return pieces (kind, text), kind "text" or "reasoning", as soon as they are certain; joined, they
+    are the texts of `reply`. A stop string counts in the answer's text alone. Of several, the one that is complete
+    first ends the text where it begins; of two complete at the same character, the one listed first. Text that may
+    still turn out to be the beginning of one is held back. Never raises, whatever the tokens.
+
+    `prompt`: its ids tell whether the reply begins inside a [THINK] that the prompt opened. `raw`: no chat, only text.
+    """
+
+    def __init__(self, tokenizer: Tekken | SentencePiece, prompt: list[int] = (), stop: list[str] = (), raw=False):
+        self.reply, self.stop, self.stopped, self.ended = Reply(), list(stop), False, False
+        self._tokenizer, special = tokenizer, tokenizer.special
+        marks = ("[THINK]", "[/THINK]", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
+        self._marks = {} if raw else {special[name]: name for name in marks if name in special}
+        self._text, self._thought = StreamDecoder(tokenizer), StreamDecoder(tokenizer)
+        self._held = ""  # text that may be the beginning of a stop string
+        self._calls: list[dict[str, list[int]]] = []  # for each, the ids of its "name", "[CALL_ID]" and "[ARGS]"
+        self._into = "text"  # or "reasoning" or "calls"
+        # The reply begins inside a thought if the last of these tokens in the prompt opened one.
+        turns = {special.get(name) for name in ("[THINK]", "[/THINK]", "[/INST]", "[/TOOL_RESULTS]", "</s>")}
+        last = next((id for id in reversed(prompt) if id in turns), None)
+        if last is not None and self._marks.get(last) == "[THINK]":
+            self._into, self.reply.reasoning = "reasoning", ""
+
+    def add(self, id: int) -> list[tuple[str, str]]:
+        mark = self._marks.get(id)
+        if self.stopped or self.ended:
+            return []
+        if id == self._tokenizer.eos_id:
+            self.ended = True
+        elif mark == "[THINK]":
+            self._into, self.reply.reasoning = "reasoning", self.reply.reasoning or ""
+        elif mark == "[/THINK]":
+            self._into = "text" if self._into == "reasoning" else self._into  # one that nothing opened closes nothing
+        elif mark == "[TOOL_CALLS]":
+            self._calls.append({"name": []})
+            self._into, self._part = "calls", self._calls[-1]["name"]
+        elif mark and self._into == "calls":
+            self._part = self._calls[-1][mark] = []
+        elif self._into == "calls":
+            self._part.append(id)
+        elif self._into == "reasoning":
+            return self._think(self._thought.add(id))
+        else:
+            return self._say(self._text.add(id))
+        return []
+
+    def finish(self) -> list[tuple[str, str]]:
+        """The rest: halves of characters, text held back, and what stood where a call should be and is none."""
+        pieces = self._think(self._thought.flush()) if self.reply.reasoning is not None else []
+        if not self.stopped:
+            rest, self._held = self._held + self._text.flush(), ""
+            for call in self._calls:
+                rest += self._read_call(call)
+            pieces += self._emit(rest)
+        return pieces
+
+    def _think(self, new: str) -> list[tuple[str, str]]:
+        self.reply.reasoning += new
+        return [("reasoning", new)] if new else []
+
+    def _say(self, new: str) -> list[tuple[str, str]]:
+        before, text = len(self._held), self._held + new
+        # (where it is complete, its place in the list, where it begins) of every stop string that ends in `new`
+        found = []
+        for order, stop in enumerate(self.stop):
+            start = text.find(stop, max(0, before - len(stop) + 1))
+            if start >= 0:
+                found.append((start + len(stop), order, start))
+        if found:
+            self.stopped, self._held = True, ""
+            return self._emit(text[: min(found)[2]])
+        starts = (i for i in range(len(text)) if any(stop.startswith(text[i:]) for stop in self.stop))
+        keep = next(starts, len(text)) if self.stop else len(text)
+        self._held = text[keep:]
+        return self._emit(text[:keep])
+
+    def _emit(self, text: str) -> list[tuple[str, str]]:
+        self.reply.text += text
+        return [("text", text)] if text else []
+
+    def _read_call(self, ids: dict[str, list[int]]) -> str:
+        """Add what one [TOOL_CALLS] introduces to the reply's calls; returns the text in it that is no call."""
+        name = self._tokenizer.decode(ids["name"])
+        if "[ARGS]" in ids:
+            if not NAME.fullmatch(name):
+                return name + self._tokenizer.decode(ids["[ARGS]"])
+            arguments = _arguments(self._tokenizer.decode(ids["[ARGS]"]))
+            self.reply.tool_calls.append({"name": name, "arguments": arguments})
+            return ""
+        # The older form: [{"name": …, "arguments": …}, …]
+        start = match.start() if (match := re.search(r"\[\s*\{", name)) else 0
+        try:
+            calls, end = _READER.raw_decode(name, start)
+            calls = [{"name": call["name"], "arguments": call.get("arguments", {})} for call in calls]
+            if not all(NAME.fullmatch(call["name"]) for call in calls):
+                return name
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return name
+        self.reply.tool_calls += calls
+        return name[:start] + name[end:]
+
+
+def _arguments(text: str) -> object:
+    """The JSON value, or the text itself where it is not JSON (cut off, for example)."""
+    try:
+        return json.loads(text, parse_float=_finite, parse_constant=_finite)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _finite(number: str) -> float:
+    """Python's JSON reader lets NaN, Infinity and 1e999 through, but they cannot be written as JSON again."""
+    if not math.isfinite(float(number)):
+        raise ValueError
+    return float(number)
+
+
+_READER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
