@@ -23,7 +23,7 @@ from torch import nn
 
 import fp8
 from config import Config, UserError, find_folder, read_file, read_json, reading, warn
-from parallel import Slice
+from parallel import Linear, Slice
 
 DTYPES = ("BF16", "F16", "F32", "F8_E4M3")  # those that a tensor may be stored in, in safetensors' words
 
@@ -383,11 +383,16 @@ def read_parameter(checkpoint: Checkpoint, name: str, layer: nn.Module, part: Sl
         input_scale = checkpoint.scale(scale_names(name)[1])
         layer.activation_scale = None if input_scale is None else input_scale.to(device)
     elif scale is not None:
-        return fp8.dequantize(weight, scale.to(device), layer.weight.dtype)  # these are never padded
+        weight = fp8.dequantize(weight, scale.to(device), layer.weight.dtype)
     # Always a copy: what was read is a view of the mapped file, and if somebody truncates that while the program runs,
     # touching the view kills the process. Padding must be zero: the head's backward pass multiplies these rows, too, by
     # their (zero) gradients, uninitialized memory may hold NaN, and 0 times NaN is NaN.
-    out = torch.zeros(part.local_shape, dtype=layer.weight.dtype, device=device)
+    if isinstance(layer, Linear):
+        out = layer.allocate(device)
+    else:
+        out = torch.empty(part.local_shape, dtype=layer.weight.dtype, device=device)
+    if weight.shape != out.shape:
+        out.zero_()
     out[tuple(slice(0, n) for n in weight.shape)] = weight
     return out
 

@@ -1,48 +1,42 @@
 """Generation: prompts through the model in chunks, then one token at a time for a whole batch, over any topology.
 
-Every rank runs this same loop. A *group* is a batch of requests with one key/value cache. A row's next token cannot be
-computed before the last one is known, so a single group would keep one pipeline stage busy and all others waiting. A
-batch is therefore split into as many groups as there are stages:
+Every rank runs this same loop. A *group* is a batch of rows with one key/value cache. A row's next token cannot be
+computed before the last one is known, so a single group would keep one pipeline stage busy and all others waiting. The
+requests are therefore answered by as many groups as there are stages:
 
     time ─────────────────────────────────────────────►
     stage 0    g0   g1   g0   g1   g0                   `Engine.run_stage`: receive, run the layers, send on
                  ╲ ╱  ╲ ╱  ╲ ╱  ╲                       hidden states go down to the next stage (pp_group) …
     stage 1       g0   g1   g0   g1                     … sampled tokens come back up to all (answer_group)
 
-The last stage samples and posts the tokens (`Engine.post`); each stage picks them up (`Engine.pick_up`) when that
-group's turn comes again. Since every rank sees every token, all agree on each row's length and end without asking. A
-long prompt fills the pipeline by itself: its chunks need no sampled token, so they follow each other from stage to
-stage. With one process the same loop has one stage, one group and no messages.
+The last stage samples; a broadcast brings the tokens to all (`Engine.post`), and each stage picks them up
+(`Engine.pick_up`) when that group's turn comes again. Since every rank sees every token, all agree on each row's length
+and end without asking. With one process the same loop has one stage, one group and no messages.
+
+In its turn a group gives the places of rows that ended to requests that wait: their prompts go through the model, the
+other rows get a token each, and all these tokens are posted together. Between calls the caches stay. A new row begins
+with the longest beginning that its prompt shares with some row: a chat's next turn computes only what is new.
 
 Shapes: B rows of a group, T tokens of each that go through the model together, C hidden_size, V / tp logits per rank.
 """
 
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from model import KVCache
-from parallel import all_gather
+from model import KVCache, MistralMedium, Span
 from pipeline import Channel
 
-CHUNK = 1024  # prompt tokens that go through the model at a time: bounds the memory of activations
+CHUNK = 4096  # prompt tokens that go through the model at a time: bounds the memory of activations
+CPU_CHUNK = 1024
 LOGIT_ROWS = 64  # positions whose logits exist at the same time when a prompt is scored
-
-
-class Reader(Protocol):
-    """Reads an answer token by token, as `session.ReplyParser` does."""
-
-    stopped: bool  # nothing after the last token counts
-
-    def add(self, id: int) -> list[tuple[str, str]]:
-        """Returns the pieces (kind, text) of the reply that became certain with this token."""
-
-    def finish(self) -> list[tuple[str, str]]:
-        """The rest of them."""
+SHARED = 16  # tokens at least that a beginning must have to be copied from another row
 
 
 @dataclass
@@ -50,12 +44,13 @@ class Request:
     """What to continue, and how."""
 
     prompt: list[int]
-    pixels: list[torch.Tensor] = field(default_factory=list)  # the images, in the order of their tokens
-    max_new_tokens: int = 1024
+    pixels: list[torch.Tensor] = field(default_factory=list)  # the images, in the order of their tokens; first stage
+    images: list[tuple[str, int]] = field(default_factory=list)  # of each a name of its own, and how many tokens it has
+    max_new_tokens: int | None = None  # None: as many as the context leaves
     temperature: float = 0.0  # 0 takes the likeliest token
     top_p: float = 1.0
     seed: int = 0
-    reader: Reader | None = None  # without one, an answer is tokens alone
+    reader: Any = None  # reads the answer as it comes, see session.ReplyParser; without one, it is tokens alone
     logprobs: bool = False
 
 
@@ -66,18 +61,23 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     prompt_logprobs: list[float | None] = field(default_factory=lambda: [None])
-    finish_reason: str = "length"
+    finish_reason: str = "length"  # or "stop", or "cancelled"
 
 
 class Row:
     """A request, number `index` of its batch, while it is being answered."""
 
-    def __init__(self, index: int, request: Request, limit: int, eos_id: int):
+    def __init__(self, index: int, request: Request, limit: int, eos_id: int, image_token_id: int | None):
         self.index, self.request, self.eos_id, self.answer = index, request, eos_id, Answer()
         self.length = len(request.prompt)  # tokens in the cache, once the prompt is
-        self.room = min(request.max_new_tokens, limit - self.length)  # for tokens of the answer
+        room = limit - self.length
+        self.room = room if request.max_new_tokens is None else min(request.max_new_tokens, room)
+        self.start = 0  # tokens that the cache had already
         self.scores: list[torch.Tensor] = []  # of the prompt's tokens, on the last stage
-        self.generator = torch.Generator().manual_seed(request.seed)
+        # What its place in the cache depends on: ids, and at an [IMG] token which image it is of; nobody else has one
+        # that has no name.
+        images, nameless = iter([name for name, count in request.images for _ in range(count)]), object()
+        self.ids = [next(images, nameless) if id == image_token_id else id for id in request.prompt]
 
     def take(self, token: int, logprob: float) -> list[tuple[str, str]]:
         """Append a sampled token; returns the pieces of the reply that became certain with it."""
@@ -87,130 +87,290 @@ class Row:
         pieces = reader.add(token) if reader else []
         if token == self.eos_id or (reader and reader.stopped):
             self.answer.finish_reason = "stop"
-        return pieces + reader.finish() if reader and self.done else pieces
+        return pieces + self.finish() if self.done else pieces
+
+    def finish(self) -> list[tuple[str, str]]:
+        return self.request.reader.finish() if self.request.reader else []
 
     @property
     def done(self) -> bool:
-        return self.answer.finish_reason == "stop" or len(self.answer.tokens) >= self.room
+        return self.answer.finish_reason != "length" or len(self.answer.tokens) >= self.room
 
 
 class Group:
-    """Rows that decode together. `rows[i]` is row i of the cache."""
+    """Up to `width` rows that decode together: rows[i] is row i of the cache and of all tensors here."""
 
-    def __init__(self, rows: list[Row], model):
-        self.rows = rows
-        self.cache: KVCache = model.new_cache(len(rows), max(row.length + row.room for row in rows))
-        self.posted: tuple[torch.Tensor | None, dist.Work | None] = (None, None)  # see Engine.post
+    def __init__(self, model: MistralMedium, width: int, length: int):
+        self.rows: list[Row] = []
+        self.cache: KVCache = model.new_cache(width, length)
+        self.held: list[list] = [[] for _ in range(width)]  # the ids (see Row.ids) of what each row of the cache holds
+        device = model.place.device
+        self.sampled = torch.zeros(width, 2, dtype=torch.float64, device=device)  # the last token, its log-probability
+        self.positions, self.seeds = torch.zeros(2, width, dtype=torch.long, device=device)  # where that token goes
+        self.heat = torch.zeros(width, 2, device=device)  # temperature, top_p
+        self.work: dist.Work | None = None  # the broadcast of `sampled`
+        self.phase = "prefill"  # what is in flight
+        self.steps: dict[tuple, Callable | None] = {}  # see Engine.decode
+
+    @property
+    def width(self) -> int:
+        return len(self.held)
 
     def drop_finished(self) -> None:
         """The last row moves into the place of a finished one, so that a step runs over the cache's first rows."""
         for i in reversed(range(len(self.rows))):
             if self.rows[i].done:
-                last = self.rows.pop()
-                if i < len(self.rows):
-                    self.cache.move_row(len(self.rows), i)
-                    self.rows[i] = last
+                last, end = self.rows.pop(), len(self.rows)
+                if i < end:
+                    self.rows[i], self.held[i], self.held[end] = last, self.held[end], []
+                    self.cache.copy_row(end, i, last.length)
+                    for tensor in (self.sampled, self.positions, self.seeds, self.heat):
+                        tensor[i] = tensor[end]
+                self.positions[end] = 0  # a step may run over it, too; see Engine.decode
+
+    def admit(self, row: Row, shared: list[int]) -> None:
+        """Make `row` the next one. It begins like each row of the cache for as many tokens as `shared` says."""
+        at, best = len(self.rows), shared.index(max(shared))
+        if not row.request.logprobs and (best == at or shared[best] >= SHARED):  # scores are of all tokens
+            row.start = min(shared[best], row.length - 1)  # something has to go through the model to sample from
+        if best != at and row.start:
+            self.cache.copy_row(best, at, row.start)
+        self.held[at] = row.ids
+        self.rows.append(row)
+        self.positions[at], self.seeds[at] = row.length, row.request.seed
+        self.heat[at, 0], self.heat[at, 1] = row.request.temperature, row.request.top_p
+
+
+def common(a: list, b: list) -> int:
+    """How many items two lists have in common at their beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 class Engine:
     """Answers requests with `model` (one rank's part of it). `max_context` bounds prompt and answer together."""
 
-    def __init__(self, model, eos_id: int, max_context: int):
+    def __init__(self, model: MistralMedium, eos_id: int, max_context: int):
         self.model, self.place, self.eos_id, self.max_context = model, model.place, eos_id, max_context
+        on_gpu = self.place.device.type == "cuda"
+        self.chunk = CHUNK if on_gpu else CPU_CHUNK
+        # What makes a step replayable, see `decode`. Messages between stages are not recorded.
+        self.record = record if on_gpu and self.place.pp_size == 1 else None
         # In flight: while decoding, at most one message per group. Only the chunks of prompts could run further ahead
         # of a slower stage; the bound keeps their hidden states from piling up.
         self.down = Channel(self.place, model.dtype, in_flight=2 * self.place.pp_size)
-        self.seconds = {"prefill": 0.0, "decode": 0.0}
-        self.tokens = {"prefill": 0, "decode": 0}
+        self.groups: list[Group] = []
+        self.seconds, self.tokens, self.mark = {}, {}, 0.0  # of the last call, by phase: "prefill" and "decode"
 
     @torch.inference_mode()
     def generate(
-        self, requests: list[Request], on_piece: Callable[[int, str, str], None] | None = None
+        self,
+        requests: list[Request],
+        on_piece: Callable[[int, str, str], None] | None = None,
+        width: int | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> list[Answer]:
-        """Answer `requests` together. `on_piece(i, kind, text)`, where it is given, gets each reply piece by piece.
+        """Answer `requests`, at most `width` of them at the same time. All ranks call this together.
 
+        `on_piece(i, kind, text)`, where it is given, gets each reply piece by piece. `stop`, which all ranks have to
+        give or none, is called on rank 0 for every token: True ends all answers where they are, as "cancelled".
         Prompts must not be longer than `max_context`; an answer ends there at the latest.
         """
-        rows = [Row(i, request, self.max_context, self.eos_id) for i, request in enumerate(requests)]
-        count = min(self.place.pp_size, len(rows))
-        groups = [Group(rows[g::count], self.model) for g in range(count)]
-
-        started = time.perf_counter()
-        for group in groups:
-            self.prefill(group)
-        self.lap("prefill", started, sum(row.length for row in rows))
-        started, generated = time.perf_counter(), 0
-        while groups := [group for group in groups if group.rows]:
-            for group in groups:
-                for row, (token, logprob) in zip(group.rows, self.pick_up(group)):
-                    if row.room > 0:
-                        for kind, text in row.take(token, logprob):
-                            if on_piece is not None:
-                                on_piece(row.index, kind, text)
-                group.drop_finished()
-                if group.rows:
-                    generated += len(group.rows)
-                    self.decode(group)
-        self.down.flush()
-        self.lap("decode", started, generated)
+        image = self.model.config.vision and self.model.config.vision.image_token_id
+        rows = [Row(i, request, self.max_context, self.eos_id, image) for i, request in enumerate(requests)]
+        self.seconds, self.tokens = ({"prefill": 0, "decode": 0} for _ in range(2))
+        self.mark = time.perf_counter()
+        try:
+            self.prepare_groups(rows, min(width or len(rows), len(rows)))
+            self.answer(rows, on_piece or (lambda i, kind, text: None), stop)
+        except BaseException:
+            self.groups.clear()  # nobody knows how much of a row is in the cache
+            raise
         for row in rows:
             self.share_scores(row)
         return [row.answer for row in rows]
 
-    def lap(self, phase: str, started: float, tokens: int) -> None:
-        if self.place.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.seconds[phase] += time.perf_counter() - started
-        self.tokens[phase] += tokens
+    def answer(self, rows: list[Row], on_piece: Callable, stop: Callable[[], bool] | None) -> None:
+        waiting = deque(rows)
+        while waiting or any(group.rows for group in self.groups):
+            for group in self.groups:
+                pieces = []
+                for row, (token, logprob) in zip(group.rows, self.pick_up(group)):
+                    if not row.done:
+                        pieces += [(row.index, *piece) for piece in row.take(token, logprob)]
+                if stop is not None and group is self.groups[0] and self.agree(stop):
+                    unfinished = [row for group in self.groups for row in group.rows if not row.done]
+                    for row in (*unfinished, *waiting):
+                        row.answer.finish_reason = "cancelled"
+                        pieces += [(row.index, *piece) for piece in row.finish()]
+                    waiting.clear()
+                for piece in pieces:
+                    on_piece(*piece)
+                group.drop_finished()
+                self.advance(group, waiting)
+        self.down.flush()
 
-    # --- the two phases
+    def prepare_groups(self, rows: list[Row], width: int) -> None:
+        """Groups for `width` rows in all: those of the last call if they will do, and hold something of use."""
+        count = min(self.place.pp_size, width)
+        widths = [-(-(width - i) // count) for i in range(count)]
+        if self.record is not None:
+            widths = [power_of_two(width) for width in widths]
+        length = KVCache.length_for(max((row.length for row in rows), default=0) + 1)
+        held = [ids for group in self.groups for ids in group.held]
+        useful = any(common(ids, row.ids) >= SHARED for row in rows for ids in held)
+        useful |= all(group.cache.length <= 2 * length for group in self.groups)
+        if not useful or [group.width for group in self.groups] != widths:
+            self.groups.clear()  # first, to have their memory
+            self.groups += [Group(self.model, width, length) for width in widths]
 
-    def prefill(self, group: Group) -> None:
-        """The prompts, row by row and chunk by chunk: into the cache, and the first token of each sampled.
+    def agree(self, stop: Callable[[], bool]) -> bool:
+        """What `stop()` says on rank 0, on all ranks."""
+        said = torch.tensor(int(self.place.rank == 0 and stop()))
+        if dist.is_initialized():
+            dist.broadcast(said, src=0)
+        return bool(said)
 
-        A chunk attends to the earlier ones through the cache, so that a long prompt costs the activations of CHUNK
-        tokens, not of all. Rows go one by one because their lengths differ: a padded batch would compute the padding.
+    # --- a group's turn
+
+    def advance(self, group: Group, waiting: deque[Row]) -> None:
+        """A token for every row; and rows that wait take the places that are free, with the first token of theirs."""
+        old = len(group.rows)
+        new = [waiting.popleft() for _ in range(min(group.width - old, len(waiting)))]
+        if not old and not new:
+            return
+        longest = max([row.length for row in (*group.rows, *new)]) + 1  # with the token that goes in
+        if longest > group.cache.length:
+            group.cache.grow(KVCache.length_for(longest))
+            group.steps.clear()  # they were recorded with the old addresses
+        if old:
+            self.decode(group)
+        if new:
+            self.prefill(group, new)
+        group.phase = "prefill" if new else "decode"
+        self.tokens["decode"] += old
+        self.tokens["prefill"] += sum(row.length - row.start for row in new)
+        self.post(group)
+
+    def prefill(self, group: Group, new: list[Row]) -> None:
+        """Prompts of new rows: chunk by chunk into the cache, and the first token of each sampled.
+
+        A chunk attends to the earlier ones through the cache, so that a long prompt costs the activations of one chunk,
+        not of all. Short ones share a chunk, one after the other in a row of tokens: each attends to itself, nothing is
+        padded, and the weights are read once for all of them.
         """
-        sampled = []
-        for i, row in enumerate(group.rows):
-            prompt, request = row.request.prompt, row.request
-            starts = range(0, len(prompt), CHUNK)
-            chunks = [prompt[start : start + CHUNK] for start in starts]
-            features = [None] * len(chunks)
-            if self.place.first_stage and request.pixels:
-                # One feature (C,) per [IMG] token. A chunk may end in the middle of an image, so each takes its share.
-                shares = [chunk.count(self.model.config.vision.image_token_id) for chunk in chunks]
-                features = self.model.image_features(request.pixels).split(shares)
-            for start, chunk, part in zip(starts, chunks, features):
-                hidden = self.run_stage([chunk], [start], group.cache.rows(i, i + 1), part)  # (1, T, C)
-                # The state at a token scores the next one, so a chunk's last state needs the next chunk's first token.
-                targets = prompt[start + 1 : start + CHUNK + 1] if request.logprobs else []
-                if targets and self.place.last_stage:
-                    row.scores += self.score(hidden[0], targets)
-            if self.place.last_stage:
-                sampled.append(self.sample(hidden[:, -1], [row]))
-        self.post(group, torch.cat(sampled) if sampled else None)
+        first, last = len(group.rows), []
+        for pieces in self.chunks(group, new):
+            segments = [(i, start, size) for i, start, size, _ in pieces]
+            prompts = [group.rows[i].request.prompt for i, _, _ in segments]
+            tokens = [id for prompt, (_, start, size) in zip(prompts, segments) for id in prompt[start : start + size]]
+            features = [part for *_, part in pieces if part is not None]
+            features = torch.cat(features) if features else None
+            hidden = self.run_stage(torch.tensor([tokens]), self.model.span(segments), group.cache, features)
+            if hidden is None:
+                continue
+            parts = hidden[0].split([size for *_, size in segments])  # each (size, C)
+            for part, prompt, (i, start, size) in zip(parts, prompts, segments):
+                if group.rows[i].request.logprobs:
+                    # The state at a token scores the next one, so the last state needs the next chunk's first token.
+                    group.rows[i].scores += self.score(part, prompt[start + 1 : start + size + 1])
+                if start + size == len(prompt):
+                    last.append(part[-1])
+        if self.place.last_stage:
+            self.sample(torch.stack(last), group, slice(first, len(group.rows)), *warm_and_choosy(new))
+
+    def chunks(self, group: Group, new: list[Row]) -> Iterator[list[tuple[int, int, int, torch.Tensor | None]]]:
+        """Pieces (row of the cache, first position, tokens, features of images), `self.chunk` tokens at a time."""
+        pieces, room = [], self.chunk
+        for row in new:
+            shared, pending = [common(ids, row.ids) for ids in group.held], {i for i, *_ in pieces}
+            ready = [0 if i in pending else count for i, count in enumerate(shared)]
+            if max(shared) >= max(ready) + SHARED:  # this chunk has what it needs, which has to be in the cache first
+                yield pieces
+                pieces, room, ready = [], self.chunk, shared
+            group.admit(row, ready)
+            features, start = self.features_of(row), row.start
+            while start < row.length:
+                size = min(room, row.length - start)
+                part = None
+                if features is not None:  # a chunk may end in the middle of an image: each piece takes its share
+                    count = row.request.prompt[start : start + size].count(self.model.config.vision.image_token_id)
+                    part, features = (features[:count] if count else None), features[count:]
+                pieces.append((len(group.rows) - 1, start, size, part))
+                start, room = start + size, room - size
+                if room == 0:
+                    yield pieces
+                    pieces, room = [], self.chunk
+        if pieces:
+            yield pieces
+
+    def features_of(self, row: Row) -> torch.Tensor | None:
+        """One feature (C,) for each [IMG] token of the prompt that is not in the cache; on the first stage."""
+        request = row.request
+        if not (self.place.first_stage and request.pixels):
+            return None
+        image_token_id = self.model.config.vision.image_token_id
+        seen = request.prompt[: row.start].count(image_token_id)
+        pixels = list(request.pixels)
+        for _, count in request.images:
+            if seen < count:
+                break
+            pixels.pop(0)
+            seen -= count
+        return self.model.image_features(pixels)[seen:] if pixels else None
 
     def decode(self, group: Group) -> None:
-        """One more token for every row of the group."""
-        tokens = [[row.answer.tokens[-1]] for row in group.rows]
-        starts = [row.length for row in group.rows]
-        hidden = self.run_stage(tokens, starts, group.cache.rows(0, len(group.rows)))  # (B, 1, C)
-        for row in group.rows:
-            row.length += 1
-        self.post(group, self.sample(hidden[:, -1], group.rows) if self.place.last_stage else None)
+        """One more token for every row of the group.
 
-    def run_stage(self, tokens: list[list[int]], starts: list[int], cache: KVCache, features=None):
-        """This rank's layers over some rows' next tokens (B lists of T), row i from position starts[i] on.
+        Where steps are recorded, they run over a power of two of rows and over the whole cache, and so are the same
+        operations on the same addresses until rows end or the cache grows. The first step of a kind runs as it is,
+        which also lets libraries choose their kernels; the second is recorded; from then on it is replayed. A row
+        without a request goes along: its position starts at 0, and stays below that of the longest row.
+        """
+        rows = group.rows
+        for row, held in zip(rows, group.held):
+            row.length += 1
+            held.append(row.answer.tokens[-1])
+        lengths = {row.length for row in rows}
+        if self.record is None:
+            return self.step(group, len(rows), max(lengths), len(lengths) == 1, *warm_and_choosy(rows))
+        kind = (power_of_two(len(rows)), group.cache.length, False, *warm_and_choosy(rows))
+        for i in range(len(rows), kind[0]):
+            group.held[i] = []
+        run = group.steps.get(kind) or partial(self.step, group, *kind)
+        if kind in group.steps and group.steps[kind] is None:
+            run = group.steps[kind] = self.record(run)
+        group.steps.setdefault(kind)
+        run()
+
+    def step(self, group: Group, count: int, length: int, alike: bool, warm: bool, choosy: bool) -> None:
+        """`sampled` of the first `count` rows -> their next ones, attending to the first `length` of the cache."""
+        positions = group.positions[:count]
+        span = self.model.step_span(positions, length, alike)
+        hidden = self.run_stage(group.sampled[:count, :1].long(), span, group.cache.rows(0, count))  # (B, 1, C)
+        positions.add_(1)
+        if hidden is not None:
+            self.sample(hidden[:, 0], group, slice(0, count), warm, choosy)
+
+    def sample(self, hidden: torch.Tensor, group: Group, part: slice, warm: bool, choosy: bool) -> None:
+        """hidden (B, C) after the last tokens of the group's rows `part` -> their next ones, in `group.sampled`.
+
+        `warm`, `choosy`: whether any of them has a temperature above 0, or top-p below 1.
+        """
+        temperature, top_p = (group.heat[part, i : i + 1] if asked else None for i, asked in enumerate((warm, choosy)))
+        noise = group.seeds[part], group.positions[part]
+        group.sampled[part] = self.model.lm_head.sample(self.model.logits(hidden), temperature, top_p, *noise)
+
+    def run_stage(self, tokens: torch.Tensor, span: Span, cache: KVCache, features: torch.Tensor | None = None):
+        """This rank's layers over some tokens (B, T).
 
         The hidden states (B, T, C) come from the previous stage and go to the next; the last stage returns them, the
         others None. `features` (n, C) stand for the n `[IMG]` tokens among `tokens`, on the first stage.
         """
         if self.place.first_stage:
-            x = self.model.embed(torch.tensor(tokens, device=self.place.device), features)
+            x = self.model.embed(tokens.to(self.place.device), features)
         else:
-            x = self.down.receive((len(tokens), len(tokens[0]), self.model.config.hidden_size))
-        x = self.model(x, starts, cache)
+            x = self.down.receive((*tokens.shape, self.model.config.hidden_size))
+        x = self.model(x, span, cache)
         if self.place.last_stage:
             return x
         self.down.send(x)
@@ -224,28 +384,30 @@ class Engine:
     # some rank can always go on. That holds as long as the two directions do not share a communicator: NCCL runs the
     # operations of one in the order of posting, and a broadcast would wait behind a send whose receiver waits for it.
 
-    def post(self, group: Group, sampled: torch.Tensor | None) -> None:
-        """Last stage: send the group's (B, 2) tokens and log-probabilities on their way. The others: nothing yet.
+    def post(self, group: Group) -> None:
+        """Send the rows' tokens and log-probabilities on their way, in the background.
 
-        They join the broadcast when they need it, because on a GPU a collective that waits for its peers is a kernel
-        that spins and takes compute from the other groups.
+        All stages join at once, although they need the tokens only later: NCCL makes a communicator at its first use,
+        and there the last stage would wait for the others, which wait for it to take their hidden states.
         """
-        group.posted = (sampled, None if sampled is None else self.broadcast(sampled))
+        group.work = self.broadcast(group.sampled[: len(group.rows)])
 
     def pick_up(self, group: Group) -> list[tuple[int, float]]:
         """The token and log-probability of each row of the group, wherever they were sampled."""
-        sampled, work = group.posted
-        if sampled is None:
-            sampled = torch.empty(len(group.rows), 2, dtype=torch.float64, device=self.place.device)
-            work = self.broadcast(sampled)
-        if work is not None:
-            work.wait()
-        return [(int(token), logprob) for token, logprob in sampled.tolist()]
+        if not group.rows:
+            return []
+        if group.work is not None:
+            group.work.wait()
+        sampled = group.sampled[: len(group.rows)].tolist()  # here, and only here, a GPU is waited for
+        now = time.perf_counter()
+        self.seconds[group.phase] += now - self.mark
+        self.mark = now
+        return [(int(token), logprob) for token, logprob in sampled]
 
     def share_scores(self, row: Row) -> None:
         """Put the log-probabilities of the prompt's tokens after the first, if they are wanted, into the answer."""
         size = len(row.request.prompt) - 1
-        if row.request.logprobs and size > 0:
+        if row.request.logprobs and size > 0 and row.answer.finish_reason != "cancelled":
             # `scores` is empty but on the last stage; the others receive into new memory.
             x = torch.cat(row.scores or [torch.empty(size, dtype=torch.float64, device=self.place.device)])
             if work := self.broadcast(x):
@@ -263,52 +425,26 @@ class Engine:
     def score(self, hidden: torch.Tensor, targets: list[int]) -> list[torch.Tensor]:
         """Log-probabilities of the N `targets` after the first N of the hidden states (T, C): pieces, float64.
 
-        In pieces, because the logits of a whole chunk would take CHUNK · V / tp floats, 0.5 GB for 131,072 tokens.
+        In pieces, because the logits of a whole chunk would take T · V / tp floats, 2 GB for 131,072 tokens.
         """
         head, ids = self.model.lm_head, torch.tensor(targets, device=self.place.device)
         pieces = zip(hidden[: len(targets)].split(LOGIT_ROWS), ids.split(LOGIT_ROWS))
-        return [head.log_probabilities(self.model.logits(x), y).double() for x, y in pieces]
-
-    def sample(self, hidden: torch.Tensor, rows: list[Row]) -> torch.Tensor:
-        """hidden (B, C) after each row's last token -> (B, 2) float64: the token sampled, its log-probability.
-
-        Sampling is the Gumbel-max trick (arXiv:1411.0030): if E is drawn from Exp(1) for every token, the largest of
-        logit / temperature - log E is a draw from the softmax. A maximum over a split vocabulary is the maximum of the
-        parts' maxima, so each rank looks at its own logits and four numbers per row are exchanged. Only top-p needs
-        more: all logits of its rows, to see where the nucleus ends.
-        """
-        head = self.model.lm_head
-        logits = self.model.logits(hidden)  # (B, V / tp)
-        keys = logits.clone()
-        for i, row in enumerate(rows):
-            temperature, top_p = row.request.temperature, row.request.top_p
-            if temperature == 0:
-                continue
-            keys[i] /= temperature
-            if top_p < 1:
-                inside = nucleus(all_gather(keys[i], head.group).flatten(), top_p)  # (V,), padding included
-                keys[i].masked_fill_(~inside[head.start :][: keys.shape[1]], -torch.inf)
-            # Every rank draws the noise of the whole vocabulary, on the CPU and from the row's own generator, so that
-            # a seed gives the same tokens on any topology and in any batch. The padding's logits stay -inf.
-            noise = torch.empty(head.vocab_size).exponential_(generator=row.generator)[head.start : head.stop]
-            keys[i, : len(noise)] -= noise.log().to(keys.device)
-        best, index = keys.max(dim=1)
-        own = logits.gather(1, index[:, None])[:, 0]
-        # Of each rank's best token: its key, its id, its logit; and the rank's share of the softmax's denominator.
-        candidates = torch.stack([x.double() for x in (best, index + head.start, own, logits.logsumexp(1))], dim=1)
-        candidates = all_gather(candidates, head.group)  # (tp, B, 4)
-        winner = candidates[:, :, 0].argmax(0)  # (B,): the rank that holds the largest key
-        chosen = candidates[winner, torch.arange(len(rows), device=winner.device)]  # (B, 4)
-        return torch.stack((chosen[:, 1], chosen[:, 2] - candidates[:, :, 3].logsumexp(0)), dim=1)
+        return [head.log_probabilities(self.model.logits(x), y).double() for x, y in pieces if len(y)]
 
 
-def nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
-    """(V,) -> (V,) bool: the fewest tokens whose probabilities reach `top_p`; of equal ones those that come first.
+def warm_and_choosy(rows: list[Row]) -> tuple[bool, bool]:
+    """See `Engine.sample`."""
+    return any(row.request.temperature > 0 for row in rows), any(row.request.top_p < 1 for row in rows)
 
-    Holtzman et al., arXiv:1904.09751.
-    """
-    ordered, tokens = logits.sort(descending=True, stable=True)
-    # A token is outside if the likelier ones reach top_p without it: their sum is the cumulative sum one place earlier.
-    outside = ordered.softmax(0).cumsum(0).roll(1) >= top_p
-    outside[0] = False  # roll put the total there; the likeliest token is always inside
-    return torch.empty_like(outside).scatter_(0, tokens, ~outside)
+
+def power_of_two(count: int) -> int:
+    """The smallest that is not below `count`."""
+    return 1 << (count - 1).bit_length()
+
+
+def record(step: Callable[[], None]) -> Callable[[], None]:
+    """`step` as a CUDA graph: one launch for its thousands of kernels."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
+        step()
+    return graph.replay

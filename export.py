@@ -381,7 +381,7 @@ def measure_inputs(model: MistralMedium, batches: Iterable[MicroBatch]) -> dict[
     with torch.inference_mode():
         for batch in batches:
             features = model.image_features(batch.pixels) if batch.pixels else None
-            model(model.embed(batch.tokens, features), [0] * len(batch.tokens))
+            model(model.embed(batch.tokens, features))
     for handle in handles:
         handle.remove()
     return {name: fp8.scale_of(amax) for name, amax in largest.items()}

@@ -18,6 +18,7 @@ The second half is for speed only: how a CPU multiplies BF16 (on a GPU it is `F.
 - **Few rows**, decoding: the weight is laid out once the way the kernels read it (`pack`).
 """
 
+import functools
 import os
 import signal
 
@@ -27,6 +28,7 @@ if __name__ == "__main__":  # a signal ends the program at once, unless there is
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 E4M3 = torch.float8_e4m3fn
 
@@ -50,8 +52,12 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) ->
 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """`x` over `scale` (0-d float32), clamped to ±448 and rounded to E4M3. Same shape."""
-    return (x.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
+    """`x` over `scale` (0-d float32), clamped to ±448 and rounded to E4M3. Same shape.
+
+    Divided in float32: a scale of one dimension takes part in type promotion, one of none does not. Converting `x`
+    first would give the same numbers in one kernel more.
+    """
+    return (x / scale.reshape(1)).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
 def scale_of(amax: torch.Tensor) -> torch.Tensor:
@@ -69,10 +75,25 @@ def fp8_matmul(
     """
     flat = x.reshape(-1, x.shape[-1])
     scale = scale_of(flat.abs().amax()) if activation_scale is None else activation_scale.float()
-    out = torch._scaled_mm(
+    product = torch._scaled_mm(
         quantize(flat, scale), weight.t(), scale_a=scale, scale_b=weight_scale.float(), out_dtype=x.dtype
     )
-    return out.view(*x.shape[:-1], -1)
+    return product.view(*x.shape[:-1], -1)
+
+
+def fp8_matmul_by_rows(
+    x: torch.Tensor, weight: torch.Tensor, row_scales: torch.Tensor, activation_scale: torch.Tensor | None
+) -> torch.Tensor:
+    """As `fp8_matmul`, with a scale for each row of `weight`: `row_scales` (1, out) float32. `x` and result are BF16.
+
+    Weights that were quantized one by one can so be multiplied as one, and their common input is quantized once. The
+    hardware then wants a scale for each row of the input too: they are all the same.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    scale = scale_of(flat.abs().amax()) if activation_scale is None else activation_scale
+    scales = scale.expand(len(flat), 1).contiguous()
+    product = torch._scaled_mm(quantize(flat, scale), weight.t(), scale_a=scales, scale_b=row_scales, out_dtype=x.dtype)
+    return product.view(*x.shape[:-1], -1)
 
 
 class _DequantizingLinear(torch.autograd.Function):
@@ -89,9 +110,15 @@ class _DequantizingLinear(torch.autograd.Function):
         return grad @ dequantize(weight, scale, grad.dtype), None, None
 
 
+@functools.cache
 def has_fp8_matmul(device: torch.device) -> bool:
     """Whether `device` multiplies E4M3 in hardware. CPUs can run `torch._scaled_mm` too, but only slowly."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def fits_units(weight: torch.Tensor) -> bool:
+    """Whether the matrix units take an FP8 weight of this shape."""
+    return not (weight.shape[0] % 16 or weight.shape[1] % 16)
 
 
 def linear(
@@ -103,7 +130,7 @@ def linear(
     units want both sizes in multiples of 16, so an odd slice is dequantized instead.
     """
     in_fp8 = has_fp8_matmul(x.device) and not (torch.is_grad_enabled() and x.requires_grad)
-    if in_fp8 and not (weight.shape[0] % 16 or weight.shape[1] % 16):
+    if in_fp8 and fits_units(weight):
         return fp8_matmul(x, weight, weight_scale, activation_scale)
     return _DequantizingLinear.apply(x, weight, weight_scale)
 
@@ -172,6 +199,46 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+
+
+class Joined:
+    """Linears with the same input as one, for inference: one large product is faster than several small ones.
+
+    Their weights are rows of one tensor from the moment they are loaded, so that nothing is ever held twice.
+    """
+
+    def __init__(self, layers: list[nn.Module]):
+        self.layers, self.sizes = layers, [len(layer.weight) for layer in layers]
+        self.weight: torch.Tensor | None = None
+        self.scales: torch.Tensor | None = None  # (1, rows) float32, of FP8 weights
+        self.input_scale: torch.Tensor | None = None
+        for layer in layers:
+            layer.joined = self
+
+    def rows_of(self, layer: nn.Module, device: torch.device) -> torch.Tensor:
+        """Where the weight of `layer` has to be put."""
+        if self.weight is None:
+            shape = (sum(self.sizes), layer.weight.shape[1])
+            self.weight = torch.empty(shape, dtype=layer.weight.dtype, device=device)
+        return self.weight.split(self.sizes)[self.layers.index(layer)]
+
+    def pack(self) -> None:
+        """Once the weights are there: see the function `pack`. Of several scales for the input the largest counts."""
+        if self.layers[0].weight_scale is None:
+            for layer in self.layers:  # else the weights would stay in both layouts
+                layer.weight = None
+            self.weight = pack(self.weight)
+            return
+        scales = [layer.weight_scale.float().expand(size) for layer, size in zip(self.layers, self.sizes)]
+        self.scales = torch.cat(scales)[None]  # (1, rows)
+        inputs = [layer.activation_scale for layer in self.layers]
+        self.input_scale = None if None in inputs else torch.stack(inputs).float().amax()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., sum of the outputs)"""
+        if self.scales is not None:
+            return fp8_matmul_by_rows(x, self.weight, self.scales, self.input_scale)
+        return matmul(x, self.weight)
 
 
 if __name__ == "__main__":

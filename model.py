@@ -3,7 +3,7 @@
 Each layer is attention and an MLP, both added to a residual stream of `hidden_size` numbers per token:
 
     x = x + Attention(RMSNorm(x))       grouped-query attention with rotary positions (YaRN)
-    x = x + MLP(RMSNorm(x))             SwiGLU, in parallel.py, since the vision tower has it too
+    x = x + MLP(RMSNorm(x))             SwiGLU, in vision.py, since the tower has it too
 
 Every linear is one of the parallel layers of `parallel.py`; with one process they are plain linears. `MistralMedium` is
 what one rank holds: one pipeline stage, and of each matrix in it one tensor-parallel slice. Names are those of the HF
@@ -20,29 +20,27 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 
+import fp8
 from config import Config, RopeConfig, UserError
 from parallel import (
-    MLP,
     ColumnParallelLinear,
     Joined,
     Linear,
     Place,
-    RMSNorm,
     RowParallelLinear,
     Slice,
     VocabParallelEmbedding,
     VocabParallelHead,
-    apply_rotary,
     copy_to_group,
     divide,
     join_sequence,
-    run_layer,
     split_sequence,
 )
-from vision import Projector, VisionTower, groups_of
+from vision import MLP, Projector, RMSNorm, VisionTower, apply_rotary, groups_of, rotary_tables, run_layer
 
-MASK_ELEMENTS = 1 << 22  # a prefill chunk's attention mask is at most this large, however long the context
+MASK_ELEMENTS = 1 << 22  # on a CPU a prefill chunk's attention mask is at most this large, however long the context
 
 # ------------------------------------------------------------------------------------------------ rotary positions
 
@@ -76,57 +74,84 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
 
 
 class KVCache:
-    """Keys and values of this stage's layers: two tensors (layers, B, KV, length, D), allocated once.
+    """Keys and values of this stage's layers: for each two tensors (rows, KV, length, D), longer than what is in them.
 
-    The engine says at which positions a call's tokens go; the cache itself remembers nothing else.
+    The engine says at which positions a call's tokens go; the cache itself remembers nothing else. It holds zeros at
+    first, since a masked position still enters attention with weight 0, uninitialized memory may hold NaN, and 0 times
+    NaN is NaN.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
-        self.keys, self.values = keys, values
+    def __init__(self, layers: list[tuple[torch.Tensor, torch.Tensor]]):
+        self.layers = layers
+
+    @property
+    def length(self) -> int:
+        return self.layers[0][0].shape[2]
+
+    @staticmethod
+    def length_for(tokens: int) -> int:
+        """So many tokens or up to a quarter more, so that a cache rarely has to grow."""
+        step = max(64, 1 << max(0, tokens.bit_length() - 3))
+        return -(-tokens // step) * step
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for pair in self.layers for tensor in pair)
 
     def rows(self, start: int, stop: int) -> "KVCache":
         """A view of the rows `[start:stop]`."""
-        return KVCache(self.keys[:, start:stop], self.values[:, start:stop])
+        return KVCache([(keys[start:stop], values[start:stop]) for keys, values in self.layers])
 
-    def move_row(self, source: int, target: int) -> None:
-        for tensor in (self.keys, self.values):
-            tensor[:, target].copy_(tensor[:, source])
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """The first `length` tokens of a row into another one."""
+        for pair in self.layers:
+            for tensor in pair:
+                tensor[target, :, :length] = tensor[source, :, :length]
+
+    def grow(self, length: int) -> None:
+        """To a larger length, layer by layer: no more than one layer is ever there twice."""
+        for i, pair in enumerate(self.layers):
+            self.layers[i] = tuple(F.pad(tensor, (0, 0, 0, length - tensor.shape[2])) for tensor in pair)
 
 
 @dataclass
 class Span:
-    """Which positions the T tokens of a call have: what every layer needs to know about them."""
+    """Which positions the tokens of a call have: what every layer needs to know about them.
 
-    cos: torch.Tensor  # (B or 1, 1, T, D/2)
+    There are two kinds of call. The tokens of *prompts* stand one after the other in a single row, B = 1: `segments`
+    says which of them belong to which row of the cache, and from which position on. In a *step* every row of the cache
+    has one token, T = 1, at a position of its own. There nothing that changes from step to step is a Python number, so
+    that a GPU can record a step once and replay it: rows write where the tensor `positions` says, attend to the whole
+    `length`, and a `bias` hides what lies beyond a row's own end.
+    """
+
+    cos: torch.Tensor  # (B or 1, 1, T, D)
     sin: torch.Tensor
     query_scale: torch.Tensor | None  # (B or 1, 1, T, 1)
-    start: int | None  # the position of the first token, or None where the rows differ (then T is 1)
-    positions: torch.Tensor | None  # (B,), where the rows differ
-    stop: int  # tokens in the longest row, these included
-    mask: torch.Tensor | None  # (B, 1, 1, stop) True where a row has a token, where the rows differ
+    segments: list[tuple[int, int, int]] | None = None  # row of the cache, position of the first token, tokens
+    positions: torch.Tensor | None = None  # (B, 1, 1, 1), of a step
+    length: int = 0
+    bias: torch.Tensor | None = None  # (B, 1, 1, length): 0, or -inf beyond a row's end; None: nothing lies beyond
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span) -> torch.Tensor:
-    """Causal grouped-query attention. q (B, H, T, D), k and v (B, KV, S, D) -> (B, H, T, D).
-
-    H / KV query heads share one key/value head. Nothing is ever repeated for them: either they take the place of
-    tokens, or a view with stride 0 stands for the copies.
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal grouped-query attention of T tokens to themselves and to those before. q (B, H, T, D), k and v
+    (B, KV, S, D) -> (B, H, T, D). H / KV query heads share one key/value head, of which nothing is ever repeated.
     """
     B, H, T, D = q.shape
     KV, S = k.shape[1], k.shape[2]
-    if T == 1:
-        # Decoding. The one query of each head may see all S keys, so the heads of a group can stand where tokens
-        # would: (B, KV, H/KV, D) against (B, KV, S, D) reads each key once for the whole group.
-        return F.scaled_dot_product_attention(q.view(B, KV, H // KV, D), k, v, attn_mask=span.mask).reshape(B, H, 1, D)
-    # A prompt. Rows and key/value heads become the batch, the query heads of a group the heads:
-    # q (B·KV, H/KV, T, D), k and v (B·KV, H/KV, S, D), where the second dimension has stride 0.
+    # Rows and key/value heads become the batch, the query heads of a group the heads: q (B·KV, H/KV, T, D), k and v
+    # (B·KV, H/KV, S, D), where the second dimension has stride 0.
     q = q.reshape(B * KV, H // KV, T, D)
     k, v = (x.flatten(0, 1)[:, None].expand(-1, H // KV, -1, -1) for x in (k, v))
     if S == T:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).reshape(B, H, T, D)
     # A later chunk: query i stands at position S - T + i and sees as many keys. `is_causal` would align the triangle
-    # with the first key instead of the last, so there has to be a mask; queries are taken few enough at a time that it
-    # never exceeds MASK_ELEMENTS, and keys that none of them sees are left out.
+    # with the first key instead of the last.
+    if q.device.type != "cpu":  # flash attention on a GPU can align it so, and no mask exists; any mask excludes flash
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S)).reshape(B, H, T, D)
+    # On a CPU there has to be a mask; queries are taken few enough at a time that it never exceeds MASK_ELEMENTS, and
+    # keys that none of them sees are left out.
     rows, out = max(1, MASK_ELEMENTS // S), torch.empty_like(q)
     for first in range(0, T, rows):
         last = min(first + rows, T)
@@ -135,6 +160,37 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span) -> tor
         block = F.scaled_dot_product_attention(q[:, :, first:last], k[:, :, :stop], v[:, :, :stop], attn_mask=mask)
         out[:, :, first:last] = block
     return out.view(B, H, T, D)
+
+
+def attend_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Attention of one token per row. q (B, H, 1, D), k and v (B, KV, S, D), bias (B, 1, 1, S) -> (B, H, 1, D).
+
+    The one query of each head may see all S keys, so the heads of a group can stand where tokens would: (H/KV, D)
+    against (S, D) reads each key once for the whole group.
+    """
+    B, H, _, D = q.shape
+    KV = k.shape[1]
+    q = q.reshape(B, KV, H // KV, D)
+    if q.device.type == "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).view(B, H, 1, D)
+    return product_attention(q, k, v, bias).view(B, H, 1, D)
+
+
+def product_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Attention as two products. q (B, KV, H/KV, D), k and v (B, KV, S, D), bias (B, 1, 1, S) float32 -> like q.
+
+    The fused kernels give each row and head one thread block, which reads all S keys alone: at 16 rows of one head
+    most of a GPU idles. Products are split over S as well. Scores are float32, as inside a fused kernel.
+    """
+    B, KV, G, D = q.shape
+    q, keys, values = (x.reshape(B * KV, -1, D) for x in (q, k, v))
+    if q.device.type == "cpu":  # where no product returns more than it is given
+        scores = q.float() @ keys.float().transpose(1, 2)
+    else:
+        scores = torch.bmm(q, keys.transpose(1, 2), out_dtype=torch.float32)
+    scores = scores.view(B, KV, G, -1)
+    scores = scores * D**-0.5 if bias is None else torch.add(bias, scores, alpha=D**-0.5)
+    return (scores.softmax(-1).to(v.dtype).view(B * KV, G, -1) @ values).view(B, KV, G, D)
 
 
 class Attention(nn.Module):
@@ -154,6 +210,7 @@ class Attention(nn.Module):
             divide(place.tp_size, kv_heads, "tensor-parallel ranks over the key/value heads")
         self.head_dim, self.group, self.sequence = D, place.tp_group, place.sequence_parallel
         parts = min(kv_heads, place.tp_size)
+        self.kv_heads = kv_heads // parts
         self.q_proj = ColumnParallelLinear(C, heads * D, place, dtype, keep_fp8)
         self.k_proj = ColumnParallelLinear(C, kv_heads * D, place, dtype, keep_fp8, parts)
         self.v_proj = ColumnParallelLinear(C, kv_heads * D, place, dtype, keep_fp8, parts)
@@ -161,26 +218,35 @@ class Attention(nn.Module):
         self.joined: Joined | None = None
 
     def forward(self, x: torch.Tensor, span: Span, cache: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-        """x (B, T, C) -> (B, T, C). `cache`: this layer's keys and values, each (B, KV, length, D), or None."""
+        """x (B, T, C) -> (B, T, C). `cache`: this layer's keys and values, each (rows, KV, length, D), or None."""
         x = copy_to_group(x, self.group, self.sequence)
         B, T, _ = x.shape
-        qkv = self.joined(x) if self.joined else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in qkv)  # (B, H or KV, T, D)
-        q, k = apply_rotary(q, span.cos, span.sin), apply_rotary(k, span.cos, span.sin)
+        if self.joined:
+            heads = self.joined(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 KV, T, D)
+            turned = apply_rotary(heads[:, : -self.kv_heads], span.cos, span.sin)
+            q, k, v = turned[:, : -self.kv_heads], turned[:, -self.kv_heads :], heads[:, -self.kv_heads :]
+        else:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in (q, k, v))  # (B, H or KV, T, D)
+            q, k = apply_rotary(q, span.cos, span.sin), apply_rotary(k, span.cos, span.sin)
         if span.query_scale is not None:
             q = q * span.query_scale
-        if cache is not None:
+        if cache is None:
+            out = attend(q, k, v)
+        elif span.positions is not None:
             for stored, new in zip(cache, (k, v)):
-                if span.start is not None:
-                    stored[:, :, span.start : span.stop] = new
-                else:  # each row's one token goes to a position of its own
-                    stored[torch.arange(B, device=x.device), :, span.positions] = new[:, :, 0]
-            k, v = (stored[:, :, : span.stop] for stored in cache)  # (B, KV, S, D)
-        return self.o_proj(attend(q, k, v, span).transpose(1, 2).reshape(B, T, -1))
-
-    def lay_out_weights(self) -> None:
-        self.joined = Joined([self.q_proj, self.k_proj, self.v_proj])
-        self.o_proj.pack()
+                stored.scatter_(2, span.positions.expand_as(new), new)
+            out = attend_step(q, *(stored[:, :, : span.length] for stored in cache), span.bias)
+        else:
+            out, at = [], 0
+            for row, start, size in span.segments:
+                for stored, new in zip(cache, (k, v)):
+                    stored[row, :, start : start + size] = new[0, :, at : at + size]
+                seen = (stored[row : row + 1, :, : start + size] for stored in cache)
+                out.append(attend(q[:, :, at : at + size], *seen))
+                at += size
+            out = out[0] if len(out) == 1 else torch.cat(out, dim=2)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
 # ------------------------------------------------------------------------------------------------------- the model
@@ -243,46 +309,55 @@ class MistralMedium(nn.Module):
         here = tokens == self.config.vision.image_token_id
         return x.masked_scatter(here[..., None], features.to(x.dtype))
 
-    def forward(self, x: torch.Tensor, starts: list[int], cache: KVCache | None = None) -> torch.Tensor:
-        """This stage's layers over the hidden states `x` (B, T, C), row i at positions starts[i], starts[i] + 1, …
+    def forward(self, x: torch.Tensor, where: Span | int = 0, cache: KVCache | None = None) -> torch.Tensor:
+        """This stage's layers over the hidden states `x` (B, T, C), whose positions `where` says.
 
-        Keys and values go into `cache` and are read from it; rows that start at different positions must have T = 1.
-        Under sequence parallelism stages pass T / tp tokens on, and T must be a multiple of tp.
+        A number is the position of the first token: of every row, without a cache; of the only row, with one. Keys and
+        values go into `cache` and are read from it. Under sequence parallelism stages pass T / tp tokens on, and T must
+        be a multiple of tp.
         """
         if self.place.first_stage:
             x = split_sequence(x, self.place)
-        span = self.span(starts, x.shape[1] * self.place.token_parts)
+        if isinstance(where, int):
+            where = self.span([(0, where, x.shape[1] * self.place.token_parts)])
         for i, layer in enumerate(self.layers.values()):
-            layer_cache = None if cache is None else (cache.keys[i], cache.values[i])
-            x = run_layer(layer, self.activation_checkpointing, x, span, layer_cache)
+            x = run_layer(layer, self.activation_checkpointing, x, where, cache and cache.layers[i])
         return join_sequence(x, self.place) if self.place.last_stage else x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Last stage only: hidden states (..., C) -> this rank's logits (..., padded vocab / tp), float32."""
         return self.lm_head(self.norm(x))
 
-    def span(self, starts: list[int], T: int) -> Span:
-        """Positions and angles, once for all layers.
+    def span(self, segments: list[tuple[int, int, int]]) -> Span:
+        """For the tokens of prompts, which stand in one row: (row of the cache, first position, tokens) of each."""
+        parts = [torch.arange(start, start + size, device=self.place.device) for _, start, size in segments]
+        return Span(*self.tables(torch.cat(parts)[None]), segments)
 
-        There are two kinds of call. Where all rows start at the same position (training, a prompt's chunk, a batch in
-        step), the dimension B of the tables is 1, the cache is written as a slice, and no mask is needed for T = 1.
-        Rows of different lengths decode one token each: tables and cache positions per row, and a mask that hides the
-        cache beyond each row's own end.
+    def step_span(self, positions: torch.Tensor, length: int, alike: bool = False) -> Span:
+        """For one token of every row, at `positions` (B,), which attends to the first `length` of the cache.
+
+        `alike`: every row has exactly `length` tokens with this one, and nothing has to be hidden.
         """
-        device, rope = self.place.device, self.config.rope
-        alike = len(set(starts)) == 1
-        first = torch.tensor(starts[:1] if alike else starts, device=device)  # (B or 1,)
-        positions = first[:, None] + torch.arange(T, device=device)  # (B or 1, T)
+        bias = None
+        if not alike:
+            # What a row must not see gets -inf. In the dtype in which scores are: on a CPU, that of the inputs.
+            dtype = self.dtype if self.place.device.type == "cpu" else torch.float32
+            beyond = torch.arange(length, device=self.place.device) > positions[:, None]  # (B, length)
+            bias = torch.zeros(beyond.shape, dtype=dtype, device=self.place.device).masked_fill_(beyond, -torch.inf)
+            bias = bias[:, None, None]
+        tables = self.tables(positions[:, None])
+        return Span(*tables, positions=positions[:, None, None, None], length=length, bias=bias)
+
+    def tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Of positions (B, T), once for all layers: cosines and sines (B, 1, T, D), scales of queries (B, 1, T, 1)."""
+        rope, positions = self.config.rope, positions[:, None, :, None]
         # Angles in float32: at position 200,000 BF16 could not tell a token from its 500 neighbours on either side.
-        angles = positions[:, None, :, None].float() * self.frequencies  # (B or 1, 1, T, D/2)
-        cos, sin = ((f(angles) * rope.attention_factor).to(self.dtype) for f in (torch.cos, torch.sin))
+        cos, sin = rotary_tables(positions.float() * self.frequencies, rope.attention_factor, self.dtype)
         scale = None
         if rope.query_scaling_beta:
             periods = torch.floor(positions / rope.original_max_position_embeddings)
-            scale = (1 + rope.query_scaling_beta * torch.log(1 + periods))[:, None, :, None].to(self.dtype)
-        stop = max(starts) + T
-        mask = None if alike else (torch.arange(stop, device=device) <= first[:, None])[:, None, None]
-        return Span(cos, sin, scale, starts[0] if alike else None, None if alike else first, stop, mask)
+            scale = (1 + rope.query_scaling_beta * torch.log(1 + periods)).to(self.dtype)
+        return cos, sin, scale
 
     def image_features(self, images: Iterable[torch.Tensor]) -> torch.Tensor:
         """First stage only: one or more images from `pixels` -> (tokens, C), image after image, row by row.
@@ -300,22 +375,34 @@ class MistralMedium(nn.Module):
             features.append(self.multi_modal_projector(self.vision_tower(group), grids))
         return torch.cat(features)
 
-    def new_cache(self, batch: int, length: int) -> KVCache:
-        """An empty cache for `batch` rows of at most `length` tokens, in the run dtype.
-
-        Zeros, since a masked position still enters attention with weight 0, uninitialized memory may hold NaN, and 0
-        times NaN is NaN.
-        """
+    def new_cache(self, rows: int, length: int) -> KVCache:
+        """An empty cache for so many rows of at most `length` tokens, in the run dtype."""
         kv_heads = max(1, self.config.num_key_value_heads // self.place.tp_size)
-        shape = (len(self.layers), batch, kv_heads, length, self.config.head_dim)
-        return KVCache(*(torch.zeros(shape, dtype=self.dtype, device=self.place.device) for _ in range(2)))
+        shape = (rows, kv_heads, length, self.config.head_dim)
+        zeros = lambda: torch.zeros(shape, dtype=self.dtype, device=self.place.device)  # noqa: E731
+        return KVCache([(zeros(), zeros()) for _ in self.layers])
 
-    def lay_out_weights(self) -> None:
-        """For speed, once the weights are there and will not change again. FP8 weights, a scale each, stay apart."""
+    def join(self) -> None:
+        """For inference, before the weights are filled: those that share an input will lie together.
+
+        FP8 weights, a scale each, only where the GPU takes them so: in whole multiples of its units, giving BF16.
+        """
         for layer in self.layers.values():
-            for part in (layer.self_attn, layer.mlp):
+            for part, names in ((layer.self_attn, "qkv"), (layer.mlp, ("gate", "up"))):
+                linears = [getattr(part, f"{name}_proj") for name in names]
+                fit = self.dtype == torch.bfloat16 and fp8.has_fp8_matmul(self.place.device)
+                fit &= all(fp8.fits_units(linear.weight) for linear in linears)
+                if (fit or not self.keep_fp8) and not any(linear.adapter for linear in linears):
+                    part.joined = Joined(linears)
+
+    def pack(self) -> None:
+        """For speed, once the weights are there and will not change again."""
+        for layer in self.layers.values():
+            for part, last in ((layer.self_attn, layer.self_attn.o_proj), (layer.mlp, layer.mlp.down_proj)):
+                if part.joined:
+                    part.joined.pack()
                 if not self.keep_fp8:
-                    part.lay_out_weights()
+                    last.pack()
 
 
 # ------------------------------------------------------------------------------------------------- LoRA adapters

@@ -36,11 +36,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import fp8
 from config import TopologyError
-from fp8 import matmul, pack
+from fp8 import Joined, matmul, pack
 
 # ---------------------------------------------------------------------------------------------- a rank's place
 
@@ -262,6 +261,13 @@ class Linear(nn.Module):
         self.register_buffer("weight_scale", torch.empty((), device="meta") if keep_fp8 else None)
         self.register_buffer("activation_scale", None)
         self.adapter: nn.Module | None = None  # see model.py
+        self.joined: Joined | None = None  # where the weight lies together with those of others
+
+    def allocate(self, device: torch.device) -> torch.Tensor:
+        """Memory for the weight."""
+        if self.joined is not None:
+            return self.joined.rows_of(self, device)
+        return torch.empty(self.slices["weight"].local_shape, dtype=self.weight.dtype, device=device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight_scale is not None:
@@ -361,75 +367,66 @@ class VocabParallelHead(Linear):
         parts = all_gather(torch.stack((own, logits.logsumexp(1))), self.group)  # (tp, 2, N)
         return parts[:, 0].amax(0) - parts[:, 1].logsumexp(0)
 
+    def sample(
+        self, logits: torch.Tensor, temperature: torch.Tensor | None, top_p: torch.Tensor | None, *noise: torch.Tensor
+    ) -> torch.Tensor:
+        """This rank's `logits` (B, V / tp) -> (B, 2) float64, on all ranks: the token sampled, its log-probability.
 
-# --------------------------------------------------------------------------------- what decoder and tower share
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight (arXiv:1910.07467), normalized in float32, scaled in the dtype of `x`."""
-
-    def __init__(self, size: int, eps: float, dtype: torch.dtype):
-        super().__init__()
-        self.eps = eps
-        self.slices = {"weight": Slice((size,), 0, 0, size)}
-        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
-
-
-class MLP(nn.Module):
-    """SwiGLU (arXiv:2002.05202): down(act(gate(x)) · up(x)). The decoder's `act` is SiLU."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int, place: Place, dtype, keep_fp8=False, act=F.silu):
-        super().__init__()
-        divide(intermediate_size, place.tp_size, "rows of intermediate_size")
-        self.act, self.group, self.sequence = act, place.tp_group, place.sequence_parallel
-        self.gate_proj = ColumnParallelLinear(hidden_size, intermediate_size, place, dtype, keep_fp8)
-        self.up_proj = ColumnParallelLinear(hidden_size, intermediate_size, place, dtype, keep_fp8)
-        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, place, dtype, keep_fp8)
-        self.joined: Joined | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = copy_to_group(x, self.group, self.sequence)
-        gate, up = self.joined(x) if self.joined else (self.gate_proj(x), self.up_proj(x))
-        return self.down_proj(self.act(gate) * up)
-
-    def lay_out_weights(self) -> None:
-        self.joined = Joined([self.gate_proj, self.up_proj])
-        self.down_proj.pack()
+        The Gumbel-max trick (arXiv:1411.0030): the largest of logit / temperature + G, with G from a Gumbel
+        distribution for every token, is a draw from the softmax. A maximum over a split vocabulary is the maximum of
+        the parts' maxima, so each rank looks at its own logits and four numbers per row are exchanged. Only top-p needs
+        more: all logits, to see where the nucleus ends. `temperature` and `top_p` (B, 1), where 0 takes the likeliest;
+        None stands for 0, and 1, in all rows. `noise`: seeds and positions (B,), see `gumbel`.
+        """
+        keys = logits
+        if temperature is not None:
+            hot = temperature > 0
+            keys = logits / torch.where(hot, temperature, 1.0)
+            if top_p is not None:
+                everything = all_gather(keys, self.group).transpose(0, 1).flatten(1)  # (B, V), padding included
+                inside = nucleus(everything, top_p) | (top_p >= 1)
+                keys = keys.masked_fill(~inside[:, self.start :][:, : keys.shape[1]], -torch.inf)
+            ids = torch.arange(self.start, self.start + keys.shape[1], device=keys.device)
+            keys = keys + torch.where(hot, gumbel(*noise, ids), 0.0)
+        best, index = keys.max(dim=1)
+        own = logits.gather(1, index[:, None])[:, 0]
+        # Of each rank's best token: its key, its id, its logit; and the rank's share of the softmax's denominator.
+        candidates = torch.stack([x.double() for x in (best, index + self.start, own, logits.logsumexp(1))], dim=1)
+        candidates = all_gather(candidates, self.group)  # (tp, B, 4)
+        winner = candidates[:, :, :1].argmax(0, keepdim=True)  # (1, B, 1): the rank that holds the largest key
+        chosen = candidates.gather(0, winner.expand(1, -1, 4))[0]  # (B, 4)
+        return torch.stack((chosen[:, 1], chosen[:, 2] - candidates[:, :, 3].logsumexp(0)), dim=1)
 
 
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (i, i + D/2) of `x` (B, H, T, D) by the angles of `cos`, `sin` (B or 1, 1, T, D/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+def nucleus(logits: torch.Tensor, top_p: torch.Tensor | float) -> torch.Tensor:
+    """(B, V), (B, 1) -> (B, V) bool: the fewest tokens whose probabilities reach `top_p`; of equal ones the first.
 
-
-def run_layer(layer: nn.Module, recompute: bool, *inputs):
-    """`layer(*inputs)`. With `recompute` only the inputs are kept, and the backward pass computes the rest once more.
-
-    Activation checkpointing (arXiv:1604.06174). No layer draws random numbers, so no generator's state is kept.
+    Holtzman et al., arXiv:1904.09751.
     """
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return layer(*inputs)
+    ordered, tokens = logits.sort(dim=-1, descending=True, stable=True)
+    # A token is outside if the likelier ones reach top_p without it: their sum is the cumulative sum one place earlier.
+    outside = ordered.softmax(-1).cumsum(-1).roll(1, -1) >= top_p
+    outside[..., 0] = False  # roll put the total there; the likeliest token is always inside
+    return torch.empty_like(outside).scatter_(-1, tokens, ~outside)
 
 
-class Joined:
-    """Linears with the same input as one, for inference: one large product is faster than several small ones.
+def gumbel(seeds: torch.Tensor, positions: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Noise for every row (seeds and positions (B,) int64) and token (ids (V,)): (B, V) float64, Gumbel-distributed.
 
-    It takes their weights away from them, so that nothing is held twice.
+    A pure function of the three numbers, the same on every device: so a seed gives the same tokens on any topology and
+    in any batch, each rank computes the share of its own tokens, and a recorded step draws new numbers whenever it is
+    replayed. The bits are those of SplitMix64 (Steele et al., OOPSLA 2014).
     """
+    state = mix(mix(seeds) + positions)[:, None] + ids * -0x61C8864680B583EB  # the golden ratio, as a signed number
+    uniform = ((mix(state) >> 12 & (1 << 52) - 1).double() + 0.5) * 2.0**-52  # never 0 or 1
+    return -(-uniform.log()).log()
 
-    def __init__(self, layers: list[Linear]):
-        self.sizes = [len(layer.weight) for layer in layers]
-        self.weight = pack(torch.cat([layer.weight.data for layer in layers]))
-        for layer in layers:
-            layer.weight = None
 
-    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return matmul(x, self.weight).split(self.sizes, dim=-1)
+def mix(x: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finalizer: int64 -> int64 of which every bit depends on all. The masks are for negative numbers."""
+    x = (x ^ x >> 30 & (1 << 34) - 1) * -0x40A7B892E31B1A47
+    x = (x ^ x >> 27 & (1 << 37) - 1) * -0x6B2FB644ECCEEE15
+    return x ^ x >> 31 & (1 << 33) - 1
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def plan_rank(
     stage = StagePlan(place.pp_rank, [layers[0], layers[-1]], parameters, weights)
     if args.inference:
         cache = model.new_cache(1, args.max_context)
-        stage.cache_bytes = len(layers) * (cache.keys.nbytes + cache.values.nbytes)
+        stage.cache_bytes = len(layers) * cache.nbytes
         activations = inference_activations(config, place, args.max_context, keep_fp8)
     else:
         freeze = list(FREEZABLE) if args.lora_rank else args.freeze

@@ -46,10 +46,12 @@ class Session:
         self.model = together(lambda: MistralMedium(self.config, place, dtype, self.keep_fp8))
         # All ranks sample the same tokens, so they need the same seed: rank 0's, where none was given.
         self.seed = gather_objects(random.getrandbits(32) if args.seed is None else args.seed)[0]
+        self.model.join()
         together(lambda: fill(self.model, checkpoint, Progress(checkpoint, place)))
         self.model.eval()
         self.weight_bytes = weight_bytes(self.model)
-        self.model.lay_out_weights()
+        self.model.pack()
+        self.engine = Engine(self.model, self.tokenizer.eos_id, self.max_context)
         self.load_s, self.bytes_read = time.perf_counter() - started, checkpoint.bytes_read
 
     def read(self) -> Checkpoint:
@@ -73,7 +75,7 @@ class Session:
     def answer(self, specs: list[dict], base: str = "", on_piece=None) -> list[dict]:
         """The requests' answers as the JSON objects that --json prints. `on_piece`: as the engine's, on rank 0 only."""
         requests = together(lambda: [self.request(spec, base) for spec in specs])
-        engine = Engine(self.model, self.tokenizer.eos_id, self.max_context)
+        engine = self.engine
         answers = engine.generate(requests, on_piece if self.place.rank == 0 else None)
         stats = {"load_s": round(self.load_s, 3)}
         for phase in ("prefill", "decode"):

@@ -273,7 +273,7 @@ class Trainer:
             features = model.image_features(batch.pixels) if batch.pixels else None
             batch.pixels = []  # not needed again: free them
             x = model.embed(batch.tokens.to(device), features)
-        x = model(x, [0] * len(batch.lines))  # every row begins at position 0
+        x = model(x)
         if not self.place.last_stage:
             return x
         # Logits, V = 131,072 numbers per token, are computed only where there is a target. These N positions are found

@@ -28,20 +28,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from config import Config, UserError, VisionConfig, read_file, reading
-from parallel import (
-    MLP,
-    ColumnParallelLinear,
-    Place,
-    RMSNorm,
-    RowParallelLinear,
-    Slice,
-    apply_rotary,
-    copy_to_group,
-    divide,
-    run_layer,
-)
+from parallel import ColumnParallelLinear, Joined, Place, RowParallelLinear, Slice, copy_to_group, divide
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green, blue in CLIP's training images (arXiv:2103.00020)
 
@@ -148,6 +138,70 @@ def pixels(image: Image.Image, vision: VisionConfig) -> torch.Tensor:
     return out
 
 
+# --------------------------------------------------------------------------------- what decoder and tower share
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight (arXiv:1910.07467), computed in float32.
+
+    On a CPU the normalized x is rounded before it is scaled, as transformers does; the GPU's fused kernel rounds once.
+    """
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype):
+        super().__init__()
+        self.eps = eps
+        self.slices = {"weight": Slice((size,), 0, 0, size)}
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type == "cpu":
+            return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv:2002.05202): down(act(gate(x)) · up(x)). The decoder's `act` is SiLU."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, place: Place, dtype, keep_fp8=False, act=F.silu):
+        super().__init__()
+        divide(intermediate_size, place.tp_size, "rows of intermediate_size")
+        self.act, self.group, self.sequence = act, place.tp_group, place.sequence_parallel
+        self.gate_proj = ColumnParallelLinear(hidden_size, intermediate_size, place, dtype, keep_fp8)
+        self.up_proj = ColumnParallelLinear(hidden_size, intermediate_size, place, dtype, keep_fp8)
+        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, place, dtype, keep_fp8)
+        self.joined: Joined | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = copy_to_group(x, self.group, self.sequence)
+        gate, up = self.joined(x).chunk(2, dim=-1) if self.joined else (self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(self.act(gate) * up)
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (i, i + D/2) of `x` (..., T, D) by the angles of `cos`, `sin` from `rotary_tables`.
+
+    The first of a pair becomes a cos - b sin, the second b cos + a sin: every number times its cosine, plus the other
+    one of its pair times its sine, whose sign the table has.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def rotary_tables(angles: torch.Tensor, factor: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Angles (..., D/2) in radians, float32 -> cosines and signed sines (..., D) for `apply_rotary`, times `factor`."""
+    cos, sin = ((f(angles) * factor).to(dtype) for f in (torch.cos, torch.sin))
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def run_layer(layer: nn.Module, recompute: bool, *inputs):
+    """`layer(*inputs)`. With `recompute` only the inputs are kept, and the backward pass computes the rest once more.
+
+    Activation checkpointing (arXiv:1604.06174). No layer draws random numbers, so no generator's state is kept.
+    """
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return layer(*inputs)
+
+
 # --------------------------------------------------------------------------------------------------- the tower
 
 
@@ -198,7 +252,7 @@ class VisionAttention(nn.Module):
         self.o_proj = RowParallelLinear(C, C, place, dtype)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """x (N, C), cos and sin (N, D/2), lengths: the patches of each image -> (N, C)."""
+        """x (N, C), cos and sin (N, D), lengths: the patches of each image -> (N, C)."""
         x = copy_to_group(x, self.group)
         q, k, v = (
             f(x).view(len(x), -1, self.head_dim).transpose(0, 1) for f in (self.q_proj, self.k_proj, self.v_proj)
@@ -242,7 +296,7 @@ class VisionTower(nn.Module):
         grids = [(image.shape[1] // p, image.shape[2] // p) for image in images]
         x = self.ln_pre(torch.cat([self.patch_conv(image) for image in images]))
         angles = rotary_2d(grids, self.vision.head_dim, self.vision.rope_theta, x.device)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        cos, sin = rotary_tables(angles, 1.0, x.dtype)
         lengths = [rows * columns for rows, columns in grids]
         for layer in self.transformer["layers"]:
             x = run_layer(layer, self.activation_checkpointing, x, cos, sin, lengths)

@@ -34,8 +34,9 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     config, checkpoint = read_config(args.ckpt), Checkpoint(args.ckpt)
     ours = MistralMedium(config, dtype=dtype)
+    ours.join()
     fill(ours, checkpoint)
-    ours.lay_out_weights()
+    ours.pack()
     theirs = AutoModelForCausalLM.from_pretrained(args.ckpt, dtype=dtype).eval()
     short = torch.randint(100, config.vocab_size, (1, 16)).tolist()[0]
     long = torch.randint(100, config.vocab_size, (1, args.prompt_tokens)).tolist()[0]

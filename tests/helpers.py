@@ -308,9 +308,13 @@ def make_checkpoint(folder, config: Config, seed: int = 0, dtype=torch.float32) 
 # ------------------------------------------------------------------------------------------------- running models
 
 
-def load(directory, dtype=torch.float32, keep_fp8: bool = False) -> MistralMedium:
+def load(directory, dtype=torch.float32, keep_fp8: bool = False, fast: bool = False) -> MistralMedium:
     model = MistralMedium(read_config(str(directory)), dtype=dtype, keep_fp8=keep_fp8)
+    if fast:
+        model.join()
     fill(model, Checkpoint(str(directory)))
+    if fast:
+        model.pack()
     return model.eval()
 
 
@@ -319,13 +323,13 @@ def log_probabilities(model, tokens: list[int], sizes: list[int] | None = None) 
     """(T, V) after every position: whole and without a cache, or in pieces of `sizes` through the cache."""
     ids = torch.tensor([tokens])
     if sizes is None:
-        return model.logits(model(model.embed(ids), [0]))[0].log_softmax(-1)
+        return model.logits(model(model.embed(ids)))[0].log_softmax(-1)
     assert sum(sizes) == len(tokens)
     cache, out, start = model.new_cache(1, len(tokens) + 3), [], 0
-    for tensor in (cache.keys, cache.values):
+    for tensor in (tensor for pair in cache.layers for tensor in pair):
         tensor.fill_(torch.nan)  # nothing may read what was not written
     for size in sizes:
-        out.append(model.logits(model(model.embed(ids[:, start : start + size]), [start], cache))[0])
+        out.append(model.logits(model(model.embed(ids[:, start : start + size]), start, cache))[0])
         start += size
     return torch.cat(out).log_softmax(-1)
 

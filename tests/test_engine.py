@@ -21,7 +21,8 @@ from helpers import (
 )
 from processes import ENVIRONMENT, run
 
-from engine import Engine, Request, nucleus
+from engine import Engine, Request
+from parallel import nucleus
 from session import ReplyParser
 
 END = 2
@@ -72,7 +73,7 @@ def sixteen() -> list[Request]:
 @pytest.mark.parametrize("chunk", [1024, 7])
 def test_a_batch_equals_single_runs(chunk, model, monkeypatch):
     """16 requests together, alone, and by the plainest loop: exactly the same tokens."""
-    monkeypatch.setattr("engine.CHUNK", chunk)
+    monkeypatch.setattr("engine.CPU_CHUNK", chunk)
     requests, engine = sixteen(), Engine(model, Letters.eos_id, 4096)
     together = engine.generate(requests)
     for request, answer in zip(requests, together):
@@ -321,7 +322,7 @@ def test_the_end_of_the_context(model):
 @pytest.mark.parametrize("chunk, rows", [(1024, 64), (10, 4), (7, 100), (1, 1)])
 def test_prompt_log_probabilities(chunk, rows, model, monkeypatch):
     """Of every prompt token after the first, across the borders of chunks and of logit blocks."""
-    monkeypatch.setattr("engine.CHUNK", chunk)
+    monkeypatch.setattr("engine.CPU_CHUNK", chunk)
     monkeypatch.setattr("engine.LOGIT_ROWS", rows)
     requests = [
         Request(random_tokens(n, 301, seed=n), max_new_tokens=2, logprobs=n != 21) for n in (1, 2, 7, 8, 10, 11, 21, 70)
@@ -385,7 +386,7 @@ LONG_PROMPT = """
     engine.generate([request])
     stop = True
     thread.join()
-    cache = sum(t.numel() * t.element_size() for t in vars(model.new_cache(1, length + 2)).values())
+    cache = model.new_cache(1, length + 2).nbytes
     print(peak - before, cache)
 """
 

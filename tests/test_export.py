@@ -231,7 +231,7 @@ def test_saved_for_transformers(tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     tokens = torch.arange(40)[None]
     with torch.inference_mode():
-        ours = model.logits(model(model.embed(tokens), [0])).log_softmax(-1)
+        ours = model.logits(model(model.embed(tokens))).log_softmax(-1)
         assert (ours - peer(input_ids=tokens).logits.log_softmax(-1)).abs().max() < 1e-4
 
 

@@ -75,7 +75,7 @@ def score(program, root: str, specs: list[dict], *options) -> list[dict]:
 def test_together_as_alone_and_in_small_chunks(ckpt, program, monkeypatch):
     specs = chats(ckpt)
     together = score(program, ckpt, specs)
-    monkeypatch.setattr(engine, "CHUNK", 7)  # cuts images in the middle of a row
+    monkeypatch.setattr(engine, "CPU_CHUNK", 7)  # cuts images in the middle of a row
     for spec, answer in zip(specs, together):
         (alone,) = score(program, ckpt, [spec])
         assert alone["prompt_tokens"] == answer["prompt_tokens"]

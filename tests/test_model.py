@@ -100,14 +100,15 @@ def test_rows_at_different_positions(tmp_path):
     lengths = [1, 40, 7, 33, 90]
     texts = [random_tokens(n + 2, fields["vocab_size"], seed=n) for n in lengths]
     cache = model.new_cache(len(lengths), 92)
-    for tensor in (cache.keys, cache.values):
+    for tensor in (tensor for pair in cache.layers for tensor in pair):
         tensor.fill_(1e3)  # what stands after a row's end must not count
     with torch.inference_mode():
         for i, (n, text) in enumerate(zip(lengths, texts)):
-            model(model.embed(torch.tensor([text[:n]])), [0], cache.rows(i, i + 1))
+            model(model.embed(torch.tensor([text[:n]])), 0, cache.rows(i, i + 1))
         for step in range(2):
             ids = torch.tensor([[text[n + step]] for n, text in zip(lengths, texts)])
-            hidden = model(model.embed(ids), [n + step for n in lengths], cache)
+            span = model.step_span(torch.tensor([n + step for n in lengths]), 92)
+            hidden = model(model.embed(ids), span, cache)
             got = model.logits(hidden)[:, 0].log_softmax(-1)
             expected = np.stack([formula(fields, state, text[: n + step + 1])[-1] for n, text in zip(lengths, texts)])
             assert_close(got, expected)
@@ -127,7 +128,7 @@ def test_gradients_through_attention():
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, 9, 6, generator=draw, dtype=torch.float64).requires_grad_() for h in (6, 2, 2))
     weight = torch.randn(2, 6, 9, 6, generator=draw, dtype=torch.float64)
-    (attend(q, k, v, None) * weight).sum().backward()
+    (attend(q, k, v) * weight).sum().backward()
     got = [x.grad.clone() for x in (q, k, v)]
     for x in (q, k, v):
         x.grad = None
@@ -319,15 +320,14 @@ def test_weights_laid_out_for_speed_give_the_same(tmp_path, dtype):
     if kept:
         state, _ = to_fp8(state, static=False)
     folder = write_checkpoint(tmp_path, fields, state, fp8="dynamic" if kept else None)
-    model = load(folder, torch.bfloat16 if dtype == "bfloat16" else torch.float32, keep_fp8=kept)
+    options = (torch.bfloat16 if dtype == "bfloat16" else torch.float32, kept)
+    model, fast = load(folder, *options), load(folder, *options, fast=True)
     tokens = random_tokens(340, fields["vocab_size"])
     chunks = (None, [13, 26, 1, 300])  # packed weights have a way for few tokens and one for many
-    expected = [log_probabilities(model, tokens, sizes) for sizes in chunks]
-    model.lay_out_weights()
-    for before, sizes in zip(expected, chunks):
-        after = log_probabilities(model, tokens, sizes)
+    for sizes in chunks:
+        before, after = log_probabilities(model, tokens, sizes), log_probabilities(fast, tokens, sizes)
         torch.testing.assert_close(after, before, atol=0.15 if dtype == "bfloat16" else 1e-5, rtol=0)
         assert (after - before).square().mean().sqrt() < (0.02 if dtype == "bfloat16" else 1e-5)
-    for layer in model.layers.values():
+    for layer in fast.layers.values():
         for part, names in ((layer.self_attn, "qkv"), (layer.mlp, ("gate", "up"))):
             assert [getattr(part, f"{name}_proj").weight is None for name in names] == [not kept] * len(names)

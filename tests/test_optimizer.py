@@ -26,7 +26,7 @@ from train_cases import (
 import train
 from config import UserError
 from optimizer import newest_state
-from parallel import run_layer
+from vision import run_layer
 
 # ------------------------------------------------------------------------------------------------- what is trained
 

@@ -73,7 +73,7 @@ def answer(cases: list[tuple[str, bool, bool]], place: Place) -> list:
 
 
 def answer_on_a_rank(cases, tp: int, pp: int) -> list:
-    engine.CHUNK = 7  # so that chunks cut prompts and images
+    engine.CPU_CHUNK = 7  # so that chunks cut prompts and images
     return answer(cases, find_place(tp, pp))
 
 

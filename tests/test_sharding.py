@@ -31,7 +31,7 @@ def gradients(directory: str, place: Place) -> dict:
     images = [torch.randn(3, rows * 6, columns * 6, generator=draw) for rows, columns in ((2, 3), (1, 2))]
     features = model.image_features(images)
     tokens = torch.tensor([[20, *[10] * 6, 30, 40, *[10] * 2, 50, 60]])
-    x = model(model.embed(tokens, features), [0])
+    x = model(model.embed(tokens, features))
     losses = model.lm_head.cross_entropy(model.logits(x[0]), (tokens[0] * 7 + 3) % config.vocab_size)
     losses.mean().backward()
     found = {t.name: (t.part, t.sharers, t.parameter.grad) for t in held_tensors(model)}

@@ -106,7 +106,7 @@ def test_export_is_the_trained_model(images, program, tmp_path):
     options = ("--raw", "--prompt", "the other", "--max-new-tokens", 0, "--json", "--logprobs", "--dtype", "bfloat16")
     status, out, err = program("--ckpt", exported, *options)
     answer = json.loads(out)
-    hidden = run.model(run.model.embed(torch.tensor([answer["prompt_tokens"]])), [0])
+    hidden = run.model(run.model.embed(torch.tensor([answer["prompt_tokens"]])))
     expected = run.model.logits(hidden)[0].log_softmax(-1)
     expected = expected[torch.arange(len(expected) - 1), answer["prompt_tokens"][1:]]
     torch.testing.assert_close(torch.tensor(answer["prompt_logprobs"][1:]), expected.detach(), atol=0.05, rtol=0)

@@ -94,7 +94,7 @@ def request(config: Config, grids: list[tuple[int, int]], turns: list[int]) -> l
 @torch.no_grad()
 def logprobs(model: MistralMedium, ids: list[list[int]], features: torch.Tensor | None) -> torch.Tensor:
     """(B, T) tokens -> (B, T, vocab) log-probabilities."""
-    return model.logits(model(model.embed(torch.tensor(ids), features), [0] * len(ids))).log_softmax(-1)
+    return model.logits(model(model.embed(torch.tensor(ids), features))).log_softmax(-1)
 
 
 # ------------------------------------------------------------------------------------------------------ parity
@@ -262,7 +262,7 @@ def test_gradients_equal_transformers():
     images, ids = draw_images(config, grids), torch.tensor([request(config, grids, [1, 1])])
     batch, sizes = padded(images)
     reference(input_ids=ids, pixel_values=batch, image_sizes=sizes, labels=ids).loss.backward()
-    logits = model.logits(model(model.embed(ids, model.image_features(images)), [0]))
+    logits = model.logits(model(model.embed(ids, model.image_features(images))))
     torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).backward()
     expected = {
         name.removeprefix("model.").removeprefix("language_model."): parameter.grad
@@ -316,7 +316,7 @@ def test_prefill_in_chunks_that_cut_an_image():
         count = chunk.count(config.vision.image_token_id)
         x = model.embed(torch.tensor([chunk]), features[seen : seen + count])
         seen += count
-        outs.append(model.logits(model(x, [start], cache)).log_softmax(-1))
+        outs.append(model.logits(model(x, start, cache)).log_softmax(-1))
     torch.testing.assert_close(torch.cat(outs, 1), whole, atol=1e-5, rtol=1e-5)
 
 
@@ -330,7 +330,7 @@ def test_gradients_equal_finite_differences(monkeypatch):
     ids = torch.tensor([request(config, [(1, 2), (2, 1)], [2])])
 
     def loss() -> torch.Tensor:
-        logits = model.logits(model(model.embed(ids, model.image_features(images)), [0]))
+        logits = model.logits(model(model.embed(ids, model.image_features(images))))
         return torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
 
     loss().backward()

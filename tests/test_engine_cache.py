@@ -1,0 +1,306 @@
+"""The engine and its cache: steps that can be recorded, rows that are refilled, beginnings that are kept."""
+
+import random
+
+import pytest
+import torch
+from helpers import Endless, load, make_eyes, random_state, random_tokens, text_fields, write_checkpoint
+from processes import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import engine as engine_module
+from checkpoint import Checkpoint, fill
+from config import read_config
+from engine import Engine, Request
+from launch import find_place
+from model import KVCache, MistralMedium, attend_step, product_attention
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    fields = text_fields("yarn, short")
+    return write_checkpoint(tmp_path_factory.mktemp("model"), fields, random_state(fields, seed=8))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load(folder, fast=True)
+
+
+def drawn(count: int, seed: int, **more) -> list[Request]:
+    """Greedy and sampled requests of different lengths."""
+    draw = random.Random(seed)
+    return [
+        Request(
+            random_tokens(draw.randint(1, 90), 301, seed=1000 * seed + i),
+            max_new_tokens=draw.randint(0, 70),
+            temperature=draw.choice([0.0, 0.7, 1.3]),
+            top_p=draw.choice([1.0, 0.8]),
+            seed=draw.getrandbits(63),
+            **more,
+        )
+        for i in range(count)
+    ]
+
+
+def alone(model, request: Request) -> engine_module.Answer:
+    return Engine(model, Endless.eos_id, 4096).generate([request])[0]
+
+
+def assert_same(answers, expected) -> None:
+    for answer, other in zip(answers, expected, strict=True):
+        ends = [i for i, pair in enumerate(zip(answer.tokens, other.tokens)) if pair[0] != pair[1]]
+        count = ends[0] + 1 if ends else None  # two tokens that are equally likely: either may be taken, and then …
+        assert ends or (answer.tokens, answer.finish_reason) == (other.tokens, other.finish_reason)
+        torch.testing.assert_close(answer.logprobs[:count], other.logprobs[:count], atol=2e-6 if ends else 1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------- recorded steps
+
+
+class Tape(TorchDispatchMode):
+    """Records operations, as a CUDA graph does: replayed, they read and write the same memory as before."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.done = []
+        saved = None
+        with self:
+            saved = step()
+        assert saved is None
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        assert operation._schema.name not in ("aten::_local_scalar_dense", "aten::nonzero"), "a GPU would be waited for"
+        out = operation(*arguments, **(options or {}))
+        self.done.append((operation, arguments, options or {}, out))
+        return out
+
+    def replay(self) -> None:
+        for operation, arguments, options, out in self.done:
+            given = {memory(x) for x in tree_leaves((arguments, options)) if isinstance(x, torch.Tensor)}
+            if any(memory(x) in given for x in tree_leaves(out)) and not operation._schema.is_mutable:
+                continue  # a view
+            for old, fresh in zip(tree_leaves(out), tree_leaves(operation(*arguments, **options))):
+                if old is not fresh:
+                    old.copy_(fresh)
+
+    def described(self, lasting: set[int]) -> list:
+        """The operations with their arguments. Of tensors the address too, if it is among `lasting`: intermediate
+        results may lie elsewhere here, but a graph has a pool of its own for them."""
+
+        def describe(x):
+            if not isinstance(x, torch.Tensor):
+                return repr(x)
+            address = memory(x) if memory(x) in lasting else 0
+            return f"{address} {x.storage_offset()} {tuple(x.shape)} {x.stride()} {x.dtype}"
+
+        return [(str(op), *map(describe, tree_leaves((arguments, options)))) for op, arguments, options, _ in self.done]
+
+
+def memory(x: torch.Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def recording(model) -> Engine:
+    """An engine that records its steps as it would on a GPU. A recording does not compute: the state is put back."""
+    made = Engine(model, Endless.eos_id, 4096)
+    made.taped, made.replays = [], 0
+
+    def record(step):
+        group = next(group for group in made.groups if group.rows)
+        tensors = [group.sampled, group.positions, *(tensor for pair in group.cache.layers for tensor in pair)]
+        before = [tensor.clone() for tensor in tensors]
+        tape = Tape(step)
+        for tensor, value in zip(tensors, before):
+            tensor.copy_(value)
+        made.taped.append(tape)
+
+        def replay() -> None:
+            made.replays += 1
+            tape.replay()
+
+        return replay
+
+    made.record = record
+    return made
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_replayed_steps(model, seed):
+    """The tokens of steps that run as they are: rows end early, the cache outgrows its size, sampling goes on."""
+    requests = drawn(7, seed) + [Request(random_tokens(60, 301, seed=seed), max_new_tokens=150)]
+    taped = recording(model)
+    answers = taped.generate(requests)
+    assert taped.replays > 100 and len(taped.taped) >= 4
+    assert_same(answers, [alone(model, request) for request in requests])
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_two_steps_are_the_same_operations(model, rows):
+    """On the same addresses, with the same numbers: what a CUDA graph asks for."""
+    made, tapes = Engine(model, Endless.eos_id, 4096), []
+
+    def record(step):
+        group = made.groups[0]
+        lasting = {memory(x) for x in (group.sampled, group.positions, group.seeds, group.heat)}
+        lasting |= {memory(x) for x in (*tree_leaves(group.cache.layers), *model.parameters())}
+        return lambda: tapes.append(Tape(step).described(lasting))
+
+    made.record = record
+    made.generate([Request(random_tokens(5 + i, 301, seed=i), max_new_tokens=6, temperature=1.0) for i in range(rows)])
+    assert len(tapes) == 4 and len(tapes[0]) > 50
+    assert tapes[1] == tapes[2] == tapes[3]
+
+
+def test_attention_as_two_products():
+    """What a GPU does in a step, against the fused kernel."""
+    draw = torch.Generator().manual_seed(3)
+    for rows, heads, kv_heads, length, size in ((1, 6, 2, 37, 10), (5, 3, 3, 8, 16), (16, 12, 1, 131, 128)):
+        q = torch.randn(rows, heads, 1, size, generator=draw)
+        k, v = (torch.randn(rows, kv_heads, length, size, generator=draw) for _ in range(2))
+        ends = torch.randint(1, length + 1, (rows, 1), generator=draw)
+        bias = torch.zeros(rows, length).masked_fill_(torch.arange(length) >= ends, -torch.inf)[:, None, None]
+        for hidden in (bias, None):
+            expected = attend_step(q, k, v, hidden).view(rows, kv_heads, -1, size)
+            got = product_attention(q.view(rows, kv_heads, -1, size), k, v, hidden)
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- rows and the cache
+
+
+@pytest.mark.parametrize("width", [1, 3, 16])
+def test_rows_are_refilled(model, width):
+    """More requests than rows: the answers and their order are those of each alone."""
+    requests = drawn(20, 5)
+    answers = Engine(model, Endless.eos_id, 4096).generate(requests, width=width)
+    assert_same(answers, [alone(model, request) for request in requests])
+
+
+def test_refilled_rows_take_fewer_steps(model, monkeypatch):
+    made = Engine(model, Endless.eos_id, 4096)
+    steps, step = [], made.step
+    made.step = lambda group, count, *more: steps.append(count) or step(group, count, *more)
+    lengths = [4, 40, 4, 4, 4, 4, 4, 4, 4, 4]
+    made.generate([Request([5, i], max_new_tokens=n) for i, n in enumerate(lengths)], width=2)
+    assert len(steps) < 45 and sum(steps) == sum(lengths) - len(lengths)
+
+
+def refilled_on_a_rank(folder: str, tp: int, pp: int) -> list:
+    place = find_place(tp, pp)
+    model = MistralMedium(read_config(folder), place, torch.float32)
+    fill(model, Checkpoint(folder))
+    return Engine(model, Endless.eos_id, 4096).generate(drawn(13, 6), width=5)
+
+
+@pytest.mark.parametrize("tp, pp", [(1, 2), (2, 2), (1, 3)])
+def test_rows_are_refilled_on_every_topology(folder, model, tp, pp):
+    expected = [alone(model, request) for request in drawn(13, 6)]
+    for answers in run_ranks(refilled_on_a_rank, tp * pp, folder, tp, pp):
+        assert_same(answers, expected)
+
+
+def test_a_cache_grows(model):
+    """A high limit costs nothing before it is used."""
+    made = Engine(model, Endless.eos_id, 1 << 20)
+    (answer,) = made.generate([Request([7, 8], max_new_tokens=300)])
+    assert len(answer.tokens) == 300 and 302 <= made.groups[0].cache.length < 400
+    (cut,) = Engine(model, Endless.eos_id, 50).generate([Request([7, 8])])
+    assert cut.tokens == answer.tokens[:48] and cut.finish_reason == "length"
+    for tokens in range(1, 5000):
+        assert tokens <= KVCache.length_for(tokens) <= max(64 * -(-tokens // 64), 1.25 * tokens + 1)
+
+
+def test_a_chat_is_prefilled_once(model):
+    """Twelve turns: each computes what is new; log-probabilities are those from scratch."""
+    made, prompt, prefilled = Engine(model, Endless.eos_id, 4096), [1], 0
+    for turn in range(12):
+        prompt = prompt + random_tokens(5 + 3 * turn, 301, seed=turn)
+        request = Request(prompt, max_new_tokens=9, temperature=0.5, seed=turn)
+        (answer,) = made.generate([request])
+        prefilled += made.tokens["prefill"]
+        assert_same([answer], [alone(model, request)])
+        prompt = prompt + answer.tokens
+    # The last token of an answer never went through the model: it does with the next turn.
+    assert prefilled == len(prompt) - 12 * 9 + 11
+
+    edited = prompt[:30] + [99] + prompt[31:]
+    for changed, new in ((edited, len(edited) - 30), (prompt[:50], 20), (prompt[:50], 1), (prompt, len(prompt) - 50)):
+        (answer,) = made.generate([Request(changed, max_new_tokens=5)])
+        assert_same([answer], [alone(model, Request(changed, max_new_tokens=5))])
+        assert made.tokens["prefill"] == new
+
+
+def test_a_beginning_that_requests_share(model):
+    """Computed once, also within one batch."""
+    start = random_tokens(40, 301, seed=77)
+    requests = [Request(start + random_tokens(3 + i, 301, seed=i), max_new_tokens=6) for i in range(6)]
+    made = Engine(model, Endless.eos_id, 4096)
+    assert_same(made.generate(requests), [alone(model, request) for request in requests])
+    assert made.tokens["prefill"] == 40 + sum(range(3, 9))
+    scored = [Request(request.prompt, max_new_tokens=0, logprobs=True) for request in requests[:2]]
+    for answer, request in zip(made.generate(scored), scored):  # all tokens are scored, so all go through the model
+        torch.testing.assert_close(
+            answer.prompt_logprobs[1:], alone(model, request).prompt_logprobs[1:], atol=1e-4, rtol=0
+        )
+
+
+def test_images_that_are_known(tmp_path):
+    """The tower runs once for each; images of the same size are not taken for each other."""
+    model = load(make_eyes(tmp_path, "new", None, {}))
+    vision = model.config.vision
+    cell = vision.patch_size * vision.spatial_merge_size
+    draw = torch.Generator().manual_seed(1)
+    pictures = {name: torch.randn(3, 2 * cell, 3 * cell, generator=draw) for name in "abc"}
+    seen, features = [], model.image_features
+    model.image_features = lambda images: seen.append(len(images)) or features(images)
+
+    def ask(names: str, made: Engine, named: bool = True):
+        prompt = [1]
+        for name in names:
+            prompt += [vision.image_token_id] * 6 + random_tokens(20, 30, seed=ord(name))[:12]
+        images = [(name, 6) for name in names] if named else []
+        return made.generate([Request(prompt + [7, 9], [pictures[name] for name in names], images, max_new_tokens=4)])
+
+    made = Engine(model, Endless.eos_id, 4096)
+    for names, ran in (("a", 1), ("ab", 1), ("abc", 1), ("acb", 2), ("acb", 0)):
+        seen.clear()
+        answers = ask(names, made)
+        assert sum(seen) == ran, names
+        assert_same(answers, ask(names, Engine(model, Endless.eos_id, 4096)))
+    seen.clear()
+    ask("acb", made, named=False)  # of these nothing is known
+    assert sum(seen) == 3
+
+
+def test_short_prompts_share_a_chunk(model, monkeypatch):
+    made = Engine(model, Endless.eos_id, 4096)
+    made.chunk, sizes, run = 50, [], made.run_stage
+    made.run_stage = lambda tokens, *more: sizes.append(tuple(tokens.shape)) or run(tokens, *more)
+    requests = [Request(random_tokens(n, 301, seed=n), max_new_tokens=1) for n in (20, 17, 30, 1, 60, 5)]
+    assert_same(made.generate(requests), [alone(model, request) for request in requests])
+    assert sizes == [(1, 50), (1, 50), (1, 33)]
+
+
+# --------------------------------------------------------------------------------------------------------- stopping
+
+
+def stopped_on_a_rank(folder: str, tp: int, pp: int) -> list:
+    place, calls = find_place(tp, pp), []
+    model = MistralMedium(read_config(folder), place, torch.float32)
+    fill(model, Checkpoint(folder))
+    requests = [Request([5, i], max_new_tokens=30) for i in range(5)]
+    made = Engine(model, Endless.eos_id, 4096)
+    stopped = made.generate(requests, width=3, stop=lambda: calls.append(1) or len(calls) > 8)
+    return [(answer.tokens, answer.finish_reason) for answer in stopped + made.generate(requests)]
+
+
+@pytest.mark.parametrize("tp, pp", [(1, 1), (2, 1), (1, 2)])
+def test_answers_can_be_stopped(folder, model, tp, pp):
+    """On every rank alike; what was said stays, what waits is not begun, and the engine goes on."""
+    whole = [alone(model, Request([5, i], max_new_tokens=30)).tokens for i in range(5)]
+    for said in run_ranks(stopped_on_a_rank, tp * pp, folder, tp, pp):
+        for i, (tokens, reason) in enumerate(said[:5]):
+            assert reason == "cancelled" and tokens == whole[i][: len(tokens)] and (4 < len(tokens) < 12) == (i < 3)
+        assert said[5:] == [(tokens, "length") for tokens in whole]
