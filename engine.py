@@ -21,10 +21,10 @@ Shapes: B rows of a group, T tokens of each that go through the model together, 
 """
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -87,10 +87,12 @@ class Row:
         pieces = reader.add(token) if reader else []
         if token == self.eos_id or (reader and reader.stopped):
             self.answer.finish_reason = "stop"
-        return pieces + self.finish() if self.done else pieces
+        return pieces + reader.finish() if reader and self.done else pieces
 
-    def finish(self) -> list[tuple[str, str]]:
-        return self.request.reader.finish() if self.request.reader else []
+    def cancel(self, on_piece: Callable) -> None:
+        self.answer.finish_reason = "cancelled"
+        for piece in self.request.reader.finish() if self.request.reader else ():
+            on_piece(self.index, *piece)
 
     @property
     def done(self) -> bool:
@@ -116,8 +118,12 @@ class Group:
     def width(self) -> int:
         return len(self.held)
 
-    def drop_finished(self) -> None:
-        """The last row moves into the place of a finished one, so that a step runs over the cache's first rows."""
+    def drop_finished(self) -> list[Row]:
+        """The last row moves into the place of a finished one, so that a step runs over the cache's first rows.
+
+        Returns those that are finished.
+        """
+        finished = [row for row in self.rows if row.done]
         for i in reversed(range(len(self.rows))):
             if self.rows[i].done:
                 last, end = self.rows.pop(), len(self.rows)
@@ -127,6 +133,7 @@ class Group:
                     for tensor in (self.sampled, self.positions, self.seeds, self.heat):
                         tensor[i] = tensor[end]
                 self.positions[end] = 0  # a step may run over it, too; see Engine.decode
+        return finished
 
     def admit(self, row: Row, shared: list[int]) -> None:
         """Make `row` the next one. It begins like each row of the cache for as many tokens as `shared` says."""
@@ -155,8 +162,7 @@ class Engine:
         self.chunk = CHUNK if on_gpu else CPU_CHUNK
         # What makes a step replayable, see `decode`. Messages between stages are not recorded.
         self.record = record if on_gpu and self.place.pp_size == 1 else None
-        # In flight: while decoding, at most one message per group. Only the chunks of prompts could run further ahead
-        # of a slower stage; the bound keeps their hidden states from piling up.
+        # While decoding, a group has one message in flight; the bound is for the chunks of prompts.
         self.down = Channel(self.place, model.dtype, in_flight=2 * self.place.pp_size)
         self.groups: list[Group] = []
         self.seconds, self.tokens, self.mark = {}, {}, 0.0  # of the last call, by phase: "prefill" and "decode"
@@ -164,55 +170,57 @@ class Engine:
     @torch.inference_mode()
     def generate(
         self,
-        requests: list[Request],
-        on_piece: Callable[[int, str, str], None] | None = None,
+        requests: Iterable[Request],
+        on_piece: Callable[[int, str, str], None] = lambda i, kind, text: None,
+        on_done: Callable[[int, Request, Answer], None] = lambda i, request, answer: None,
         width: int | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> list[Answer]:
         """Answer `requests`, at most `width` of them at the same time. All ranks call this together.
 
-        `on_piece(i, kind, text)`, where it is given, gets each reply piece by piece. `stop`, which all ranks have to
-        give or none, is called on rank 0 for every token: True ends all answers where they are, as "cancelled".
-        Prompts must not be longer than `max_context`; an answer ends there at the latest.
+        Requests are taken when there is room for them. `on_piece(i, kind, text)` gets each reply piece by piece,
+        `on_done` each answer, first come, first served. `stop`, which all ranks have to give or none, is called on rank
+        0 for every token: True ends all answers where they are, as "cancelled". Prompts must not be longer than
+        `max_context`; an answer ends there at the latest.
         """
         image = self.model.config.vision and self.model.config.vision.image_token_id
-        rows = [Row(i, request, self.max_context, self.eos_id, image) for i, request in enumerate(requests)]
+        rows = (Row(i, request, self.max_context, self.eos_id, image) for i, request in enumerate(requests))
         self.seconds, self.tokens = ({"prefill": 0, "decode": 0} for _ in range(2))
-        self.mark = time.perf_counter()
+        self.mark, answers, first = time.perf_counter(), {}, list(islice(rows, width))
+        waiting = chain(first, rows)
+
+        def drop(row: Row) -> None:
+            self.share_scores(row)
+            answers[row.index] = row.answer
+            on_done(row.index, row.request, row.answer)
+
         try:
-            self.prepare_groups(rows, min(width or len(rows), len(rows)))
-            self.answer(rows, on_piece or (lambda i, kind, text: None), stop)
+            self.prepare_groups(first)
+            running = True
+            while running:
+                running = False
+                for group in self.groups:
+                    self.pick_up(group, on_piece)
+                    if stop is not None and group is self.groups[0] and self.agree(stop):
+                        for row in (row for group in self.groups for row in group.rows if not row.done):
+                            row.cancel(on_piece)
+                        for row in waiting:
+                            row.cancel(on_piece)
+                            drop(row)
+                    for row in group.drop_finished():
+                        drop(row)
+                    self.advance(group, waiting)
+                    running |= bool(group.rows)
         except BaseException:
             self.groups.clear()  # nobody knows how much of a row is in the cache
             raise
-        for row in rows:
-            self.share_scores(row)
-        return [row.answer for row in rows]
-
-    def answer(self, rows: list[Row], on_piece: Callable, stop: Callable[[], bool] | None) -> None:
-        waiting = deque(rows)
-        while waiting or any(group.rows for group in self.groups):
-            for group in self.groups:
-                pieces = []
-                for row, (token, logprob) in zip(group.rows, self.pick_up(group)):
-                    if not row.done:
-                        pieces += [(row.index, *piece) for piece in row.take(token, logprob)]
-                if stop is not None and group is self.groups[0] and self.agree(stop):
-                    unfinished = [row for group in self.groups for row in group.rows if not row.done]
-                    for row in (*unfinished, *waiting):
-                        row.answer.finish_reason = "cancelled"
-                        pieces += [(row.index, *piece) for piece in row.finish()]
-                    waiting.clear()
-                for piece in pieces:
-                    on_piece(*piece)
-                group.drop_finished()
-                self.advance(group, waiting)
         self.down.flush()
+        return [answers[i] for i in range(len(answers))]
 
-    def prepare_groups(self, rows: list[Row], width: int) -> None:
-        """Groups for `width` rows in all: those of the last call if they will do, and hold something of use."""
-        count = min(self.place.pp_size, width)
-        widths = [-(-(width - i) // count) for i in range(count)]
+    def prepare_groups(self, rows: list[Row]) -> None:
+        """Groups for as many rows as these: those of the last call if they will do, and hold something of use."""
+        count = min(self.place.pp_size, len(rows))
+        widths = [-(-(len(rows) - i) // count) for i in range(count)]
         if self.record is not None:
             widths = [power_of_two(width) for width in widths]
         length = KVCache.length_for(max((row.length for row in rows), default=0) + 1)
@@ -230,15 +238,10 @@ class Engine:
             dist.broadcast(said, src=0)
         return bool(said)
 
-    # --- a group's turn
-
-    def advance(self, group: Group, waiting: deque[Row]) -> None:
+    def advance(self, group: Group, waiting: Iterator[Row]) -> None:
         """A token for every row; and rows that wait take the places that are free, with the first token of theirs."""
-        old = len(group.rows)
-        new = [waiting.popleft() for _ in range(min(group.width - old, len(waiting)))]
-        if not old and not new:
-            return
-        longest = max([row.length for row in (*group.rows, *new)]) + 1  # with the token that goes in
+        old, new = len(group.rows), list(islice(waiting, group.width - len(group.rows)))
+        longest = max((row.length for row in (*group.rows, *new)), default=0) + 1  # with the token that goes in
         if longest > group.cache.length:
             group.cache.grow(KVCache.length_for(longest))
             group.steps.clear()  # they were recorded with the old addresses
@@ -249,7 +252,8 @@ class Engine:
         group.phase = "prefill" if new else "decode"
         self.tokens["decode"] += old
         self.tokens["prefill"] += sum(row.length - row.start for row in new)
-        self.post(group)
+        if old or new:
+            self.post(group)
 
     def prefill(self, group: Group, new: list[Row]) -> None:
         """Prompts of new rows: chunk by chunk into the cache, and the first token of each sampled.
@@ -352,10 +356,7 @@ class Engine:
             self.sample(hidden[:, 0], group, slice(0, count), warm, choosy)
 
     def sample(self, hidden: torch.Tensor, group: Group, part: slice, warm: bool, choosy: bool) -> None:
-        """hidden (B, C) after the last tokens of the group's rows `part` -> their next ones, in `group.sampled`.
-
-        `warm`, `choosy`: whether any of them has a temperature above 0, or top-p below 1.
-        """
+        """hidden (B, C) after the last tokens of the group's rows `part` -> their next ones, in `group.sampled`."""
         temperature, top_p = (group.heat[part, i : i + 1] if asked else None for i, asked in enumerate((warm, choosy)))
         noise = group.seeds[part], group.positions[part]
         group.sampled[part] = self.model.lm_head.sample(self.model.logits(hidden), temperature, top_p, *noise)
@@ -392,17 +393,18 @@ class Engine:
         """
         group.work = self.broadcast(group.sampled[: len(group.rows)])
 
-    def pick_up(self, group: Group) -> list[tuple[int, float]]:
-        """The token and log-probability of each row of the group, wherever they were sampled."""
-        if not group.rows:
-            return []
+    def pick_up(self, group: Group, on_piece: Callable) -> None:
+        """Give the rows of the group their tokens, wherever these were sampled."""
         if group.work is not None:
             group.work.wait()
+            group.work = None
         sampled = group.sampled[: len(group.rows)].tolist()  # here, and only here, a GPU is waited for
         now = time.perf_counter()
         self.seconds[group.phase] += now - self.mark
         self.mark = now
-        return [(int(token), logprob) for token, logprob in sampled]
+        for row, (token, logprob) in zip(group.rows, sampled):
+            for piece in row.take(int(token), logprob) if not row.done else ():
+                on_piece(row.index, *piece)
 
     def share_scores(self, row: Row) -> None:
         """Put the log-probabilities of the prompt's tokens after the first, if they are wanted, into the answer."""
@@ -423,17 +425,15 @@ class Engine:
     # --- what the last stage computes
 
     def score(self, hidden: torch.Tensor, targets: list[int]) -> list[torch.Tensor]:
-        """Log-probabilities of the N `targets` after the first N of the hidden states (T, C): pieces, float64.
-
-        In pieces, because the logits of a whole chunk would take T · V / tp floats, 2 GB for 131,072 tokens.
-        """
+        """Log-probabilities of the N `targets` after the first N of the hidden states (T, C): float64, in pieces,
+        because the logits of a whole chunk would take T · V / tp floats, 2 GB for 131,072 tokens."""
         head, ids = self.model.lm_head, torch.tensor(targets, device=self.place.device)
         pieces = zip(hidden[: len(targets)].split(LOGIT_ROWS), ids.split(LOGIT_ROWS))
         return [head.log_probabilities(self.model.logits(x), y).double() for x, y in pieces if len(y)]
 
 
 def warm_and_choosy(rows: list[Row]) -> tuple[bool, bool]:
-    """See `Engine.sample`."""
+    """Whether any of them has a temperature above 0, and a top-p below 1."""
     return any(row.request.temperature > 0 for row in rows), any(row.request.top_p < 1 for row in rows)
 
 
@@ -444,7 +444,6 @@ def power_of_two(count: int) -> int:
 
 def record(step: Callable[[], None]) -> Callable[[], None]:
     """`step` as a CUDA graph: one launch for its thousands of kernels."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
         step()
     return graph.replay

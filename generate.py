@@ -196,6 +196,21 @@ class Printer:
         self.kind = "text"
 
 
+class Numbered:
+    """Prints the answers to many requests, as JSON lines or numbered."""
+
+    def __init__(self, as_json: bool):
+        self.as_json, self.count = as_json, 0
+
+    def __call__(self, result: dict) -> None:
+        self.count += 1
+        if self.as_json:
+            print(json.dumps(result, ensure_ascii=False), flush=True)
+        else:
+            print(f"[{self.count}] {result['text']}", end="")
+            print_calls(result)
+
+
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     place = find_place(args.tp, args.pp)
@@ -206,23 +221,14 @@ def main(argv: list[str]) -> None:
     session = Session(args, place)
     if args.interactive:
         return interact(session)
-    for first in range(0, len(specs), args.batch_size):
-        if len(specs) == 1 and not args.json:
-            results = [stream(session, specs[0], base)]
-        else:
-            results = session.answer(specs[first : first + args.batch_size], base)
-        if place.rank > 0:
-            continue
-        for i, result in enumerate(results, first + 1):
-            if args.json:
-                print(json.dumps(result, ensure_ascii=False), flush=True)
-            elif len(specs) > 1:
-                print(f"[{i}] {result['text']}", end="")
-                print_calls(result)
-        if not args.json:
-            stats = results[0]["stats"]
-            speeds = f"{stats['prefill_tokens_per_s']} prompt tokens/s, {stats['decode_tokens_per_s']} new tokens/s"
-            print(f"loaded in {stats['load_s']} s, {speeds}", file=sys.stderr)
+    if len(specs) == 1 and not args.json:
+        results = [stream(session, specs[0], base)]
+    else:
+        results = session.answer(specs, base, on_result=Numbered(args.json))
+    if place.rank == 0 and not args.json:
+        stats = results[-1]["stats"]
+        speeds = f"{stats['prefill_tokens_per_s']} prompt tokens/s, {stats['decode_tokens_per_s']} new tokens/s"
+        print(f"loaded in {stats['load_s']} s, {speeds}", file=sys.stderr)
 
 
 if __name__ == "__main__":

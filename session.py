@@ -12,6 +12,7 @@ import os
 import random
 import re
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +26,7 @@ from model import MistralMedium
 from parallel import Place
 from plan import check_memory
 from tokenizer import SentencePiece, StreamDecoder, Tekken, load_tokenizer
-from vision import grid, grid_of, load_image, pixels
+from vision import grid, grid_of, image_name, load_image, pixels
 
 TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "examples", "tiny")
 
@@ -72,33 +73,61 @@ class Session:
         self.keep_fp8 = args.weights == "fp8" or (args.weights == "auto" and on_gpu and stored_fp8)
         return checkpoint
 
-    def answer(self, specs: list[dict], base: str = "", on_piece=None) -> list[dict]:
-        """The requests' answers as the JSON objects that --json prints. `on_piece`: as the engine's, on rank 0 only."""
-        requests = together(lambda: [self.request(spec, base) for spec in specs])
-        engine = self.engine
-        answers = engine.generate(requests, on_piece if self.place.rank == 0 else None)
-        stats = {"load_s": round(self.load_s, 3)}
+    def answer(
+        self,
+        specs: list[dict],
+        base: str = "",
+        on_piece: Callable[[int, str, str], None] = lambda i, kind, text: None,
+        on_result: Callable[[dict], None] = lambda result: None,
+        stop: Callable[[], bool] | None = None,
+    ) -> list[dict]:
+        """The requests' answers as the JSON objects that --json prints.
+
+        `on_piece` (see the engine) and `on_result`, which gets them in the order of the requests, are called on rank 0.
+        """
+        first, results, early = self.place.rank == 0, [], {}
+
+        def requests() -> Iterator[Request]:  # each is read, its images too, when there is room for it
+            for spec in specs:
+                yield together(lambda spec=spec: self.request(spec, base))
+
+        def on_done(i: int, request: Request, answer: Answer) -> None:
+            early[i] = self.result(request, answer)
+            while (result := early.pop(len(results), None)) is not None:
+                results.append({**result, "stats": self.stats()})
+                if first:
+                    on_result(results[-1])
+
+        pieces = (on_piece,) if first else ()
+        self.engine.generate(requests(), *pieces, on_done=on_done, width=self.args.batch_size, stop=stop)
+        return results
+
+    def stats(self) -> dict:
+        """Of the answers until now. All ranks call this together."""
+        engine, stats = self.engine, {"load_s": round(self.load_s, 3)}
         for phase in ("prefill", "decode"):
-            seconds = engine.seconds[phase]
+            stats[f"{phase}_tokens"], seconds = engine.tokens[phase], engine.seconds[phase]
             stats[f"{phase}_tokens_per_s"] = round(engine.tokens[phase] / seconds, 2) if seconds else 0.0
-        mine = (peak_memory(self.place), self.weight_bytes, self.bytes_read)
-        every = map(list, zip(*gather_objects(mine)))
-        stats |= dict(zip(("peak_memory_bytes", "weight_bytes", "bytes_read"), every))
-        return [{**self.result(*each), "stats": stats} for each in zip(requests, answers)]
+        every = zip(*gather_objects((peak_memory(self.place), self.weight_bytes, self.bytes_read)))
+        return stats | dict(zip(("peak_memory_bytes", "weight_bytes", "bytes_read"), map(list, every)))
 
     def request(self, spec: dict, base: str = "") -> Request:
         """A JSON request -> token ids, pixels and settings. Raises UserError that begins with `spec["where"]`."""
         where, vision = spec["where"], self.config.vision
         effort = spec.get("reasoning_effort", self.args.reasoning_effort)
         images: list[torch.Tensor] = []
+        names: list[tuple[str, int]] = []
 
         def see(url: str) -> tuple[int, int]:
             """The chat asks for an image's size in tokens. The first stage, which has the tower, takes it at once."""
-            if not self.place.first_stage:
-                return grid_of(url, base, vision)
-            image = load_image(url, base)
-            images.append(pixels(image, vision))
-            return grid(*image.size, vision)
+            if self.place.first_stage:
+                image = load_image(url, base)
+                images.append(pixels(image, vision))
+                rows, columns = grid(*image.size, vision)
+            else:
+                rows, columns = grid_of(url, base, vision)
+            names.append((image_name(url, base), rows * columns))
+            return rows, columns
 
         if isinstance(raw := spec.get("raw"), str):
             prompt = [self.tokenizer.bos_id, *self.tokenizer.encode(raw)]
@@ -122,7 +151,7 @@ class Session:
         numbers = self.numbers(spec, thinks=effort == "high")
         scored = self.args.logprobs or numbers["max_new_tokens"] == 0
         reader = ReplyParser(self.tokenizer, prompt, stop, "raw" in spec)
-        return Request(prompt, images, **numbers, reader=reader, logprobs=scored)
+        return Request(prompt, images, names, **numbers, reader=reader, logprobs=scored)
 
     def numbers(self, spec: dict, thinks: bool) -> dict:
         """max_new_tokens, temperature, top_p and seed: the request's, else the command line's, else the defaults."""

@@ -17,6 +17,7 @@ Shapes: N patches of this call, H heads of this rank, D head_dim, C the tower's 
 
 import base64
 import contextlib
+import hashlib
 import io
 import os
 import re
@@ -51,6 +52,13 @@ def image_size(url: str, base: str = "") -> tuple[int, int]:
     """(width, height) in pixels, from the header alone. Arguments and errors as `load_image`."""
     with _opened(url, base) as image:
         return image.size
+
+
+def image_name(url: str, base: str = "") -> str:
+    """A name that images with other content do not have: its hash. Arguments and errors as `load_image`."""
+    if url[:5].lower() == "data:":
+        return hashlib.sha256(url.encode()).hexdigest()
+    return hashlib.sha256(read_file(os.path.join(base, url), 1 << 40)).hexdigest()
 
 
 def load_image(url: str, base: str = "") -> Image.Image:

@@ -27,7 +27,16 @@ from launch import find_place
 from tokenizer import load_tokenizer
 
 KEYS = ["prompt_tokens", "tokens", "text", "reasoning", "tool_calls", "finish_reason", "stats"]
-STATS = {"load_s", "prefill_tokens_per_s", "decode_tokens_per_s", "peak_memory_bytes", "weight_bytes", "bytes_read"}
+STATS = {
+    "load_s",
+    "prefill_tokens",
+    "decode_tokens",
+    "prefill_tokens_per_s",
+    "decode_tokens_per_s",
+    "peak_memory_bytes",
+    "weight_bytes",
+    "bytes_read",
+}
 
 
 # ----------------------------------------------------------------------------------------------------- answering
