@@ -1,5 +1,6 @@
 """The engine and its cache: steps that can be recorded, rows that are refilled, beginnings that are kept."""
 
+import math
 import random
 
 import pytest
@@ -15,6 +16,7 @@ from config import read_config
 from engine import Engine, Request
 from launch import find_place
 from model import KVCache, MistralMedium, attend_step, product_attention
+from parallel import gumbel
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +153,20 @@ def test_two_steps_are_the_same_operations(model, rows):
     made.generate([Request(random_tokens(5 + i, 301, seed=i), max_new_tokens=6, temperature=1.0) for i in range(rows)])
     assert len(tapes) == 4 and len(tapes[0]) > 50
     assert tapes[1] == tapes[2] == tapes[3]
+
+
+def test_noise():
+    """Gumbel-distributed (mean 0.5772, variance π² / 6, P(x < 0) = 1 / e), the same for every share of the tokens."""
+    seeds, positions = torch.tensor([0, 5, (1 << 63) - 1, 5]), torch.tensor([7, 7, 7, 8])
+    noise = gumbel(seeds, positions, torch.arange(131072))
+    assert noise.isfinite().all() and noise.shape == (4, 131072)
+    torch.testing.assert_close(noise.mean(1), torch.full((4,), 0.57722, dtype=torch.float64), atol=0.015, rtol=0)
+    torch.testing.assert_close(noise.var(1), torch.full((4,), 1.64493, dtype=torch.float64), atol=0.04, rtol=0)
+    torch.testing.assert_close(
+        (noise < 0).double().mean(1), torch.full((4,), math.exp(-1)).double(), atol=0.006, rtol=0
+    )
+    assert (torch.corrcoef(noise) - torch.eye(4)).abs().max() < 0.012
+    assert torch.equal(gumbel(seeds, positions, torch.arange(1000, 1300)), noise[:, 1000:1300])
 
 
 def test_attention_as_two_products():

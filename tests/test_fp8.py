@@ -169,6 +169,43 @@ def test_kept_fp8_model(scheme, layout, tmp_path):
     assert sum(sizes.values()) == sum(t.numel() * t.element_size() for t in stored.values() if t.dim())
 
 
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+def test_joined_linears(scheme, tmp_path, monkeypatch):
+    """q, k, v and gate, up as one FP8 product each, where the hardware takes a scale per row: the same bits.
+
+    Their input is quantized once. Where scales of the input differ, that is with the largest of them.
+    """
+    monkeypatch.setattr(fp8, "has_fp8_matmul", lambda device: True)
+    sizes = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=80)
+    fields = text_fields("yarn, short", **sizes)
+    stored, _ = to_fp8(random_state(fields), static=scheme == "static")
+    differ = {name: scale.clone() for name, scale in stored.items() if name.endswith(".activation_scale")}
+    groups = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+    for name in differ:
+        for group in groups:
+            if any(part in name for part in group):
+                first = next(part for part in group if part in name)
+                same = [name.replace(first, part) for part in group]
+                stored[name] = torch.stack([differ[other] for other in same]).amax(0)
+    assert scheme == "dynamic" or not all(torch.equal(stored[name], scale) for name, scale in differ.items())
+    made = write_checkpoint(tmp_path / "same", fields, stored, fp8=scheme)
+    tokens, quantized, quantize = random_tokens(40, 301), [], fp8.quantize
+    monkeypatch.setattr(fp8, "quantize", lambda x, scale: quantized.append(x) or quantize(x, scale))
+    results = []
+    for fast in (False, True):
+        quantized.clear()
+        with torch.inference_mode():
+            model = load(made, torch.bfloat16, keep_fp8=True, fast=fast)
+            results.append(log_probabilities(model, tokens))
+        assert len(quantized) == len(model.layers) * (4 if fast else 7)
+    assert torch.equal(*results)
+    if scheme == "static":
+        made = write_checkpoint(tmp_path / "differ", fields, {**stored, **differ}, fp8=scheme)
+        assert torch.equal(log_probabilities(load(made, torch.bfloat16, keep_fp8=True, fast=True), tokens), results[0])
+    exact = load(made, torch.float32, keep_fp8=True, fast=True)  # these units give BF16 only
+    assert exact.layers["0"].self_attn.joined is None and exact.layers["0"].mlp.joined is None
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu():
     """The same numbers from the GPU: dequantized, and multiplied in FP8."""
