@@ -100,7 +100,7 @@ class Group:
     def __init__(self, rows: list[Row], model):
         self.rows = rows
         self.cache: KVCache = model.new_cache(len(rows), max(row.length + row.room for row in rows))
-        self.posted: tuple[torch.Tensor | None, dist.Work | None] = (None, None)  # see Engine.post
+        self.posted: tuple[torch.Tensor, dist.Work | None] | None = None  # see Engine.post
 
     def drop_finished(self) -> None:
         """The last row moves into the place of a finished one, so that a step runs over the cache's first rows."""
@@ -225,19 +225,19 @@ class Engine:
     # operations of one in the order of posting, and a broadcast would wait behind a send whose receiver waits for it.
 
     def post(self, group: Group, sampled: torch.Tensor | None) -> None:
-        """Last stage: send the group's (B, 2) tokens and log-probabilities on their way. The others: nothing yet.
+        """Last stage: send the group's (B, 2) tokens and log-probabilities on their way. The others: await them.
 
-        They join the broadcast when they need it, because on a GPU a collective that waits for its peers is a kernel
-        that spins and takes compute from the other groups.
+        All stages join the broadcast here, though the others need its result only in `pick_up`: the first broadcast
+        connects the group on NCCL, and the last stage waits there for the others. They would still be sending it the
+        prompts of other groups, more than it has buffers for, and all would wait for ever.
         """
-        group.posted = (sampled, None if sampled is None else self.broadcast(sampled))
+        if sampled is None:
+            sampled = torch.empty(len(group.rows), 2, dtype=torch.float64, device=self.place.device)
+        group.posted = (sampled, self.broadcast(sampled))
 
     def pick_up(self, group: Group) -> list[tuple[int, float]]:
         """The token and log-probability of each row of the group, wherever they were sampled."""
         sampled, work = group.posted
-        if sampled is None:
-            sampled = torch.empty(len(group.rows), 2, dtype=torch.float64, device=self.place.device)
-            work = self.broadcast(sampled)
         if work is not None:
             work.wait()
         return [(int(token), logprob) for token, logprob in sampled.tolist()]
