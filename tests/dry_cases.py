@@ -10,13 +10,17 @@ import shlex
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from dry_run import Watch, world
 from processes import ROOT, read
+from torch.nn.attention.bias import causal_lower_right
 
 import checkpoint
 import train
 from checkpoint import Stored, fill, is_quantized, layers_with_slices, scale_names
 from config import Config, read_config
+from engine import Engine, Request
 from model import MistralMedium
 from optimizer import Optimizer
 from parallel import Place, Slice
@@ -26,8 +30,11 @@ CONFIG = os.path.join(ROOT, "tests", "data", "config.json")
 
 
 def real_config(layers: int | None) -> Config:
+    """With `layers` the decoder has so many of them, and the tower two."""
     config = read_config(CONFIG)
-    return replace(config, num_hidden_layers=layers) if layers else config
+    if layers is None:
+        return config
+    return replace(config, num_hidden_layers=layers, vision=replace(config.vision, num_hidden_layers=2))
 
 
 class Shelf(checkpoint.Checkpoint):
@@ -129,3 +136,116 @@ def micro_batch(number: int, length: int, config: Config, image: bool) -> MicroB
     side = int(length**0.5) - 2  # cells; a row ends with one token more
     pixels = [torch.zeros(3, side * cell, side * cell, dtype=torch.bfloat16)] if image else []
     return MicroBatch(tokens, torch.zeros_like(tokens), [number], [], length, pixels)
+
+
+# ------------------------------------------------------------------------------------------------------- inference
+
+
+def answering(
+    watch: Watch,
+    rank: int,
+    tp: int,
+    pp: int,
+    prompts: list[int],
+    keep_fp8: bool = True,
+    layers: int | None = None,
+    images: bool = False,
+    temperature: float = 0.0,
+    tokens: int = 4,
+) -> list[list]:
+    """`Engine.generate` for prompts of so many tokens, all together: [phase, report] of each of the engine's calls.
+
+    Phases are "prefill" and "decode", methods of the engine, and "rest", what lies between them.
+    """
+    config, seen = real_config(layers), []
+    with world(rank, tp, pp) as place, watch:
+        model = MistralMedium(config, place, torch.bfloat16, keep_fp8)
+        fill(model, Shelf(config, fp8=keep_fp8))
+        model.eval()
+        model.lay_out_weights()
+        engine = Engine(model, eos_id=2, max_context=config.max_position_embeddings)
+
+        def phase(name: str) -> None:
+            """What was seen since the last call belongs to `name`."""
+            seen.append([name, watch.report()])
+            watch.forget()
+
+        def marked(name: str, method):
+            def call(*arguments, **options):
+                phase("rest")
+                result = method(*arguments, **options)
+                phase(name)
+                return result
+
+            return call
+
+        for name in ("prefill", "decode"):
+            setattr(engine, name, marked(name, getattr(engine, name)))
+        requests = [request(config, n, images and place.first_stage, temperature, tokens) for n in prompts]
+        watch.forget()
+        engine.generate(requests)
+        phase("rest")
+    return seen
+
+
+def request(config: Config, length: int, image: bool, temperature: float, tokens: int) -> Request:
+    """A prompt of `length` tokens, most of them of one image, if there is one."""
+    prompt, pixels = [1] * length, []
+    if image:
+        side, cell = int(length**0.5) - 2, config.vision.patch_size * config.vision.spatial_merge_size
+        pixels = [torch.zeros(3, side * cell, side * cell, dtype=torch.bfloat16)]
+        prompt[1 : 1 + side * side] = [config.vision.image_token_id] * side * side
+    return Request(prompt, pixels, tokens, temperature)
+
+
+# ---------------------------------------------------------------------------------------------------- what is wrong
+
+
+def mistakes(watch: Watch) -> dict[str, dict]:
+    """One small mistake of each kind, and what was seen of it."""
+    seen = {}
+
+    def product(a_shape, b_shape, scale_a, scale_b, a_stride=None, out_dtype=torch.bfloat16):
+        K, N = b_shape
+        a = torch.empty_strided(a_shape, a_stride or (K, 1), dtype=checkpoint.fp8.E4M3, device="cuda")
+        b = torch.empty(N, K, dtype=checkpoint.fp8.E4M3, device="cuda").t()
+        scales = (torch.empty(shape, device="cuda") for shape in (scale_a, scale_b))
+        torch._scaled_mm(a, b, *scales, out_dtype=out_dtype)
+
+    with world(0, 2, 1) as place, watch:
+        x, host = torch.empty(4, 64, device="cuda"), torch.empty(4, 64)
+        query = torch.empty(1, 1, 4, 64, dtype=torch.bfloat16, device="cuda")
+        mask = torch.ones(4, 4, dtype=torch.bool, device="cuda")
+        kinds = {
+            "right": lambda: product((32, 64), (64, 48), (), ()),
+            "right, by rows": lambda: product((32, 64), (64, 48), (32, 1), (1, 48)),
+            "devices": lambda: x + host,
+            "group": lambda: dist.all_gather([host, host], x, group=place.tp_group),
+            "sizes": lambda: product((32, 72), (72, 48), (), ()),
+            "layout": lambda: product((32, 64), (64, 48), (), (), a_stride=(1, 32)),
+            "scales": lambda: product((32, 64), (64, 48), (), (1, 48)),
+            "scale's shape": lambda: product((32, 64), (64, 48), (1, 32), (1, 48)),
+            "result": lambda: product((32, 64), (64, 48), (32, 1), (1, 48), out_dtype=torch.float32),
+            "item": lambda: float(x.sum()),
+            "truth": lambda: bool((x > 0).all()),
+            "list": lambda: x[0].tolist(),
+            "nonzero": lambda: (x > 0).nonzero(),
+            "bool": lambda: x[x > 0],
+            "to the host": lambda: x.cpu(),
+            "to the GPU": lambda: host.to("cuda"),
+            "from a list": lambda: torch.tensor([1, 2], device="cuda"),
+            "mask": lambda: F.scaled_dot_product_attention(query, query, query, attn_mask=mask),
+            "lower right": lambda: F.scaled_dot_product_attention(
+                query[:, :, :2], query, query, attn_mask=causal_lower_right(2, 4)
+            ),
+            "not square": lambda: F.scaled_dot_product_attention(query[:, :, :2], query, query, is_causal=True),
+            "float32": lambda: F.scaled_dot_product_attention(*[query.float()] * 3),
+        }
+        for name, make in kinds.items():
+            watch.forget()
+            try:
+                make()
+                seen[name] = watch.report()
+            except Exception as error:
+                seen[name] = watch.report() | {"raised": str(error)}
+    return seen

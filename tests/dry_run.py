@@ -20,6 +20,7 @@ import contextlib
 import gc
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -37,7 +38,7 @@ from processes import ENVIRONMENT, ROOT, kill
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention.bias import CausalBias
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from launch import find_place
@@ -61,10 +62,11 @@ def where() -> tuple[str, str]:
     frame = sys._getframe(1)
     while frame is not None:
         folder, file = os.path.split(frame.f_code.co_filename)
-        if folder == ROOT:
-            return f"{file}:{frame.f_lineno}", f"{file} {frame.f_code.co_name}"
+        name = frame.f_code.co_name
+        if folder == ROOT and not name.startswith("<"):  # older Pythons call a list comprehension <listcomp>
+            return f"{file}:{frame.f_lineno}", f"{file} {name}"
         frame = frame.f_back
-    return "autograd", "autograd"  # the backward pass of an operation of torch's own
+    return "elsewhere", "elsewhere"  # the backward pass of an operation of torch's own
 
 
 def tensors(tree) -> list[torch.Tensor]:
@@ -248,9 +250,18 @@ def pretend() -> Watch:
     cuda.set_device = cuda.synchronize = cuda._lazy_init = lambda *device: None
     cuda.max_memory_allocated = lambda *device: 0
     dist.all_gather_object = all_gather_object
+    CausalBias.__new__ = causal_bias
+    torch.inference_mode = torch.no_grad  # in inference mode operations come here before they are taken apart
+    logging.getLogger("torch._subclasses.fake_tensor").disabled = True  # what it raises is reported
     watch = Watch()
     F.scaled_dot_product_attention = attention(watch)
     return watch
+
+
+def causal_bias(cls, *arguments) -> torch.Tensor:
+    """Only its type and two sizes matter, but a FakeTensor cannot become one."""
+    with _disable_current_modes():
+        return torch.Tensor._make_subclass(cls, torch.empty(0))
 
 
 def all_gather_object(values: list, value, group=None) -> None:
