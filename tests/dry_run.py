@@ -251,7 +251,8 @@ def pretend() -> Watch:
     cuda.max_memory_allocated = lambda *device: 0
     dist.all_gather_object = all_gather_object
     CausalBias.__new__ = causal_bias
-    torch.inference_mode = torch.no_grad  # in inference mode operations come here before they are taken apart
+    # In inference mode operations would come here before they are taken apart into those of the GPU.
+    torch.inference_mode = lambda mode=True: torch.no_grad() if mode else contextlib.nullcontext()
     logging.getLogger("torch._subclasses.fake_tensor").disabled = True  # what it raises is reported
     watch = Watch()
     F.scaled_dot_product_attention = attention(watch)

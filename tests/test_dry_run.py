@@ -137,3 +137,76 @@ def test_the_memory_of_a_whole_step(dry, rank, beyond):
     report = dry("training_step", rank=rank, micro_batches=8, images=True)
     assert report["held"] == 8 - rank // 8
     assert (report["peak"] - report["before"]) / GB == pytest.approx(beyond, rel=0.01)
+
+
+# ------------------------------------------------------------------------------------------------------- inference
+
+# Where the host may wait, in a prefill, in a step and between them.
+ANSWERING = {
+    "prefill": {
+        ("copy to the GPU", "engine.py run_stage"),  # token ids
+        ("copy to the GPU", "model.py span"),  # where the rows start
+        ("copy to the GPU", "model.py image_features"),  # pixels
+        ("copy to the GPU", "engine.py sample"),  # noise
+    },
+    "decode": {
+        ("copy to the GPU", "engine.py run_stage"),
+        ("copy to the GPU", "model.py span"),
+        ("copy to the GPU", "engine.py sample"),
+    },
+    "rest": {("item", "engine.py pick_up")},  # sampled tokens, for whoever asked
+}
+
+
+def check_answering(phases: list, kernels: int) -> None:
+    """`kernels`: of a step of decoding, at most."""
+    assert {name for name, _ in phases} == {"prefill", "decode", "rest"}
+    for name, report in phases:
+        assert report["faults"] == []
+        for what, line, function, _ in report["syncs"]:
+            assert (what, function) in ANSWERING[name], f"{name}: {what} at {line}"
+        if name == "prefill":
+            assert set(report["attention"]) == {"flash"} and report["masks"] == []
+        if name == "decode":
+            assert report["kernels"] <= kernels, report["kernel_names"]
+    # Whatever comes and goes, weights and cache stay as they are; tokens and the like are small.
+    assert phases[-1][1]["after"] - phases[0][1]["after"] < 1e6
+
+
+ONE, SIXTEEN = [700], [200 + 7 * i for i in range(16)]
+
+
+@pytest.mark.parametrize(
+    "rank, tp, pp, prompts, options, kernels",
+    [
+        (0, 1, 1, ONE, dict(keep_fp8=False, images=True), 125),
+        (7, 8, 1, ONE, dict(), 190),
+        (0, 8, 1, SIXTEEN, dict(temperature=1.0), 290),
+        (0, 8, 8, SIXTEEN, dict(images=True), 105),
+        (28, 8, 8, SIXTEEN, dict(keep_fp8=False), 75),
+        (63, 8, 8, SIXTEEN, dict(), 125),
+    ],
+)  # fmt: skip
+def test_answering(dry, rank, tp, pp, prompts, options, kernels):
+    """One row and sixteen of different lengths; two layers, or one a stage."""
+    phases = dry("answering", rank=rank, tp=tp, pp=pp, prompts=prompts, layers=max(2, pp), tokens=2, **options)
+    check_answering(phases, kernels)
+
+
+def decoding_kernels(dry: Process, layers: int) -> int:
+    phases = dry("answering", rank=0, tp=8, pp=1, prompts=ONE, layers=layers, tokens=2)
+    return max(report["kernels"] for name, report in phases if name == "decode")
+
+
+@pytest.mark.xfail(strict=True, reason="6,360 kernels")
+def test_kernels_per_token(dry):
+    """A token of the 88 layers at TP=8, from two and three of them."""
+    two, three = (decoding_kernels(dry, layers) for layers in (2, 3))
+    assert two + 86 * (three - two) <= 3_400
+
+
+@pytest.mark.xfail(strict=True, reason="later chunks have a mask")
+def test_later_chunks(dry):
+    """No chunk of a long prompt has a mask: flash takes all."""
+    phases = dry("answering", rank=0, tp=8, pp=1, prompts=[10_000], layers=2, tokens=2)
+    check_answering(phases, 190)
