@@ -84,7 +84,6 @@ class Watch(TorchDispatchMode):
 
     def forget(self) -> None:
         """Begin anew, but for the tensors that are there."""
-        gc.collect()
         self.kernels, self.collectives, self.attention = (collections.Counter() for _ in range(3))
         self.syncs = collections.Counter()  # (what, "file:line", "file function")
         self.faults: list[str] = []
@@ -283,6 +282,7 @@ def world(rank: int, tp: int, pp: int) -> Iterator[Place]:
     finally:
         if tp * pp > 1:
             dist.destroy_process_group()
+        gc.collect()  # the model's tensors are gone before the next scenario counts its own
 
 
 def serve() -> None:
