@@ -373,9 +373,9 @@ def fill(model: nn.Module, checkpoint: Checkpoint, progress: Callable[[int, int]
 
 def read_parameter(checkpoint: Checkpoint, name: str, layer: nn.Module, part: Slice, model: nn.Module) -> torch.Tensor:
     """One parameter as its layer holds it: read, reordered, dequantized or cast, padded, on its device."""
-    device = model.place.device
+    device, dtype = model.place.device, layer.weight.dtype
     weight, scale = checkpoint.weight(name, part, model.config)
-    weight = weight.to(device)
+    dequantized = None
     if getattr(layer, "weight_scale", None) is not None:  # the layer keeps FP8
         if scale is None:
             raise UserError(f"{checkpoint.tensors[name].file}: {name} is not FP8; run with --weights dequantized")
@@ -383,17 +383,23 @@ def read_parameter(checkpoint: Checkpoint, name: str, layer: nn.Module, part: Sl
         input_scale = checkpoint.scale(scale_names(name)[1])
         layer.activation_scale = None if input_scale is None else input_scale.to(device)
     elif scale is not None:
-        weight = fp8.dequantize(weight, scale.to(device), layer.weight.dtype)
+        dequantized = scale.to(device)
     # Always a copy: what was read is a view of the mapped file, and if somebody truncates that while the program runs,
     # touching the view kills the process. Padding must be zero: the head's backward pass multiplies these rows, too, by
     # their (zero) gradients, uninitialized memory may hold NaN, and 0 times NaN is NaN.
-    if isinstance(layer, Linear):
-        out = layer.allocate(device)
-    else:
-        out = torch.empty(part.local_shape, dtype=layer.weight.dtype, device=device)
+    out = (
+        layer.allocate(device)
+        if isinstance(layer, Linear)
+        else torch.empty(part.local_shape, dtype=dtype, device=device)
+    )
     if weight.shape != out.shape:
         out.zero_()
-    out[tuple(slice(0, n) for n in weight.shape)] = weight
+    inside = out[tuple(slice(0, n) for n in weight.shape)]
+    # Some rows at a time: the largest weight, the head, has 3.2 GB, and must not be on the device, or converted, twice.
+    rows = max(1, fp8.BLOCK // max(1, weight[:1].numel()))
+    for source, target in zip(weight.split(rows), inside.split(rows)):
+        source = source.to(device)
+        target.copy_(source if dequantized is None else fp8.dequantize(source, dequantized, dtype))
     return out
 
 

@@ -34,21 +34,20 @@ E4M3 = torch.float8_e4m3fn
 
 E4M3_MAX = 448.0
 
-BLOCK = 1 << 24  # elements dequantized at a time: bounds the float32 copy to 64 MiB
+BLOCK = 1 << 24  # elements of a weight converted at a time: bounds a float32 copy to 64 MiB
 
 
 def dequantize(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`weight` (any shape, E4M3) times `scale` (0-d), multiplied in float32 and rounded once to `dtype`.
 
-    Multiplying in BF16 would round the scale first and give other numbers. Some rows at a time, so that the float32
-    copy stays small beside the weight.
+    No float32 copy of the weight is needed: BF16 holds every E4M3 number exactly, and a kernel multiplies in float32
+    whatever it reads and writes. The trap is the scale, which may not be rounded to BF16 before. A CPU takes a 0-d
+    tensor as a float32 number. A GPU would first convert it to the dtype of the product, and a 0-d tensor has no say
+    in that; with a dimension it has, and the product is float32's. (A Python number would do, but reading it from the
+    GPU stops the host.)
     """
-    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     scale = scale.float()
-    rows = max(1, BLOCK // max(1, weight[:1].numel()))
-    for start in range(0, weight.shape[0], rows):
-        out[start : start + rows] = weight[start : start + rows].float().mul_(scale)
-    return out
+    return weight.to(dtype).mul_(scale.reshape(1) if weight.device.type == "cuda" else scale)
 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

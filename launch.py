@@ -34,9 +34,7 @@ LOST_SECONDS = 10  # a rank that lost another one waits so long before it says s
 HUNG = timedelta(minutes=30)  # for one collective, among ranks that are all there
 # Ranks rightly wait for a disk, or for a person in the chat. It is `Watch` that ends a wait for one that is gone.
 PATIENT = timedelta(days=30)
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; the end of a job; Slurm's warning that it is near
-
 # What every program calls the flags that a TopologyError is about; the layers that raise it know of no flags.
 WHAT_TO_DO = "choose other --tp and --pp; their product, times the data-parallel replicas, is the number of processes"
 OUT_OF_MEMORY = "can't allocate memory|Cannot allocate memory|bad_alloc|out of memory"
@@ -62,9 +60,8 @@ def number(kind: type, low: float, high: float, above: bool = False):
         except ValueError:
             value = math.nan
         if not (low < value or (value == low and not above)) or value > high:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} should be a number {'above' if above else 'from'} {low} to {high}"
-            )
+            bounds = f"{'above' if above else 'from'} {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} should be a number {bounds}")
         return value
 
     return parse
@@ -149,12 +146,13 @@ def find_place(tp: int | None, pp: int | None) -> Place:
     pp = pp or 1
     tp = tp or max(1, world // pp)
     if world % (tp * pp):
-        raise TopologyError(
-            f"tensor-parallel size {tp} × pipeline-parallel size {pp} does not divide the number of processes, {world}"
-        )
+        sizes = f"tensor-parallel size {tp} × pipeline-parallel size {pp}"
+        raise TopologyError(f"{sizes} does not divide the number of processes, {world}")
     dp = world // (tp * pp)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    # cuDNN's attention would be the first choice on Hopper, and plans 20 to 400 ms for each new shape: each new token.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     pp_rank, dp_rank, tp_rank = rank // (dp * tp), rank // tp % dp, rank % tp
     grid = torch.arange(world).view(pp, dp, tp)
 
@@ -165,7 +163,12 @@ def find_place(tp: int | None, pp: int | None) -> Place:
         """
         if members.shape[1] == 1:
             return None
-        return dist.new_subgroups_by_enumeration(members.tolist(), HUNG)[0]
+        group, _ = dist.new_subgroups_by_enumeration(members.tolist(), HUNG)
+        # NCCL connects a group at its first collective, where each host waits for all members. This is the first: all
+        # come in the same order, and a network fault shows before the weights are read. (`device_id` would do it, too,
+        # but queue a pair's sends with the collectives of the whole group.)
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
+        return group
 
     columns = grid.permute(1, 2, 0).reshape(-1, pp)  # the ranks that differ in their stage only
     place = Place(

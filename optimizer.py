@@ -19,10 +19,11 @@ import argparse
 import fcntl
 import glob
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 import torch
@@ -37,9 +38,7 @@ from launch import gather_objects, together
 from parallel import Place
 
 BUCKET = 1 << 25  # elements; a larger parameter has a bucket of its own
-
 CPU_CHUNK = 1 << 16  # elements that Adam updates at a time on a CPU, so that they are still in its cache
-
 STATE = ("masters", "exp_avg", "exp_avg_sq")  # FP32 numbers per trained weight that outlive a step
 
 
@@ -66,6 +65,18 @@ class Bucket:
         self.reduction: dist.Work | None = None
 
 
+def in_buckets(items: list, size: Callable) -> list[list]:
+    """`items` in runs of at most BUCKET elements together; a larger one goes alone. `size` says how many one has."""
+    runs, filled = [], BUCKET
+    for item in items:
+        filled += size(item)
+        if filled > BUCKET:
+            runs.append([])
+            filled = size(item)
+        runs[-1].append(item)
+    return runs
+
+
 class Optimizer:
     """Adam (arXiv:1412.6980) or, with `decoupled` weight decay, AdamW (arXiv:1711.05101); `torch.optim`'s arithmetic.
 
@@ -77,22 +88,13 @@ class Optimizer:
         self.place: Place = model.place
         self.betas, self.eps, self.weight_decay, self.decoupled = betas, eps, weight_decay, decoupled
         self.steps, self.last, self.launched = 0, False, 0
-        trained = [t for t in held_tensors(model) if t.parameter.requires_grad]
+        # The backward pass reaches the last layers first. Buckets in about that order fill up one after the other, and
+        # the first of them are all-reduced while the backward pass still works on the rest.
+        trained = [t for t in reversed(held_tensors(model)) if t.parameter.requires_grad]
+        self.buckets = [Bucket(group) for group in in_buckets(trained, lambda t: t.parameter.numel())]
         names = gather_objects({t.name for t in trained})
         # What the first and the last stage hold both; ranks are numbered stage by stage.
         self.at_both_ends = names[0] & names[-1] if self.place.pp_size > 1 else set()
-        groups: list[list[Held]] = []
-        size = BUCKET
-        # The backward pass reaches the last layers first. Buckets in about that order fill up one after the other, and
-        # the first of them are all-reduced while the backward pass still works on the rest.
-        for tensor in reversed(trained):
-            count = tensor.parameter.numel()
-            if size + count > BUCKET:
-                groups.append([])
-                size = 0
-            groups[-1].append(tensor)
-            size += count
-        self.buckets = [Bucket(group) for group in groups]
         self.parts = [pair for bucket in self.buckets for pair in zip(bucket.tensors, bucket.views)]
         for bucket in self.buckets:
             for i, tensor in enumerate(bucket.tensors):
@@ -148,23 +150,23 @@ class Optimizer:
         for bucket in self.buckets:
             if bucket.reduction is not None:
                 bucket.reduction.wait()
+        # A group for every set of sharers would be many; whole tensors, zero outside the own part, are small. They go
+        # many at a time: LoRA has 616 of them, and each message would cost more than its bytes.
+        shared = [(t.part, views["grads"]) for t, views in self.parts if t.sharers > 1]
+        for bucket in in_buckets(shared, lambda pair: math.prod(pair[0].shape)):
+            sizes = [math.prod(part.shape) for part, _ in bucket]
+            flat = torch.zeros(sum(sizes), device=self.place.device)
+            rows = [x.view(p.shape)[p.start : p.stop] for x, (p, _) in zip(flat.split(sizes), bucket)]
+            torch._foreach_copy_(rows, [grad for _, grad in bucket])
+            dist.all_reduce(flat, group=self.place.tp_group)
+            torch._foreach_copy_([grad for _, grad in bucket], rows)
         for tensor, views in self.parts:
-            grad = views["grads"]
-            if tensor.sharers > 1:
-                # A group for every set of sharers would be many; the whole tensor, zero outside the own part, is small.
-                whole = torch.zeros(tensor.part.shape, device=grad.device)
-                rows = whole[tensor.part.start : tensor.part.stop]
-                rows.copy_(grad)
-                dist.all_reduce(whole, group=self.place.tp_group)
-                grad.copy_(rows)
             if tensor.name in self.at_both_ends:
-                self._add_other_end(grad)
+                self._add_other_end(views["grads"])
 
     def _add_other_end(self, grad: torch.Tensor) -> None:
-        """First and last stage exchange gradients of the same tensor: one direction after the other, on both.
-
-        The sums are the same to the bit, and so are the masters after the step: the copy never drifts.
-        """
+        """First and last stage exchange gradients of the same tensor, one direction after the other. Both find the same
+        sums to the bit, and so the same masters after the step: the copy never drifts."""
         place, other = self.place, torch.empty_like(grad)
         if place.first_stage:
             work = dist.isend(grad, group=place.pp_group, group_dst=place.pp_size - 1)
@@ -267,15 +269,13 @@ def save_state(directory: str, step: int, optimizer: Optimizer, settings: dict, 
 def remove_state(path: str) -> None:
     """Remove a saved state, or part of one: the files that `save_state` writes, and the folder unless it holds others.
 
-    (While safetensors writes a file, its name is .tmp and six characters.)
-
     It loses its name first, so that whoever is killed here leaves no state that looks whole. What cannot be removed
     stays: that is no reason to stop a run.
     """
     partial = path if path.endswith(".partial") else f"{path}.partial"
     with suppress(OSError):
         os.rename(path, partial)
-        for name in os.listdir(partial):
+        for name in os.listdir(partial):  # .tmp and six characters: what safetensors has not finished
             if re.fullmatch(r"rank-\d{5,}\.safetensors|\.tmp\w{6}|state\.json(\.partial)?", name):
                 os.remove(os.path.join(partial, name))
         os.rmdir(partial)

@@ -210,25 +210,27 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, start, group):
         columns = targets - start
-        # Which of the N targets this rank has the logit of: (n,) row numbers and the columns that go with them.
-        rows = ((columns >= 0) & (columns < logits.shape[1])).nonzero()[:, 0]
-        columns = columns[rows]
+        # (N,) which targets this rank has the logit of, and (N, 1) their columns, any column for the others. A list of
+        # those it has would be shorter, but the host would have to wait for a GPU to say how long it is.
+        here = (columns >= 0) & (columns < logits.shape[1])
+        columns = columns.masked_fill(~here, 0)[:, None]
         peak = logits.amax(1)  # (N,), over all ranks: subtracted from every logit, so that no exp() overflows
         if group is not None:
             dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
         logits.sub_(peak[:, None])
         # The target's logit comes from the one rank that has it (zeros from the others), the sum from all of them.
-        own = torch.zeros_like(peak).index_copy_(0, rows, logits[rows, columns])
+        own = logits.gather(1, columns)[:, 0].masked_fill(~here, 0)
         sums = torch.stack((own, logits.exp_().sum(1)))  # (2, N); from here on `logits` holds exp(logit - peak)
         if group is not None:
             dist.all_reduce(sums, group=group)
-        ctx.save_for_backward(logits.div_(sums[1, :, None]), rows, columns)
+        ctx.save_for_backward(logits.div_(sums[1, :, None]), here, columns)
         return sums[1].log() - sums[0]
 
     @staticmethod
     def backward(ctx, grad):
-        probabilities, rows, columns = ctx.saved_tensors
-        probabilities[rows, columns] -= 1  # in place: this is the only reader, and it is the largest tensor of a step
+        probabilities, here, columns = ctx.saved_tensors
+        # In place: this is the only reader, and it is the largest tensor of a step.
+        probabilities.scatter_add_(1, columns, -here[:, None].to(probabilities.dtype))
         return probabilities.mul_(grad[:, None]), None, None, None
 
 

@@ -40,12 +40,17 @@ def test_dequantize_is_not_a_bf16_product():
     assert not torch.equal(ours, FINITE.bfloat16() * scale.bfloat16())
 
 
-def test_dequantize_in_blocks(monkeypatch):
-    monkeypatch.setattr(fp8, "BLOCK", 50)
-    scale = torch.tensor(0.3)
-    for shape in ((7,), (123,), (11, 7), (3, 60), (5, 2, 3), (0, 4)):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dequantize_has_the_bits_of_a_float32_product(dtype):
+    """Every code by scales of all sizes, in both ways to give a kernel the scale: see fp8.dequantize."""
+    draw = torch.Generator().manual_seed(3)
+    for scale in (6 * torch.randn(500, generator=draw) - 4).exp():
+        exact = (FINITE.float() * scale).to(dtype)
+        assert torch.equal(fp8.dequantize(FINITE, scale, dtype), exact)
+        assert torch.equal(FINITE.to(dtype).mul_(scale.reshape(1)), exact)  # as on a GPU
+    for shape in ((7,), (11, 7), (5, 2, 3), (0, 4)):
         weight = random_fp8(*shape)
-        assert torch.equal(fp8.dequantize(weight, scale, torch.float32), weight.float() * scale)
+        assert torch.equal(fp8.dequantize(weight, scale, dtype), (weight.float() * scale).to(dtype))
 
 
 def test_quantize():

@@ -1,0 +1,251 @@
+"""The scenarios of the dry run: what a rank of the 128B does, and what was seen of it (see dry_run.py).
+
+Each function is called in the process that pretends, and returns reports of `Watch`. With `layers` the model has fewer
+of them, each at full size.
+"""
+
+import os
+import re
+import shlex
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from dry_run import Watch, world
+from processes import ROOT, read
+from torch.nn.attention.bias import causal_lower_right
+
+import checkpoint
+import train
+from checkpoint import Stored, fill, is_quantized, layers_with_slices, scale_names
+from config import Config, read_config
+from engine import Engine, Request
+from model import MistralMedium
+from optimizer import Optimizer
+from parallel import Place, Slice
+from pipeline import MicroBatch, Pipeline
+
+CONFIG = os.path.join(ROOT, "tests", "data", "config.json")
+
+
+def real_config(layers: int | None) -> Config:
+    """With `layers` the decoder has so many of them, and the tower two."""
+    config = read_config(CONFIG)
+    if layers is None:
+        return config
+    return replace(config, num_hidden_layers=layers, vision=replace(config.vision, num_hidden_layers=2))
+
+
+class Shelf(checkpoint.Checkpoint):
+    """A checkpoint of the whole model whose files are never read: their tensors have no values."""
+
+    def __init__(self, config: Config, fp8: bool):
+        self.directory, self.native, self.bytes_read = "shelf", False, 0
+        names = list(layers_with_slices(MistralMedium(config)))
+        self.quantized = {name for name in names if fp8 and is_quantized(name)}
+        names += [scale for name in self.quantized for scale in scale_names(name)]
+        self.tensors = {name: Stored(self.shard(name), name) for name in names}
+
+    def shard(self, name: str) -> str:
+        """A file for each layer, and the head, the largest weight, in the last one: then all the others are there."""
+        layer = re.match(r"layers\.(\d+)", name)
+        return f"{'b' if layer else 'c' if 'lm_head' in name else 'a'}{int(layer[1]) if layer else 0:03d}"
+
+    def file(self, path: str):
+        return {}  # no tensors but those of the index
+
+    def weight(self, name: str, part: Slice, config: Config):
+        shape = list(part.local_shape)
+        shape[part.dim] = part.length
+        fp8 = name in self.quantized
+        dtype = checkpoint.fp8.E4M3 if fp8 else torch.bfloat16
+        return torch.empty(shape, dtype=dtype), self.scale(name) if fp8 else None
+
+    def scale(self, name: str):
+        return torch.ones(())
+
+    def close(self) -> None:
+        pass
+
+
+def filling(watch: Watch, rank: int = 0, tp: int = 1, pp: int = 1, layers: int | None = None, keep_fp8: bool = True):
+    """The whole FP8 checkpoint onto the GPU, kept or dequantized."""
+    config = real_config(layers)
+    with world(rank, tp, pp) as place, watch:
+        watch.forget()
+        model = MistralMedium(config, place, torch.bfloat16, keep_fp8)
+        fill(model, Shelf(config, fp8=True))
+        return watch.report()
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+
+def recipe() -> list[str]:
+    """The options of the published fine-tune, as examples/medpix.sbatch gives them to train.py."""
+    text = read(os.path.join(ROOT, "examples", "medpix.sbatch"))
+    return shlex.split(re.search(r'--out "\$OUT"\n(.*?)\n\)', text, re.DOTALL)[1])
+
+
+def training_step(
+    watch: Watch,
+    rank: int,
+    micro_batches: int,
+    images: bool = False,
+    layers: int | None = None,
+    tp: int | None = None,
+    pp: int | None = None,
+    more: list[str] = (),
+):
+    """A step of the published recipe with the options `more` besides; `tp` and `pp` in place of its own.
+
+    Every sample has --max-length tokens, all of them targets. With `images` most of them are of one image each.
+    """
+    argv = ["--ckpt", "shelf", "--data", "chats.jsonl", "--val", "chats.jsonl", "--out", "run", *recipe(), *more]
+    for flag, size in (("--tp", tp), ("--pp", pp)):
+        argv += [flag, str(size)] if size else []
+    args, config = train.parse_args(argv), real_config(layers)
+    train.check_memory = lambda *arguments: None  # `plan.py` has its own tests
+    with world(rank, args.tp, args.pp) as place, watch:
+        place = replace(place, sequence_parallel=args.sequence_parallel)
+        trainer = make_trainer(args, place, config)
+        batches = [micro_batch(i, args.max_length, config, images and place.first_stage) for i in range(micro_batches)]
+        watch.forget()
+        trainer.step(1, (batches, batches, lambda: None))
+        report = watch.report() | {"held": trainer.pipeline.most_held, "rank": rank}
+    return report
+
+
+def make_trainer(args, place: Place, config: Config) -> train.Trainer:
+    """A Trainer but for its files: chats, tokenizer, states."""
+    trainer = train.Trainer.__new__(train.Trainer)
+    trainer.args, trainer.place, trainer.config = args, place, config
+    trainer.checkpoint = Shelf(config, fp8=bool(args.lora_rank))
+    trainer.states, trainer.total, trainer.saved, trainer.signal = "states", 10, 0.0, 0
+    trainer.model = trainer.build_model()
+    decoupled = args.optimizer == "adamw"
+    trainer.optimizer = Optimizer(trainer.model, args.betas, args.eps, args.weight_decay, decoupled)
+    trained = bool(trainer.optimizer.buckets)
+    trainer.pipeline = Pipeline(place, trainer.forward, config.hidden_size, trainer.model.dtype, trained)
+    return trainer
+
+
+def micro_batch(number: int, length: int, config: Config, image: bool) -> MicroBatch:
+    tokens, cell = torch.zeros(1, length, dtype=torch.long), config.vision.patch_size * config.vision.spatial_merge_size
+    side = int(length**0.5) - 2  # cells; a row ends with one token more
+    pixels = [torch.zeros(3, side * cell, side * cell, dtype=torch.bfloat16)] if image else []
+    return MicroBatch(tokens, torch.zeros_like(tokens), [number], [], length, pixels)
+
+
+# ------------------------------------------------------------------------------------------------------- inference
+
+
+def answering(
+    watch: Watch,
+    rank: int,
+    tp: int,
+    pp: int,
+    prompts: list[int],
+    keep_fp8: bool = True,
+    layers: int | None = None,
+    images: bool = False,
+    temperature: float = 0.0,
+    tokens: int = 4,
+) -> list[list]:
+    """`Engine.generate` for prompts of so many tokens, all together: [phase, report] of each of the engine's calls.
+
+    Phases are "prefill" and "decode", methods of the engine, and "rest", what lies between them.
+    """
+    config, seen = real_config(layers), []
+    with world(rank, tp, pp) as place, watch:
+        model = MistralMedium(config, place, torch.bfloat16, keep_fp8)
+        fill(model, Shelf(config, fp8=keep_fp8))
+        model.eval()
+        model.lay_out_weights()
+        engine = Engine(model, eos_id=2, max_context=config.max_position_embeddings)
+
+        def phase(name: str) -> None:
+            """What was seen since the last call belongs to `name`."""
+            seen.append([name, watch.report()])
+            watch.forget()
+
+        def marked(name: str, method):
+            def call(*arguments, **options):
+                phase("rest")
+                result = method(*arguments, **options)
+                phase(name)
+                return result
+
+            return call
+
+        for name in ("prefill", "decode"):
+            setattr(engine, name, marked(name, getattr(engine, name)))
+        requests = [request(config, n, images and place.first_stage, temperature, tokens) for n in prompts]
+        watch.forget()
+        engine.generate(requests)
+        phase("rest")
+    return seen
+
+
+def request(config: Config, length: int, image: bool, temperature: float, tokens: int) -> Request:
+    """A prompt of `length` tokens, most of them of one image, if there is one."""
+    prompt, pixels = [1] * length, []
+    if image:
+        side, cell = int(length**0.5) - 2, config.vision.patch_size * config.vision.spatial_merge_size
+        pixels = [torch.zeros(3, side * cell, side * cell, dtype=torch.bfloat16)]
+        prompt[1 : 1 + side * side] = [config.vision.image_token_id] * side * side
+    return Request(prompt, pixels, tokens, temperature)
+
+
+# ---------------------------------------------------------------------------------------------------- what is wrong
+
+
+def mistakes(watch: Watch) -> dict[str, dict]:
+    """One small mistake of each kind, and what was seen of it."""
+    seen = {}
+
+    def product(a_shape, b_shape, scale_a, scale_b, a_stride=None, out_dtype=torch.bfloat16):
+        K, N = b_shape
+        a = torch.empty_strided(a_shape, a_stride or (K, 1), dtype=checkpoint.fp8.E4M3, device="cuda")
+        b = torch.empty(N, K, dtype=checkpoint.fp8.E4M3, device="cuda").t()
+        scales = (torch.empty(shape, device="cuda") for shape in (scale_a, scale_b))
+        torch._scaled_mm(a, b, *scales, out_dtype=out_dtype)
+
+    with world(0, 2, 1) as place, watch:
+        x, host = torch.empty(4, 64, device="cuda"), torch.empty(4, 64)
+        query = torch.empty(1, 1, 4, 64, dtype=torch.bfloat16, device="cuda")
+        mask = torch.ones(4, 4, dtype=torch.bool, device="cuda")
+        kinds = {
+            "right": lambda: product((32, 64), (64, 48), (), ()),
+            "right, by rows": lambda: product((32, 64), (64, 48), (32, 1), (1, 48)),
+            "devices": lambda: x + host,
+            "group": lambda: dist.all_gather([host, host], x, group=place.tp_group),
+            "sizes": lambda: product((32, 72), (72, 48), (), ()),
+            "layout": lambda: product((32, 64), (64, 48), (), (), a_stride=(1, 32)),
+            "scales": lambda: product((32, 64), (64, 48), (), (1, 48)),
+            "scale's shape": lambda: product((32, 64), (64, 48), (1, 32), (1, 48)),
+            "result": lambda: product((32, 64), (64, 48), (32, 1), (1, 48), out_dtype=torch.float32),
+            "item": lambda: float(x.sum()),
+            "truth": lambda: bool((x > 0).all()),
+            "list": lambda: x[0].tolist(),
+            "nonzero": lambda: (x > 0).nonzero(),
+            "bool": lambda: x[x > 0],
+            "to the host": lambda: x.cpu(),
+            "to the GPU": lambda: host.to("cuda"),
+            "from a list": lambda: torch.tensor([1, 2], device="cuda"),
+            "mask": lambda: F.scaled_dot_product_attention(query, query, query, attn_mask=mask),
+            "lower right": lambda: F.scaled_dot_product_attention(
+                query[:, :, :2], query, query, attn_mask=causal_lower_right(2, 4)
+            ),
+            "not square": lambda: F.scaled_dot_product_attention(query[:, :, :2], query, query, is_causal=True),
+            "float32": lambda: F.scaled_dot_product_attention(*[query.float()] * 3),
+        }
+        for name, make in kinds.items():
+            watch.forget()
+            try:
+                make()
+                seen[name] = watch.report()
+            except Exception as error:
+                seen[name] = watch.report() | {"raised": str(error)}
+    return seen
