@@ -12,6 +12,7 @@ from helpers import Tokens, layout_config, make_eyes, random_tokens, text_fields
 from processes import run_ranks
 from safetensors.torch import save_file
 
+import fp8
 from checkpoint import Checkpoint, fill, held_tensors
 from config import read_config
 from engine import Engine, Request
@@ -141,8 +142,9 @@ def anonymous() -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 
 
-def load_on_a_rank(directory: str, tp: int, pp: int, keep_fp8: bool) -> dict:
+def load_on_a_rank(directory: str, tp: int, pp: int, keep_fp8: bool, dtype=torch.bfloat16, block: int = 0) -> dict:
     place, peak, done = find_place(tp, pp), 0, False
+    fp8.BLOCK = block or fp8.BLOCK
 
     def watch() -> None:
         nonlocal peak
@@ -154,7 +156,7 @@ def load_on_a_rank(directory: str, tp: int, pp: int, keep_fp8: bool) -> dict:
     before = anonymous()
     thread.start()
     checkpoint = Checkpoint(directory)
-    model = MistralMedium(read_config(directory), place, torch.bfloat16, keep_fp8)
+    model = MistralMedium(read_config(directory), place, dtype, keep_fp8)
     fill(model, checkpoint)
     done = True
     thread.join()
@@ -221,6 +223,18 @@ def test_a_rank_reads_and_holds_its_part(tmp_path):
     finally:
         for file in tmp_path.glob("*.safetensors"):
             file.unlink()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_filling_holds_no_weight_twice(dtype, tmp_path):
+    """Beyond the weights there is what was read of one of them, and a block of it dequantized or cast."""
+    write_large(tmp_path, layers=2)
+    (rank,) = run_ranks(load_on_a_rank, 1, str(tmp_path), 1, 1, False, dtype, 1 << 20)
+    largest = 2 * 32_003 * 2048  # of the embedding, which is stored in BF16
+    assert rank["weights"] - 2e6 < rank["peak"] - rank["before"] < rank["weights"] + largest + 24e6
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()
 
 
 def test_a_rank_opens_only_its_files(tmp_path):
