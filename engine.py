@@ -45,13 +45,13 @@ class Request:
 
     prompt: list[int]
     pixels: list[torch.Tensor] = field(default_factory=list)  # the images, in the order of their tokens; first stage
-    images: list[tuple[str, int]] = field(default_factory=list)  # of each a name of its own, and how many tokens it has
     max_new_tokens: int | None = None  # None: as many as the context leaves
     temperature: float = 0.0  # 0 takes the likeliest token
     top_p: float = 1.0
     seed: int = 0
     reader: Any = None  # reads the answer as it comes, see session.ReplyParser; without one, it is tokens alone
     logprobs: bool = False
+    images: list[tuple[str, int]] = field(default_factory=list)  # of each a name of its own, and how many tokens it has
 
 
 @dataclass
@@ -132,7 +132,7 @@ class Group:
                     self.cache.copy_row(end, i, last.length)
                     for tensor in (self.sampled, self.positions, self.seeds, self.heat):
                         tensor[i] = tensor[end]
-                self.positions[end] = 0  # a step may run over it, too; see Engine.decode
+                self.positions[end].zero_()  # a step may run over it, too; see Engine.decode
         return finished
 
     def admit(self, row: Row, shared: list[int]) -> None:
@@ -144,8 +144,9 @@ class Group:
             self.cache.copy_row(best, at, row.start)
         self.held[at] = row.ids
         self.rows.append(row)
-        self.positions[at], self.seeds[at] = row.length, row.request.seed
-        self.heat[at, 0], self.heat[at, 1] = row.request.temperature, row.request.top_p
+        state = (self.positions[at], self.seeds[at], *self.heat[at])
+        for element, value in zip(state, (row.length, row.request.seed, row.request.temperature, row.request.top_p)):
+            element.fill_(value)  # by a kernel: a GPU copies nothing from the host
 
 
 def common(a: list, b: list) -> int:

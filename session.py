@@ -151,7 +151,7 @@ class Session:
         numbers = self.numbers(spec, thinks=effort == "high")
         scored = self.args.logprobs or numbers["max_new_tokens"] == 0
         reader = ReplyParser(self.tokenizer, prompt, stop, "raw" in spec)
-        return Request(prompt, images, names, **numbers, reader=reader, logprobs=scored)
+        return Request(prompt, images, **numbers, reader=reader, logprobs=scored, images=names)
 
     def numbers(self, spec: dict, thinks: bool) -> dict:
         """max_new_tokens, temperature, top_p and seed: the request's, else the command line's, else the defaults."""

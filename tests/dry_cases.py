@@ -75,6 +75,7 @@ def filling(watch: Watch, rank: int = 0, tp: int = 1, pp: int = 1, layers: int |
     with world(rank, tp, pp) as place, watch:
         watch.forget()
         model = MistralMedium(config, place, torch.bfloat16, keep_fp8)
+        model.join()
         fill(model, Shelf(config, fp8=True))
         return watch.report()
 
@@ -160,10 +161,12 @@ def answering(
     config, seen = real_config(layers), []
     with world(rank, tp, pp) as place, watch:
         model = MistralMedium(config, place, torch.bfloat16, keep_fp8)
+        model.join()
         fill(model, Shelf(config, fp8=keep_fp8))
-        model.eval()
-        model.lay_out_weights()
+        model.eval().pack()
         engine = Engine(model, eos_id=2, max_context=config.max_position_embeddings)
+        if engine.record is not None:
+            engine.record = lambda step: step  # there are no CUDA graphs here; what one would replay is counted
 
         def phase(name: str) -> None:
             """What was seen since the last call belongs to `name`."""

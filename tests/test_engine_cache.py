@@ -277,7 +277,7 @@ def test_images_that_are_known(tmp_path):
         for name in names:
             prompt += [vision.image_token_id] * 6 + random_tokens(20, 30, seed=ord(name))[:12]
         images = [(name, 6) for name in names] if named else []
-        return made.generate([Request(prompt + [7, 9], [pictures[name] for name in names], images, max_new_tokens=4)])
+        return made.generate([Request(prompt + [7, 9], [pictures[name] for name in names], 4, images=images)])
 
     made = Engine(model, Endless.eos_id, 4096)
     for names, ran in (("a", 1), ("ab", 1), ("abc", 1), ("acb", 2), ("acb", 0)):
