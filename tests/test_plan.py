@@ -20,6 +20,7 @@ import fp8
 import generate
 import launch
 import plan
+import session
 import train
 from checkpoint import Checkpoint, fill
 from config import UserError, read_config
@@ -221,14 +222,8 @@ def test_a_training_step(tp, pp, options, image, tmp_path):
         for name in ("weight_bytes", "gradient_bytes", "optimizer_bytes"):
             assert stage[name] == measured[name]
         ratio = stage["activation_bytes"] / max(measured["passes"], measured["step"])
-        place, checkpointing = plan.places(tp, pp)[rank // tp][0], "--activation-checkpointing" in options
-        passes = plan.training_activations(
-            *(read_config(config), place, 1, ranks[0]["length"], 4, checkpointing),
-            plan.FREEZABLE if "--lora-rank" in options else FROZEN[1:] if FROZEN[0] in options else (),
-        )
-        print(f"rank {rank}: estimate / measurement {ratio:.2f}, of the passes alone {passes / measured['passes']:.2f}")
-        assert 0.9 < ratio < 1.45  # below 1 where a norm in BF16, on a CPU, keeps its input in float32
-        assert 0.9 < passes / measured["passes"] < 1.6
+        print(f"rank {rank}: plan / measurement {ratio:.2f}")
+        assert 0.95 < ratio < 1.45  # above 1: the plan takes every token for a target, and for an image
 
 
 def loaded_bytes(directory: str, tp: int, pp: int, dtype: torch.dtype, keep_fp8: bool) -> tuple[int, int]:
@@ -306,9 +301,9 @@ def test_the_smallest_topology(medium, monkeypatch):
     """What is named fits by the plan, and nothing smaller does."""
     config, args, rng = read_config(medium), generate.parse_args(["--prompt", "x"]), random.Random(3)
     for room in [rng.uniform(30e9, 250e9) for _ in range(4)]:
-        monkeypatch.setattr(plan, "cpu_memory", lambda: room)
+        monkeypatch.setattr(session, "cpu_memory", lambda: room)
         with pytest.raises(UserError, match="the weights take 255.4 GB, but .* GB are free on the machine") as refused:
-            plan.check_memory(config, Place(), args, keep_fp8=False)
+            session.check_memory(config, Place(), args, keep_fp8=False)
         tp, pp, ranks = map(int, re.search(r"--tp (\d+) --pp (\d+), (\d+) processes", str(refused.value)).groups())
         assert tp * pp == ranks and needs(config, tp, pp, args) <= room
         for smaller in ((tp, pp - 1), (tp // 2, pp), (1, ranks - 1), (2, (ranks - 1) // 2)):
@@ -321,24 +316,24 @@ def test_memory_that_does_not_do(medium, monkeypatch, capsys):
     args = generate.parse_args(["--prompt", "x"])
     for keep_fp8, weights, peak in ((True, 133.7e9, 138e9), (False, 255.5e9, 260e9)):
         for room, says in ((weights, "caution: this may take "), (peak, "")):
-            monkeypatch.setattr(plan, "cpu_memory", lambda: room)
-            plan.check_memory(config, Place(), args, keep_fp8)
+            monkeypatch.setattr(session, "cpu_memory", lambda: room)
+            session.check_memory(config, Place(), args, keep_fp8)
             err = capsys.readouterr().err
             assert err.startswith(says) and err.count("\n") == bool(says)
     training = train.parse_args(["--ckpt", "x", "--data", "x", "--out", "x", "--activation-checkpointing"])
-    monkeypatch.setattr(plan, "cpu_memory", lambda: 80e9)
+    monkeypatch.setattr(session, "cpu_memory", lambda: 80e9)
     with pytest.raises(UserError, match="the smallest split that fits is --tp"):
-        plan.check_memory(config, Place(), training, False)
-    monkeypatch.setattr(plan, "cpu_memory", lambda: 1e6)
+        session.check_memory(config, Place(), training, False)
+    monkeypatch.setattr(session, "cpu_memory", lambda: 1e6)
     with pytest.raises(UserError, match="no split makes it fit"):
-        plan.check_memory(config, Place(), args, False)
+        session.check_memory(config, Place(), args, False)
     assert time.monotonic() - started < 20
 
 
 def check_on_a_rank(config: str, room: float) -> str:
-    plan.cpu_memory = lambda: room
+    session.cpu_memory = lambda: room
     try:
-        plan.check_memory(read_config(config), find_place(2, 1), generate.parse_args(["--prompt", "x"]), False)
+        session.check_memory(read_config(config), find_place(2, 1), generate.parse_args(["--prompt", "x"]), False)
     except UserError as error:
         return str(error)
 
@@ -358,7 +353,7 @@ def test_programs_ask_first(medium, tmp_path, monkeypatch):
     started = time.monotonic()
     with pytest.raises(UserError, match="the weights take 255.4 GB, but .* are free on the machine"):
         train.main(["--init", medium, "--tokenizer", directory, *training])
-    monkeypatch.setattr(plan, "cpu_memory", lambda: 1e5)
+    monkeypatch.setattr(session, "cpu_memory", lambda: 1e5)
     for program, options in ((generate, ["--prompt", "x"]), (train, training)):
         with pytest.raises(UserError, match="the weights take .* GB, but .* are free on the machine"):
             program.main(["--ckpt", directory, *options])
@@ -368,4 +363,4 @@ def test_programs_ask_first(medium, tmp_path, monkeypatch):
 def test_the_memory_of_this_machine():
     with open("/proc/meminfo") as file:
         total = sum(int(line.split()[1]) for line in file if line.startswith(("MemTotal", "SwapTotal")))
-    assert 1e8 < plan.cpu_memory() <= 1024 * total
+    assert 1e8 < session.cpu_memory() <= 1024 * total
