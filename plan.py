@@ -15,6 +15,8 @@ which are the efficiencies of large products and copies, a kernel launch and NCC
 p stages, m micro-batches or chunks, and t the time of one on the slowest stage:
 
     a token: the sum of all stages       a prefill: (m + p - 1) · t       a step: (m + p - 1) · t + Adam's traffic
+
+Text alone, one request; every sample of a step is --max-length tokens long.
 """
 
 import argparse
@@ -42,7 +44,7 @@ from vision import PATCHES_AT_ONCE
 
 RESERVE = 2_000_000_000  # bytes per GPU: CUDA context, libraries' workspaces, NCCL's buffers, what the allocator wastes
 
-BF16, FP32 = 2, 4  # bytes per number
+FP32 = 4  # bytes per number
 
 
 @dataclass
@@ -56,8 +58,8 @@ class StagePlan:
     gradient_bytes: int = 0
     optimizer_bytes: int = 0
     cache_bytes: int = 0
-    activation_bytes: int = 0  # an estimate
-    reserve_bytes: int = RESERVE
+    activation_bytes: int = 0
+    reserve_bytes: int = RESERVE  # an estimate
     fits: bool = True
 
     @property
@@ -114,13 +116,13 @@ def count_micro_batches(args: argparse.Namespace, dp: int) -> int:
     return math.ceil(math.ceil(args.global_batch_size / args.micro_batch_size) / dp)
 
 
+def batch_shape(args: argparse.Namespace, place: Place) -> tuple[int, int]:
+    """(B, T) of a micro-batch."""
+    return args.micro_batch_size, -(-args.max_length // place.token_parts) * place.token_parts
+
+
 def plan_rank(
-    config: Config,
-    place: Place,
-    args: argparse.Namespace,
-    keep_fp8: bool,
-    dtype: torch.dtype = torch.bfloat16,
-    activations: bool = True,
+    config: Config, place: Place, args: argparse.Namespace, keep_fp8: bool, dtype=torch.bfloat16, activations=True
 ) -> tuple[StagePlan, Counter]:
     """What the rank at `place` needs, and what its parameters count as: "parameters" or "adapters" where it owns them,
     a kind of copy where another rank does, and "padding", the zeros past the end of a tensor cut into equal parts.
@@ -164,8 +166,7 @@ def plan_rank(
         total = sum(times(tensor.name) * tensor.parameter.numel() for tensor in trained)
         # In FP32 (see optimizer.py): the sum of gradients; the master weight and Adam's two moments.
         stage.gradient_bytes, stage.optimizer_bytes = FP32 * total, 3 * FP32 * total
-        length = -(-args.max_length // place.token_parts) * place.token_parts
-        m, rows = count_micro_batches(args, place.dp_size), (args.micro_batch_size, length)
+        m, rows = count_micro_batches(args, place.dp_size), batch_shape(args, place)
         most = min(place.pp_size - place.pp_rank, m)  # micro-batches that are held; see pipeline.py
         run = min(most, 3) + (m > most)  # one more, if a stage gets to alternate between forward and backward passes
         options = (args.activation_checkpointing, freeze, args.lora_rank, keep_fp8, dtype, tuple(unbuilt))
@@ -216,19 +217,9 @@ def small(config: Config, place: Place, layers: int = 2) -> tuple[Config, Place]
 
 @functools.cache
 def train_on_shapes(
-    config: Config,
-    place: Place,
-    rows: tuple[int, int],
-    micro_batches: int,
-    checkpointing: bool,
-    freeze: tuple[str, ...],
-    lora_rank: int | None,
-    keep_fp8: bool,
-    dtype: torch.dtype,
-    unbuilt: tuple[int, int] = (0, 0),
-    timed: bool = False,
+    config: Config, place: Place, rows, m: int, checkpointing, freeze, lora_rank, keep_fp8, dtype, unbuilt, timed=False
 ) -> tuple[Meter, int, int]:
-    """The passes of a training step on the rank at `place`, with micro-batches of `rows` (B, T).
+    """The passes of a training step on the rank at `place`, with `m` micro-batches of `rows` (B, T).
 
     `unbuilt` layers of the stage and of the tower keep as much as the last that is built. Returns what was counted, the
     bytes at the worst moment, and those that one more held micro-batch adds.
@@ -251,9 +242,8 @@ def train_on_shapes(
             model.vision_tower.activation_checkpointing = checkpointing
             layers = model.vision_tower.transformer["layers"]
             layers[0].register_forward_pre_hook(lambda *_: begun.update(tower=meter.now))
-            layers[-1].register_forward_pre_hook(
-                lambda *_: kept.update(tower=meter.now - begun["tower"])
-            )  # for every image
+            # Once for every group of images:
+            layers[-1].register_forward_pre_hook(lambda *_: kept.update(tower=meter.now - begun["tower"]))
         marks: list[int] = []
 
         def forward(x: torch.Tensor | None, batch) -> torch.Tensor:  # as Trainer.forward, with every token a target
@@ -283,7 +273,7 @@ def train_on_shapes(
         batch = SimpleNamespace(shape=rows)
         start = meter.peak = meter.now
         meter.kernels.clear()
-        pipeline.train([batch] * micro_batches)
+        pipeline.train([batch] * m)
         return meter, meter.peak - start, marks[2] - marks[1] if len(marks) > 2 else 0
 
 
@@ -295,14 +285,7 @@ def picture(config: Config, tokens: int) -> torch.Tensor:
 
 @functools.cache
 def infer_on_shapes(
-    config: Config,
-    place: Place,
-    start: int,
-    tokens: int,
-    keep_fp8: bool,
-    dtype: torch.dtype,
-    fp8_products: bool,
-    timed: bool = False,
+    config: Config, place: Place, start: int, tokens: int, keep_fp8: bool, dtype, fp8_products: bool, timed=False
 ) -> tuple[Meter, int]:
     """A chunk of `tokens` from position `start` on, through the rank at `place`; for one token, with the next sampled.
 
@@ -333,16 +316,13 @@ def infer_on_shapes(
 
 # ------------------------------------------------------------------------------------------------ time on paper
 
-
 ADAM_BYTES = 82  # that a step of optimizer.py reads and writes per trained weight
 RECIPE_STEPS, MEDPIX = 100, 20_500  # of the published fine-tune; samples of its data
 
 
 def stage_seconds(config: Config, place: Place, gpu: Gpu, run: Callable[[Config, Place], Meter]) -> torch.Tensor:
     """(floor, estimate) of `run` on the whole stage at `place`, from runs of one layer and of two: float64."""
-    one, two = (
-        torch.tensor(run(*small(config, place, n)).seconds(gpu, place.pp_size), dtype=torch.float64) for n in (1, 2)
-    )
+    one, two = (torch.tensor(run(*small(config, place, n)).seconds(gpu, place.pp_size)).double() for n in (1, 2))
     return one + (len(place.layers(config.num_hidden_layers)) - 1) * (two - one)
 
 
@@ -354,9 +334,7 @@ def make_times(config: Config, args: argparse.Namespace, keep_fp8: bool, trained
 
     def infer(start: int, tokens: int) -> list[torch.Tensor]:
         options = (start, tokens, keep_fp8, dtype, gpu.fp8 > 0, True)
-        return [
-            stage_seconds(config, at, gpu, lambda few, here: infer_on_shapes(few, here, *options)[0]) for at in ends
-        ]
+        return [stage_seconds(config, at, gpu, lambda *on: infer_on_shapes(*on, *options)[0]) for at in ends]
 
     times = {}
     if args.inference:
@@ -369,9 +347,9 @@ def make_times(config: Config, args: argparse.Namespace, keep_fp8: bool, trained
             times[f"a prompt of {length:,}"] = (length // CHUNK + p - 1) * slowest
     else:
         options = (args.activation_checkpointing, frozen(args), args.lora_rank, keep_fp8, dtype, (0, 0), True)
-        rows = (args.micro_batch_size, args.max_length)
+        rows = batch_shape(args, ends[0])
         slowest = torch.stack(
-            [stage_seconds(config, at, gpu, lambda a, b: train_on_shapes(a, b, rows, 1, *options)[0]) for at in ends]
+            [stage_seconds(config, at, gpu, lambda *on: train_on_shapes(*on, rows, 1, *options)[0]) for at in ends]
         ).amax(0)
         adam = torch.tensor([1, 1 / COPIES]) * ADAM_BYTES * trained / gpu.memory
         adam[1] += 2 * (args.dp - 1) / args.dp * FP32 * trained / gpu.network / LINKS  # gradients of replicas
@@ -388,7 +366,7 @@ def show(plan: dict, args: argparse.Namespace) -> str:
     """The plan as a table."""
     middle = ["KV cache"] if args.inference else ["gradients", "optimizer"]
     fields = ["cache_bytes"] if args.inference else ["gradient_bytes", "optimizer_bytes"]
-    names = ["stage", "layers", "parameters", "weights", *middle, "activations*", "reserve*", "peak", "fits"]
+    names = ["stage", "layers", "parameters", "weights", *middle, "activations", "reserve*", "peak", "fits"]
     fields = ["weight_bytes", *fields, "activation_bytes", "reserve_bytes", "peak_bytes"]
     rows = [
         [str(s["stage"]), "{}-{}".format(*s["layers"]), f"{s['parameters']:,}", *(f"{s[f] / 1e9:.2f}" for f in fields)]

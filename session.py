@@ -299,17 +299,18 @@ def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp
         wanted.max_context = min(longest, CHUNK + (args.max_new_tokens or CHUNK))
     dtype, gpu = getattr(torch, args.dtype), place.device.type == "cuda"
 
-    def needs(place: Place, room: float) -> StagePlan:
-        """Activations take a second to count, and are bounded where that is enough to say whether they fit."""
+    def needs(place: Place, room: float, exact: bool = False) -> StagePlan:
+        """Activations take a second to count, and are only bounded where that says already whether all of it fits."""
         stage, _ = plan_rank(config, place, wanted, keep_fp8, dtype, activations=False)
         stage.reserve_bytes = RESERVE if gpu else 0
         stage.activation_bytes = most_activations(config, place, wanted)
-        if stage.peak_bytes > room >= stage.weight_bytes:
+        rest = stage.weight_bytes if exact else stage.peak_bytes - stage.activation_bytes
+        if stage.peak_bytes > room >= rest:
             stage.activation_bytes = plan_rank(config, place, wanted, keep_fp8, dtype)[0].activation_bytes
         return stage
 
     room = torch.cuda.mem_get_info(place.device)[0] if gpu else cpu_memory()
-    mine = together(lambda: needs(place, room if gpu else room / place.world_size))
+    mine = together(lambda: needs(place, room if gpu else room / place.world_size, True))
     devices: dict[tuple, list] = {}
     for device, *numbers in gather_objects(
         ((socket.gethostname(), str(place.device)), mine.weight_bytes, mine.peak_bytes, room)

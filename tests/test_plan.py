@@ -123,6 +123,60 @@ def test_what_is_held_is_parameters_copies_and_padding(tied, tmp_path):
         assert ("tied embedding" in plan["copies"]) == (tied and pp > 1)
 
 
+# --------------------------------------------------------------------------------------- what is counted on shapes
+
+
+def test_activations_of_the_recipe(medium):
+    """What the same step took where every layer and micro-batch was run, on tensors that pretend to be CUDA's."""
+    stages = planned(medium, *RECIPE, "--global-batch-size", 8)["stages"]
+    for stage, measured in ((0, 5.3594e9), (3, 3.7472e9), (7, 1.4802e9)):
+        assert 0.9999 < stages[stage]["activation_bytes"] / measured < 1.03
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--activation-checkpointing", "--freeze", "embeddings"),
+        ("--lora-rank", 4),
+        ("--lora-rank", 4, "--activation-checkpointing"),
+        ("--sequence-parallel", "--activation-checkpointing"),
+        ("--sequence-parallel",),
+    ],
+)
+@pytest.mark.parametrize("tp, pp", [(2, 1), (2, 4)])
+def test_layers_that_are_not_built(options, tp, pp, tmp_path, monkeypatch):
+    """Two layers stand for six, to the byte."""
+    config = str(tmp_path / "config.json")
+    sizes = dict(hidden_size=256, intermediate_size=640, num_attention_heads=8, num_key_value_heads=2, head_dim=32)
+    write_json(config, layout_config(text_fields("yarn", **sizes, num_hidden_layers=6 * pp), "new")[1])
+    options = ("--tp", tp, "--pp", pp, "--max-length", 64, *options, "--global-batch-size", 6)
+    few = [stage["activation_bytes"] for stage in planned(config, *options)["stages"]]
+    small = plan.small
+    monkeypatch.setattr(plan, "small", lambda config, place, layers=2: small(config, place, 6))
+    assert few == [stage["activation_bytes"] for stage in planned(config, *options)["stages"]]
+
+
+@pytest.mark.parametrize("gpu, fp8", [("h100", True), ("h200", True), ("a100", False)])
+def test_time(gpu, fp8, medium):
+    """The floors are what arithmetic and memory allow; and more GPUs take less time."""
+    memory = plan.GPUS[gpu].memory
+    eight, one = (planned(medium, "--inference", "--tp", tp, "--gpu", gpu)["seconds"] for tp in (8, 1))
+    bytes_read = 88 * (LAYER - 2 * 12288) + 2 * EMBEDDING + 8192 * 360_448  # FP8 weights, the head in BF16, the cache
+    floor, estimate = one["a token after 8,192"]
+    assert floor < estimate and (not fp8 or 0.98 < floor / (bytes_read / memory) < 1.1)
+    operations = 2 * 8192 * 88 * LAYER
+    floor, estimate = one["a prompt of 8,192"]
+    peak = plan.GPUS[gpu].fp8 or plan.GPUS[gpu].bf16
+    assert operations / peak < floor < 1.4 * operations / peak and floor < estimate
+    assert all(eight[name][i] < one[name][i] for name in one for i in (0, 1))
+    step = planned(medium, *RECIPE, "--gpu", gpu)["seconds"]
+    floor, estimate = step["a step"]
+    operations = 8 * 64 * 2048 * TOTAL / 64 * 71 / 64  # forward twice, backward; and the bubble
+    assert operations / plan.GPUS[gpu].bf16 < floor < 1.3 * operations / plan.GPUS[gpu].bf16 and floor < estimate
+    assert step["100 steps (the published fine-tune)"][1] == pytest.approx(100 * estimate)
+
+
 # ------------------------------------------------------------------------------------------------------- real runs
 
 
