@@ -2,9 +2,9 @@
 
 Every rank's part of the model is built with the real classes on the `meta` device, where a tensor has a shape but no
 memory: parameters, weights, gradients and optimizer state are those of a real run. Activations and time come from
-running the model there, forward and backward, under a `Meter` that counts living bytes, operations and messages.
-Layers are alike, so two of a stage's are built, and stand for the others. Reserve is an estimate. Images are taken at
-their worst, as if every token came from one. Adam needs room too, but when activations are gone: the larger counts.
+running the model there, forward and backward, under a `Meter` (fp8.py) that counts living bytes, operations and
+messages; two of a stage's layers are built, and stand for the others. Reserve is an estimate. Images are taken at their
+worst, as if every token came from one. Adam needs room too, but when activations are gone: the larger counts.
 
 Time on paper. With a GPU's published peaks (`GPUS`) a kernel takes
 
@@ -107,10 +107,6 @@ def places(tp: int, pp: int, dp: int = 1, sequence: bool = False) -> list[list[P
     return [[Place(s * dp * tp + t, t, tp, s, pp, **more) for t in range(tp)] for s in range(pp)]
 
 
-def frozen(args: argparse.Namespace) -> tuple[str, ...]:
-    return tuple(FREEZABLE if args.lora_rank else args.freeze)
-
-
 def count_micro_batches(args: argparse.Namespace, dp: int) -> int:
     """How many a replica runs per step; of the replica that has most."""
     return math.ceil(math.ceil(args.global_batch_size / args.micro_batch_size) / dp)
@@ -161,7 +157,7 @@ def plan_rank(
         if activations:
             _, stage.activation_bytes = infer_on_shapes(few, here, *chunk)
     else:
-        freeze = frozen(args)
+        freeze = tuple(FREEZABLE if args.lora_rank else args.freeze)
         trained = [t for t in held if is_trained(t.name, freeze) or (args.lora_rank and ".adapter." in t.name)]
         total = sum(times(tensor.name) * tensor.parameter.numel() for tensor in trained)
         # In FP32 (see optimizer.py): the sum of gradients; the master weight and Adam's two moments.
@@ -236,7 +232,13 @@ def train_on_shapes(
                 parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
         model.activation_checkpointing = checkpointing
         kept, begun = Counter(), {}  # bytes when a layer begins; what lives more when it has ended is what it keeps
-        [*model.layers.values()][-1].register_forward_pre_hook(lambda *_: begun.update(layer=meter.now))
+
+        def begin(*_) -> None:
+            if "layer" not in begun:  # else it is computed once more, in a backward pass
+                begun.update(layer=meter.now, peak=meter.peak)
+                meter.peak = meter.now
+
+        [*model.layers.values()][-1].register_forward_pre_hook(begin)
         sees = config.vision is not None and place.first_stage and not timed
         if sees:
             model.vision_tower.activation_checkpointing = checkpointing
@@ -248,17 +250,17 @@ def train_on_shapes(
 
         def forward(x: torch.Tensor | None, batch) -> torch.Tensor:  # as Trainer.forward, with every token a target
             marks.append(meter.now)
-            kept.clear()
+            kept.clear(), begun.clear()
             if place.first_stage:
                 features = model.image_features([picture(config, T)] * B) if sees else None
                 if sees and features.requires_grad:
                     features = _Unbuilt.apply(features, unbuilt[1] * kept["tower"])
                 x = model.embed(torch.empty(B, T, dtype=torch.long, device=device), features)
             y = model(x, [0] * B)
-            if y.requires_grad:
-                joined = y.nbytes - y.nbytes // place.token_parts if place.last_stage else 0  # by the model's last act
-                y = _Unbuilt.apply(y, unbuilt[0] * (meter.now - begun["layer"] - joined))
-            x = y
+            joined = y.nbytes * (1 - 1 / place.token_parts) if place.last_stage else 0  # by the model's last act
+            others = unbuilt[0] * int(meter.now - begun["layer"] - joined) if y.requires_grad else 0
+            meter.peak = max(begun["peak"], meter.peak + others)  # they came before the last
+            x = _Unbuilt.apply(y, others)
             del y
             if not place.last_stage:
                 return x
@@ -346,7 +348,8 @@ def make_times(config: Config, args: argparse.Namespace, keep_fp8: bool, trained
             slowest = torch.stack([(first + last) / 2 for first, last in pairs]).amax(0)
             times[f"a prompt of {length:,}"] = (length // CHUNK + p - 1) * slowest
     else:
-        options = (args.activation_checkpointing, frozen(args), args.lora_rank, keep_fp8, dtype, (0, 0), True)
+        freeze = tuple(FREEZABLE if args.lora_rank else args.freeze)
+        options = (args.activation_checkpointing, freeze, args.lora_rank, keep_fp8, dtype, (0, 0), True)
         rows = batch_shape(args, ends[0])
         slowest = torch.stack(
             [stage_seconds(config, at, gpu, lambda *on: train_on_shapes(*on, rows, 1, *options)[0]) for at in ends]
@@ -397,10 +400,8 @@ def show(plan: dict, args: argparse.Namespace) -> str:
 
 
 def human(seconds: float) -> str:
-    for unit, size in (("h", 3600), ("min", 60), ("s", 1)):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{1000 * seconds:.1f} ms"
+    unit, size = next((pair for pair in (("h", 3600), ("min", 60), ("s", 1)) if seconds >= pair[1]), ("ms", 1e-3))
+    return f"{seconds / size:.1f} {unit}"
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:

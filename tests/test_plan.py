@@ -144,7 +144,7 @@ def test_activations_of_the_recipe(medium):
         ("--sequence-parallel",),
     ],
 )
-@pytest.mark.parametrize("tp, pp", [(2, 1), (2, 4)])
+@pytest.mark.parametrize("tp, pp", [(2, 1), pytest.param(2, 4, marks=pytest.mark.slow)])
 def test_layers_that_are_not_built(options, tp, pp, tmp_path, monkeypatch):
     """Two layers stand for six, to the byte."""
     config = str(tmp_path / "config.json")
