@@ -2,9 +2,9 @@
 
 Every rank's part of the model is built with the real classes on the `meta` device, where a tensor has a shape but no
 memory: parameters, weights, gradients and optimizer state are those of a real run. Activations and time come from
-running the model there, forward and backward, under a `Meter` (fp8.py) that counts living bytes, operations and
-messages; two of a stage's layers are built, and stand for the others. Reserve is an estimate. Images are taken at their
-worst, as if every token came from one. Adam needs room too, but when activations are gone: the larger counts.
+running it there, forward and backward, under a `Meter` (fp8.py) that counts living bytes, operations and messages; two
+of a stage's layers are built, and stand for the others. Images are taken at their worst, as if every token came from
+one. Adam needs room too, but when activations are gone: the larger counts. RESERVE is an estimate.
 
 Time on paper. With a GPU's published peaks (`GPUS`) a kernel takes
 
@@ -239,8 +239,7 @@ def train_on_shapes(
                 meter.peak = meter.now
 
         [*model.layers.values()][-1].register_forward_pre_hook(begin)
-        sees = config.vision is not None and place.first_stage and not timed
-        if sees:
+        if sees := config.vision is not None and place.first_stage and not timed:
             model.vision_tower.activation_checkpointing = checkpointing
             layers = model.vision_tower.transformer["layers"]
             layers[0].register_forward_pre_hook(lambda *_: begun.update(tower=meter.now))
@@ -258,7 +257,7 @@ def train_on_shapes(
                 x = model.embed(torch.empty(B, T, dtype=torch.long, device=device), features)
             y = model(x, [0] * B)
             joined = y.nbytes * (1 - 1 / place.token_parts) if place.last_stage else 0  # by the model's last act
-            others = unbuilt[0] * int(meter.now - begun["layer"] - joined) if y.requires_grad else 0
+            others = unbuilt[0] * int(meter.now - begun["layer"] - joined) * y.requires_grad
             meter.peak = max(begun["peak"], meter.peak + others)  # they came before the last
             x = _Unbuilt.apply(y, others)
             del y
@@ -272,10 +271,9 @@ def train_on_shapes(
         pipeline = Pipeline(alone, forward, config.hidden_size, dtype, True)
         pipeline.down.device = pipeline.up.device = device
         pipeline.gradient_up = place.pp_rank > 0
-        batch = SimpleNamespace(shape=rows)
         start = meter.peak = meter.now
         meter.kernels.clear()
-        pipeline.train([batch] * m)
+        pipeline.train([SimpleNamespace(shape=rows)] * m)
         return meter, meter.peak - start, marks[2] - marks[1] if len(marks) > 2 else 0
 
 
@@ -317,6 +315,7 @@ def infer_on_shapes(
 
 
 # ------------------------------------------------------------------------------------------------ time on paper
+
 
 ADAM_BYTES = 82  # that a step of optimizer.py reads and writes per trained weight
 RECIPE_STEPS, MEDPIX = 100, 20_500  # of the published fine-tune; samples of its data

@@ -418,3 +418,10 @@ def test_the_memory_of_this_machine():
     with open("/proc/meminfo") as file:
         total = sum(int(line.split()[1]) for line in file if line.startswith(("MemTotal", "SwapTotal")))
     assert 1e8 < session.cpu_memory() <= 1024 * total
+
+
+@pytest.mark.slow
+def test_the_flagship_benchmark():
+    """On a CPU and a small model it runs from end to end."""
+    ended = run("benchmarks/flagship.py", "--device", "cpu")
+    assert ended.status == 0 and ended.out.count("\n") == 5 and "prefill" in ended.out and "LoRA" in ended.out
