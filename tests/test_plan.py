@@ -277,7 +277,7 @@ def test_a_training_step(tp, pp, options, image, tmp_path):
             assert stage[name] == measured[name]
         ratio = stage["activation_bytes"] / max(measured["passes"], measured["step"])
         print(f"rank {rank}: plan / measurement {ratio:.2f}")
-        assert 0.95 < ratio < 1.45  # above 1: the plan takes every token for a target, and for an image
+        assert 0.97 < ratio < (1.45 if image else 1.06)  # the plan takes every token for a target, and for an image
 
 
 def loaded_bytes(directory: str, tp: int, pp: int, dtype: torch.dtype, keep_fp8: bool) -> tuple[int, int]:
