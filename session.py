@@ -3,6 +3,7 @@
 Whatever a user asks becomes a *spec*, the JSON object of a line in --requests, be it read from the file, made from the
 command line or from a turn in the terminal. A `Session` turns specs into requests of token ids and pixels, lets the
 engine answer them, and turns the answers' ids into text. Every rank does all of this alike; only rank 0 prints.
+Before a model is built, here or in train.py, `check_memory` holds the plan against the memory that is there.
 """
 
 import argparse
