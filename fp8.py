@@ -16,9 +16,10 @@ The second half is for speed only: how a CPU multiplies BF16 (on a GPU it is `F.
 
 - **Many rows**: CPUs without matrix units multiply BF16 at half their float32 speed, so both sides are converted.
 - **Few rows**, decoding: the weight is laid out once the way the kernels read it (`pack`).
+
+And a `Meter` counts what a GPU would do and how long it would take, without one: for `plan.py`.
 """
 
-import functools
 import os
 import signal
 
@@ -26,9 +27,20 @@ if __name__ == "__main__":  # a signal ends the program at once, unless there is
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: os._exit(128 + number))
 
+import functools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from unittest import mock
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 E4M3 = torch.float8_e4m3fn
 
@@ -238,6 +250,179 @@ class Joined:
         if self.scales is not None:
             return fp8_matmul_by_rows(x, self.weight, self.scales, self.input_scale)
         return matmul(x, self.weight)
+
+
+# ------------------------------------------------------------------------------------- a GPU that has only shapes
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Published peaks: operations/s of dense products, bytes/s of memory and, in one direction, of the links."""
+
+    bf16: float
+    fp8: float  # 0: it has none
+    memory: float
+    nvlink: float  # inside a node of 8
+    network: float  # between nodes, per GPU: HDR or NDR InfiniBand
+    gigabytes: float
+
+
+GPUS = {
+    "a100": Gpu(312e12, 0, 2.039e12, 300e9, 25e9, 80),
+    "h100": Gpu(989e12, 1979e12, 3.35e12, 450e9, 50e9, 80),
+    "h200": Gpu(989e12, 1979e12, 4.8e12, 450e9, 50e9, 141),
+}
+PRODUCTS, COPIES, LINKS = 0.7, 0.8, 0.7  # what is reached of them
+KERNEL, MESSAGE = 3e-6, 15e-6  # seconds that each takes at least
+
+
+class Meter(TorchDispatchMode):
+    """Counts what operations on `meta` tensors would do on a GPU. `with Meter(…) as meter:` around them, and the model.
+
+    peak: the most bytes that were alive at once, in blocks of 512 as CUDA's allocator cuts them; now: at this moment.
+    kernels: of each its products' operations, whether they are in FP8, and the bytes that it reads and writes.
+    messages: of each the bytes that a rank sends, and whether they go to another stage or replica.
+
+    A tensor on `meta` runs what every device runs, but for three things, which are replaced meanwhile: the fused
+    kernels of attention and RMSNorm, which keep less than the composed ones; products in FP8; and messages, which need
+    neither groups nor peers here.
+    """
+
+    def __init__(self, tp: int = 1, fp8_products: bool = True, timed: bool = False):
+        super().__init__()
+        self.timed, self.tp, self.now, self.peak, self.alive = timed, tp, 0, 0, set()
+        self.kernels: list[tuple[float, bool, int]] = []
+        self.messages: list[tuple[float, bool]] = []
+        moved = (tp - 1) / tp  # a ring sends every part of a tensor but one, twice to sum up
+        sums, parts = self.message(lambda x, _: 2 * moved * x.nbytes), self.message(self.flat)
+        send, nothing = self.message(lambda x, _: x.nbytes), self.message(lambda x, _: 0)
+        size, rank = (lambda group=None: tp), (lambda group=None: 0)
+        talk = dict(all_reduce=sums, all_gather=parts, reduce_scatter=parts, isend=send, recv=nothing, broadcast=send)
+        self.replaced = [
+            mock.patch.multiple(dist, get_world_size=size, get_rank=rank, **talk),
+            mock.patch.object(F, "scaled_dot_product_attention", flash_attention),
+            mock.patch.object(F, "rms_norm", _Norm.fused),
+            mock.patch("torch.nn.attention.bias.CausalBias", lambda *sizes: "no tensor"),
+            mock.patch.dict(globals(), has_fp8_matmul=lambda device: fp8_products),
+        ]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # else torch imports its compiler first, only to keep it out of here: seconds
+        return False
+
+    def __enter__(self):
+        for each in self.replaced:
+            each.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for each in self.replaced:
+            each.stop()
+        return super().__exit__(*error)
+
+    def message(self, size: Callable):
+        """A function of torch.distributed that sends `size(…)` bytes."""
+
+        def talk(x, other=None, group=None, **options):
+            if nbytes := size(x, other):
+                self.messages.append((nbytes, group != "tp"))
+            return SimpleNamespace(wait=lambda: None)
+
+        return talk
+
+    def flat(self, a, b) -> float:
+        """Bytes of an all-gather or a reduce-scatter; NCCL copies the list of parts to or from one buffer."""
+        parts, one = (a, b) if isinstance(a, list) else (b, a)
+        one.new_empty(len(parts) * one.numel())
+        return (len(parts) - 1) * one.nbytes
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, function._schema.name.removeprefix("aten::")
+        out = quick(function, name, args, kwargs)
+        out = function(*args, **kwargs) if out is None else out
+        outputs = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor) and x.device.type == "meta"]
+        for tensor in outputs:
+            storage = tensor.untyped_storage()
+            if (key := storage._cdata) not in self.alive:
+                size = -(-storage.nbytes() // 512) * 512
+                self.alive.add(key)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.freed, key, size)
+        if self.timed and outputs and not (function.is_view or name in ("detach", "_unsafe_view") or "empty" in name):
+            self.kernels.append(self.kernel(function, name, args, kwargs, out, outputs))
+        return out
+
+    def freed(self, key: int, size: int) -> None:
+        self.alive.discard(key)
+        self.now -= size
+
+    def seconds(self, gpu: Gpu, pp: int) -> tuple[float, float]:
+        """(floor, estimate) of what was counted, with so many stages. Nodes have 8 GPUs."""
+        floor = estimate = 0.0
+        for operations, in_fp8, nbytes in self.kernels:
+            compute, memory = operations / (gpu.fp8 if in_fp8 else gpu.bf16), nbytes / gpu.memory
+            floor += max(compute, memory) if operations else 0
+            estimate += max(compute / PRODUCTS, memory / COPIES, KERNEL)
+        for nbytes, across in self.messages:
+            far = (self.tp * pp if across else self.tp) > 8
+            estimate += MESSAGE + nbytes / (gpu.network if far else gpu.nvlink) / LINKS
+        return floor, estimate
+
+    def kernel(self, function, name: str, args, kwargs, out, outputs: list[torch.Tensor]) -> tuple[float, bool, int]:
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        sizes = [min(x.nbytes, x.untyped_storage().nbytes()) for x in (*inputs, *outputs)]  # the latter if it repeats
+        if name.startswith(("embedding", "index", "gather", "_index_put")):  # reads or writes some rows of a table
+            sizes = [2 * min(sizes)] if len(sizes) < 3 else [2 * size for size in sorted(sizes)[:-1]]
+        operations = 0
+        if count := flop_registry.get(function._overloadpacket):
+            operations = count(*(x for x in args if not isinstance(x, torch.dtype)), **kwargs, out_val=out)
+            named = dict(zip((argument.name for argument in function._schema.arguments), args)) | kwargs
+            if named.get("is_causal"):  # query i of T sees S - T + i keys of S
+                operations *= 1 - named["query"].shape[2] / named["key"].shape[2] / 2
+        return operations, name == "_scaled_mm", sum(sizes)
+
+
+def quick(function, name: str, args: tuple, kwargs: dict) -> torch.Tensor | None:
+    """The results of the most frequent functions: what torch does on `meta` is Python, too, and much slower."""
+    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    if not tensors or tensors[0].device.type != "meta" or kwargs.keys() - {"alpha", "approximate"}:
+        return None
+    x = max(tensors, key=torch.Tensor.numel)
+    if name == "nonzero":  # values are not known: take all of them
+        return x.new_empty(x.numel(), x.dim(), dtype=torch.long)
+    if name == "mm":
+        return x.new_empty(len(args[0]), args[1].shape[1])
+    if torch.Tag.pointwise in function.tags and function._schema.returns[0].alias_info:  # in place
+        return args[0]
+    if name in ("add", "mul", "sub", "div", "pow", "rsqrt", "silu", "silu_backward"):
+        if all(y.shape in (x.shape, x.shape[-1:], ()) for y in tensors):
+            dtypes = [y.dtype for y in tensors if y.dim() or y is x]
+            return x.new_empty(x.shape, dtype=functools.reduce(torch.promote_types, dtypes))
+    return None
+
+
+def flash_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **options) -> torch.Tensor:
+    """What CUDA takes for scaled_dot_product_attention: no matrix of scores, a logarithm of their sum per query."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal or attn_mask is not None)[0]
+
+
+class _Norm(torch.autograd.Function):
+    """The memory and traffic of CUDA's fused RMSNorm: it keeps its input and one float32 number per row."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, _ = ctx.saved_tensors
+        return grad * x, None if weight is None else torch.empty_like(weight)
+
+    @staticmethod
+    def fused(x, shape, weight=None, eps=None):
+        return _Norm.apply(x, weight)
 
 
 if __name__ == "__main__":

@@ -1,54 +1,47 @@
-"""What a topology needs, before anyone rents it: memory per rank, stage by stage. `python parallel.py --plan`.
+"""What a topology needs, before anyone rents it: memory per rank, and time. `python parallel.py --plan`.
 
 Every rank's part of the model is built with the real classes on the `meta` device, where a tensor has a shape but no
-memory, so the counts of parameters, weights, gradients and optimizer state are those of a real run. Layers are alike:
-one of a stage's is built, and counted as many times as there are. Two columns are not counted but estimated: RESERVE,
-and activations, term by term in the functions below. Against small real runs on a
-CPU the estimate is 0.9 to 1.4 times what tensors took at the worst moment (`tests/test_plan.py`).
+memory: parameters, weights, gradients and optimizer state are those of a real run. Activations and time come from
+running it there, forward and backward, under a `Meter` (fp8.py) that counts living bytes, operations and messages; two
+of a stage's layers are built, and stand for the others. Images are taken at their worst, as if every token came from
+one. Adam needs room too, but when activations are gone: the larger counts. RESERVE is an estimate.
 
-Activations of a training step have three parts:
+Time on paper, for text alone. The *estimate* sums up kernels and messages at a GPU's published peaks (`GPUS`), with the
+efficiencies of large products and copies, the launch of a kernel and NCCL's latency; the *floor* is
+max(operations / peak, bytes / bandwidth) of matrix products and attention alone:
 
-- What is *held*: a micro-batch's activations, from its forward to its backward pass. The schedule (`pipeline.py`) keeps
-  min(p - s, m) of the m micro-batches on stage s of p. Each costs what its layers keep for the backward pass, or with
-  activation checkpointing only each layer's input.
-- What comes and goes at the worst *moment*: a layer's backward pass, and with activation checkpointing its recomputed
-  inside; on the first stage the vision tower's pass, on the last one the logits.
-- The messages between stages.
+    kernel: max(operations / (0.7 · peak), bytes / (0.8 · bandwidth), 3 µs)     message: 15 µs + bytes / (0.7 · link)
 
-Images are taken at their worst, as if every token came from one. Adam needs room too, but when activations are gone:
-the larger of the two counts.
-
-`check_memory` holds the same numbers against the memory that is there, when a program is about to build its model.
+With p stages, m micro-batches or chunks, and t the time of one on the slowest stage, a token takes the sum of all
+stages, a prefill (m + p - 1) · t, a step (m + p - 1) · t + Adam's traffic.
 """
 
 import argparse
-import contextlib
+import functools
 import json
 import math
-import os
-import socket
-import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 
 from checkpoint import FREEZABLE, Held, held_tensors, is_trained
-from config import Config, TopologyError, UserError, read_config
+from config import Config, UserError, read_config
 from engine import CHUNK, LOGIT_ROWS
-from fp8 import BLOCK
-from launch import SIZE, Parser, gather_objects, number, together
-from model import MASK_ELEMENTS, MistralMedium, add_adapters
+from fp8 import COPIES, GPUS, LINKS, Gpu, Meter
+from launch import SIZE, Parser, number
+from model import MistralMedium, add_adapters
 from optimizer import BUCKET
 from parallel import Place
+from pipeline import Pipeline
 from vision import PATCHES_AT_ONCE
 
 RESERVE = 2_000_000_000  # bytes per GPU: CUDA context, libraries' workspaces, NCCL's buffers, what the allocator wastes
 
-MOST_RANKS = 1024  # a smallest topology is looked for up to here
-
-BF16, FP32 = 2, 4  # bytes per number
+FP32 = 4  # bytes per number
 
 
 @dataclass
@@ -62,8 +55,8 @@ class StagePlan:
     gradient_bytes: int = 0
     optimizer_bytes: int = 0
     cache_bytes: int = 0
-    activation_bytes: int = 0  # an estimate
-    reserve_bytes: int = RESERVE
+    activation_bytes: int = 0
+    reserve_bytes: int = RESERVE  # an estimate
     fits: bool = True
 
     @property
@@ -75,7 +68,7 @@ def make_plan(config: Config, args: argparse.Namespace) -> dict:
     """The plan as the JSON object that --json prints. Raises UserError where the topology does not divide the model."""
     keep_fp8 = config.fp8 and (args.weights != "dequantized" if args.inference else bool(args.lora_rank))
     counts, stages, memory = Counter(), [], args.gpu_memory_gb * 1e9
-    for stage_places in places(args.tp, args.pp, args.dp):
+    for stage_places in places(args.tp, args.pp, args.dp, args.sequence_parallel):
         ranks = []
         for place in stage_places:
             rank, kinds = plan_rank(config, place, args, keep_fp8)
@@ -90,6 +83,8 @@ def make_plan(config: Config, args: argparse.Namespace) -> dict:
         "copies": dict(counts),  # what is left, by kind
         "stages": [{**asdict(stage), "peak_bytes": stage.peak_bytes} for stage in stages],
         "fits": all(stage.fits for stage in stages),
+        "gpu": args.gpu,
+        "seconds": make_times(config, args, keep_fp8, max(stage.gradient_bytes // FP32 for stage in stages)),
     }
     if args.inference:
         # Of the columns only the cache grows with the context (activations stop growing at one chunk of the prompt).
@@ -102,10 +97,11 @@ def make_plan(config: Config, args: argparse.Namespace) -> dict:
     return plan
 
 
-def places(tp: int, pp: int, dp: int = 1) -> list[list[Place]]:
+def places(tp: int, pp: int, dp: int = 1, sequence: bool = False) -> list[list[Place]]:
     """One replica's places, stage by stage, without process groups: enough to build models on `meta`."""
     meta = torch.device("meta")
-    return [[Place(s * dp * tp + t, t, tp, s, pp, dp_size=dp, device=meta) for t in range(tp)] for s in range(pp)]
+    more = dict(dp_size=dp, device=meta, sequence_parallel=sequence and tp > 1)
+    return [[Place(s * dp * tp + t, t, tp, s, pp, **more) for t in range(tp)] for s in range(pp)]
 
 
 def count_micro_batches(args: argparse.Namespace, dp: int) -> int:
@@ -113,23 +109,29 @@ def count_micro_batches(args: argparse.Namespace, dp: int) -> int:
     return math.ceil(math.ceil(args.global_batch_size / args.micro_batch_size) / dp)
 
 
+def batch_shape(args: argparse.Namespace, place: Place) -> tuple[int, int]:
+    """(B, T) of a micro-batch."""
+    return args.micro_batch_size, -(-args.max_length // place.token_parts) * place.token_parts
+
+
 def plan_rank(
-    config: Config, place: Place, args: argparse.Namespace, keep_fp8: bool, dtype: torch.dtype = torch.bfloat16
+    config: Config, place: Place, args: argparse.Namespace, keep_fp8: bool, dtype=torch.bfloat16, activations=True
 ) -> tuple[StagePlan, Counter]:
     """What the rank at `place` needs, and what its parameters count as: "parameters" or "adapters" where it owns them,
     a kind of copy where another rank does, and "padding", the zeros past the end of a tensor cut into equal parts.
 
     Raises TopologyError where the topology does not divide the model.
     """
-    layers = place.layers(config.num_hidden_layers)
-    repeats = {"layers.": len(layers)}
-    one = replace(config, num_hidden_layers=place.pp_size)  # a layer on each stage
-    if config.vision is not None:
-        repeats["vision_tower.transformer.layers."] = config.vision.num_hidden_layers
-        one = replace(one, vision=replace(config.vision, num_hidden_layers=1))
-    model = MistralMedium(one, replace(place, device=torch.device("meta")), dtype, keep_fp8)
+    layers, (few, here) = place.layers(config.num_hidden_layers), small(config, place)
+    model = MistralMedium(few, replace(here, rank=place.rank, tp_rank=place.tp_rank), dtype, keep_fp8)
     if args.lora_rank:
         add_adapters(model, args.lora_rank, 1.0)
+    # The last of the layers that are built stands for those that are not.
+    unbuilt = [len(layers) - len(model.layers), 0]
+    repeats = {f"layers.{[*model.layers][-1]}.": unbuilt[0] + 1}
+    if config.vision is not None:
+        unbuilt[1] = config.vision.num_hidden_layers - few.vision.num_hidden_layers
+        repeats[f"vision_tower.transformer.layers.{few.vision.num_hidden_layers - 1}."] = unbuilt[1] + 1
 
     def times(name: str) -> int:  # how many tensors the one of this name stands for
         return next((count for prefix, count in repeats.items() if name.startswith(prefix)), 1)
@@ -146,222 +148,221 @@ def plan_rank(
     stage = StagePlan(place.pp_rank, [layers[0], layers[-1]], parameters, weights)
     if args.inference:
         cache = model.new_cache(1, args.max_context)
-        stage.cache_bytes = len(layers) * cache.nbytes
-        activations = inference_activations(config, place, args.max_context, keep_fp8)
+        stage.cache_bytes = len(layers) * sum(tensor.nbytes for tensor in cache.layers[0])
+        tokens = min(CHUNK, args.max_context)
+        chunk = (args.max_context - tokens, tokens, keep_fp8, dtype, GPUS[args.gpu].fp8 > 0)
+        if activations:
+            _, stage.activation_bytes = infer_on_shapes(few, here, *chunk)
     else:
-        freeze = list(FREEZABLE) if args.lora_rank else args.freeze
+        freeze = tuple(FREEZABLE if args.lora_rank else args.freeze)
         trained = [t for t in held if is_trained(t.name, freeze) or (args.lora_rank and ".adapter." in t.name)]
         total = sum(times(tensor.name) * tensor.parameter.numel() for tensor in trained)
         # In FP32 (see optimizer.py): the sum of gradients; the master weight and Adam's two moments.
         stage.gradient_bytes, stage.optimizer_bytes = FP32 * total, 3 * FP32 * total
-        shape = (args.micro_batch_size, args.max_length, count_micro_batches(args, place.dp_size))
-        passes = training_activations(config, place, *shape, args.activation_checkpointing, freeze, keep_fp8)
-        largest = max((tensor.parameter.numel() for tensor in trained), default=0)
-        activations = max(passes, adam_activations(total, largest))
-    stage.activation_bytes = activations * dtype.itemsize // BF16
+        m, rows = count_micro_batches(args, place.dp_size), batch_shape(args, place)
+        most = min(place.pp_size - place.pp_rank, m)  # micro-batches that are held; see pipeline.py
+        run = min(most, 3) + (m > most)  # one more, if a stage gets to alternate between forward and backward passes
+        options = (args.activation_checkpointing, freeze, args.lora_rank, keep_fp8, dtype, tuple(unbuilt))
+        if activations:
+            _, peak, each = train_on_shapes(few, here, rows, run, *options)
+            stage.activation_bytes = max(peak + max(0, most - 3) * each, FP32 * min(BUCKET, total))
     return stage, counts
 
 
 def kind_of(tensor: Held) -> str:
     if tensor.owner:
         return "adapters" if ".adapter." in tensor.name else "parameters"
+    if len(tensor.part.shape) == 1:
+        return "norms"
     if ".adapter." in tensor.name:
         return "whole factors of adapters"
     if tensor.name.startswith("embed_tokens."):
         return "tied embedding"
-    if tensor.sharers > 1:
-        return "key/value heads"
-    return "norms" if len(tensor.part.shape) == 1 else "patch_conv"
+    return "key/value heads" if tensor.sharers > 1 else "patch_conv"
 
 
-# ----------------------------------------------------------------------------------------- what is estimated
+# ------------------------------------------------------------------------------------------- what a rank runs
 
 
-def layer_activations(config: Config, tp: int, tokens: int) -> int:
-    """Bytes that a decoder layer keeps for its backward pass: what its operations need again to form gradients."""
-    heads, kv_heads = config.num_attention_heads // tp, max(1, config.num_key_value_heads // tp)
-    # Attention and MLP begin with a norm. It keeps x, x / rms(x) and that times the norm's weight, whole on each rank.
-    width = 2 * 3 * config.hidden_size
-    # As wide as the query heads: q after the rotation, attention's result (H, T, D), and that again with heads side by
-    # side. As the key/value heads: k after the rotation, and v. Scores: none, the fused kernel computes them anew.
-    width += (3 * heads + 2 * kv_heads) * config.head_dim
-    # gate, silu(gate), up, and the product of the last two.
-    width += 4 * config.intermediate_size // tp
-    # In FP32: what each norm divided by, and from attention the logarithm of each head's sum of exponentials.
-    return tokens * (BF16 * width + FP32 * (2 + heads))
+class _Unbuilt(torch.autograd.Function):
+    """x, and what layers that were not built would keep for the backward pass: `nbytes`, as long as the graph lives."""
+
+    @staticmethod
+    def forward(ctx, x, nbytes):
+        ctx.memory = x.new_empty(nbytes, dtype=torch.uint8)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
 
 
-def layer_backward(config: Config, tp: int, tokens: int) -> int:
-    """Bytes that come and go while one layer's backward pass runs."""
-    C, F, q = config.hidden_size, config.intermediate_size // tp, config.num_attention_heads * config.head_dim // tp
-    inside = 3 * F + 3 * C  # gradients of the product, of gate and of up; of the residual, and of a norm in and out
-    largest = max(F, q) * C  # one weight's gradient, before it is added to its sum in FP32
-    return BF16 * (tokens * inside + largest)
+def small(config: Config, place: Place, layers: int = 2) -> tuple[Config, Place]:
+    """A model with at most so many layers per stage and in the tower, and the place in it that stands for `place`: at
+    the same end of the pipeline, if at one, and holding as many micro-batches, but at most three."""
+    layers = min(layers, len(place.layers(config.num_hidden_layers)))
+    rank, behind = min(1, place.pp_rank), min(3, place.pp_size - place.pp_rank)
+    here = replace(place, pp_rank=rank, pp_size=rank + behind, device=torch.device("meta"))
+    here = replace(here, rank=0, tp_rank=0, tp_group="tp" if place.tp_size > 1 else None)
+    vision = config.vision and replace(config.vision, num_hidden_layers=min(2, config.vision.num_hidden_layers))
+    return replace(config, num_hidden_layers=layers * here.pp_size, vision=vision), here
 
 
-def vision_layer_activations(config: Config, tp: int, patches: int) -> int:
-    """As `layer_activations`, for a layer of the tower, which has as many key/value heads as query heads."""
-    v = config.vision
-    width = 2 * 3 * v.hidden_size + 5 * v.hidden_size // tp + 4 * v.intermediate_size // tp
-    return patches * (BF16 * width + FP32 * (2 + v.num_attention_heads // tp))
+@functools.cache
+def train_on_shapes(
+    config: Config, place: Place, rows, m: int, checkpointing, freeze, lora_rank, keep_fp8, dtype, unbuilt, timed=False
+) -> tuple[Meter, int, int]:
+    """The passes of a training step on the rank at `place`, with `m` micro-batches of `rows` (B, T).
 
-
-def vision_pass(config: Config, tp: int, patches: int) -> int:
-    """Bytes at the worst moment of a forward pass that keeps nothing."""
-    v = config.vision
-    outside = 3 * v.hidden_size  # the residual, and the norm's two
-    attention = 7 * v.hidden_size  # q, k and v, q and k rotated, the result twice
-    return BF16 * patches * (outside + max(attention, 3 * v.intermediate_size) // tp)  # or gate, up and their product
-
-
-def training_activations(
-    config: Config,
-    place: Place,
-    micro_batch: int,
-    length: int,
-    micro_batches: int,
-    checkpointing: bool,
-    freeze: Sequence[str],
-    keep_fp8: bool = False,
-) -> int:
-    """Bytes at the worst moment of a step's forward and backward passes, for a rank at `place`.
-
-    `micro_batch` samples of `length` tokens go through together, `micro_batches` times per step. What adapters keep is
-    left out: a few numbers per token.
+    `unbuilt` layers of the stage and of the tower keep as much as the last that is built. Returns what was counted, the
+    bytes at the worst moment, and those that one more held micro-batch adds.
     """
-    tp, tokens = place.tp_size, micro_batch * length
-    row = BF16 * tokens * config.hidden_size  # hidden states
-    inside = layer_activations(config, tp, tokens)
-    held = len(place.layers(config.num_hidden_layers)) * (row if checkpointing else inside)
-    moment = layer_backward(config, tp, tokens) + (inside if checkpointing else 0)
-    if keep_fp8:  # one of the frozen weights at a time is there in BF16 too, and a block of it in FP32
-        heads = config.num_attention_heads * config.head_dim
-        moment += BF16 * config.hidden_size * max(config.intermediate_size, heads) // tp + FP32 * BLOCK
-    if config.vision is not None and place.first_stage:
-        v = config.vision
-        patches = tokens * v.spatial_merge_size**2
-        once = vision_pass(config, tp, patches)
-        if not {"vision_tower", "projector"} <= set(freeze):
-            # The projector keeps what its norm does (x, x / rms(x), times the weight) and the patches in the order of
-            # their cells; of each cell the merged vector, linear_1's output and the GELU of that.
-            held += BF16 * (4 * patches * v.hidden_size + tokens * (v.hidden_size + 2 * config.hidden_size // tp))
-        if "vision_tower" not in freeze:
-            inside = vision_layer_activations(config, tp, patches)
-            held += v.num_hidden_layers * (BF16 * patches * v.hidden_size if checkpointing else inside)
-            once += inside
-        moment = max(moment, once)
-    if place.last_stage:
-        vocabulary = -(-config.vocab_size // tp)
-        held += 4 * row  # the last layer's output, its rows that have targets, and the norm's two
-        # Logits in BF16 and in FP32, and the gradient of the head's weight.
-        moment = max(moment, tokens * vocabulary * (BF16 + FP32) + BF16 * vocabulary * config.hidden_size)
-    messages = 4 * row if place.pp_size > 1 else row  # hidden states and gradients, to and from the neighbours
-    return min(place.pp_size - place.pp_rank, micro_batches) * held + moment + messages
+    (B, T), device = rows, place.device
+    with Meter(place.tp_size, timed=timed) as meter:
+        model = MistralMedium(config, place, dtype, keep_fp8)
+        for tensor in held_tensors(model):
+            tensor.parameter.requires_grad_(is_trained(tensor.name, freeze))
+        if lora_rank:
+            add_adapters(model, lora_rank, 1.0)
+        for parameter in model.parameters():  # optimizer.py adds a gradient to its FP32 sum at once
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+        model.activation_checkpointing = checkpointing
+        kept, begun = Counter(), {}  # bytes when a layer begins; what lives more when it has ended is what it keeps
+
+        def begin(*_) -> None:
+            if "layer" not in begun:  # else it is computed once more, in a backward pass
+                begun.update(layer=meter.now, peak=meter.peak)
+                meter.peak = meter.now
+
+        [*model.layers.values()][-1].register_forward_pre_hook(begin)
+        if sees := config.vision is not None and place.first_stage and not timed:
+            model.vision_tower.activation_checkpointing = checkpointing
+            layers = model.vision_tower.transformer["layers"]
+            layers[0].register_forward_pre_hook(lambda *_: begun.update(tower=meter.now))
+            # Once for every group of images:
+            layers[-1].register_forward_pre_hook(lambda *_: kept.update(tower=meter.now - begun["tower"]))
+        marks: list[int] = []
+
+        def forward(x: torch.Tensor | None, batch) -> torch.Tensor:  # as Trainer.forward, with every token a target
+            marks.append(meter.now)
+            kept.clear(), begun.clear()
+            if place.first_stage:
+                features = model.image_features([picture(config, T)] * B) if sees else None
+                if sees and features.requires_grad:
+                    features = _Unbuilt.apply(features, unbuilt[1] * kept["tower"])
+                x = model.embed(torch.empty(B, T, dtype=torch.long, device=device), features)
+            y = model(x)
+            joined = y.nbytes * (1 - 1 / place.token_parts) if place.last_stage else 0  # by the model's last act
+            others = unbuilt[0] * int(meter.now - begun["layer"] - joined) * y.requires_grad
+            meter.peak = max(begun["peak"], meter.peak + others)  # they came before the last
+            x = _Unbuilt.apply(y, others)
+            del y
+            if not place.last_stage:
+                return x
+            at = torch.empty(B * T, dtype=torch.long, device=device)
+            losses = model.lm_head.cross_entropy(model.logits(x.flatten(0, 1)[at]), at)
+            return losses.sum() / len(at)
+
+        alone = replace(place, device=torch.device("cpu"))  # it asks its peers, by a tensor with a value
+        pipeline = Pipeline(alone, forward, config.hidden_size, dtype, True)
+        pipeline.down.device = pipeline.up.device = device
+        pipeline.gradient_up = place.pp_rank > 0
+        start = meter.peak = meter.now
+        meter.kernels.clear()
+        pipeline.train([SimpleNamespace(shape=rows)] * m)
+        return meter, meter.peak - start, marks[2] - marks[1] if len(marks) > 2 else 0
 
 
-def adam_activations(trained: int, largest: int) -> int:
-    """Bytes of an Adam step beyond its state: one FP32 tensor as large as the largest bucket, for so many parameters in
-    all and in the largest tensor."""
-    return FP32 * max(largest, min(BUCKET, trained))
+def picture(config: Config, tokens: int) -> torch.Tensor:
+    """An image of so many tokens, all in one row."""
+    cell = config.vision.patch_size * config.vision.spatial_merge_size
+    return torch.empty(3, cell, cell * tokens, device="meta")
 
 
-def inference_activations(config: Config, place: Place, context: int, keep_fp8: bool) -> int:
-    """Bytes at the worst moment of a prefill chunk; nothing is kept from layer to layer but hidden states."""
-    tp, tokens = place.tp_size, min(CHUNK, context)
-    C, F, q = config.hidden_size, config.intermediate_size // tp, config.num_attention_heads * config.head_dim // tp
-    # Attention: q, k, v before and after the rotation, never more than 6 times q. MLP: gate, up and their product.
-    # The mask: a bool per element, and the kernel's version of it in BF16.
-    moment = BF16 * tokens * max(6 * q, 3 * F) + 3 * MASK_ELEMENTS
-    if keep_fp8:
-        # Where the GPU multiplies FP8: an input in FP32, over its scale, and in FP8. Elsewhere one weight in BF16.
-        moment += max(tokens * (2 * FP32 + 1) * max(C, F, q), BF16 * C * max(F, q) + FP32 * BLOCK)
-    if config.vision is not None and place.first_stage:
-        v = config.vision
-        largest = (v.image_size // v.patch_size) ** 2
-        most = min(context * v.spatial_merge_size**2, max(PATCHES_AT_ONCE, largest))
-        moment = max(moment, vision_pass(config, tp, most))
-    if place.last_stage:  # logits in BF16 and FP32, and their log-softmax
-        moment = max(moment, LOGIT_ROWS * -(-config.vocab_size // tp) * (BF16 + 2 * FP32))
-    return 4 * BF16 * tokens * C + moment  # hidden states: before and after, normalized, being sent
+@functools.cache
+def infer_on_shapes(
+    config: Config, place: Place, start: int, tokens: int, keep_fp8: bool, dtype, fp8_products: bool, timed=False
+) -> tuple[Meter, int]:
+    """A chunk of `tokens` from position `start` on, through the rank at `place`; for one token, with the next sampled.
 
-
-# ---------------------------------------------------------------------------------------- before a model is built
-
-
-def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp8: bool) -> None:
-    """Refuse a model whose weights alone do not fit here, and warn where the run's estimate does not.
-
-    `args` are those of generate.py or train.py. A GPU is a rank's own; on a CPU all ranks of a machine share its
-    memory. Every rank has to come here: they find the tightest device together. Raises UserError on all.
+    Nothing but hidden states goes from layer to layer. As many images come first as go through the tower at a time;
+    where time is counted, none. Returns what was counted, and the bytes at the worst moment.
     """
-    wanted = argparse.Namespace(**{**vars(parse_args(["--plan", "--config", ""])), **vars(args)})
-    wanted.inference = not hasattr(args, "lora_rank")
-    if wanted.inference:  # one request, of a chunk; the cache of more, or longer ones, comes on top
-        longest = args.max_context or config.max_position_embeddings
-        wanted.max_context = min(longest, CHUNK + (args.max_new_tokens or CHUNK))
-    dtype, gpu = getattr(torch, args.dtype), place.device.type == "cuda"
-
-    def needs(place: Place) -> StagePlan:
-        stage, _ = plan_rank(config, place, wanted, keep_fp8, dtype)
-        stage.reserve_bytes = RESERVE if gpu else 0
-        return stage
-
-    mine = together(lambda: needs(place))
-    room = torch.cuda.mem_get_info(place.device)[0] if gpu else cpu_memory()
-    devices: dict[tuple, list] = {}
-    for device, *numbers in gather_objects(
-        ((socket.gethostname(), str(place.device)), mine.weight_bytes, mine.peak_bytes, room)
-    ):
-        devices.setdefault(device, []).append(numbers)
-    sums = [[sum(column) for column in zip(*ranks)] + [len(ranks)] for ranks in devices.values()]
-    weights, peak, room, sharers = max(sums, key=lambda each: each[1] / each[2])
-    room /= sharers  # each of them saw all of it
-    if peak <= room:
-        return
-    topology = smallest_topology(needs, room / sharers)
-    what = "the smallest split that fits is --tp {} --pp {}, {} processes with {:.1f} GB each"
-    what = what.format(*topology, math.prod(topology), room / sharers / 1e9) if topology else "no split makes it fit"
-    there = f"{room / 1e9:.1f} GB are free on {'the GPU' if gpu else 'the machine'}; {what}"
-    if weights > room:
-        raise UserError(f"the weights take {weights / 1e9:.1f} GB, but {there}")
-    if place.rank == 0:
-        print(f"caution: this may take {peak / 1e9:.1f} GB, but {there}", file=sys.stderr)
+    with Meter(place.tp_size, fp8_products, timed) as meter, torch.no_grad():
+        model = MistralMedium(config, place, dtype, keep_fp8)
+        model.join()
+        static = torch.empty((), device="meta") if config.activation_scheme == "static" else None
+        for layer in model.modules():
+            if joined := getattr(layer, "joined", None):
+                joined.rows_of(joined.layers[0], place.device)
+            if getattr(layer, "weight_scale", None) is not None:
+                layer.activation_scale = static
+        model.pack()
+        cache, features = model.new_cache(1, start + tokens), None
+        begin = meter.peak = meter.now
+        meter.kernels.clear()
+        if place.first_stage:
+            if config.vision is not None and not timed:
+                v = config.vision
+                most = max(PATCHES_AT_ONCE, (v.image_size // v.patch_size) ** 2) // v.spatial_merge_size**2
+                features = model.image_features([picture(config, min(start + tokens, most))])
+            x = model.embed(torch.empty(1, tokens, dtype=torch.long, device="meta"), features)
+        else:
+            x = torch.empty(1, tokens, config.hidden_size, dtype=dtype, device="meta")
+        at = torch.empty(1, dtype=torch.long, device="meta")
+        x = model(x, model.step_span(at, start + 1) if tokens == 1 else start, cache)
+        if place.last_stage:
+            logits = model.logits(x[0, -LOGIT_ROWS:])
+            model.lm_head.log_probabilities(logits, torch.empty(len(logits), dtype=torch.long, device="meta"))
+        else:
+            dist.isend(x)
+        return meter, meter.peak - begin
 
 
-def smallest_topology(needs: Callable[[Place], StagePlan], room: float) -> tuple[int, int] | None:
-    """(tp, pp) of the fewest ranks that have `room` bytes each; tp within a machine of 8 where there is a choice."""
-    whole = needs(Place())
-    fewest = math.ceil((whole.weight_bytes + whole.gradient_bytes + whole.optimizer_bytes) / max(1, room))
-    step = 8 if fewest > 64 else 1  # whole machines
-    for ranks in range(-(-max(1, fewest) // step) * step, min(2 * fewest + 16, MOST_RANKS), step):
-        for tp in sorted((n for n in range(1, ranks + 1) if ranks % n == 0), key=lambda n: (n > 8, -n)):
-            pp = ranks // tp
-            # The first stage has the embedding and the tower, the last the head; and with 1F1B the earlier ones hold
-            # more activations than the later ones.
-            some = [Place(0, 0, tp, stage, pp) for stage in sorted({0, min(1, pp - 1), pp - 1})]
-            with contextlib.suppress(TopologyError):
-                if all(needs(place).peak_bytes <= room for place in some):
-                    return tp, pp
-    return None
+# ------------------------------------------------------------------------------------------------ time on paper
+
+ADAM_BYTES = 82  # that a step of optimizer.py reads and writes per trained weight
+RECIPE_STEPS, MEDPIX = 100, 20_500  # of the published fine-tune; samples of its data
 
 
-def cpu_memory() -> float:
-    """Bytes that are free on this machine, within the limits that Slurm or a container sets (control groups)."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            free = sum(1024 * int(line.split()[1]) for line in file if line.startswith(("MemAvailable", "SwapFree")))
-        with open("/proc/self/cgroup", encoding="utf-8") as file:
-            groups = [line.rstrip("\n").split(":", 2) for line in file]
-    except OSError:
-        return math.inf
-    for _, kind, path in groups:
-        if kind in ("", "memory"):  # version 2 and version 1
-            folder, name = f"/sys/fs/cgroup/{kind}{path}", "memory.limit_in_bytes" if kind else "memory.max"
-            while len(folder) >= len("/sys/fs/cgroup"):
-                with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, name)) as file:
-                    free = min(free, int(file.read()))  # ValueError: "max", no limit
-                folder = os.path.dirname(folder)
-    return free
+def stage_seconds(config: Config, place: Place, gpu: Gpu, run: Callable[[Config, Place], Meter]) -> torch.Tensor:
+    """(floor, estimate) of `run` on the whole stage at `place`, from runs of one layer and of two: float64."""
+    one, two = (torch.tensor(run(*small(config, place, n)).seconds(gpu, place.pp_size)).double() for n in (1, 2))
+    return one + (len(place.layers(config.num_hidden_layers)) - 1) * (two - one)
+
+
+def make_times(config: Config, args: argparse.Namespace, keep_fp8: bool, trained: int) -> dict[str, list[float]]:
+    """What takes how long: name -> [floor, estimate], in seconds. `trained`: the most weights that a rank trains."""
+    gpu, p, dtype = GPUS[args.gpu], args.pp, torch.bfloat16
+    grid = [stage[0] for stage in places(args.tp, p, args.dp, args.sequence_parallel)]
+    ends = [grid[i] for i in sorted({0, min(1, p - 1), p - 1})]  # the stages between are alike
+
+    def infer(start: int, tokens: int) -> list[torch.Tensor]:
+        options = (start, tokens, keep_fp8, dtype, gpu.fp8 > 0, True)
+        return [stage_seconds(config, at, gpu, lambda *on: infer_on_shapes(*on, *options)[0]) for at in ends]
+
+    times = {}
+    if args.inference:
+        context = min(8192, args.max_context)
+        stages = infer(context - 1, 1)
+        times[f"a token after {context:,}"] = sum(stages) + max(0, p - 3) * stages[len(stages) // 2]
+        for length in (n for n in (8192, 131072) if n <= args.max_context):
+            pairs = zip(infer(0, CHUNK), infer(length - CHUNK, CHUNK))
+            slowest = torch.stack([(first + last) / 2 for first, last in pairs]).amax(0)
+            times[f"a prompt of {length:,}"] = (length // CHUNK + p - 1) * slowest
+    else:
+        freeze = tuple(FREEZABLE if args.lora_rank else args.freeze)
+        options = (args.activation_checkpointing, freeze, args.lora_rank, keep_fp8, dtype, (0, 0), True)
+        rows = batch_shape(args, ends[0])
+        step = lambda *on: train_on_shapes(*on, rows, 1, *options)[0]  # noqa: E731
+        slowest = torch.stack([stage_seconds(config, at, gpu, step) for at in ends]).amax(0)
+        adam = torch.tensor([1, 1 / COPIES]) * ADAM_BYTES * trained / gpu.memory
+        adam[1] += 2 * (args.dp - 1) / args.dp * FP32 * trained / gpu.network / LINKS  # gradients of replicas
+        times["a step"] = step = (count_micro_batches(args, args.dp) + p - 1) * slowest + adam
+        times[f"{RECIPE_STEPS} steps (the published fine-tune)"] = RECIPE_STEPS * step
+        times[f"an epoch of MedPix ({MEDPIX:,} samples)"] = math.ceil(MEDPIX / args.global_batch_size) * step
+    return {name: value.tolist() for name, value in times.items()}
 
 
 # ----------------------------------------------------------------------------------------------- the program
@@ -371,7 +372,7 @@ def show(plan: dict, args: argparse.Namespace) -> str:
     """The plan as a table."""
     middle = ["KV cache"] if args.inference else ["gradients", "optimizer"]
     fields = ["cache_bytes"] if args.inference else ["gradient_bytes", "optimizer_bytes"]
-    names = ["stage", "layers", "parameters", "weights", *middle, "activations*", "reserve*", "peak", "fits"]
+    names = ["stage", "layers", "parameters", "weights", *middle, "activations", "reserve*", "peak", "fits"]
     fields = ["weight_bytes", *fields, "activation_bytes", "reserve_bytes", "peak_bytes"]
     rows = [
         [str(s["stage"]), "{}-{}".format(*s["layers"]), f"{s['parameters']:,}", *(f"{s[f] / 1e9:.2f}" for f in fields)]
@@ -383,18 +384,24 @@ def show(plan: dict, args: argparse.Namespace) -> str:
     lines += ["", "GB (10^9 bytes) and parameters of one rank; * estimated"]
     adapters = f", {plan['adapters']:,} of adapters" if plan["adapters"] else ""
     copies = ", ".join(f"{name} {count:,}" for name, count in plan["copies"].items())
-    lines.append(
-        f"{plan['parameters']:,} parameters{adapters}; besides, over all ranks of a replica: copies {copies or 0}; "
-        f"padding {plan['padding']:,}"
-    )
+    besides = f"besides, over all ranks of a replica: copies {copies or 0}; padding {plan['padding']:,}"
+    lines.append(f"{plan['parameters']:,} parameters{adapters}; {besides}")
     if args.inference:
-        largest = f"{plan['largest_context']:,}"
-        lines.append(f"context {args.max_context:,} tokens, one request; the largest that fits: {largest}")
+        lines.append(f"context {args.max_context:,} tokens, one request; at most {plan['largest_context']:,} fit")
     else:
         bubble, m = f"{100 * plan['bubble']:.1f} %", plan["micro_batches"]
         lines.append(f"bubble {bubble} of the time: {args.pp} stages, {m} micro-batches a step")
+    lines.append(f"time on {args.gpu.upper()}s, on paper:")
+    lines += [
+        f"  {name}: {human(low)} at least, about {human(guess)}" for name, (low, guess) in plan["seconds"].items()
+    ]
     lines.append(f"{'fits' if plan['fits'] else 'does not fit'} on {plan['gpus']} × {args.gpu_memory_gb:g} GB")
     return "\n".join(lines)
+
+
+def human(seconds: float) -> str:
+    unit, size = next((pair for pair in (("h", 3600), ("min", 60), ("s", 1)) if seconds >= pair[1]), ("ms", 1e-3))
+    return f"{seconds / size:.1f} {unit}"
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -405,23 +412,25 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--tp", type=SIZE, default=1, metavar="N", help="tensor-parallel size")
     add("--pp", type=SIZE, default=1, metavar="N", help="pipeline-parallel size")
     add("--dp", type=SIZE, default=1, metavar="N", help="data-parallel size")
-    add("--gpu-memory-gb", type=number(float, 0, 1e6, above=True), default=80.0, metavar="F", help="10^9 bytes a GPU")
+    add("--gpu", choices=[*GPUS], default="h100", help="whose published speed to reckon with; default h100")
+    add("--gpu-memory-gb", type=number(float, 0, 1e6, above=True), metavar="F", help="10^9 bytes; default: the GPU's")
     add("--json", action="store_true", help="one JSON object on stdout")
     add("--max-length", type=SIZE, metavar="N", help="tokens of a sample; default 2048, or the model's context")
     add("--micro-batch-size", type=SIZE, default=1, metavar="N")
     add("--global-batch-size", type=SIZE, default=64, metavar="N", help="samples a step, which decide the bubble")
     add("--activation-checkpointing", action="store_true")
+    add("--sequence-parallel", action="store_true")
     add("--freeze", nargs="+", default=[], choices=sorted(FREEZABLE), metavar="NAME", help=", ".join(FREEZABLE))
     add("--lora-rank", type=SIZE, metavar="N", help="adapters of this rank; weights frozen, FP8 ones as they are")
     add("--inference", action="store_true", help="plan generate.py with one request, not train.py")
     add("--weights", choices=["fp8", "dequantized"], help="with --inference: FP8 weights in memory; default: as stored")
     add("--max-context", type=SIZE, metavar="N", help="with --inference: tokens; default: the model's context")
     args = parser.parse_args(argv)
-    training = args.freeze or args.activation_checkpointing or args.max_length or args.lora_rank
-    if args.inference and (args.dp > 1 or training):
-        raise UserError(
-            "--dp, --freeze, --activation-checkpointing, --max-length and --lora-rank are for training, not --inference"
-        )
+    args.gpu_memory_gb = args.gpu_memory_gb or GPUS[args.gpu].gigabytes
+    training = args.freeze or args.activation_checkpointing or args.sequence_parallel or args.max_length
+    if args.inference and (args.dp > 1 or training or args.lora_rank):
+        flags = "--dp, --freeze, --activation-checkpointing, --sequence-parallel, --max-length and --lora-rank"
+        raise UserError(f"{flags} are for training, not --inference")
     if not args.inference and (args.weights or args.max_context):
         raise UserError("--weights and --max-context go with --inference")
     return args

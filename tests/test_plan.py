@@ -20,6 +20,7 @@ import fp8
 import generate
 import launch
 import plan
+import session
 import train
 from checkpoint import Checkpoint, fill
 from config import UserError, read_config
@@ -122,6 +123,60 @@ def test_what_is_held_is_parameters_copies_and_padding(tied, tmp_path):
         assert ("tied embedding" in plan["copies"]) == (tied and pp > 1)
 
 
+# --------------------------------------------------------------------------------------- what is counted on shapes
+
+
+def test_activations_of_the_recipe(medium):
+    """What the same step took where every layer and micro-batch was run, on tensors that pretend to be CUDA's."""
+    stages = planned(medium, *RECIPE, "--global-batch-size", 8)["stages"]
+    for stage, measured in ((0, 5.3594e9), (3, 3.7472e9), (7, 1.4802e9)):
+        assert 0.9999 < stages[stage]["activation_bytes"] / measured < 1.03
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--activation-checkpointing", "--freeze", "embeddings"),
+        ("--lora-rank", 4),
+        ("--lora-rank", 4, "--activation-checkpointing"),
+        ("--sequence-parallel", "--activation-checkpointing"),
+        ("--sequence-parallel",),
+    ],
+)
+@pytest.mark.parametrize("tp, pp", [(2, 1), pytest.param(2, 4, marks=pytest.mark.slow)])
+def test_layers_that_are_not_built(options, tp, pp, tmp_path, monkeypatch):
+    """Two layers stand for six, to the byte."""
+    config = str(tmp_path / "config.json")
+    sizes = dict(hidden_size=256, intermediate_size=640, num_attention_heads=8, num_key_value_heads=2, head_dim=32)
+    write_json(config, layout_config(text_fields("yarn", **sizes, num_hidden_layers=6 * pp), "new")[1])
+    options = ("--tp", tp, "--pp", pp, "--max-length", 64, *options, "--global-batch-size", 6)
+    few = [stage["activation_bytes"] for stage in planned(config, *options)["stages"]]
+    small = plan.small
+    monkeypatch.setattr(plan, "small", lambda config, place, layers=2: small(config, place, 6))
+    assert few == [stage["activation_bytes"] for stage in planned(config, *options)["stages"]]
+
+
+@pytest.mark.parametrize("gpu, fp8", [("h100", True), ("h200", True), ("a100", False)])
+def test_time(gpu, fp8, medium):
+    """The floors are what arithmetic and memory allow; and more GPUs take less time."""
+    memory = plan.GPUS[gpu].memory
+    eight, one = (planned(medium, "--inference", "--tp", tp, "--gpu", gpu)["seconds"] for tp in (8, 1))
+    bytes_read = 88 * (LAYER - 2 * 12288) + 2 * EMBEDDING + 8192 * 360_448  # FP8 weights, the head in BF16, the cache
+    floor, estimate = one["a token after 8,192"]
+    assert floor < estimate and (not fp8 or 0.98 < floor / (bytes_read / memory) < 1.1)
+    operations = 2 * 8192 * 88 * LAYER
+    floor, estimate = one["a prompt of 8,192"]
+    peak = plan.GPUS[gpu].fp8 or plan.GPUS[gpu].bf16
+    assert operations / peak < floor < 1.4 * operations / peak and floor < estimate
+    assert all(eight[name][i] < one[name][i] for name in one for i in (0, 1))
+    step = planned(medium, *RECIPE, "--gpu", gpu)["seconds"]
+    floor, estimate = step["a step"]
+    operations = 8 * 64 * 2048 * TOTAL / 64 * 71 / 64  # forward twice, backward; and the bubble
+    assert operations / plan.GPUS[gpu].bf16 < floor < 1.3 * operations / plan.GPUS[gpu].bf16 and floor < estimate
+    assert step["100 steps (the published fine-tune)"][1] == pytest.approx(100 * estimate)
+
+
 # ------------------------------------------------------------------------------------------------------- real runs
 
 
@@ -221,14 +276,8 @@ def test_a_training_step(tp, pp, options, image, tmp_path):
         for name in ("weight_bytes", "gradient_bytes", "optimizer_bytes"):
             assert stage[name] == measured[name]
         ratio = stage["activation_bytes"] / max(measured["passes"], measured["step"])
-        place, checkpointing = plan.places(tp, pp)[rank // tp][0], "--activation-checkpointing" in options
-        passes = plan.training_activations(
-            *(read_config(config), place, 1, ranks[0]["length"], 4, checkpointing),
-            plan.FREEZABLE if "--lora-rank" in options else FROZEN[1:] if FROZEN[0] in options else (),
-        )
-        print(f"rank {rank}: estimate / measurement {ratio:.2f}, of the passes alone {passes / measured['passes']:.2f}")
-        assert 0.9 < ratio < 1.45  # below 1 where a norm in BF16, on a CPU, keeps its input in float32
-        assert 0.9 < passes / measured["passes"] < 1.6
+        print(f"rank {rank}: plan / measurement {ratio:.2f}")
+        assert 0.97 < ratio < (1.45 if image else 1.06)  # the plan takes every token for a target, and for an image
 
 
 def loaded_bytes(directory: str, tp: int, pp: int, dtype: torch.dtype, keep_fp8: bool) -> tuple[int, int]:
@@ -306,9 +355,9 @@ def test_the_smallest_topology(medium, monkeypatch):
     """What is named fits by the plan, and nothing smaller does."""
     config, args, rng = read_config(medium), generate.parse_args(["--prompt", "x"]), random.Random(3)
     for room in [rng.uniform(30e9, 250e9) for _ in range(4)]:
-        monkeypatch.setattr(plan, "cpu_memory", lambda: room)
+        monkeypatch.setattr(session, "cpu_memory", lambda: room)
         with pytest.raises(UserError, match="the weights take 255.4 GB, but .* GB are free on the machine") as refused:
-            plan.check_memory(config, Place(), args, keep_fp8=False)
+            session.check_memory(config, Place(), args, keep_fp8=False)
         tp, pp, ranks = map(int, re.search(r"--tp (\d+) --pp (\d+), (\d+) processes", str(refused.value)).groups())
         assert tp * pp == ranks and needs(config, tp, pp, args) <= room
         for smaller in ((tp, pp - 1), (tp // 2, pp), (1, ranks - 1), (2, (ranks - 1) // 2)):
@@ -321,24 +370,24 @@ def test_memory_that_does_not_do(medium, monkeypatch, capsys):
     args = generate.parse_args(["--prompt", "x"])
     for keep_fp8, weights, peak in ((True, 133.7e9, 138e9), (False, 255.5e9, 260e9)):
         for room, says in ((weights, "caution: this may take "), (peak, "")):
-            monkeypatch.setattr(plan, "cpu_memory", lambda: room)
-            plan.check_memory(config, Place(), args, keep_fp8)
+            monkeypatch.setattr(session, "cpu_memory", lambda: room)
+            session.check_memory(config, Place(), args, keep_fp8)
             err = capsys.readouterr().err
             assert err.startswith(says) and err.count("\n") == bool(says)
     training = train.parse_args(["--ckpt", "x", "--data", "x", "--out", "x", "--activation-checkpointing"])
-    monkeypatch.setattr(plan, "cpu_memory", lambda: 80e9)
+    monkeypatch.setattr(session, "cpu_memory", lambda: 80e9)
     with pytest.raises(UserError, match="the smallest split that fits is --tp"):
-        plan.check_memory(config, Place(), training, False)
-    monkeypatch.setattr(plan, "cpu_memory", lambda: 1e6)
+        session.check_memory(config, Place(), training, False)
+    monkeypatch.setattr(session, "cpu_memory", lambda: 1e6)
     with pytest.raises(UserError, match="no split makes it fit"):
-        plan.check_memory(config, Place(), args, False)
+        session.check_memory(config, Place(), args, False)
     assert time.monotonic() - started < 20
 
 
 def check_on_a_rank(config: str, room: float) -> str:
-    plan.cpu_memory = lambda: room
+    session.cpu_memory = lambda: room
     try:
-        plan.check_memory(read_config(config), find_place(2, 1), generate.parse_args(["--prompt", "x"]), False)
+        session.check_memory(read_config(config), find_place(2, 1), generate.parse_args(["--prompt", "x"]), False)
     except UserError as error:
         return str(error)
 
@@ -358,7 +407,7 @@ def test_programs_ask_first(medium, tmp_path, monkeypatch):
     started = time.monotonic()
     with pytest.raises(UserError, match="the weights take 255.4 GB, but .* are free on the machine"):
         train.main(["--init", medium, "--tokenizer", directory, *training])
-    monkeypatch.setattr(plan, "cpu_memory", lambda: 1e5)
+    monkeypatch.setattr(session, "cpu_memory", lambda: 1e5)
     for program, options in ((generate, ["--prompt", "x"]), (train, training)):
         with pytest.raises(UserError, match="the weights take .* GB, but .* are free on the machine"):
             program.main(["--ckpt", directory, *options])
@@ -368,4 +417,11 @@ def test_programs_ask_first(medium, tmp_path, monkeypatch):
 def test_the_memory_of_this_machine():
     with open("/proc/meminfo") as file:
         total = sum(int(line.split()[1]) for line in file if line.startswith(("MemTotal", "SwapTotal")))
-    assert 1e8 < plan.cpu_memory() <= 1024 * total
+    assert 1e8 < session.cpu_memory() <= 1024 * total
+
+
+@pytest.mark.slow
+def test_the_flagship_benchmark():
+    """On a CPU and a small model it runs from end to end."""
+    ended = run("benchmarks/flagship.py", "--device", "cpu")
+    assert ended.status == 0 and ended.out.count("\n") == 5 and "prefill" in ended.out and "LoRA" in ended.out
