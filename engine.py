@@ -265,23 +265,30 @@ class Engine:
         """
         first, last = len(group.rows), []
         for pieces in self.chunks(group, new):
-            segments = [(i, start, size) for i, start, size, _ in pieces]
-            prompts = [group.rows[i].request.prompt for i, _, _ in segments]
-            tokens = [id for prompt, (_, start, size) in zip(prompts, segments) for id in prompt[start : start + size]]
-            features = [part for *_, part in pieces if part is not None]
-            features = torch.cat(features) if features else None
-            hidden = self.run_stage(torch.tensor([tokens]), self.model.span(segments), group.cache, features)
-            if hidden is None:
-                continue
-            parts = hidden[0].split([size for *_, size in segments])  # each (size, C)
-            for part, prompt, (i, start, size) in zip(parts, prompts, segments):
-                if group.rows[i].request.logprobs:
-                    # The state at a token scores the next one, so the last state needs the next chunk's first token.
-                    group.rows[i].scores += self.score(part, prompt[start + 1 : start + size + 1])
-                if start + size == len(prompt):
-                    last.append(part[-1])
+            last += self.prefill_chunk(group, pieces)
         if self.place.last_stage:
             self.sample(torch.stack(last), group, slice(first, len(group.rows)), *warm_and_choosy(new))
+
+    def prefill_chunk(
+        self, group: Group, pieces: list[tuple[int, int, int, torch.Tensor | None]]
+    ) -> list[torch.Tensor]:
+        """Returns, on the last stage, the states (C,) after prompts that end here."""
+        segments = [(i, start, size) for i, start, size, _ in pieces]
+        prompts = [group.rows[i].request.prompt for i, _, _ in segments]
+        tokens = [id for prompt, (_, start, size) in zip(prompts, segments) for id in prompt[start : start + size]]
+        features = [part for *_, part in pieces if part is not None]
+        features = torch.cat(features) if features else None
+        hidden = self.run_stage(torch.tensor([tokens]), self.model.span(segments), group.cache, features)
+        if hidden is None:
+            return []
+        parts, last = hidden[0].split([size for *_, size in segments]), []  # each (size, C)
+        for part, prompt, (i, start, size) in zip(parts, prompts, segments):
+            if group.rows[i].request.logprobs:
+                # The state at a token scores the next one, so the last state needs the next chunk's first token.
+                group.rows[i].scores += self.score(part, prompt[start + 1 : start + size + 1])
+            if start + size == len(prompt):
+                last.append(part[-1].clone())  # not a view, which would keep all of them
+        return last
 
     def chunks(self, group: Group, new: list[Row]) -> Iterator[list[tuple[int, int, int, torch.Tensor | None]]]:
         """Pieces (row of the cache, first position, tokens, features of images), `self.chunk` tokens at a time."""

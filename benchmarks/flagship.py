@@ -85,10 +85,15 @@ def layers_that_fit(config: Config, place: Place) -> int:
     return min(config.num_hidden_layers, 1 + int((free - SPARE - one) // each))
 
 
-def build(config: Config, place: Place) -> MistralMedium:
-    """The model with random FP8 weights, drawn on the device itself, and scales that keep activations near 1."""
+def build(config: Config, place: Place, fast: bool = False) -> MistralMedium:
+    """The model with random FP8 weights, drawn on the device itself, and scales that keep activations near 1; `fast`:
+    as for inference."""
     model = MistralMedium(config, place, torch.bfloat16, keep_fp8=True)
+    if fast:
+        model.join()
     fill_at_random(model, place.device)
+    if fast:
+        model.pack()
     return model
 
 
@@ -98,7 +103,8 @@ def fill_at_random(model: nn.Module, device: torch.device) -> None:
         for name, parameter in list(layer.named_parameters(recurse=False)):
             if parameter.device.type != "meta":
                 continue
-            weight = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            shape = dict(dtype=parameter.dtype, device=device)
+            weight = layer.allocate(device) if isinstance(layer, Linear) else torch.empty(parameter.shape, **shape)
             in_fp8 = weight.dtype == E4M3
             deviation = 1 if in_fp8 or weight.dim() == 1 else 0.02
             for rows in weight.split(1024):  # so that what is drawn stays small beside the weight
@@ -128,17 +134,12 @@ def measure_lora(model: MistralMedium, length: int, rank: int = 8) -> float:
     tokens = torch.randint(model.config.vocab_size, (1, length + 1), device=device)
 
     def step() -> None:
-        hidden = model(model.embed(tokens[:, :-1]), [0])
+        hidden = model(model.embed(tokens[:, :-1]))
         model.lm_head.cross_entropy(model.logits(hidden[0]), tokens[0, 1:]).mean().backward()
         for parameter in adapters:
             parameter.grad = None
 
-    taken = seconds(step, device)
-    for layer in model.modules():
-        if isinstance(layer, Linear):
-            layer.adapter = None
-    model.activation_checkpointing = False
-    return taken
+    return seconds(step, device)
 
 
 def measure_generation(model: MistralMedium, rows: int, prompt: int, new_tokens: int) -> tuple[float, float]:
@@ -175,9 +176,9 @@ def benchmark(config: Config, place: Place, layers: int, sizes: argparse.Namespa
     # Forward twice (the second time for the backward pass), and the gradients of inputs; weights have none.
     lora = measure_lora(model, sizes.length)
     row(f"LoRA, passes of {sizes.length:,} tokens", lora, 6 * weights * sizes.length / limits.bf16)
-    head, cache = model.lm_head.weight.nbytes, model.new_cache(1, 1)
-    per_token = cache.keys.nbytes + cache.values.nbytes
-    model.lay_out_weights()
+    del model  # there may be no room for another one beside it
+    model = build(replace(config, num_hidden_layers=layers), place, fast=True)
+    head, per_token = model.lm_head.weight.nbytes, model.new_cache(1, 1).nbytes
     for count in (1, 16):
         _, step = measure_generation(model, count, sizes.decode_at, sizes.new_tokens)
         traffic = weights + head + count * sizes.decode_at * per_token  # FP8: a byte per weight

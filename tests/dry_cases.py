@@ -4,9 +4,11 @@ Each function is called in the process that pretends, and returns reports of `Wa
 of them, each at full size.
 """
 
+import argparse
 import os
 import re
 import shlex
+import sys
 from dataclasses import replace
 
 import torch
@@ -17,6 +19,7 @@ from processes import ROOT, read
 from torch.nn.attention.bias import causal_lower_right
 
 import checkpoint
+import engine as engine_module
 import train
 from checkpoint import Stored, fill, is_quantized, layers_with_slices, scale_names
 from config import Config, read_config
@@ -26,6 +29,8 @@ from optimizer import Optimizer
 from parallel import Place, Slice
 from pipeline import MicroBatch, Pipeline
 
+sys.path.append(os.path.join(ROOT, "benchmarks"))
+engine_module.record = lambda step: step  # there are no CUDA graphs here; what one would replay is counted
 CONFIG = os.path.join(ROOT, "tests", "data", "config.json")
 
 
@@ -153,6 +158,7 @@ def answering(
     images: bool = False,
     temperature: float = 0.0,
     tokens: int = 4,
+    logprobs: bool = False,
 ) -> list[list]:
     """`Engine.generate` for prompts of so many tokens, all together: [phase, report] of each of the engine's calls.
 
@@ -165,8 +171,6 @@ def answering(
         fill(model, Shelf(config, fp8=keep_fp8))
         model.eval().pack()
         engine = Engine(model, eos_id=2, max_context=config.max_position_embeddings)
-        if engine.record is not None:
-            engine.record = lambda step: step  # there are no CUDA graphs here; what one would replay is counted
 
         def phase(name: str) -> None:
             """What was seen since the last call belongs to `name`."""
@@ -185,6 +189,8 @@ def answering(
         for name in ("prefill", "decode"):
             setattr(engine, name, marked(name, getattr(engine, name)))
         requests = [request(config, n, images and place.first_stage, temperature, tokens) for n in prompts]
+        for each in requests:
+            each.logprobs = logprobs
         watch.forget()
         engine.generate(requests)
         phase("rest")
@@ -199,6 +205,18 @@ def request(config: Config, length: int, image: bool, temperature: float, tokens
         pixels = [torch.zeros(3, side * cell, side * cell, dtype=torch.bfloat16)]
         prompt[1 : 1 + side * side] = [config.vision.image_token_id] * side * side
     return Request(prompt, pixels, tokens, temperature)
+
+
+def flagship(watch: Watch, layers: int) -> dict:
+    """benchmarks/flagship.py from end to end, with so many layers."""
+    import flagship as program
+
+    torch.cuda.get_device_name = lambda *device: "a GPU that is none"
+    sizes = argparse.Namespace(matrix=1024, prompt=5000, decode_at=512, new_tokens=4, length=256)
+    with world(0, 8, 1) as place, watch:
+        watch.forget()
+        rows = program.benchmark(real_config(None), place, layers, sizes)
+        return watch.report() | {"rows": rows}
 
 
 # ---------------------------------------------------------------------------------------------------- what is wrong

@@ -22,6 +22,7 @@ import launch
 import plan
 import session
 import train
+import vision
 from checkpoint import Checkpoint, fill
 from config import UserError, read_config
 from launch import find_place
@@ -126,13 +127,6 @@ def test_what_is_held_is_parameters_copies_and_padding(tied, tmp_path):
 # --------------------------------------------------------------------------------------- what is counted on shapes
 
 
-def test_activations_of_the_recipe(medium):
-    """What the same step took where every layer and micro-batch was run, on tensors that pretend to be CUDA's."""
-    stages = planned(medium, *RECIPE, "--global-batch-size", 8)["stages"]
-    for stage, measured in ((0, 5.3594e9), (3, 3.7472e9), (7, 1.4802e9)):
-        assert 0.9999 < stages[stage]["activation_bytes"] / measured < 1.03
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -210,6 +204,7 @@ def nbytes(tensors) -> int:
 def train_on_a_rank(argv: list[str]) -> dict:
     """A step of train.py: what lasts, and the most that comes and goes during the passes and during Adam's step."""
     fp8.FLOAT32_ROWS = 1 << 60  # BF16 products as a GPU forms them, without copies in float32
+    vision.RMSNorm.forward = lambda norm, x: fp8._Norm.apply(x, norm.weight)  # a GPU has one kernel for it
     args = train.parse_args(argv)
     trainer = train.Trainer(args, find_place(args.tp, args.pp))
     model, optimizer = trainer.model, trainer.optimizer
