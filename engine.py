@@ -67,17 +67,17 @@ class Answer:
 class Row:
     """A request, number `index` of its batch, while it is being answered."""
 
-    def __init__(self, index: int, request: Request, limit: int, eos_id: int, image_token_id: int | None):
-        self.index, self.request, self.eos_id, self.answer = index, request, eos_id, Answer()
+    def __init__(self, index: int, request: Request, engine: "Engine"):
+        self.index, self.request, self.eos_id, self.answer = index, request, engine.eos_id, Answer()
         self.length = len(request.prompt)  # tokens in the cache, once the prompt is
-        room = limit - self.length
+        room = engine.max_context - self.length
         self.room = room if request.max_new_tokens is None else min(request.max_new_tokens, room)
         self.start = 0  # tokens that the cache had already
         self.scores: list[torch.Tensor] = []  # of the prompt's tokens, on the last stage
         # What its place in the cache depends on: ids, and at an [IMG] token which image it is of; nobody else has one
         # that has no name.
         images, nameless = iter([name for name, count in request.images for _ in range(count)]), object()
-        self.ids = [next(images, nameless) if id == image_token_id else id for id in request.prompt]
+        self.ids = [next(images, nameless) if id == engine.image_token_id else id for id in request.prompt]
 
     def take(self, token: int, logprob: float) -> list[tuple[str, str]]:
         """Append a sampled token; returns the pieces of the reply that became certain with it."""
@@ -113,10 +113,6 @@ class Group:
         self.work: dist.Work | None = None  # the broadcast of `sampled`
         self.phase = "prefill"  # what is in flight
         self.steps: dict[tuple, Callable | None] = {}  # see Engine.decode
-
-    @property
-    def width(self) -> int:
-        return len(self.held)
 
     def drop_finished(self) -> list[Row]:
         """The last row moves into the place of a finished one, so that a step runs over the cache's first rows.
@@ -159,6 +155,7 @@ class Engine:
 
     def __init__(self, model: MistralMedium, eos_id: int, max_context: int):
         self.model, self.place, self.eos_id, self.max_context = model, model.place, eos_id, max_context
+        self.image_token_id = model.config.vision and model.config.vision.image_token_id
         on_gpu = self.place.device.type == "cuda"
         self.chunk = CHUNK if on_gpu else CPU_CHUNK
         # What makes a step replayable, see `decode`. Messages between stages are not recorded.
@@ -184,8 +181,7 @@ class Engine:
         0 for every token: True ends all answers where they are, as "cancelled". Prompts must not be longer than
         `max_context`; an answer ends there at the latest.
         """
-        image = self.model.config.vision and self.model.config.vision.image_token_id
-        rows = (Row(i, request, self.max_context, self.eos_id, image) for i, request in enumerate(requests))
+        rows = (Row(i, request, self) for i, request in enumerate(requests))
         self.seconds, self.tokens = ({"prefill": 0, "decode": 0} for _ in range(2))
         self.mark, answers, first = time.perf_counter(), {}, list(islice(rows, width))
         waiting = chain(first, rows)
@@ -228,7 +224,7 @@ class Engine:
         held = [ids for group in self.groups for ids in group.held]
         useful = any(common(ids, row.ids) >= SHARED for row in rows for ids in held)
         useful |= all(group.cache.length <= 2 * length for group in self.groups)
-        if not useful or [group.width for group in self.groups] != widths:
+        if not useful or [len(group.held) for group in self.groups] != widths:
             self.groups.clear()  # first, to have their memory
             self.groups += [Group(self.model, width, length) for width in widths]
 
@@ -241,11 +237,11 @@ class Engine:
 
     def advance(self, group: Group, waiting: Iterator[Row]) -> None:
         """A token for every row; and rows that wait take the places that are free, with the first token of theirs."""
-        old, new = len(group.rows), list(islice(waiting, group.width - len(group.rows)))
+        old, new = len(group.rows), list(islice(waiting, len(group.held) - len(group.rows)))
         longest = max((row.length for row in (*group.rows, *new)), default=0) + 1  # with the token that goes in
         if longest > group.cache.length:
             group.cache.grow(KVCache.length_for(longest))
-            group.steps.clear()  # they were recorded with the old addresses
+            group.steps.clear()  # none of them will come again, and recordings take memory
         if old:
             self.decode(group)
         if new:
@@ -272,7 +268,7 @@ class Engine:
     def prefill_chunk(
         self, group: Group, pieces: list[tuple[int, int, int, torch.Tensor | None]]
     ) -> list[torch.Tensor]:
-        """Returns, on the last stage, the states (C,) after prompts that end here."""
+        """The states (C,) after prompts that end here, on the last stage."""
         segments = [(i, start, size) for i, start, size, _ in pieces]
         prompts = [group.rows[i].request.prompt for i, _, _ in segments]
         tokens = [id for prompt, (_, start, size) in zip(prompts, segments) for id in prompt[start : start + size]]
@@ -305,7 +301,7 @@ class Engine:
                 size = min(room, row.length - start)
                 part = None
                 if features is not None:  # a chunk may end in the middle of an image: each piece takes its share
-                    count = row.request.prompt[start : start + size].count(self.model.config.vision.image_token_id)
+                    count = row.request.prompt[start : start + size].count(self.image_token_id)
                     part, features = (features[:count] if count else None), features[count:]
                 pieces.append((len(group.rows) - 1, start, size, part))
                 start, room = start + size, room - size
@@ -320,14 +316,10 @@ class Engine:
         request = row.request
         if not (self.place.first_stage and request.pixels):
             return None
-        image_token_id = self.model.config.vision.image_token_id
-        seen = request.prompt[: row.start].count(image_token_id)
-        pixels = list(request.pixels)
-        for _, count in request.images:
-            if seen < count:
-                break
-            pixels.pop(0)
-            seen -= count
+        seen, pixels = request.prompt[: row.start].count(self.image_token_id), list(request.pixels)
+        counts = [count for _, count in request.images]
+        while counts and seen >= counts[0]:  # all of this image is there
+            seen, pixels = seen - counts.pop(0), pixels[1:]
         return self.model.image_features(pixels)[seen:] if pixels else None
 
     def decode(self, group: Group) -> None:
@@ -451,7 +443,7 @@ def power_of_two(count: int) -> int:
 
 
 def record(step: Callable[[], None]) -> Callable[[], None]:
-    """`step` as a CUDA graph: one launch for its thousands of kernels."""
+    """`step` as a CUDA graph: one launch for thousands of kernels."""
     with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
         step()
     return graph.replay

@@ -2,9 +2,9 @@
 
 Every rank's part of the model is built with the real classes on the `meta` device, where a tensor has a shape but no
 memory: parameters, weights, gradients and optimizer state are those of a real run. Activations and time come from
-running it there, forward and backward, under a `Meter` (fp8.py) that counts living bytes, operations and messages; two
-of a stage's layers are built, and stand for the others. Images are taken at their worst, as if every token came from
-one. Adam needs room too, but when activations are gone: the larger counts. RESERVE is an estimate.
+running it there, forward and backward, under a `Meter` (meter.py) that counts living bytes, operations and messages;
+two of a stage's layers are built, and stand for the others. Images are taken at their worst, as if every token came
+from one. Adam needs room too, but when activations are gone: the larger counts. RESERVE is an estimate.
 
 Time on paper, for text alone. The *estimate* sums up kernels and messages at a GPU's published peaks (`GPUS`), with the
 efficiencies of large products and copies, the launch of a kernel and NCCL's latency; the *floor* is
@@ -17,31 +17,34 @@ stages, a prefill (m + p - 1) · t, a step (m + p - 1) · t + Adam's traffic.
 """
 
 import argparse
-import functools
+import contextlib
 import json
 import math
+import os
+import socket
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 
 from checkpoint import FREEZABLE, Held, held_tensors, is_trained
-from config import Config, UserError, read_config
-from engine import CHUNK, LOGIT_ROWS
-from fp8 import COPIES, GPUS, LINKS, Gpu, Meter
-from launch import SIZE, Parser, number
+from config import Config, TopologyError, UserError, read_config
+from engine import CHUNK
+from launch import SIZE, Parser, gather_objects, number, together
+from meter import COPIES, GPUS, LINKS, Gpu, Meter, infer_on_shapes, small, train_on_shapes
 from model import MistralMedium, add_adapters
 from optimizer import BUCKET
 from parallel import Place
-from pipeline import Pipeline
 from vision import PATCHES_AT_ONCE
+
+MOST_RANKS = 1024  # a smallest topology is looked for up to here
 
 RESERVE = 2_000_000_000  # bytes per GPU: CUDA context, libraries' workspaces, NCCL's buffers, what the allocator wastes
 
 FP32 = 4  # bytes per number
+IDS = 16  # bytes per token of what has a number for each: ids, targets, losses, log-probabilities
 
 
 @dataclass
@@ -152,7 +155,7 @@ def plan_rank(
         tokens = min(CHUNK, args.max_context)
         chunk = (args.max_context - tokens, tokens, keep_fp8, dtype, GPUS[args.gpu].fp8 > 0)
         if activations:
-            _, stage.activation_bytes = infer_on_shapes(few, here, *chunk)
+            stage.activation_bytes = infer_on_shapes(few, here, *chunk)[1] + IDS * tokens
     else:
         freeze = tuple(FREEZABLE if args.lora_rank else args.freeze)
         trained = [t for t in held if is_trained(t.name, freeze) or (args.lora_rank and ".adapter." in t.name)]
@@ -165,7 +168,8 @@ def plan_rank(
         options = (args.activation_checkpointing, freeze, args.lora_rank, keep_fp8, dtype, tuple(unbuilt))
         if activations:
             _, peak, each = train_on_shapes(few, here, rows, run, *options)
-            stage.activation_bytes = max(peak + max(0, most - 3) * each, FP32 * min(BUCKET, total))
+            peak += max(0, most - 3) * each + IDS * math.prod(rows)
+            stage.activation_bytes = max(peak, FP32 * min(BUCKET, total))
     return stage, counts
 
 
@@ -179,145 +183,6 @@ def kind_of(tensor: Held) -> str:
     if tensor.name.startswith("embed_tokens."):
         return "tied embedding"
     return "key/value heads" if tensor.sharers > 1 else "patch_conv"
-
-
-# ------------------------------------------------------------------------------------------- what a rank runs
-
-
-class _Unbuilt(torch.autograd.Function):
-    """x, and what layers that were not built would keep for the backward pass: `nbytes`, as long as the graph lives."""
-
-    @staticmethod
-    def forward(ctx, x, nbytes):
-        ctx.memory = x.new_empty(nbytes, dtype=torch.uint8)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
-
-
-def small(config: Config, place: Place, layers: int = 2) -> tuple[Config, Place]:
-    """A model with at most so many layers per stage and in the tower, and the place in it that stands for `place`: at
-    the same end of the pipeline, if at one, and holding as many micro-batches, but at most three."""
-    layers = min(layers, len(place.layers(config.num_hidden_layers)))
-    rank, behind = min(1, place.pp_rank), min(3, place.pp_size - place.pp_rank)
-    here = replace(place, pp_rank=rank, pp_size=rank + behind, device=torch.device("meta"))
-    here = replace(here, rank=0, tp_rank=0, tp_group="tp" if place.tp_size > 1 else None)
-    vision = config.vision and replace(config.vision, num_hidden_layers=min(2, config.vision.num_hidden_layers))
-    return replace(config, num_hidden_layers=layers * here.pp_size, vision=vision), here
-
-
-@functools.cache
-def train_on_shapes(
-    config: Config, place: Place, rows, m: int, checkpointing, freeze, lora_rank, keep_fp8, dtype, unbuilt, timed=False
-) -> tuple[Meter, int, int]:
-    """The passes of a training step on the rank at `place`, with `m` micro-batches of `rows` (B, T).
-
-    `unbuilt` layers of the stage and of the tower keep as much as the last that is built. Returns what was counted, the
-    bytes at the worst moment, and those that one more held micro-batch adds.
-    """
-    (B, T), device = rows, place.device
-    with Meter(place.tp_size, timed=timed) as meter:
-        model = MistralMedium(config, place, dtype, keep_fp8)
-        for tensor in held_tensors(model):
-            tensor.parameter.requires_grad_(is_trained(tensor.name, freeze))
-        if lora_rank:
-            add_adapters(model, lora_rank, 1.0)
-        for parameter in model.parameters():  # optimizer.py adds a gradient to its FP32 sum at once
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
-        model.activation_checkpointing = checkpointing
-        kept, begun = Counter(), {}  # bytes when a layer begins; what lives more when it has ended is what it keeps
-
-        def begin(*_) -> None:
-            if "layer" not in begun:  # else it is computed once more, in a backward pass
-                begun.update(layer=meter.now, peak=meter.peak)
-                meter.peak = meter.now
-
-        [*model.layers.values()][-1].register_forward_pre_hook(begin)
-        if sees := config.vision is not None and place.first_stage and not timed:
-            model.vision_tower.activation_checkpointing = checkpointing
-            layers = model.vision_tower.transformer["layers"]
-            layers[0].register_forward_pre_hook(lambda *_: begun.update(tower=meter.now))
-            # Once for every group of images:
-            layers[-1].register_forward_pre_hook(lambda *_: kept.update(tower=meter.now - begun["tower"]))
-        marks: list[int] = []
-
-        def forward(x: torch.Tensor | None, batch) -> torch.Tensor:  # as Trainer.forward, with every token a target
-            marks.append(meter.now)
-            kept.clear(), begun.clear()
-            if place.first_stage:
-                features = model.image_features([picture(config, T)] * B) if sees else None
-                if sees and features.requires_grad:
-                    features = _Unbuilt.apply(features, unbuilt[1] * kept["tower"])
-                x = model.embed(torch.empty(B, T, dtype=torch.long, device=device), features)
-            y = model(x)
-            joined = y.nbytes * (1 - 1 / place.token_parts) if place.last_stage else 0  # by the model's last act
-            others = unbuilt[0] * int(meter.now - begun["layer"] - joined) * y.requires_grad
-            meter.peak = max(begun["peak"], meter.peak + others)  # they came before the last
-            x = _Unbuilt.apply(y, others)
-            del y
-            if not place.last_stage:
-                return x
-            at = torch.empty(B * T, dtype=torch.long, device=device)
-            losses = model.lm_head.cross_entropy(model.logits(x.flatten(0, 1)[at]), at)
-            return losses.sum() / len(at)
-
-        alone = replace(place, device=torch.device("cpu"))  # it asks its peers, by a tensor with a value
-        pipeline = Pipeline(alone, forward, config.hidden_size, dtype, True)
-        pipeline.down.device = pipeline.up.device = device
-        pipeline.gradient_up = place.pp_rank > 0
-        start = meter.peak = meter.now
-        meter.kernels.clear()
-        pipeline.train([SimpleNamespace(shape=rows)] * m)
-        return meter, meter.peak - start, marks[2] - marks[1] if len(marks) > 2 else 0
-
-
-def picture(config: Config, tokens: int) -> torch.Tensor:
-    """An image of so many tokens, all in one row."""
-    cell = config.vision.patch_size * config.vision.spatial_merge_size
-    return torch.empty(3, cell, cell * tokens, device="meta")
-
-
-@functools.cache
-def infer_on_shapes(
-    config: Config, place: Place, start: int, tokens: int, keep_fp8: bool, dtype, fp8_products: bool, timed=False
-) -> tuple[Meter, int]:
-    """A chunk of `tokens` from position `start` on, through the rank at `place`; for one token, with the next sampled.
-
-    Nothing but hidden states goes from layer to layer. As many images come first as go through the tower at a time;
-    where time is counted, none. Returns what was counted, and the bytes at the worst moment.
-    """
-    with Meter(place.tp_size, fp8_products, timed) as meter, torch.no_grad():
-        model = MistralMedium(config, place, dtype, keep_fp8)
-        model.join()
-        static = torch.empty((), device="meta") if config.activation_scheme == "static" else None
-        for layer in model.modules():
-            if joined := getattr(layer, "joined", None):
-                joined.rows_of(joined.layers[0], place.device)
-            if getattr(layer, "weight_scale", None) is not None:
-                layer.activation_scale = static
-        model.pack()
-        cache, features = model.new_cache(1, start + tokens), None
-        begin = meter.peak = meter.now
-        meter.kernels.clear()
-        if place.first_stage:
-            if config.vision is not None and not timed:
-                v = config.vision
-                most = max(PATCHES_AT_ONCE, (v.image_size // v.patch_size) ** 2) // v.spatial_merge_size**2
-                features = model.image_features([picture(config, min(start + tokens, most))])
-            x = model.embed(torch.empty(1, tokens, dtype=torch.long, device="meta"), features)
-        else:
-            x = torch.empty(1, tokens, config.hidden_size, dtype=dtype, device="meta")
-        at = torch.empty(1, dtype=torch.long, device="meta")
-        x = model(x, model.step_span(at, start + 1) if tokens == 1 else start, cache)
-        if place.last_stage:
-            logits = model.logits(x[0, -LOGIT_ROWS:])
-            model.lm_head.log_probabilities(logits, torch.empty(len(logits), dtype=torch.long, device="meta"))
-        else:
-            dist.isend(x)
-        return meter, meter.peak - begin
 
 
 # ------------------------------------------------------------------------------------------------ time on paper
@@ -363,6 +228,104 @@ def make_times(config: Config, args: argparse.Namespace, keep_fp8: bool, trained
         times[f"{RECIPE_STEPS} steps (the published fine-tune)"] = RECIPE_STEPS * step
         times[f"an epoch of MedPix ({MEDPIX:,} samples)"] = math.ceil(MEDPIX / args.global_batch_size) * step
     return {name: value.tolist() for name, value in times.items()}
+
+
+# ---------------------------------------------------------------------------------------- before a model is built
+
+
+def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp8: bool) -> None:
+    """Refuse a model whose weights alone do not fit here, and warn where the run's estimate does not.
+
+    `args` are those of generate.py or train.py. A GPU is a rank's own; on a CPU all ranks of a machine share its
+    memory. Every rank has to come here: they find the tightest device together. Raises UserError on all.
+    """
+    wanted = argparse.Namespace(**{**vars(parse_args(["--plan", "--config", ""])), **vars(args)})
+    wanted.inference = not hasattr(args, "lora_rank")
+    if wanted.inference:  # one request, of a chunk; the cache of more, or longer ones, comes on top
+        longest = args.max_context or config.max_position_embeddings
+        wanted.max_context = min(longest, CHUNK + (args.max_new_tokens or CHUNK))
+    dtype, gpu = getattr(torch, args.dtype), place.device.type == "cuda"
+
+    def needs(place: Place, room: float, exact: bool = False) -> StagePlan:
+        """Activations take a second to count, and are only bounded where that says already whether all of it fits."""
+        stage, _ = plan_rank(config, place, wanted, keep_fp8, dtype, activations=False)
+        stage.reserve_bytes = RESERVE if gpu else 0
+        stage.activation_bytes = most_activations(config, place, wanted)
+        rest = stage.weight_bytes if exact else stage.peak_bytes - stage.activation_bytes
+        if stage.peak_bytes > room >= rest:
+            stage.activation_bytes = plan_rank(config, place, wanted, keep_fp8, dtype)[0].activation_bytes
+        return stage
+
+    room = torch.cuda.mem_get_info(place.device)[0] if gpu else cpu_memory()
+    mine = together(lambda: needs(place, room if gpu else room / place.world_size, True))
+    devices: dict[tuple, list] = {}
+    for device, *numbers in gather_objects(
+        ((socket.gethostname(), str(place.device)), mine.weight_bytes, mine.peak_bytes, room)
+    ):
+        devices.setdefault(device, []).append(numbers)
+    sums = [[sum(column) for column in zip(*ranks)] + [len(ranks)] for ranks in devices.values()]
+    weights, peak, room, sharers = max(sums, key=lambda each: each[1] / each[2])
+    room /= sharers  # each of them saw all of it
+    if peak <= room:
+        return
+    topology = smallest_topology(needs, room / sharers)
+    what = "the smallest split that fits is --tp {} --pp {}, {} processes with {:.1f} GB each"
+    what = what.format(*topology, math.prod(topology), room / sharers / 1e9) if topology else "no split makes it fit"
+    there = f"{room / 1e9:.1f} GB are free on {'the GPU' if gpu else 'the machine'}; {what}"
+    if weights > room:
+        raise UserError(f"the weights take {weights / 1e9:.1f} GB, but {there}")
+    if place.rank == 0:
+        print(f"caution: this may take {peak / 1e9:.1f} GB, but {there}", file=sys.stderr)
+
+
+def most_activations(config: Config, place: Place, args: argparse.Namespace) -> int:
+    """More bytes than activations can take, whatever the topology: 64 for each of the numbers that a layer computes."""
+    tokens = CHUNK if args.inference else args.micro_batch_size * args.max_length
+    held = min(place.pp_size - place.pp_rank, count_micro_batches(args, place.dp_size))
+    layers = 2 if args.inference else held * len(place.layers(config.num_hidden_layers)) + 2
+    width = 3 * config.hidden_size + 3 * config.intermediate_size + 4 * config.num_attention_heads * config.head_dim
+    most = tokens * (64 * layers * width + 16 * config.vocab_size)
+    if config.vision is not None and place.first_stage:
+        v, layers = config.vision, 2 if args.inference else held * config.vision.num_hidden_layers + 2
+        patches = max(tokens * v.spatial_merge_size**2, PATCHES_AT_ONCE)
+        most += 64 * patches * layers * 3 * (2 * v.hidden_size + v.intermediate_size)
+    return most + 8 * config.hidden_size * max(config.intermediate_size, config.vocab_size)  # a gradient; a weight
+
+
+def smallest_topology(needs: Callable[[Place, float], StagePlan], room: float) -> tuple[int, int] | None:
+    """(tp, pp) of the fewest ranks that have `room` bytes each; tp within a machine of 8 where there is a choice."""
+    whole = needs(Place(), 0)
+    fewest = math.ceil((whole.weight_bytes + whole.gradient_bytes + whole.optimizer_bytes) / max(1, room))
+    step = 8 if fewest > 64 else 1  # whole machines
+    for ranks in range(-(-max(1, fewest) // step) * step, min(2 * fewest + 16, MOST_RANKS), step):
+        for tp in sorted((n for n in range(1, ranks + 1) if ranks % n == 0), key=lambda n: (n > 8, -n)):
+            pp = ranks // tp
+            # The first stage has the embedding and the tower, the last the head; and with 1F1B the earlier ones hold
+            # more activations than the later ones.
+            some = [Place(0, 0, tp, stage, pp) for stage in sorted({0, min(1, pp - 1), pp - 1})]
+            with contextlib.suppress(TopologyError):
+                if all(needs(place, room).peak_bytes <= room for place in some):
+                    return tp, pp
+    return None
+
+
+def cpu_memory() -> float:
+    """Bytes that are free on this machine, within the limits that Slurm or a container sets (control groups)."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free = sum(1024 * int(line.split()[1]) for line in file if line.startswith(("MemAvailable", "SwapFree")))
+        with open("/proc/self/cgroup", encoding="utf-8") as file:
+            groups = [line.rstrip("\n").split(":", 2) for line in file]
+    except OSError:
+        return math.inf
+    for _, kind, path in groups:
+        if kind in ("", "memory"):  # version 2 and version 1
+            folder, name = f"/sys/fs/cgroup/{kind}{path}", "memory.limit_in_bytes" if kind else "memory.max"
+            while len(folder) >= len("/sys/fs/cgroup"):
+                with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, name)) as file:
+                    free = min(free, int(file.read()))  # ValueError: "max", no limit
+                folder = os.path.dirname(folder)
+    return free
 
 
 # ----------------------------------------------------------------------------------------------- the program

@@ -7,14 +7,11 @@ Before a model is built, here or in train.py, `check_memory` holds the plan agai
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
 import random
 import re
-import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,20 +20,19 @@ import torch
 
 from chat import NAME, encode_chat
 from checkpoint import Checkpoint, fill, weight_bytes
-from config import Config, TopologyError, UserError, read_config
-from engine import CHUNK, Answer, Engine, Request
+from config import UserError, read_config
+from engine import Answer, Engine, Request
 from launch import COUNT, Progress, gather_objects, number, peak_memory, together
 from model import MistralMedium
 from parallel import Place
-from plan import RESERVE, StagePlan, count_micro_batches, parse_args, plan_rank
+from plan import check_memory
 from tokenizer import SentencePiece, StreamDecoder, Tekken, load_tokenizer
-from vision import PATCHES_AT_ONCE, grid, grid_of, image_name, load_image, pixels
+from vision import grid, grid_of, image_name, load_image, pixels
 
 TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "examples", "tiny")
 
 TEMPERATURE, TOP_P, SEED = number(float, 0, 100), number(float, 0, 1, above=True), number(int, 0, (1 << 63) - 1)
 NUMBERS = {"max_new_tokens": COUNT, "temperature": TEMPERATURE, "top_p": TOP_P, "seed": SEED}
-MOST_RANKS = 1024  # a smallest topology is looked for up to here
 
 KEYS = {"messages", "tools", "raw", "reasoning_effort", "stop", *NUMBERS}  # of a request
 
@@ -312,101 +308,3 @@ def _finite(number: str) -> float:
 
 
 _READER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
-
-
-# ---------------------------------------------------------------------------------------- before a model is built
-
-
-def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp8: bool) -> None:
-    """Refuse a model whose weights alone do not fit here, and warn where the run's estimate does not.
-
-    `args` are those of generate.py or train.py. A GPU is a rank's own; on a CPU all ranks of a machine share its
-    memory. Every rank has to come here: they find the tightest device together. Raises UserError on all.
-    """
-    wanted = argparse.Namespace(**{**vars(parse_args(["--plan", "--config", ""])), **vars(args)})
-    wanted.inference = not hasattr(args, "lora_rank")
-    if wanted.inference:  # one request, of a chunk; the cache of more, or longer ones, comes on top
-        longest = args.max_context or config.max_position_embeddings
-        wanted.max_context = min(longest, CHUNK + (args.max_new_tokens or CHUNK))
-    dtype, gpu = getattr(torch, args.dtype), place.device.type == "cuda"
-
-    def needs(place: Place, room: float, exact: bool = False) -> StagePlan:
-        """Activations take a second to count, and are only bounded where that says already whether all of it fits."""
-        stage, _ = plan_rank(config, place, wanted, keep_fp8, dtype, activations=False)
-        stage.reserve_bytes = RESERVE if gpu else 0
-        stage.activation_bytes = most_activations(config, place, wanted)
-        rest = stage.weight_bytes if exact else stage.peak_bytes - stage.activation_bytes
-        if stage.peak_bytes > room >= rest:
-            stage.activation_bytes = plan_rank(config, place, wanted, keep_fp8, dtype)[0].activation_bytes
-        return stage
-
-    room = torch.cuda.mem_get_info(place.device)[0] if gpu else cpu_memory()
-    mine = together(lambda: needs(place, room if gpu else room / place.world_size, True))
-    devices: dict[tuple, list] = {}
-    for device, *numbers in gather_objects(
-        ((socket.gethostname(), str(place.device)), mine.weight_bytes, mine.peak_bytes, room)
-    ):
-        devices.setdefault(device, []).append(numbers)
-    sums = [[sum(column) for column in zip(*ranks)] + [len(ranks)] for ranks in devices.values()]
-    weights, peak, room, sharers = max(sums, key=lambda each: each[1] / each[2])
-    room /= sharers  # each of them saw all of it
-    if peak <= room:
-        return
-    topology = smallest_topology(needs, room / sharers)
-    what = "the smallest split that fits is --tp {} --pp {}, {} processes with {:.1f} GB each"
-    what = what.format(*topology, math.prod(topology), room / sharers / 1e9) if topology else "no split makes it fit"
-    there = f"{room / 1e9:.1f} GB are free on {'the GPU' if gpu else 'the machine'}; {what}"
-    if weights > room:
-        raise UserError(f"the weights take {weights / 1e9:.1f} GB, but {there}")
-    if place.rank == 0:
-        print(f"caution: this may take {peak / 1e9:.1f} GB, but {there}", file=sys.stderr)
-
-
-def most_activations(config: Config, place: Place, args: argparse.Namespace) -> int:
-    """More bytes than activations can take, whatever the topology: 64 for each of the numbers that a layer computes."""
-    tokens = CHUNK if args.inference else args.micro_batch_size * args.max_length
-    held = min(place.pp_size - place.pp_rank, count_micro_batches(args, place.dp_size))
-    layers = 2 if args.inference else held * len(place.layers(config.num_hidden_layers)) + 2
-    width = 3 * config.hidden_size + 3 * config.intermediate_size + 4 * config.num_attention_heads * config.head_dim
-    most = tokens * (64 * layers * width + 16 * config.vocab_size)
-    if config.vision is not None and place.first_stage:
-        v, layers = config.vision, 2 if args.inference else held * config.vision.num_hidden_layers + 2
-        patches = max(tokens * v.spatial_merge_size**2, PATCHES_AT_ONCE)
-        most += 64 * patches * layers * 3 * (2 * v.hidden_size + v.intermediate_size)
-    return most + 8 * config.hidden_size * max(config.intermediate_size, config.vocab_size)  # a gradient; a weight
-
-
-def smallest_topology(needs: Callable[[Place, float], StagePlan], room: float) -> tuple[int, int] | None:
-    """(tp, pp) of the fewest ranks that have `room` bytes each; tp within a machine of 8 where there is a choice."""
-    whole = needs(Place(), 0)
-    fewest = math.ceil((whole.weight_bytes + whole.gradient_bytes + whole.optimizer_bytes) / max(1, room))
-    step = 8 if fewest > 64 else 1  # whole machines
-    for ranks in range(-(-max(1, fewest) // step) * step, min(2 * fewest + 16, MOST_RANKS), step):
-        for tp in sorted((n for n in range(1, ranks + 1) if ranks % n == 0), key=lambda n: (n > 8, -n)):
-            pp = ranks // tp
-            # The first stage has the embedding and the tower, the last the head; and with 1F1B the earlier ones hold
-            # more activations than the later ones.
-            some = [Place(0, 0, tp, stage, pp) for stage in sorted({0, min(1, pp - 1), pp - 1})]
-            with contextlib.suppress(TopologyError):
-                if all(needs(place, room).peak_bytes <= room for place in some):
-                    return tp, pp
-    return None
-
-
-def cpu_memory() -> float:
-    """Bytes that are free on this machine, within the limits that Slurm or a container sets (control groups)."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            free = sum(1024 * int(line.split()[1]) for line in file if line.startswith(("MemAvailable", "SwapFree")))
-        with open("/proc/self/cgroup", encoding="utf-8") as file:
-            groups = [line.rstrip("\n").split(":", 2) for line in file]
-    except OSError:
-        return math.inf
-    for _, kind, path in groups:
-        if kind in ("", "memory"):  # version 2 and version 1
-            folder, name = f"/sys/fs/cgroup/{kind}{path}", "memory.limit_in_bytes" if kind else "memory.max"
-            while len(folder) >= len("/sys/fs/cgroup"):
-                with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, name)) as file:
-                    free = min(free, int(file.read()))  # ValueError: "max", no limit
-                folder = os.path.dirname(folder)
-    return free

@@ -61,7 +61,7 @@ from model import MistralMedium, add_adapters
 from optimizer import Optimizer, claimed, load_state, newest_state, save_state
 from parallel import Place
 from pipeline import IGNORE, Chats, MicroBatch, Order, Pipeline, Sample, decode_images, micro_batches
-from session import check_memory
+from plan import check_memory
 from tokenizer import load_tokenizer
 
 Split = tuple[list[MicroBatch], list[MicroBatch], Callable[[], None]]  # see Trainer.split

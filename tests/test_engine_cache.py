@@ -17,6 +17,7 @@ from engine import Engine, Request
 from launch import find_place
 from model import KVCache, MistralMedium, attend_step, product_attention
 from parallel import gumbel
+from session import ReplyParser
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +247,30 @@ def test_a_chat_is_prefilled_once(model):
         (answer,) = made.generate([Request(changed, max_new_tokens=5)])
         assert_same([answer], [alone(model, Request(changed, max_new_tokens=5))])
         assert made.tokens["prefill"] == new
+
+
+def test_a_step_runs_over_rows_without_requests(model):
+    """Where steps are recorded they take a power of two of rows, and what other rows held is not what it was."""
+    made = Engine(model, Endless.eos_id, 4096)
+    made.record = lambda step: step
+    prompts = [random_tokens(20 + i, 301, seed=i) for i in range(4)]
+    made.generate([Request(prompt, max_new_tokens=n) for prompt, n in zip(prompts, (40, 41, 42, 2))])
+    again = [Request(prompt, max_new_tokens=9) for prompt in prompts]
+    assert_same(made.generate(again), [alone(model, request) for request in again])
+
+
+def test_an_answer_that_is_broken_off(model):
+    """An exception from outside leaves nothing half-done: the same engine answers as a new one would."""
+    made, request = Engine(model, Endless.eos_id, 4096), Request(random_tokens(40, 301), max_new_tokens=9)
+    request.reader = ReplyParser(Endless(), request.prompt)
+
+    def interrupt(i: int, kind: str, text: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made.generate([request], interrupt)
+    request.reader = None
+    assert_same(made.generate([request]), [alone(model, request)])
 
 
 def test_a_beginning_that_requests_share(model):

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 import fp8
 import generate
 import launch
+import meter
 import plan
-import session
 import train
 import vision
 from checkpoint import Checkpoint, fill
@@ -204,7 +204,7 @@ def nbytes(tensors) -> int:
 def train_on_a_rank(argv: list[str]) -> dict:
     """A step of train.py: what lasts, and the most that comes and goes during the passes and during Adam's step."""
     fp8.FLOAT32_ROWS = 1 << 60  # BF16 products as a GPU forms them, without copies in float32
-    vision.RMSNorm.forward = lambda norm, x: fp8._Norm.apply(x, norm.weight)  # a GPU has one kernel for it
+    vision.RMSNorm.forward = lambda norm, x: meter.FusedNorm.apply(x, norm.weight)  # a GPU has one kernel for it
     args = train.parse_args(argv)
     trainer = train.Trainer(args, find_place(args.tp, args.pp))
     model, optimizer = trainer.model, trainer.optimizer
@@ -272,7 +272,9 @@ def test_a_training_step(tp, pp, options, image, tmp_path):
             assert stage[name] == measured[name]
         ratio = stage["activation_bytes"] / max(measured["passes"], measured["step"])
         print(f"rank {rank}: plan / measurement {ratio:.2f}")
-        assert 0.97 < ratio < (1.45 if image else 1.06)  # the plan takes every token for a target, and for an image
+        # The plan takes every token for a target, and for one of an image. With recomputation the worst moment is inside
+        # a layer, where a CPU's kernels have other temporaries than a GPU's (test_plan_dry.py has these).
+        assert 0.97 < ratio < (1.45 if image else 1.3 if "--activation-checkpointing" in options else 1.06)
 
 
 def loaded_bytes(directory: str, tp: int, pp: int, dtype: torch.dtype, keep_fp8: bool) -> tuple[int, int]:
@@ -350,9 +352,9 @@ def test_the_smallest_topology(medium, monkeypatch):
     """What is named fits by the plan, and nothing smaller does."""
     config, args, rng = read_config(medium), generate.parse_args(["--prompt", "x"]), random.Random(3)
     for room in [rng.uniform(30e9, 250e9) for _ in range(4)]:
-        monkeypatch.setattr(session, "cpu_memory", lambda: room)
+        monkeypatch.setattr(plan, "cpu_memory", lambda: room)
         with pytest.raises(UserError, match="the weights take 255.4 GB, but .* GB are free on the machine") as refused:
-            session.check_memory(config, Place(), args, keep_fp8=False)
+            plan.check_memory(config, Place(), args, keep_fp8=False)
         tp, pp, ranks = map(int, re.search(r"--tp (\d+) --pp (\d+), (\d+) processes", str(refused.value)).groups())
         assert tp * pp == ranks and needs(config, tp, pp, args) <= room
         for smaller in ((tp, pp - 1), (tp // 2, pp), (1, ranks - 1), (2, (ranks - 1) // 2)):
@@ -365,24 +367,24 @@ def test_memory_that_does_not_do(medium, monkeypatch, capsys):
     args = generate.parse_args(["--prompt", "x"])
     for keep_fp8, weights, peak in ((True, 133.7e9, 138e9), (False, 255.5e9, 260e9)):
         for room, says in ((weights, "caution: this may take "), (peak, "")):
-            monkeypatch.setattr(session, "cpu_memory", lambda: room)
-            session.check_memory(config, Place(), args, keep_fp8)
+            monkeypatch.setattr(plan, "cpu_memory", lambda: room)
+            plan.check_memory(config, Place(), args, keep_fp8)
             err = capsys.readouterr().err
             assert err.startswith(says) and err.count("\n") == bool(says)
     training = train.parse_args(["--ckpt", "x", "--data", "x", "--out", "x", "--activation-checkpointing"])
-    monkeypatch.setattr(session, "cpu_memory", lambda: 80e9)
+    monkeypatch.setattr(plan, "cpu_memory", lambda: 80e9)
     with pytest.raises(UserError, match="the smallest split that fits is --tp"):
-        session.check_memory(config, Place(), training, False)
-    monkeypatch.setattr(session, "cpu_memory", lambda: 1e6)
+        plan.check_memory(config, Place(), training, False)
+    monkeypatch.setattr(plan, "cpu_memory", lambda: 1e6)
     with pytest.raises(UserError, match="no split makes it fit"):
-        session.check_memory(config, Place(), args, False)
+        plan.check_memory(config, Place(), args, False)
     assert time.monotonic() - started < 20
 
 
 def check_on_a_rank(config: str, room: float) -> str:
-    session.cpu_memory = lambda: room
+    plan.cpu_memory = lambda: room
     try:
-        session.check_memory(read_config(config), find_place(2, 1), generate.parse_args(["--prompt", "x"]), False)
+        plan.check_memory(read_config(config), find_place(2, 1), generate.parse_args(["--prompt", "x"]), False)
     except UserError as error:
         return str(error)
 
@@ -402,7 +404,7 @@ def test_programs_ask_first(medium, tmp_path, monkeypatch):
     started = time.monotonic()
     with pytest.raises(UserError, match="the weights take 255.4 GB, but .* are free on the machine"):
         train.main(["--init", medium, "--tokenizer", directory, *training])
-    monkeypatch.setattr(session, "cpu_memory", lambda: 1e5)
+    monkeypatch.setattr(plan, "cpu_memory", lambda: 1e5)
     for program, options in ((generate, ["--prompt", "x"]), (train, training)):
         with pytest.raises(UserError, match="the weights take .* GB, but .* are free on the machine"):
             program.main(["--ckpt", directory, *options])
@@ -412,7 +414,7 @@ def test_programs_ask_first(medium, tmp_path, monkeypatch):
 def test_the_memory_of_this_machine():
     with open("/proc/meminfo") as file:
         total = sum(int(line.split()[1]) for line in file if line.startswith(("MemTotal", "SwapTotal")))
-    assert 1e8 < session.cpu_memory() <= 1024 * total
+    assert 1e8 < plan.cpu_memory() <= 1024 * total
 
 
 @pytest.mark.slow
