@@ -1,6 +1,7 @@
 """Write a checkpoint in the HF layout, in FP8 or BF16: from the ranks of a training run, or from another checkpoint.
 
-    python fp8.py IN OUT [--to fp8|bfloat16] [--calibrate CHATS.jsonl]
+    python fp8.py IN OUT --calibrate CHATS.jsonl
+    python fp8.py IN OUT --to bfloat16
 
 Either way the tensors come as a stream, and only one shard of them is in memory at a time. FP8 weights get one float32
 scale each. With --calibrate the model is run over some chats first, and the largest input that each linear saw becomes
@@ -426,10 +427,10 @@ def convert(source: str, target: str, to_fp8: bool, chats: str | None) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(description="Rewrite a checkpoint in the HF layout.")
-    parser.add_argument("source", metavar="IN")
-    parser.add_argument("target", metavar="OUT")
-    parser.add_argument("--to", choices=["fp8", "bfloat16"], default="fp8")
+    parser = Parser(__doc__, prog="fp8.py", usage="%(prog)s IN OUT [options]")
+    parser.add_argument("source", metavar="IN", help="folder of a checkpoint, any layout")
+    parser.add_argument("target", metavar="OUT", help="a new folder, for the HF layout")
+    parser.add_argument("--to", choices=["fp8", "bfloat16"], default="fp8", help="of the decoder's linears")
     parser.add_argument("--calibrate", metavar="FILE.jsonl", help="chats that measure static activation scales")
     args = parser.parse_args(argv)
     if args.calibrate and args.to != "fp8":

@@ -11,6 +11,8 @@ import math
 import os
 import random
 import re
+import resource
+import sys
 import time
 from dataclasses import dataclass, field
 
@@ -18,9 +20,9 @@ import torch
 
 from chat import NAME, encode_chat
 from checkpoint import Checkpoint, fill, weight_bytes
-from config import UserError, read_config
+from config import UserError, parse_line, read_config, read_lines
 from engine import Answer, Engine, Request
-from launch import COUNT, Progress, gather_objects, number, peak_memory, together
+from launch import COUNT, gather_objects, number, together
 from model import MistralMedium
 from parallel import Place
 from plan import check_memory
@@ -32,6 +34,29 @@ TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "examples", "tin
 TEMPERATURE, TOP_P, SEED = number(float, 0, 100), number(float, 0, 1, above=True), number(int, 0, (1 << 63) - 1)
 NUMBERS = {"max_new_tokens": COUNT, "temperature": TEMPERATURE, "top_p": TOP_P, "seed": SEED}
 KEYS = {"messages", "tools", "raw", "reasoning_effort", "stop", *NUMBERS}  # of a request
+KEYS |= {"answer"}  # says nothing here: it is the chat's, which saves the last answer under it
+
+
+class Progress:
+    """A line on stderr, once a second, while a large checkpoint loads."""
+
+    def __init__(self, checkpoint, place: Place):
+        self.checkpoint, self.shown = checkpoint, place.rank == 0
+        self.started = self.last = time.perf_counter()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if self.shown and (now - self.last > 1 or (done == total and self.last > self.started)):
+            self.last, read = now, self.checkpoint.bytes_read / 1e9
+            rate = read / (now - self.started)
+            print(f"loading: {100 * done // total} %, {read:.1f} GB read, {rate:.2f} GB/s", file=sys.stderr)
+
+
+def peak_memory(place: Place) -> int:
+    """Bytes: the most that tensors took on the GPU, or that the process took on a CPU."""
+    if place.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(place.device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Session:
@@ -70,11 +95,14 @@ class Session:
         self.keep_fp8 = args.weights == "fp8" or (args.weights == "auto" and on_gpu and stored_fp8)
         return checkpoint
 
-    def answer(self, specs: list[dict], base: str = "", on_piece=None) -> list[dict]:
-        """The requests' answers as the JSON objects that --json prints. `on_piece`: as the engine's, on rank 0 only."""
+    def answer(self, specs: list[dict], base: str = "", on_piece=None, stop=None) -> list[dict]:
+        """The requests' answers as the JSON objects that --json prints.
+
+        `on_piece` and `stop`: as the engine's, on rank 0 only.
+        """
         requests = together(lambda: [self.request(spec, base) for spec in specs])
         engine = Engine(self.model, self.tokenizer.eos_id, self.max_context)
-        answers = engine.generate(requests, on_piece if self.place.rank == 0 else None)
+        answers = engine.generate(requests, on_piece if self.place.rank == 0 else None, stop=stop)
         stats = {"load_s": round(self.load_s, 3)}
         for phase in ("prefill", "decode"):
             seconds = engine.seconds[phase]
@@ -118,6 +146,8 @@ class Session:
         if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
             raise UserError(f"{where}: stop should be a string or a list of strings")
         numbers = self.numbers(spec, thinks=effort == "high")
+        if numbers["max_new_tokens"] is None:
+            numbers["max_new_tokens"] = self.max_context - len(prompt)
         scored = self.args.logprobs or numbers["max_new_tokens"] == 0
         reader = ReplyParser(self.tokenizer, prompt, stop, "raw" in spec)
         return Request(prompt, images, **numbers, reader=reader, logprobs=scored)
@@ -125,6 +155,7 @@ class Session:
     def numbers(self, spec: dict, thinks: bool) -> dict:
         """max_new_tokens, temperature, top_p and seed: the request's, else the command line's, else the defaults."""
         found = {"temperature": 0.7 if thinks else 0.0, "top_p": 0.95 if thinks else 1.0, "seed": self.seed}
+        found["max_new_tokens"] = None  # as many as the context leaves
         for name, parse in NUMBERS.items():
             if spec.get(name) is not None:
                 try:
@@ -142,6 +173,122 @@ class Session:
         if request.logprobs:
             result |= {"prompt_logprobs": answer.prompt_logprobs, "logprobs": answer.logprobs}
         return result
+
+
+# ------------------------------------------------------------------------------------------- from a user to specs
+
+
+def read_input(args: argparse.Namespace) -> tuple[bytes | None, bool]:
+    """(what standard input asks, where the command line doesn't; whether a person is to ask, in a chat). On rank 0."""
+    chat = args.interactive
+    if not (args.requests or args.prompt is not None or args.json or args.raw):
+        chat = chat or sys.stdin.isatty()
+    if chat:
+        for path in args.image:
+            load_image(path)  # its mistakes now, not once the model is loaded
+    if chat or args.prompt is not None or args.requests not in (None, "-"):
+        return None, chat
+    data = b"" if sys.stdin.isatty() and not args.requests else sys.stdin.buffer.read()
+    if not data.strip():
+        raise UserError("nothing to do: give a question, --requests FILE, or in a terminal neither, for a chat")
+    return data, False
+
+
+def read_requests(args: argparse.Namespace, data: bytes | None = None) -> tuple[list[dict], str]:
+    """The requests as JSON objects, each with a `where` for error messages; and the folder of their image paths."""
+    if not args.requests:
+        return [command_line_request(args, data)], ""
+    lines, name = read_lines(args.requests) if data is None else list(enumerate(data.splitlines(), 1)), args.requests
+    specs = []
+    for i, line in lines:
+        where = f"{name if data is None else 'standard input'} line {i}"
+        if line.strip():
+            spec = parse_line(line, where, KEYS)
+            if ("messages" in spec) == ("raw" in spec):
+                raise UserError(f"{where}: should hold either 'messages' or 'raw'")
+            specs.append({**spec, "where": where})
+    if not specs:
+        raise UserError(f"{name}: holds no request")
+    return specs, os.path.dirname(name)
+
+
+def command_line_request(args: argparse.Namespace, data: bytes | None) -> dict:
+    where = "the question" if data is None else "standard input"
+    text = args.prompt if data is None else data.decode(errors="surrogateescape").strip("\n")
+    check_utf8(text, where)
+    check_utf8(args.system or "", "--system")
+    if args.raw:
+        return {"raw": text, "where": where}
+    return {"messages": [*opening(args.system), user_turn(args.image, text)], "where": where}
+
+
+def opening(system: str | None) -> list[dict]:
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def user_turn(images: list[str], text: str) -> dict:
+    parts = [{"type": "image_url", "image_url": {"url": path}} for path in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
+
+
+def check_utf8(text: str, where: str) -> None:
+    """Bytes that are not UTF-8 come from the command line and the terminal as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: not UTF-8 text; check the encoding of the terminal or script") from None
+
+
+def image_url(part: dict) -> str | None:
+    """Of a message's part that is an image."""
+    url = part.get("image_url")
+    return url.get("url") if isinstance(url, dict) else url
+
+
+# -------------------------------------------------------------------------------------------------- what is printed
+
+
+def note(text: str) -> None:
+    """A line beside the conversation, dimmed."""
+    print(f"\x1b[2m{text}\x1b[0m" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+
+
+def stream(session: Session, spec: dict, base: str = "", stop=None) -> dict:
+    """The answer to one request, printed as it comes. `stop`: as the engine's."""
+    printer = Printer()
+    (result,) = session.answer([spec], base, printer, stop)
+    if session.place.rank == 0:
+        printer.close()
+        print_calls(result)
+    return result
+
+
+def print_calls(result: dict) -> None:
+    print()
+    for call in result["tool_calls"]:
+        print(json.dumps(call, ensure_ascii=False))
+    sys.stdout.flush()
+
+
+class Printer:
+    """Prints an answer as it comes: reasoning dimmed on stderr, text on stdout."""
+
+    def __init__(self):
+        self.kind = "text"
+
+    def __call__(self, i: int, kind: str, text: str) -> None:
+        if kind != self.kind:
+            self.close()
+            if kind == "reasoning" and sys.stderr.isatty():
+                print("\x1b[2m", end="", file=sys.stderr)
+        self.kind = kind
+        print(text, end="", file=sys.stderr if kind == "reasoning" else sys.stdout, flush=True)
+
+    def close(self) -> None:
+        """End what is dimmed, and its line."""
+        if self.kind == "reasoning":
+            print("\x1b[0m" if sys.stderr.isatty() else "", file=sys.stderr, flush=True)
+        self.kind = "text"
 
 
 # ------------------------------------------------------------------------ from the model's tokens to its reply

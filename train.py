@@ -1,7 +1,8 @@
 """Supervised fine-tuning: chats in, a fine-tuned model out, on one process or many.
 
     python train.py --ckpt DIR --data FILE.jsonl --out DIR
-    torchrun --nproc-per-node 8 train.py --ckpt DIR --data FILE.jsonl --out DIR --tp 8
+    python train.py --ckpt DIR --data FILE.jsonl --out DIR --resume
+    torchrun --nproc-per-node 8 train.py --tp 8 --ckpt DIR …      # on 8 GPUs
 
 A step, on every rank:
 
@@ -48,12 +49,10 @@ from launch import (
     COUNT,
     SIZE,
     Parser,
-    Progress,
     caught,
     find_place,
     gather_objects,
     number,
-    peak_memory,
     run_program,
     together,
 )
@@ -62,6 +61,7 @@ from optimizer import Optimizer, claimed, load_state, newest_state, save_state
 from parallel import Place
 from pipeline import IGNORE, Chats, MicroBatch, Order, Pipeline, Sample, decode_images, micro_batches
 from plan import check_memory
+from session import Progress, peak_memory
 from tokenizer import load_tokenizer
 
 Split = tuple[list[MicroBatch], list[MicroBatch], Callable[[], None]]  # see Trainer.split
@@ -349,44 +349,49 @@ RATE, BETA = number(float, 0, 1e9), number(float, 0, 1)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument
+    parser = Parser(__doc__, usage="%(prog)s --data FILE.jsonl --out DIR [options]")
+    add = parser.add_argument_group("from what to what").add_argument
     add("--ckpt", metavar="DIR", help="start from this checkpoint, any layout")
     add("--init", metavar="CONFIG.json", help="or from random weights of this shape")
     add("--tokenizer", metavar="DIR", help="with --init: the folder of the tokenizer")
     add("--data", metavar="FILE.jsonl", required=True, help="one chat a line; image paths relative to the file")
-    add("--val", metavar="FILE.jsonl", help="chats to validate with")
-    add("--out", metavar="DIR", required=True, help="metrics.jsonl, checkpoints/, loss.png and model/ go here")
-    add("--tp", type=SIZE, default=1, metavar="N", help="tensor-parallel size")
-    add("--pp", type=SIZE, default=1, metavar="N", help="pipeline-parallel size; the rest is data-parallel")
-    add("--micro-batch-size", type=SIZE, default=1, metavar="N", help="samples that go through the model together")
-    add("--global-batch-size", type=SIZE, default=64, metavar="N", help="samples a step, over all ranks")
-    add("--max-steps", type=SIZE, metavar="N")
-    add("--epochs", type=SIZE, metavar="N", help="default 1, or as many as --max-steps takes")
     add("--max-length", type=SIZE, default=2048, metavar="N", help="longer samples are dropped, in tokens")
-    add("--optimizer", choices=["adam", "adamw"], default="adam")
-    add("--lr", type=RATE, default=1e-5, metavar="F")
+    add("--out", metavar="DIR", required=True, help="metrics.jsonl, checkpoints/, loss.png and model/ go here")
+    add("--export", choices=["bfloat16", "fp8"], default="bfloat16", help="precision of model/")
+    add = parser.add_argument_group("steps").add_argument
+    add("--global-batch-size", type=SIZE, default=64, metavar="N", help="samples a step, over all ranks")
+    add("--max-steps", type=SIZE, metavar="N", help="default: as many as --epochs takes")
+    add("--epochs", type=SIZE, metavar="N", help="default 1, or as many as --max-steps takes")
+    add("--shuffle", action=argparse.BooleanOptionalAction, default=True, help="a new order each epoch; default: yes")
+    add("--seed", type=number(int, 0, (1 << 31) - 1), default=0, metavar="N", help="of the order, and of --init")
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--optimizer", choices=["adam", "adamw"], default="adam", help="adamw decays weights apart from gradients")
+    add("--lr", type=RATE, default=1e-5, metavar="F", help="the highest learning rate")
     add("--min-lr", type=RATE, default=1e-6, metavar="F", help="where the cosine ends")
     add("--warmup-steps", type=COUNT, default=0, metavar="N", help="steps in which the learning rate rises to --lr")
-    add("--betas", type=BETA, nargs=2, default=[0.9, 0.999], metavar=("A", "B"))
-    add("--eps", type=RATE, default=1e-8, metavar="F")
+    add("--betas", type=BETA, nargs=2, default=[0.9, 0.999], metavar=("A", "B"), help="Adam's")
+    add("--eps", type=RATE, default=1e-8, metavar="F", help="Adam's")
     add("--weight-decay", type=RATE, default=0.0, metavar="F", help="on every trained weight")
     add("--max-grad-norm", type=RATE, default=1.0, metavar="F", help="longer gradients are scaled down; 0: never")
+    add = parser.add_argument_group("what is trained").add_argument
     add("--freeze", nargs="+", default=[], choices=sorted(FREEZABLE), metavar="NAME", help=", ".join(FREEZABLE))
     add("--lora-rank", type=SIZE, metavar="N", help="train adapters of this rank on the decoder's linears, only these")
     add("--lora-alpha", type=RATE, metavar="F", help="adapters count alpha / rank times; default 4 times the rank")
+    add = parser.add_argument_group("processes and memory").add_argument
+    add("--tp", type=SIZE, default=1, metavar="N", help="tensor-parallel size")
+    add("--pp", type=SIZE, default=1, metavar="N", help="pipeline-parallel size; the rest is data-parallel")
     add("--sequence-parallel", action="store_true", help="split norms and residuals along the tokens inside --tp ranks")
+    add("--micro-batch-size", type=SIZE, default=1, metavar="N", help="samples that go through the model together")
     add("--activation-checkpointing", action="store_true", help="keep layers' inputs only: less memory, more time")
-    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    add("--seed", type=number(int, 0, (1 << 31) - 1), default=0, metavar="N", help="of the order, and of --init")
-    add("--shuffle", action=argparse.BooleanOptionalAction, default=True)
-    add("--save-every", type=SIZE, metavar="N", help="save the run's state every N steps; default every ten minutes")
+    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of weights and activations")
+    add("--timeout", type=number(float, 5, 1e9), default=300, metavar="S", help="a rank silent for so long is gone")
+    add = parser.add_argument_group("saving and validating").add_argument
+    add("--save-every", type=SIZE, metavar="N", help="steps between saved states; default: ten minutes")
     add("--keep", type=SIZE, default=2, metavar="N", help="how many saved states are kept, the newest")
     add("--resume", action="store_true", help="go on from the newest state in --out, if there is one")
-    add("--val-every", type=SIZE, metavar="N", help="steps between validations; there is one after the last step too")
+    add("--val", metavar="FILE.jsonl", help="chats to validate with")
+    add("--val-every", type=SIZE, metavar="N", help="steps between validations; default: one after the last step")
     add("--val-generate", action="store_true", help="answer the validation chats too, and count exact answers")
-    add("--timeout", type=number(float, 5, 1e9), default=300, metavar="S", help="a rank silent for so long is gone")
-    add("--export", choices=["bfloat16", "fp8"], default="bfloat16", help="precision of model/")
     args = parser.parse_args(argv)
     if (args.ckpt is None) == (args.init is None) or (args.init is None) != (args.tokenizer is None):
         raise UserError("start from --ckpt DIR, or from --init CONFIG.json with --tokenizer DIR")
