@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 import torch
 
 from chat import NAME, encode_chat
-from checkpoint import Checkpoint, fill, weight_bytes
-from config import UserError, parse_line, read_config, read_lines
+from checkpoint import Checkpoint, Stored, canonical_name, fill, weight_bytes
+from config import UserError, find_folder, parse_line, read_config, read_json, read_lines, reading
 from engine import Answer, Engine, Request
 from launch import COUNT, gather_objects, number, together
-from model import MistralMedium
+from model import MistralMedium, add_adapters
 from parallel import Place
 from plan import check_memory
 from tokenizer import SentencePiece, StreamDecoder, Tekken, load_tokenizer
@@ -69,12 +69,15 @@ class Session:
         check_memory(self.config, place, args, self.keep_fp8)
         dtype = getattr(torch, args.dtype)
         self.model = together(lambda: MistralMedium(self.config, place, dtype, self.keep_fp8))
+        if self.lora:
+            add_adapters(self.model, *self.lora)
         # All ranks sample the same tokens, so they need the same seed: rank 0's, where none was given.
         self.seed = gather_objects(random.getrandbits(32) if args.seed is None else args.seed)[0]
         together(lambda: fill(self.model, checkpoint, Progress(checkpoint, place)))
         self.model.eval()
         self.weight_bytes = weight_bytes(self.model)
-        self.model.lay_out_weights()
+        if not self.lora:  # the faster layout is for weights that have nothing beside them
+            self.model.lay_out_weights()
         self.load_s, self.bytes_read = time.perf_counter() - started, checkpoint.bytes_read
 
     def read(self) -> Checkpoint:
@@ -85,6 +88,7 @@ class Session:
             raise UserError("this repository holds no checkpoint of its own; name one with --ckpt DIR")
         checkpoint = Checkpoint(directory)
         self.config = checkpoint.fit(read_config(directory))
+        self.lora = read_adapters(args.lora, checkpoint) if args.lora else None  # rank and alpha
         self.tokenizer = load_tokenizer(directory, self.config)
         longest = self.config.max_position_embeddings
         self.max_context = min(args.max_context or longest, longest)
@@ -173,6 +177,23 @@ class Session:
         if request.logprobs:
             result |= {"prompt_logprobs": answer.prompt_logprobs, "logprobs": answer.logprobs}
         return result
+
+
+def read_adapters(directory: str, checkpoint: Checkpoint) -> tuple[int, float]:
+    """Adds adapters in peft's form, as train.py exports them, to the tensors of `checkpoint`; (rank, alpha)."""
+    path, file = (
+        os.path.join(find_folder(directory), f"adapter_{name}") for name in ("config.json", "model.safetensors")
+    )
+    fields = read_json(path)
+    with reading(path, "adapter config"):
+        rank, alpha = int(fields["r"]), float(fields["lora_alpha"])
+        for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
+            if fields.get(name):
+                raise UserError(f"{name} is not supported; --lora takes what train.py exports")
+    for key in checkpoint.file(file).keys():
+        name = canonical_name(key.removeprefix("base_model.model."), native=False)
+        checkpoint.tensors[name.replace(".lora_", ".adapter.lora_")] = Stored(file, key)
+    return rank, alpha
 
 
 # ------------------------------------------------------------------------------------------- from a user to specs
