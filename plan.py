@@ -288,11 +288,12 @@ def inference_activations(config: Config, place: Place, context: int, keep_fp8: 
 # ---------------------------------------------------------------------------------------- before a model is built
 
 
-def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp8: bool) -> None:
+def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp8: bool) -> int:
     """Refuse a model whose weights alone do not fit here, and warn where the run's estimate does not.
 
     `args` are those of generate.py or train.py. A GPU is a rank's own; on a CPU all ranks of a machine share its
-    memory. Every rank has to come here: they find the tightest device together. Raises UserError on all.
+    memory. Every rank has to come here: they find the tightest device together. Raises UserError on all. Returns the
+    bytes of this rank's plan.
     """
     wanted = argparse.Namespace(**{**vars(parse_args(["--plan", "--config", ""])), **vars(args)})
     wanted.inference = not hasattr(args, "lora_rank")
@@ -317,7 +318,7 @@ def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp
     weights, peak, room, sharers = max(sums, key=lambda each: each[1] / each[2])
     room /= sharers  # each of them saw all of it
     if peak <= room:
-        return
+        return mine.peak_bytes
     topology = smallest_topology(needs, room / sharers)
     what = "the smallest split that fits is --tp {} --pp {}, {} processes with {:.1f} GB each"
     what = what.format(*topology, math.prod(topology), room / sharers / 1e9) if topology else "no split makes it fit"
@@ -326,6 +327,7 @@ def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp
         raise UserError(f"the weights take {weights / 1e9:.1f} GB, but {there}")
     if place.rank == 0:
         print(f"caution: this may take {peak / 1e9:.1f} GB, but {there}", file=sys.stderr)
+    return mine.peak_bytes
 
 
 def smallest_topology(needs: Callable[[Place], StagePlan], room: float) -> tuple[int, int] | None:
