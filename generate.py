@@ -211,6 +211,7 @@ class Chat:
     def __init__(self, session: Session, keyboard: Keyboard):
         self.session, self.keyboard, self.messages = session, keyboard, []
         self.prompt, self.images = session.args.system or None, []
+        self.typed = ""  # the last turn, as it would be typed again
         self.options: dict = {}  # of the request: what was set here, instead of on the command line
         for path in session.args.image:
             self.image(path)
@@ -231,7 +232,7 @@ class Chat:
                     self.turn(text, commands)
                 except UserError as error:
                     note(f"error: {error}")
-                    self.keyboard.draft = text
+                    self.keyboard.draft = self.typed
 
     def turn(self, text: str, commands: dict) -> None:
         """A message, or a command."""
@@ -244,7 +245,8 @@ class Chat:
                     return note("dropped: it was not closed")
                 text += "\n" + line
             text = text[:-3].strip("\n")
-        self.keyboard.remember(f'"""{text}"""' if block else text)
+        self.typed = f'"""{text}"""' if block else text
+        self.keyboard.remember(self.typed)
         check_utf8(text, "this turn")
         command, _, rest = text.strip().partition(" ")
         if block or "\n" in text or not text.startswith("/"):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import termios
 import time
 
 import pytest
@@ -252,6 +253,34 @@ def test_typed_ahead_and_a_failed_turn(ckpt, tmp_path):
     chat.see("reasoning effort high")
     chat.say("/exit")
     assert chat.end() == 0
+
+
+def test_a_failed_block_stands_in_the_line_again(ckpt, tmp_path):
+    chat = Terminal("generate.py", "--ckpt", ckpt, "--max-new-tokens", 1, "--max-context", 40, home=tmp_path)
+    chat.say('"""' + "long " * 30)
+    chat.see("... ")
+    chat.press('end"""\r')
+    chat.see("more than the context of 40")
+    chat.see('> """long')
+    chat.see('end"""')
+    chat.press("\x15/exit\r")  # clears the line
+    assert chat.end() == 0
+
+
+def test_the_terminal_is_given_back(ckpt, tmp_path):
+    """Also when a rank dies, which ends the others at once: the shell's Ctrl-C has to work again."""
+    chat = Terminal("generate.py", "--ckpt", ckpt, home=tmp_path, ranks=2)
+    before = termios.tcgetattr(chat.keyboard)[6][termios.VINTR]
+    chat.see("\n> ")
+    assert before == b"\x03" and termios.tcgetattr(chat.keyboard)[6][termios.VINTR] == b"\x00"
+    with open(f"/proc/{chat.pid}/task/{chat.pid}/children") as file:
+        ranks = [int(pid) for pid in file.read().split()]
+    os.kill(ranks[1], signal.SIGKILL)
+    chat.see("was killed")
+    while chat.listen():
+        pass
+    assert termios.tcgetattr(chat.keyboard)[6][termios.VINTR] == before
+    assert chat.end() == 1
 
 
 def test_a_signal_ends_the_answer_alone(ckpt, tmp_path):

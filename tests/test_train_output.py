@@ -83,6 +83,8 @@ def test_the_picture(tmp_path):
         assert wanted in colors
     blue = [y for x in range(250, 800) for y in range(50, 440) if picture.getpixel((x, y)) == (0x1F, 0x77, 0xB4)]
     assert 150 < min(blue) and max(blue) < 350
+    first = [y for x in range(60, 250) for y in range(50, 500) if picture.getpixel((x, y)) == (0x1F, 0x77, 0xB4)]
+    assert max(first) <= 440  # the axis
     for strange in ([{"step": 1, "loss": 1e29}], [{"step": 1, "loss": -3.0, "lr": 0.0}, {"step": 2, "loss": -3.0}]):
         export.draw_loss(str(tmp_path / "loss.png"), strange)
     assert os.path.getsize(tmp_path / "loss.png") > 500
