@@ -210,6 +210,7 @@ def test_in_a_terminal(ranks, ckpt, tmp_path):
     chat.say("/set max-new-tokens 2")
     chat.say("tha\x1b[D\x7fo")  # left, backspace: "toa"
     chat.see("2 tokens")
+    assert "\x1b[?2004h" in chat.shown  # asks the terminal to put brackets around what is pasted
     chat.say(PASTE.format("first line\nsecond line"))
     chat.see("2 tokens")
     chat.say("/set max-new-tokens")
