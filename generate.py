@@ -385,14 +385,13 @@ class Chat:
         note(f"{path}: {len(messages) + len(spec)} messages")
 
     def load(self, path: str) -> None:
-        args = argparse.Namespace(requests=os.path.expanduser(path))
-        (spec, *more), base = read_requests(args)
+        (spec, *more), base = read_requests(argparse.Namespace(requests=os.path.expanduser(path) or "/load"))
         if "messages" not in spec or more:
             raise UserError(f"{path}: should hold one line, with 'messages'")
         answer, where = spec.pop("answer", None), spec.pop("where")
         self.session.request({**spec, "where": where}, base)  # refuses what could not be answered
-        messages = [*spec.pop("messages"), *([answer] if isinstance(answer, dict) else [])]
-        lists = [message["content"] for message in messages if isinstance(message["content"], list)]
+        messages = [*spec.pop("messages"), *([answer] if isinstance(answer, dict) and answer.get("role") else [])]
+        lists = [message["content"] for message in messages if isinstance(message.get("content"), list)]
         for part in itertools.chain(*lists):
             if (url := image_url(part)) and url[:5].lower() != "data:":
                 part["image_url"] = {"url": os.path.abspath(os.path.join(base, url))}
@@ -412,7 +411,7 @@ def interact(session: Session) -> None:
         else:
             while (spec := gather_objects(None)[0]) is not None:
                 with contextlib.suppress(UserError):  # rank 0 has it too, and says so
-                    session.answer([spec])
+                    session.answer([spec], stop=keyboard.stop)  # which rank 0 alone will call
     signal.signal(signal.SIGINT, before)
 
 

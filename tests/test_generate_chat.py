@@ -147,6 +147,27 @@ def test_tools(seeing, program, asked, tmp_path):
     assert [m["role"] for m in second] == ["system", "user", "user"]
 
 
+def test_other_peoples_files(seeing, program, asked, tmp_path):
+    """What clients leave out is no stumbling block, and what is no conversation is refused."""
+    calls = [{"id": "abc", "function": {"name": "f", "arguments": "{}"}}]
+    messages = [
+        *CHAT,
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "tool", "content": "3", "tool_call_id": "abc"},
+    ]
+    good = save(tmp_path / "good.jsonl", messages=messages, answer={"role": "assistant", "tool_calls": calls})
+    bad = [
+        save(tmp_path / f"{i}.jsonl", **more) for i, more in enumerate(({"messages": []}, {"raw": "x"}, {"seed": "x"}))
+    ]
+    typed = [f"/load {good}", "/tool 4", f"/load {save(tmp_path / 'odd.jsonl', answer={})}", "/retry", "/load"]
+    typed += [f"/load {path}" for path in bad]
+    status, _, err = program("--interactive", "--ckpt", seeing, "--max-new-tokens", 1, stdin=lines(*typed))
+    assert status == 0 and len(errors(err)) == 4, err
+    first, second = (spec["messages"] for spec in asked if spec["where"] == "this turn")
+    assert [m["role"] for m in first[2:]] == ["assistant", "tool", "assistant", "tool"]
+    assert first[-1]["tool_call_id"] == "abc" and [m["role"] for m in second] == ["system", "user"]
+
+
 def test_files(seeing, program, asked, tmp_path, monkeypatch):
     """What /save writes, --requests answers, and /load reads again; nothing is overwritten."""
     monkeypatch.chdir(tmp_path)
