@@ -1,7 +1,6 @@
 """Supervised fine-tuning: chats in, a fine-tuned model out, on one process or many.
 
     python train.py --ckpt DIR --data FILE.jsonl --out DIR
-    python train.py --ckpt DIR --data FILE.jsonl --out DIR --resume
     torchrun --nproc-per-node 8 train.py --tp 8 --ckpt DIR …      # on 8 GPUs
 
 A step, on every rank:
@@ -17,9 +16,7 @@ to the mean however the batch was split, and so do their gradients. Every rank k
 --out gets `metrics.jsonl`, a line per step and per validation; `checkpoints/step-N/`, from which --resume goes on, on
 any topology: saved every ten minutes, at the end, and when a signal stops the run; at the end `loss.png` and `model/`
 in the HF layout. With --lora-rank the model stays frozen (in FP8, if it is stored so) and only adapters are trained:
-`adapters/` has them alone, `model/` has them merged.
-
-Defaults are those of the published fine-tune on MedPix-VQA; `examples/medpix.sbatch` has the rest of that job.
+`adapters/` has them alone, `model/` has them merged. Defaults are those of the published fine-tune on MedPix-VQA.
 """
 
 import argparse
@@ -60,7 +57,6 @@ from tokenizer import load_tokenizer
 Split = tuple[list[MicroBatch], list[MicroBatch], Callable[[], None]]  # see Trainer.split
 
 SAVE_SECONDS = 600  # without --save-every, the run's state is saved as often as this, and at the end
-
 SHOWN = 3  # answers of a validation
 VALIDATE_AT_ONCE = 8  # micro-batches per replica whose images are in memory together
 
@@ -111,7 +107,7 @@ class Trainer:
         self.metrics: Metrics | None = None  # on rank 0
         for chats in filter(None, (self.data, self.val)):
             tokens, targets = (sum(of) for of in zip(*((len(s.ids), s.target_tokens) for s in chats.samples)))
-            said = f"{len(chats.samples)} samples, {chats.dropped} dropped as longer than --max-length"
+            said = f"{len(chats.samples)} samples, {chats.dropped} dropped (--max-length)"
             self.say(f"{chats.path}: {said}; {tokens:,} tokens, {targets:,} of them targets")
         epochs = args.epochs or (None if args.max_steps else 1)
         self.order = Order(len(self.data.samples), args.global_batch_size, epochs, args.seed, args.shuffle)
@@ -333,12 +329,17 @@ class Trainer:
         for _, mine in self.windows(samples, self.args.micro_batch_size):
             self.pipeline.evaluate(mine)
         line = {"step": step, "val_loss": self.totals()[0]}
-        shown = SHOWN * self.place.dp_size
         if self.args.val_generate or not self.place.sequence_parallel:  # under which a single token cannot be split
-            exact = self.exact_answers(samples if self.args.val_generate else samples[:shown])
+            exact = self.exact_answers(samples[: None if self.args.val_generate else SHOWN * self.place.dp_size])
             line |= {"val_exact": exact / len(samples)} if self.args.val_generate else {}
         self.agree()  # that may have taken long
         return line
+
+    def spell(self, ids: list[int]) -> str:
+        """An answer in a line, thoughts apart from it."""
+        end = self.tokenizer.special.get("[/THINK]")
+        at = ids.index(end) if end in ids else 0
+        return shorten(" → ".join(filter(None, map(self.tokenizer.decode, (ids[:at], ids[at:])))), 100)
 
     def windows(self, every: list[Sample], size: int) -> Iterator[tuple[list[Sample], list[MicroBatch]]]:
         """Samples of the validation file, some at a time: (they, this replica's micro-batches of `size`)."""
@@ -360,8 +361,7 @@ class Trainer:
             for answer, (_, expected) in zip(answers, splits):
                 exact += answer.tokens == expected
                 if (shown := shown + 1) <= SHOWN:
-                    texts = (self.tokenizer.decode(ids) for ids in (expected, answer.tokens))
-                    self.say("  expected {!r}\n  answered {!r}".format(*(shorten(text, 100) for text in texts)))
+                    self.say("  expected {!r}\n  answered {!r}".format(*map(self.spell, (expected, answer.tokens))))
         return int(over_ranks([exact])[0]) // (place.tp_size * place.pp_size)  # all ranks of a replica counted them
 
 
