@@ -1,6 +1,7 @@
 """Write a checkpoint in the HF layout, in FP8 or BF16: from the ranks of a training run, or from another checkpoint.
 
-    python fp8.py IN OUT [--to fp8|bfloat16] [--calibrate CHATS.jsonl]
+    python fp8.py IN OUT --calibrate CHATS.jsonl
+    python fp8.py IN OUT --to bfloat16
 
 Either way the tensors come as a stream, and only one shard of them is in memory at a time. FP8 weights get one float32
 scale each. With --calibrate the model is run over some chats first, and the largest input that each linear saw becomes
@@ -18,7 +19,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,6 @@ import fp8
 from checkpoint import (
     Checkpoint,
     check_names,
-    fill,
     held_tensors,
     hf_name,
     is_quantized,
@@ -42,9 +42,7 @@ from config import Config, UserError, parse_line, read_config, read_lines, write
 from launch import Parser, caught, gather_objects, together
 from model import MistralMedium
 from optimizer import RECORD, STAGED, write_record
-from parallel import Place
-from pipeline import Chats, MicroBatch, decode_images, micro_batches
-from tokenizer import load_tokenizer
+from pipeline import calibrate
 
 SHARD_BYTES = 4_000_000_000  # a file written is at most about this large
 
@@ -282,11 +280,12 @@ def finishing(out: str, finished: dict, rank: int) -> Iterator[str]:
 
 LINE = "step {step}/{total}  loss {loss:.4f}  gradient norm {grad_norm:.4g}  {tokens_per_s:.0f} tokens/s  {left} left"
 
-WIDTH, HEIGHT, MARGIN = 900, 500, 60  # of loss.png, in pixels
-
 
 class Metrics:
-    """`metrics.jsonl` in the folder `out`, one JSON object per line, and each line for people on stderr."""
+    """`metrics.jsonl` in the folder `out`, one JSON object per line, and each line for people on stderr.
+
+    In a terminal the line of a step takes the place of the last one's.
+    """
 
     def __init__(self, out: str, after_step: int, total: int):
         """Keeps what an earlier run wrote, up to `after_step`: the steps after it will be taken again."""
@@ -307,7 +306,8 @@ class Metrics:
             with open(f"{self.path}.partial", "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in self.lines)
             os.replace(f"{self.path}.partial", self.path)
-        self.seconds: list[float] = []  # of the steps taken here
+        self.seconds: list[float] = []  # of the steps taken here, at most 20
+        self.open = False  # the last line shown is to be replaced
 
     def write(self, line: dict) -> None:
         self.lines.append(line)
@@ -315,22 +315,58 @@ class Metrics:
             file.write(json.dumps(line) + "\n")
         if "val_loss" in line:
             shown = [f"{name} {value:.4f}" for name, value in line.items() if name != "step"]
-            text = f"step {line['step']}: {', '.join(shown)}"
+            return self.say(f"step {line['step']}: {', '.join(shown)}")
+        self.seconds = [*self.seconds[-19:], line["step_s"]]
+        left = timedelta(seconds=round(sum(self.seconds) / len(self.seconds) * (self.total - line["step"])))
+        text = LINE.format(**line, total=self.total, left=left)
+        if not sys.stderr.isatty():
+            self.say(text)
         else:
-            self.seconds = [*self.seconds[-19:], line["step_s"]]
-            seconds = sum(self.seconds) / len(self.seconds) * (self.total - line["step"])
-            text = LINE.format(**line, total=self.total, left=timedelta(seconds=round(seconds)))
-        print(text, file=sys.stderr, flush=True)
+            text = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps could not be replaced
+            print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+            self.open = True
+        if len(self.seconds) == 10 and line["step"] < self.total:
+            end = datetime.now() + left
+            self.say(f"after ten steps: {left} left, which is until {end:%H:%M} on {end:%d %B}")
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        print("\n" * self.open + text, file=sys.stderr, flush=True)
+        self.open = False
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *error) -> None:
+        """What is said next, an error perhaps, gets a line of its own."""
+        print("\n" * self.open, end="", file=sys.stderr, flush=True)
+        self.open = False
+
+    def summary(self) -> str:
+        """How the loss went, over tenths of the run, since single steps are noise."""
+        losses = [line["loss"] for line in self.lines if is_loss(line.get("loss"))] or [math.nan]
+        some = max(1, len(losses) // 10)
+        first, last = sum(losses[:some]) / some, sum(losses[-some:]) / some
+        return f"loss {first:.4f} in the first {some} steps, {last:.4f} in the last {some}"
+
+
+WIDTH, HEIGHT, MARGIN = 900, 500, 60  # of loss.png, in pixels
+SMOOTHING = 0.9  # of the curve over the noise: each step's share in it shrinks by this with every later one
 
 
 def draw_loss(path: str, lines: list[dict]) -> None:
-    """A picture of the loss (blue) and the validation loss (orange) by step."""
-    colors = {"loss": "#1f77b4", "val_loss": "#ff7f0e"}
-    curves = {name: [(line["step"], line[name]) for line in lines if is_loss(line.get(name))] for name in colors}
-    points = [point for curve in curves.values() for point in curve] or [(1, 0.0)]
-    steps, losses = zip(*points)
-    last, low = max(2, *steps), min(losses)
-    high = max(*losses, low + 1e-3)
+    """A picture of the loss by step (pale), smoothed (blue), the validation loss (orange), the learning rate (grey)."""
+    names = ("lr", "loss", "val_loss")
+    found = {name: [(line["step"], line[name]) for line in lines if is_loss(line.get(name))] for name in names}
+    smooth, mean, weight = [], 0.0, 0.0
+    for step, loss in found["loss"]:
+        mean, weight = SMOOTHING * mean + (1 - SMOOTHING) * loss, SMOOTHING * weight + 1 - SMOOTHING
+        smooth.append((step, mean / weight))  # over what there was: the first steps don't lean to 0
+    steps, losses = zip(*(found["loss"] + found["val_loss"] or [(1, 0.0)]))
+    last, low, high = max(2, *steps), min(losses), max(losses)
+    high = max(high, low + 1e-3 * max(1, abs(low)))
+    largest = max((rate for _, rate in found["lr"]), default=0) or 1
+    rates = [(step, low + rate / largest * (high - low)) for step, rate in found["lr"]]
 
     def at(step: float, loss: float) -> tuple[float, float]:
         x = MARGIN + (step - 1) / (last - 1) * (WIDTH - 2 * MARGIN)
@@ -338,21 +374,32 @@ def draw_loss(path: str, lines: list[dict]) -> None:
 
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw = ImageDraw.Draw(image)
-    for i in range(6):
-        step, loss = 1 + round(i * (last - 1) / 5), low + i * (high - low) / 5
+    for loss in round_numbers(low, high):
         left, y = at(1, loss)
         draw.line((left, y, WIDTH - MARGIN, y), fill="#dddddd")
-        draw.text((left - 8, y), f"{loss:.4g}", fill="black", anchor="rm")
-        draw.text((at(step, low)[0], HEIGHT - MARGIN + 8), str(step), fill="black", anchor="mt")
+        draw.text((left - 8, y), f"{loss:.6g}", fill="black", anchor="rm")
+    for step in sorted({max(1, round(step)) for step in round_numbers(1, last)}):
+        x, y = at(step, low)
+        draw.line((x, y, x, y + 5), fill="black")
+        draw.text((x, y + 8), str(step), fill="black", anchor="mt")
     draw.text((WIDTH / 2, HEIGHT - 20), "step", fill="black", anchor="mm")
-    for i, (name, color) in enumerate(colors.items()):
-        if xy := [at(*point) for point in curves[name]]:
+    curves = [("#bbbbbb", rates, f"learning rate, 0 to {largest:.3g}"), ("#b5d3ea", found["loss"], "loss")]
+    curves += [("#1f77b4", smooth, "loss, smoothed"), ("#ff7f0e", found["val_loss"], "validation loss")]
+    for i, (color, points, name) in enumerate(curves):
+        if xy := [at(*point) for point in points]:
             draw.line(xy, fill=color, width=2)
-            for x, y in xy if len(xy) < 40 else ():
-                draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=color)
-            draw.text((WIDTH - MARGIN, 20 + 16 * i), name, fill=color, anchor="rm")
+            for x, y in xy if len(xy) == 1 or points is found["val_loss"] else ():
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
+            draw.text((WIDTH - MARGIN, 12 + 14 * i), name, fill=color, anchor="rm")
     with writing(path):
         image.save(path)
+
+
+def round_numbers(low: float, high: float) -> list[float]:
+    """At most nine from `low` to `high`: 1, 2 or 5 times a power of ten apart."""
+    power = 10.0 ** math.floor(math.log10((high - low) / 8))
+    apart = next(n * power for n in (1, 2, 5, 10, 20) if (high - low) / (n * power) <= 8)
+    return [i * apart for i in range(math.ceil(low / apart), math.floor(high / apart) + 1)]
 
 
 def is_loss(value) -> bool:
@@ -360,46 +407,6 @@ def is_loss(value) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------- conversion
-
-
-def measure_inputs(model: MistralMedium, batches: Iterable[MicroBatch]) -> dict[str, torch.Tensor]:
-    """Static activation scales: the largest input of every decoder linear over `batches`, over 448. By weight name."""
-    largest: dict[str, torch.Tensor] = {}
-
-    def watch(name: str):
-        def hook(module, inputs):
-            amax = inputs[0].abs().amax().float()
-            largest[name] = torch.maximum(largest.get(name, amax), amax)
-
-        return hook
-
-    handles = [
-        layer.register_forward_pre_hook(watch(f"{name}.weight"))
-        for name, layer in model.named_modules()
-        if is_quantized(f"{name}.weight")
-    ]
-    with torch.inference_mode():
-        for batch in batches:
-            features = model.image_features(batch.pixels) if batch.pixels else None
-            model(model.embed(batch.tokens, features))
-    for handle in handles:
-        handle.remove()
-    return {name: fp8.scale_of(amax) for name, amax in largest.items()}
-
-
-def calibrate(directory: str, chats_file: str, config: Config, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Run the checkpoint, dequantized to BF16, over the chats of a file; see `measure_inputs`."""
-    model = MistralMedium(config)
-    chats = Chats(chats_file, load_tokenizer(directory, config), config, config.max_position_embeddings, Place())
-    fill(model, checkpoint)
-
-    def decoded() -> Iterator:
-        for batch in micro_batches(chats.samples, 1, 0):
-            decode_images([batch], chats.base, config.vision, torch.bfloat16)
-            yield batch
-            batch.pixels = []
-
-    return measure_inputs(model, decoded())
 
 
 def convert(source: str, target: str, to_fp8: bool, chats: str | None) -> None:
@@ -426,10 +433,10 @@ def convert(source: str, target: str, to_fp8: bool, chats: str | None) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(description="Rewrite a checkpoint in the HF layout.")
-    parser.add_argument("source", metavar="IN")
-    parser.add_argument("target", metavar="OUT")
-    parser.add_argument("--to", choices=["fp8", "bfloat16"], default="fp8")
+    parser = Parser(__doc__, prog="fp8.py", usage="%(prog)s IN OUT [options]")
+    parser.add_argument("source", metavar="IN", help="folder of a checkpoint, any layout")
+    parser.add_argument("target", metavar="OUT", help="a new folder, for the HF layout")
+    parser.add_argument("--to", choices=["fp8", "bfloat16"], default="fp8", help="of the decoder's linears")
     parser.add_argument("--calibrate", metavar="FILE.jsonl", help="chats that measure static activation scales")
     args = parser.parse_args(argv)
     if args.calibrate and args.to != "fp8":

@@ -1,7 +1,10 @@
-"""Generate from a checkpoint: one prompt, a file of requests, or a chat in the terminal.
+"""Generate from a checkpoint: one question, a file of requests, or a chat in the terminal.
 
-    python generate.py --ckpt DIR --prompt "…"
-    torchrun --nproc-per-node 8 generate.py --ckpt DIR --tp 8 --requests FILE.jsonl --json
+    python generate.py --ckpt DIR "Why is the sky blue?"
+    python generate.py --ckpt DIR                     # a chat
+    git log -1 | python generate.py --ckpt DIR        # the question from a pipe
+    python generate.py --ckpt DIR --requests FILE.jsonl --json
+    torchrun --nproc-per-node 8 generate.py --ckpt DIR "…"     # on 8 GPUs
 
 Human-readable text and progress go to stderr, answers to stdout; with --json stdout carries JSON lines only.
 
@@ -9,206 +12,407 @@ What is asked becomes a JSON request, which a `Session` answers (`session.py`).
 """
 
 import argparse
+import contextlib
+import itertools
 import json
+import math
 import os
+import random
+import re
+import readline  # it edits whatever `input` reads in a terminal
+import select
+import shlex
+import signal
 import sys
+import termios
+from collections.abc import Iterator
 
-import torch.distributed as dist
+from chat import encode_chat
+from checkpoint import writing
+from config import UserError
+from launch import COUNT, SIZE, Parser, find_place, gather_objects, number, run_program, together
+from session import (
+    NUMBERS,
+    SEED,
+    TEMPERATURE,
+    TOP_P,
+    Session,
+    check_utf8,
+    image_url,
+    note,
+    opening,
+    print_calls,
+    read_input,
+    read_requests,
+    stream,
+    user_turn,
+)
+from vision import grid, load_image
 
-from config import UserError, parse_line, read_lines
-from launch import COUNT, SIZE, Parser, find_place, number, run_program, together
-from parallel import Place
-from session import KEYS, SEED, TEMPERATURE, TOP_P, Session
+HISTORY = "~/.mistral_history"  # what was typed into the chat, a JSON string a line
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--ckpt", metavar="DIR", help="checkpoint, any layout; default: the small one in the repository")
-    add("--prompt", metavar="TEXT", help="one user turn")
-    add("--image", metavar="PATH", action="append", default=[], help="image before the prompt's text; repeatable")
+    parser = Parser(__doc__, usage="%(prog)s [options] [question]")
+    add = parser.add_argument_group("what to ask").add_argument
+    add("question", nargs="?", help="one user turn; default: standard input, or in a terminal a chat")
+    add("--prompt", metavar="TEXT", help="the same as an option")
+    add("--image", metavar="PATH", action="append", default=[], help="image before the question's text; repeatable")
     add("--system", metavar="TEXT", help="system prompt")
     add("--raw", action="store_true", help="no chat template: <s> + the text, continued")
-    add("--requests", metavar="FILE", help="one JSON request a line")
-    add("--interactive", action="store_true", help="chat in the terminal")
-    add("--reasoning-effort", choices=["none", "high"])
-    add("--max-new-tokens", type=COUNT, default=1024, metavar="N", help="0 only scores the prompt")
-    add("--temperature", type=TEMPERATURE, metavar="F", help="0 is greedy; default 0, 0.7 with --reasoning-effort high")
-    add("--top-p", type=TOP_P, metavar="F", help="default 1, 0.95 with --reasoning-effort high")
+    add("--requests", metavar="FILE", help="one JSON request a line; - is standard input")
+    add("--interactive", action="store_true", help="a chat, also where standard input is no terminal")
+    add = parser.add_argument_group("how to answer").add_argument
+    add("--reasoning-effort", choices=["none", "high"], help="default: the checkpoint's")
+    add("--max-new-tokens", type=COUNT, metavar="N", help="0 only scores; default: what the context leaves")
+    add("--temperature", type=TEMPERATURE, metavar="F", help="0 is greedy; default 0, with reasoning 0.7")
+    add("--top-p", type=TOP_P, metavar="F", help="default 1, with reasoning 0.95")
     add("--seed", type=SEED, metavar="N", help="default: a new one each time")
-    add("--batch-size", type=SIZE, default=16, metavar="N", help="requests answered together")
+    add("--json", action="store_true", help="one JSON object a request on stdout")
+    add("--logprobs", action="store_true", help="with --json: log-probabilities too")
+    add = parser.add_argument_group("the model").add_argument
+    add("--ckpt", metavar="DIR", help="checkpoint, any layout; default: the small one in the repository")
+    add("--lora", metavar="DIR", help="adapters that train.py exported, to add to it")
+    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of activations and unquantized weights")
+    add(
+        "--weights", choices=["auto", "fp8", "dequantized"], default="auto", help="FP8 weights in memory; auto: on GPUs"
+    )
     add("--max-context", type=SIZE, metavar="N", help="longest prompt and answer together; default: the model's")
+    add = parser.add_argument_group("processes").add_argument
     add("--tp", type=SIZE, metavar="N", help="tensor-parallel size; default: all processes")
     add("--pp", type=SIZE, metavar="N", help="pipeline-parallel size; default 1")
-    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    add("--weights", choices=["auto", "fp8", "dequantized"], default="auto", help="keep FP8 weights FP8 in memory?")
-    add("--logprobs", action="store_true", help="with --json: log-probabilities too")
-    add("--json", action="store_true", help="one JSON object a request on stdout")
+    add("--batch-size", type=SIZE, default=16, metavar="N", help="requests answered together")
     add("--timeout", type=number(float, 5, 1e9), default=300, metavar="S", help="a rank silent for so long is gone")
     args = parser.parse_args(argv)
+    if args.question is not None and args.prompt is not None:
+        raise UserError(f"the question is given twice, as {args.question!r} and with --prompt; leave out one")
+    args.prompt = args.question if args.prompt is None else args.prompt
     if args.requests and (args.prompt is not None or args.image or args.system or args.interactive):
-        raise UserError("--requests already says what to ask; leave out --prompt, --image, --system and --interactive")
+        raise UserError("--requests already says what to ask; leave out question, --image, --system and --interactive")
     if args.raw and (args.image or args.system is not None):
         raise UserError("--raw continues plain text; leave out --image and --system")
-    if args.interactive and (args.prompt is not None or args.json or args.raw or args.image):
-        raise UserError("--interactive reads turns from the terminal; leave out --prompt, --image, --raw and --json")
-    if not args.requests and args.prompt is None and not args.interactive:
-        if args.json or args.image or args.raw or not sys.stdin.isatty():
-            raise UserError("nothing to do: give --prompt TEXT or --requests FILE (or chat in a terminal)")
-        args.interactive = True
+    if args.interactive and (args.prompt is not None or args.json or args.raw):
+        raise UserError("--interactive reads turns from the terminal; leave out question, --raw and --json")
     return args
-
-
-# ------------------------------------------------------------------------------------------------------- requests
-
-
-def read_requests(args: argparse.Namespace) -> tuple[list[dict], str]:
-    """The requests as JSON objects, each with a `where` for error messages; and the folder of their image paths."""
-    if not args.requests:
-        return [command_line_request(args)], ""
-    specs = []
-    for i, line in read_lines(args.requests):
-        where = f"{args.requests} line {i}"
-        spec = parse_line(line, where, KEYS)
-        if ("messages" in spec) == ("raw" in spec):
-            raise UserError(f"{where}: should hold either 'messages' or 'raw'")
-        specs.append({**spec, "where": where})
-    if not specs:
-        raise UserError(f"{args.requests}: holds no request")
-    return specs, os.path.dirname(args.requests)
-
-
-def command_line_request(args: argparse.Namespace) -> dict:
-    check_utf8(args.prompt, "--prompt")
-    check_utf8(args.system or "", "--system")
-    if args.raw:
-        return {"raw": args.prompt, "where": "--prompt"}
-    return {"messages": [*opening(args.system), user_turn(args.image, args.prompt)], "where": "--prompt"}
-
-
-def opening(system: str | None) -> list[dict]:
-    return [] if system is None else [{"role": "system", "content": system}]
-
-
-def user_turn(images: list[str], text: str) -> dict:
-    parts = [{"type": "image_url", "image_url": {"url": path}} for path in images]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
-
-
-def check_utf8(text: str, where: str) -> None:
-    """Bytes that are not UTF-8 come from the command line and the terminal as lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: not UTF-8 text; check the encoding of the terminal or script") from None
 
 
 # ---------------------------------------------------------------------------------------------------- the terminal
 
 
-def interact(session: Session) -> None:
-    """A chat with history and the commands that it prints first. Ctrl-C cuts an answer short."""
-    place, history, images = session.place, [], []
-    system, effort = session.args.system or None, session.args.reasoning_effort
+class Keyboard:
+    """What a person types or pastes, on rank 0; or lines from a pipe.
 
-    def note(text: str) -> None:
-        if place.rank == 0:
-            print(text, file=sys.stderr)
+    In the chat the terminal sends Ctrl-C as a character, not as a signal. The signal would go to everything in the
+    foreground: under torchrun that is not the ranks but torchrun, which then ends them all.
+    """
 
-    note("/exit ends, /clear forgets, /system TEXT, /effort none|high, /image PATH")
-    if place.rank == 0:
+    def __init__(self, rank: int):
+        self.terminal, self.interrupted, self.reading = rank == 0 and sys.stdin.isatty(), False, False
+        self.draft = ""  # stands in the line when the next turn is read
+        self.ahead = b""  # was typed while an answer came
+        # Without stdout in the terminal too, `input` edits nothing.
+        self.readline = readline if self.terminal and sys.stdout.isatty() else None
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # see check_utf8
-    while (line := read_line(place)) is not None and line.strip() != "/exit":
-        command, _, rest = line.strip().partition(" ")
-        if command == "/clear":
-            history, images = [], []
-        elif command == "/system":
-            system = rest or None
-        elif command == "/effort":
-            effort = rest or None
-        elif command == "/image":
-            images.append(rest)
-        elif command.startswith("/"):
-            note(f"no such command: {command}")
-        elif command:
-            turn = user_turn(images, line)
-            messages = [*opening(system), *history, turn]
-            try:
-                check_utf8((system or "") + line, "this turn")
-                result = stream(session, {"messages": messages, "reasoning_effort": effort, "where": "this turn"})
-            except UserError as error:
-                images = []  # one of them may be what is wrong
-                note(f"error: {error}")
-            except KeyboardInterrupt:  # Ctrl-C ends the answer; several ranks it ends (see launch.py)
-                print()
-            else:
-                answer = {"role": "assistant", "content": result["text"], "tool_calls": result["tool_calls"]}
-                history, images = [*history, turn, answer], []
+        if not self.readline:
+            return
+        self.brackets = "libedit" not in (readline.__doc__ or "")  # GNU's readline knows where a paste ends
+        # Ctrl-C leaves the line with just this character in it: end of line, clear, the character quoted, return.
+        keys = r'"\C-c": "\C-e\C-u\C-v\C-c\C-m"' if self.brackets else 'bind -s "^C" "^E^U^V^C^M"'
+        readline.parse_and_bind(keys)
+        for setting in ("set enable-bracketed-paste on", "set bell-style none"):
+            readline.parse_and_bind(setting)
+        readline.set_auto_history(False)
+        with contextlib.suppress(OSError, ValueError), open(os.path.expanduser(HISTORY), encoding="utf-8") as file:
+            for line in list(file)[-1000:]:
+                readline.add_history(json.loads(line))
 
+    def interrupt(self, number: int, frame) -> None:
+        self.interrupted = True
+        if self.reading:
+            raise KeyboardInterrupt
 
-def read_line(place: Place) -> str | None:
-    """A line from the terminal of rank 0, on every rank; None at its end."""
-    line: list = [None]
-    if place.rank == 0:
+    @contextlib.contextmanager
+    def mode(self, canonical: bool) -> Iterator[None]:
+        """Ctrl-C is a character in the block; unless `canonical`, every key is there at once, and not shown."""
+        if not self.terminal:
+            yield
+            return
+        before = termios.tcgetattr(sys.stdin)
+        mode = termios.tcgetattr(sys.stdin)
+        mode[6][termios.VINTR] = os.fpathconf(sys.stdin.fileno(), "PC_VDISABLE").to_bytes(1, "little")
+        mode[3] &= ~(0 if canonical else termios.ICANON | termios.ECHO)
         try:
-            line = [input("\n> " if sys.stdin.isatty() else "")]
-        except (EOFError, KeyboardInterrupt):
-            pass
-    if dist.is_initialized():
-        dist.broadcast_object_list(line, src=0)
-    return line[0]
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
+            yield
+        finally:
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+    def stop(self) -> bool:
+        """Whether Ctrl-C was pressed while the answer came. Whatever else was typed is kept for the next turn."""
+        with contextlib.suppress(OSError):  # the terminal is gone
+            while self.terminal and select.select([sys.stdin], [], [], 0)[0]:
+                self.ahead += os.read(sys.stdin.fileno(), 4096)
+        if b"\x03" in self.ahead:
+            self.interrupted, self.ahead = True, b""
+        return self.interrupted
+
+    def read(self, prompt: str = "\n> ") -> str | None:
+        """A line, or a pasted block; "\x03" for Ctrl-C, None at the end."""
+        ahead = re.sub(r"\x1b\[[\d;]*[A-Za-z~]|[^\n -\U0010ffff]", "", self.ahead.decode(errors="surrogateescape"))
+        draft, self.draft, self.ahead, self.interrupted = self.draft + ahead, "", b"", False
+        if draft == ahead and ahead.find("\n") == len(ahead) - 1 >= 0:  # a line; several are a paste, to be seen first
+            print(f"{prompt}{ahead}", end="", flush=True)
+            return ahead[:-1]
+        if self.readline:
+            readline.set_startup_hook(lambda: readline.insert_text(draft.rstrip("\n")))
+        elif self.terminal:
+            print(prompt, end="", file=sys.stderr, flush=True)
+        try:
+            self.reading = True
+            line = input(prompt if self.readline else "")
+            while self.readline and not self.brackets and select.select([sys.stdin], [], [], 0.05)[0]:
+                line += f"\n{input()}"  # lines that are there already were pasted
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            return "\x03" if self.terminal else None
+        finally:
+            self.reading = False
+        return line
+
+    def remember(self, text: str) -> None:
+        if self.readline and text.strip():
+            readline.add_history(text)
+            with contextlib.suppress(OSError):
+                path = os.open(os.path.expanduser(HISTORY), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+                with open(path, "w", encoding="utf-8") as file:
+                    file.write(json.dumps(text) + "\n")
 
 
-def stream(session: Session, spec: dict, base: str = "") -> dict:
-    """The answer to one request, printed as it comes."""
-    printer = Printer()
-    (result,) = session.answer([spec], base, printer)
-    if session.place.rank == 0:
-        printer.close()
-        print_calls(result)
-    return result
+HELP = '''\
+/image PATH        a picture for the next message; without PATH: none
+/effort none|high  whether to reason; alone: the checkpoint's default
+/system TEXT       the system prompt; alone: none
+/set NAME VALUE    temperature, top-p, max-new-tokens, seed; without VALUE: the
+                   default; /set alone shows them
+/retry             answer again
+/undo              take back the last message
+/clear             forget the conversation
+/tool RESULT       what a tool call of the answer returned
+/save FILE         the conversation as a line for --requests; /load FILE reads it
+/exit              or Ctrl-D, or Ctrl-C twice
+Ctrl-C ends an answer. A pasted block is one message; by hand, """ opens and
+closes one of several lines.'''
 
 
-def print_calls(result: dict) -> None:
-    print()
-    for call in result["tool_calls"]:
-        print(json.dumps(call, ensure_ascii=False))
+class Chat:
+    """A conversation, on rank 0: messages, what was set for it, and the commands that change them."""
 
+    def __init__(self, session: Session, keyboard: Keyboard):
+        self.session, self.keyboard, self.messages = session, keyboard, []
+        self.prompt, self.images = session.args.system or None, []
+        self.typed = ""  # the last turn, as it would be typed again
+        self.options: dict = {}  # of the request: what was set here, instead of on the command line
+        for path in session.args.image:
+            self.image(path)
 
-class Printer:
-    """Prints an answer as it comes: reasoning dimmed on stderr, text on stdout."""
+    def run(self) -> None:
+        names = "image effort system set retry undo clear tool save load".split()
+        commands = {f"/{name}": getattr(self, name) for name in names} | {"/help": lambda rest: note(HELP)}
+        note("/help lists the commands, /exit ends")
+        pressed = False
+        while (text := self.keyboard.read()) is not None and text.strip() != "/exit":
+            before, pressed = pressed, "\x03" in text
+            if pressed and before:
+                break
+            if pressed:
+                note("Ctrl-C again ends the chat")
+            elif text.strip():
+                try:
+                    self.turn(text, commands)
+                except UserError as error:
+                    note(f"error: {error}")
+                    self.keyboard.draft = self.typed
 
-    def __init__(self):
-        self.kind = "text"
-
-    def __call__(self, i: int, kind: str, text: str) -> None:
-        if kind != self.kind:
-            self.close()
-            if kind == "reasoning" and sys.stderr.isatty():
-                print("\x1b[2m", end="", file=sys.stderr)
-        self.kind = kind
-        print(text, end="", file=sys.stderr if kind == "reasoning" else sys.stdout, flush=True)
-
-    def close(self) -> None:
-        """End what is dimmed, and its line."""
-        if self.kind == "reasoning":
-            print("\x1b[0m" if sys.stderr.isatty() else "", file=sys.stderr, flush=True)
-        self.kind = "text"
-
-
-class Numbered:
-    """Prints the answers to many requests, as JSON lines or numbered."""
-
-    def __init__(self, as_json: bool):
-        self.as_json, self.count = as_json, 0
-
-    def __call__(self, result: dict) -> None:
-        self.count += 1
-        if self.as_json:
-            print(json.dumps(result, ensure_ascii=False), flush=True)
+    def turn(self, text: str, commands: dict) -> None:
+        """A message, or a command."""
+        block = text.strip().startswith('"""')
+        if block:
+            text = text.strip()[3:]
+            while not text.endswith('"""'):
+                line = self.keyboard.read("... ")
+                if line is None or "\x03" in line:
+                    return note("dropped: it was not closed")
+                text += "\n" + line
+            text = text[:-3].strip("\n")
+        self.typed = f'"""{text}"""' if block else text
+        self.keyboard.remember(self.typed)
+        check_utf8(text, "this turn")
+        command, _, rest = text.strip().partition(" ")
+        if block or "\n" in text or not text.startswith("/"):
+            self.say(text)
+        elif command in commands:
+            commands[command](rest.strip())
         else:
-            print(f"[{self.count}] {result['text']}", end="")
-            print_calls(result)
+            raise UserError(f"no such command: {command}; /help lists them, and after a space it is text")
+
+    # --- what is said
+
+    def ask(self, messages: list[dict], **options) -> None:
+        """Let the model answer `messages`. They become the conversation once it has: a mistake changes nothing."""
+        spec = {"messages": [*opening(self.prompt), *messages], **self.options, **options, "where": "this turn"}
+        gather_objects(spec)
+        with self.keyboard.mode(canonical=False):
+            result = stream(self.session, spec, stop=self.keyboard.stop)
+        # One cut off in its thoughts is none, and the next message continues the one that it should have answered.
+        answer = {"role": "assistant", "content": result["text"], "tool_calls": result["tool_calls"]}
+        self.messages = [*messages, *([answer] if result["text"] or result["tool_calls"] else [])]
+        used, most = len(result["prompt_tokens"]) + len(result["tokens"]), self.session.max_context
+        why = {"cancelled": "stopped", "length": "cut off where the context ends" if used >= most else "cut off"}
+        words = [why.get(result["finish_reason"], ""), "" if answer in self.messages else "no answer"]
+        if words[0] == "cut off":
+            words[0] += " by max-new-tokens (/set)"
+        words += [f"{len(result['tokens'])} tokens", f"{result['stats']['decode_tokens_per_s']:g} tokens/s"]
+        note(", ".join(filter(None, [*words, f"context {used:,} of {most:,}"])))
+        if calls := self.waiting():
+            note(f"/tool RESULT answers {'the call' if calls == 1 else f'the {calls} calls, one after the other'}")
+
+    def say(self, text: str) -> None:
+        messages = self.messages
+        if self.waiting():  # a chat with calls that have no result could not go on
+            note("the tool calls had no result and are left out")
+            messages = messages[: self.last("assistant")]
+        self.ask([*messages, user_turn(self.images, text)])
+        self.images = []
+
+    def tool(self, text: str) -> None:
+        if not self.waiting():
+            raise UserError("no tool call waits for a result")
+        call = self.messages[self.last("assistant")]["tool_calls"][-self.waiting()]
+        id = {"tool_call_id": call["id"]} if call.get("id") else {}  # the model's own calls have none but their places
+        messages = [*self.messages, {"role": "tool", "content": text, **id}]
+        if self.waiting() == 1:
+            self.ask(messages)
+        else:
+            self.messages = messages
+
+    def retry(self, rest: str) -> None:
+        messages = self.messages[:-1] if self.messages and self.messages[-1]["role"] == "assistant" else self.messages
+        if not messages:
+            raise UserError("nothing was said yet")
+        chosen = "seed" in self.options or self.session.args.seed is not None
+        self.ask(messages, **({} if chosen else {"seed": random.getrandbits(32)}))
+
+    def undo(self, rest: str) -> None:
+        """The last message goes back into the line, and its pictures to those that wait for the next one."""
+        if (at := self.last("user")) < 0:
+            raise UserError("nothing was said yet")
+        content, self.messages = self.messages[at]["content"], self.messages[:at]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        self.keyboard.draft = "\n".join(part["text"] for part in parts if part["type"] == "text")
+        self.images = [url for url in map(image_url, parts) if url]
+        note(f"taken back: {self.keyboard.draft[:60]}")
+
+    def clear(self, rest: str) -> None:
+        self.messages, self.images = [], []
+        note("forgotten")
+
+    def last(self, role: str) -> int:
+        """Where the last message of `role` stands; -1: nowhere."""
+        return max((i for i, message in enumerate(self.messages) if message["role"] == role), default=-1)
+
+    def waiting(self) -> int:
+        """How many calls of the last answer have no result yet."""
+        at = self.last("assistant")
+        if at < 0 or self.last("user") > at:
+            return 0
+        return max(0, len(self.messages[at].get("tool_calls") or []) - (len(self.messages) - 1 - at))
+
+    # --- what is set
+
+    def image(self, path: str) -> None:
+        if not path:
+            self.images = []
+            return note("no picture goes with the next message")
+        if (vision := self.session.config.vision) is None:
+            raise UserError("this checkpoint takes no images")
+        with contextlib.suppress(ValueError):  # as a shell reads it: quotes, and spaces after a backslash
+            path = path if os.path.exists(path) else " ".join(shlex.split(path))
+        path = os.path.abspath(os.path.expanduser(path))
+        size = load_image(path).size
+        self.images.append(path)
+        note("{}: {} × {} pixels, {} tokens, for the next message".format(path, *size, math.prod(grid(*size, vision))))
+
+    def effort(self, rest: str) -> None:
+        encode_chat(self.session.tokenizer, [{"role": "user", "content": "?"}], None, rest or None)  # refuses others
+        self.options["reasoning_effort"] = rest or None
+        note(f"reasoning effort {rest or 'as the checkpoint has it'}")
+
+    def system(self, rest: str) -> None:
+        self.prompt = rest or None
+        note(f"system prompt: {rest or 'none'}")
+
+    def set(self, rest: str) -> None:
+        name, _, value = rest.partition(" ")
+        key = name.replace("-", "_")
+        if rest and key not in NUMBERS:
+            raise UserError(f"no such setting: {name}; there are temperature, top-p, max-new-tokens and seed")
+        try:
+            self.options |= {key: NUMBERS[key](value)} if value else {}
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{name}: {error}") from None
+        if not value:
+            self.options.pop(key, None)
+        thinks = self.options.get("reasoning_effort", self.session.args.reasoning_effort) == "high"
+        now = self.session.numbers({**self.options, "where": ""}, thinks)
+        note(", ".join(f"{name.replace('_', '-')} {value}" for name, value in now.items() if value is not None))
+
+    # --- files
+
+    def save(self, path: str) -> None:
+        """The last answer stands apart, since a request ends with its question."""
+        args, messages, spec = self.session.args, [*opening(self.prompt), *self.messages], {}
+        if messages and messages[-1]["role"] == "assistant":
+            spec["answer"] = messages.pop()
+        if not messages or not path:
+            raise UserError("give /save the name of a new file, once something was said")
+        names = ("reasoning_effort", *NUMBERS)
+        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        line = json.dumps({"messages": messages, **given, **self.options, **spec}, ensure_ascii=False)
+        path = os.path.expanduser(path)
+        with writing(path), open(path, "x", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+        note(f"{path}: {len(messages) + len(spec)} messages")
+
+    def load(self, path: str) -> None:
+        (spec, *more), base = read_requests(argparse.Namespace(requests=os.path.expanduser(path) or "/load"))
+        if "messages" not in spec or more:
+            raise UserError(f"{path}: should hold one line, with 'messages'")
+        answer, where = spec.pop("answer", None), spec.pop("where")
+        self.session.request({**spec, "where": where}, base)  # refuses what could not be answered
+        messages = [*spec.pop("messages"), *([answer] if isinstance(answer, dict) and answer.get("role") else [])]
+        lists = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+        for part in itertools.chain(*lists):
+            if (url := image_url(part)) and url[:5].lower() != "data:":
+                part["image_url"] = {"url": os.path.abspath(os.path.join(base, url))}
+        self.prompt = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
+        self.messages, self.options, self.images = messages, spec, []
+        note(f"{path}: {len(messages)} messages" + ("" if answer else "; /retry answers the last"))
+
+
+def interact(session: Session) -> None:
+    """A chat. Rank 0 has the person; the others wait for what they are to answer with it."""
+    keyboard = Keyboard(session.place.rank)
+    before = signal.signal(signal.SIGINT, keyboard.interrupt)  # where a launcher sends it to the ranks
+    with keyboard.mode(canonical=True):
+        if session.place.rank == 0:
+            Chat(session, keyboard).run()
+            gather_objects(None)
+        else:
+            while (spec := gather_objects(None)[0]) is not None:
+                with contextlib.suppress(UserError):  # rank 0 has it too, and says so
+                    session.answer([spec], stop=keyboard.stop)  # which rank 0 alone will call
+    signal.signal(signal.SIGINT, before)
 
 
 def main(argv: list[str]) -> None:
@@ -217,14 +421,24 @@ def main(argv: list[str]) -> None:
     if place.dp_size > 1:
         sizes = f"--tp {place.tp_size} × --pp {place.pp_size}"
         raise UserError(f"{sizes} should be the number of processes, {place.world_size}; start so many with torchrun")
-    specs, base = ([], "") if args.interactive else together(lambda: read_requests(args))
+    data, chat = gather_objects(together(lambda: read_input(args) if place.rank == 0 else None))[0]
+    specs, base = ([], "") if chat else together(lambda: read_requests(args, data))
     session = Session(args, place)
-    if args.interactive:
+    if chat:
         return interact(session)
+    numbers = itertools.count(1)
+
+    def show(result: dict) -> None:
+        if args.json:
+            print(json.dumps(result, ensure_ascii=False), flush=True)
+        else:
+            print(f"[{next(numbers)}] {result['text']}", end="")
+            print_calls(result)
+
     if len(specs) == 1 and not args.json:
         results = [stream(session, specs[0], base)]
     else:
-        results = session.answer(specs, base, on_result=Numbered(args.json))
+        results = session.answer(specs, base, on_result=show)
     if place.rank == 0 and not args.json:
         stats = results[-1]["stats"]
         speeds = f"{stats['prefill_tokens_per_s']} prompt tokens/s, {stats['decode_tokens_per_s']} new tokens/s"

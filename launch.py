@@ -13,11 +13,12 @@ import io
 import math
 import os
 import re
-import resource
 import select
 import signal
 import socket
 import sys
+import termios
+import textwrap
 import threading
 import time
 import traceback
@@ -32,8 +33,7 @@ from parallel import Place
 
 LOST_SECONDS = 10  # a rank that lost another one waits so long before it says so: the cause should be said first
 HUNG = timedelta(minutes=30)  # for one collective, among ranks that are all there
-# Ranks rightly wait for a disk, or for a person in the chat. It is `Watch` that ends a wait for one that is gone.
-PATIENT = timedelta(days=30)
+PATIENT = timedelta(days=30)  # ranks rightly wait for a disk, or a person; `Watch` ends a wait for one that is gone
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; the end of a job; Slurm's warning that it is near
 # What every program calls the flags that a TopologyError is about; the layers that raise it know of no flags.
 WHAT_TO_DO = "choose other --tp and --pp; their product, times the data-parallel replicas, is the number of processes"
@@ -44,8 +44,27 @@ MORE_MEMORY = "use more processes with --tp or --pp, fewer or shorter requests o
 # --------------------------------------------------------------------------------------------- the command line
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """--help for 80 columns, with every default."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28, width=80)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        said, default = action.help or "", action.default
+        if "default" in said or action.required or action.nargs == 0:
+            return said
+        default = " ".join(map(str, default)) if isinstance(default, list) else default
+        return f"{said}; default {'none' if default in (None, '') else default}".removeprefix("; ")
+
+
 class Parser(argparse.ArgumentParser):
-    """Raises UserError for mistakes on the command line, where argparse would print its usage too."""
+    """Options, between a docstring's first two paragraphs: a line, and examples. Raises UserError for mistakes."""
+
+    def __init__(self, doc: str = "", **more):
+        line, examples, *_ = f"{doc}\n\n".split("\n\n")
+        more = dict(description=textwrap.fill(line, 80), epilog=examples and f"examples:\n{examples}") | more
+        super().__init__(**{"formatter_class": Help, "allow_abbrev": False, **more})
 
     def error(self, message: str):
         raise UserError(f"{message} (--help lists the options)")
@@ -68,28 +87,6 @@ def number(kind: type, low: float, high: float, above: bool = False):
 
 
 COUNT, SIZE = number(int, 0, 1 << 40), number(int, 1, 1 << 40)
-
-
-class Progress:
-    """A line on stderr, once a second, while a large checkpoint loads."""
-
-    def __init__(self, checkpoint, place: Place):
-        self.checkpoint, self.shown = checkpoint, place.rank == 0
-        self.started = self.last = time.perf_counter()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.perf_counter()
-        if self.shown and (now - self.last > 1 or (done == total and self.last > self.started)):
-            self.last, read = now, self.checkpoint.bytes_read / 1e9
-            rate = read / (now - self.started)
-            print(f"loading: {100 * done // total} %, {read:.1f} GB read, {rate:.2f} GB/s", file=sys.stderr)
-
-
-def peak_memory(place: Place) -> int:
-    """Bytes: the most that tensors took on the GPU, or that the process took on a CPU."""
-    if place.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(place.device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # ------------------------------------------------------------------------------------------------- many ranks
@@ -262,6 +259,7 @@ class Watch:
         signal.set_wakeup_fd(written, warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, left_to_watch)
+        self.terminal = termios.tcgetattr(0) if os.isatty(0) else None  # a chat changes how it reads keys
         self.threads = [threading.Thread(target=work, daemon=True) for work in (self.beat, self.look)]
         for thread in self.threads:
             thread.start()
@@ -305,6 +303,8 @@ class Watch:
             if not ask or Counters(self.store).add("spoken", 1) <= 1:
                 say(line)
             time.sleep(1)  # a launcher should see the rank that is the cause end first
+            if self.terminal:
+                termios.tcsetattr(0, termios.TCSANOW, self.terminal)
             os._exit(status)
 
 
@@ -365,7 +365,7 @@ def run_program(main: Callable[[list[str]], None]) -> None:
     the traceback of what is then a bug.
     """
     status, line, all_know, patience, watch, counters = 0, None, True, 300.0, None, Counters()
-    early = Parser(add_help=False, allow_abbrev=False)  # ranks wait for each other before `main` knows its options
+    early = Parser(add_help=False)  # ranks wait for each other before `main` knows its options
     early.add_argument("--timeout", type=number(float, 5, 1e9), default=patience)
 
     def met(store: dist.Store, rank: int, world: int) -> None:

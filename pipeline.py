@@ -32,12 +32,14 @@ until their step comes near.
 
 The order of the data is a function of the seed and the epoch, and a step's samples follow from its number. A resumed
 run has nothing else to restore.
+
+**Calibration** sends chats through a model to see how large the inputs of its linears become, for static FP8 scales.
 """
 
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -45,10 +47,14 @@ import torch
 import torch.distributed as dist
 from torch.autograd.graph import get_gradient_edge
 
+import fp8
 from chat import encode_chat
+from checkpoint import Checkpoint, fill, is_quantized
 from config import Config, UserError, VisionConfig, parse_line, read_lines
 from launch import gather_objects
+from model import MistralMedium
 from parallel import Place, all_gather
+from tokenizer import load_tokenizer
 from vision import grid_of, load_image, pixels
 
 KEYS = {"messages", "tools", "reasoning_effort"}
@@ -303,3 +309,46 @@ def decode_images(batches: list[MicroBatch], base: str, vision: VisionConfig | N
     """Fill in the `pixels` of `batches`, paths relative to `base`. Raises UserError for an image that is broken."""
     for batch in batches:
         batch.pixels = [pixels(load_image(url, base), vision).to(dtype) for url in batch.images]
+
+
+# ----------------------------------------------------------------------------------------------- calibration
+
+
+def measure_inputs(model: MistralMedium, batches: Iterable[MicroBatch]) -> dict[str, torch.Tensor]:
+    """Static activation scales: the largest input of every decoder linear over `batches`, over 448. By weight name."""
+    largest: dict[str, torch.Tensor] = {}
+
+    def watch(name: str):
+        def hook(module, inputs):
+            amax = inputs[0].abs().amax().float()
+            largest[name] = torch.maximum(largest.get(name, amax), amax)
+
+        return hook
+
+    handles = [
+        layer.register_forward_pre_hook(watch(f"{name}.weight"))
+        for name, layer in model.named_modules()
+        if is_quantized(f"{name}.weight")
+    ]
+    with torch.inference_mode():
+        for batch in batches:
+            features = model.image_features(batch.pixels) if batch.pixels else None
+            model(model.embed(batch.tokens, features))
+    for handle in handles:
+        handle.remove()
+    return {name: fp8.scale_of(amax) for name, amax in largest.items()}
+
+
+def calibrate(directory: str, chats_file: str, config: Config, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Run the checkpoint, dequantized to BF16, over the chats of a file; see `measure_inputs`."""
+    model = MistralMedium(config)
+    chats = Chats(chats_file, load_tokenizer(directory, config), config, config.max_position_embeddings, Place())
+    fill(model, checkpoint)
+
+    def decoded() -> Iterator:
+        for batch in micro_batches(chats.samples, 1, 0):
+            decode_images([batch], chats.base, config.vision, torch.bfloat16)
+            yield batch
+            batch.pixels = []
+
+    return measure_inputs(model, decoded())

@@ -21,8 +21,10 @@ import contextlib
 import json
 import math
 import os
+import resource
 import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -233,11 +235,12 @@ def make_times(config: Config, args: argparse.Namespace, keep_fp8: bool, trained
 # ---------------------------------------------------------------------------------------- before a model is built
 
 
-def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp8: bool) -> None:
+def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp8: bool) -> int:
     """Refuse a model whose weights alone do not fit here, and warn where the run's estimate does not.
 
     `args` are those of generate.py or train.py. A GPU is a rank's own; on a CPU all ranks of a machine share its
-    memory. Every rank has to come here: they find the tightest device together. Raises UserError on all.
+    memory. Every rank has to come here: they find the tightest device together. Raises UserError on all. Returns the
+    bytes of this rank's plan.
     """
     wanted = argparse.Namespace(**{**vars(parse_args(["--plan", "--config", ""])), **vars(args)})
     wanted.inference = not hasattr(args, "lora_rank")
@@ -267,7 +270,7 @@ def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp
     weights, peak, room, sharers = max(sums, key=lambda each: each[1] / each[2])
     room /= sharers  # each of them saw all of it
     if peak <= room:
-        return
+        return mine.peak_bytes
     topology = smallest_topology(needs, room / sharers)
     what = "the smallest split that fits is --tp {} --pp {}, {} processes with {:.1f} GB each"
     what = what.format(*topology, math.prod(topology), room / sharers / 1e9) if topology else "no split makes it fit"
@@ -276,6 +279,7 @@ def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp
         raise UserError(f"the weights take {weights / 1e9:.1f} GB, but {there}")
     if place.rank == 0:
         print(f"caution: this may take {peak / 1e9:.1f} GB, but {there}", file=sys.stderr)
+    return mine.peak_bytes
 
 
 def most_activations(config: Config, place: Place, args: argparse.Namespace) -> int:
@@ -307,6 +311,28 @@ def smallest_topology(needs: Callable[[Place, float], StagePlan], room: float) -
                 if all(needs(place, room).peak_bytes <= room for place in some):
                     return tp, pp
     return None
+
+
+class Progress:
+    """A line on stderr, once a second, while a large checkpoint loads."""
+
+    def __init__(self, checkpoint, place: Place):
+        self.checkpoint, self.shown = checkpoint, place.rank == 0
+        self.started = self.last = time.perf_counter()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if self.shown and (now - self.last > 1 or (done == total and self.last > self.started)):
+            self.last, read = now, self.checkpoint.bytes_read / 1e9
+            rate = read / (now - self.started)
+            print(f"loading: {100 * done // total} %, {read:.1f} GB read, {rate:.2f} GB/s", file=sys.stderr)
+
+
+def peak_memory(place: Place) -> int:
+    """Bytes: the most that tensors took on the GPU, or that the process took on a CPU."""
+    if place.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(place.device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def cpu_memory() -> float:

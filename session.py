@@ -3,7 +3,6 @@
 Whatever a user asks becomes a *spec*, the JSON object of a line in --requests, be it read from the file, made from the
 command line or from a turn in the terminal. A `Session` turns specs into requests of token ids and pixels, lets the
 engine answer them, and turns the answers' ids into text. Every rank does all of this alike; only rank 0 prints.
-Before a model is built, here or in train.py, `check_memory` holds the plan against the memory that is there.
 """
 
 import argparse
@@ -12,6 +11,7 @@ import math
 import os
 import random
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 import torch
 
 from chat import NAME, encode_chat
-from checkpoint import Checkpoint, fill, weight_bytes
-from config import UserError, read_config
+from checkpoint import Checkpoint, Stored, canonical_name, fill, weight_bytes
+from config import UserError, find_folder, parse_line, read_config, read_json, read_lines, reading
 from engine import Answer, Engine, Request
-from launch import COUNT, Progress, gather_objects, number, peak_memory, together
-from model import MistralMedium
+from launch import COUNT, gather_objects, number, together
+from model import MistralMedium, add_adapters
 from parallel import Place
-from plan import check_memory
+from plan import Progress, check_memory, peak_memory
 from tokenizer import SentencePiece, StreamDecoder, Tekken, load_tokenizer
 from vision import grid, grid_of, image_name, load_image, pixels
 
@@ -35,6 +35,7 @@ TEMPERATURE, TOP_P, SEED = number(float, 0, 100), number(float, 0, 1, above=True
 NUMBERS = {"max_new_tokens": COUNT, "temperature": TEMPERATURE, "top_p": TOP_P, "seed": SEED}
 
 KEYS = {"messages", "tools", "raw", "reasoning_effort", "stop", *NUMBERS}  # of a request
+KEYS |= {"answer"}  # says nothing here: it is the chat's, which saves the last answer under it
 
 
 class Session:
@@ -47,6 +48,8 @@ class Session:
         check_memory(self.config, place, args, self.keep_fp8)
         dtype = getattr(torch, args.dtype)
         self.model = together(lambda: MistralMedium(self.config, place, dtype, self.keep_fp8))
+        if self.lora:
+            add_adapters(self.model, *self.lora)
         # All ranks sample the same tokens, so they need the same seed: rank 0's, where none was given.
         self.seed = gather_objects(random.getrandbits(32) if args.seed is None else args.seed)[0]
         self.model.join()
@@ -65,6 +68,7 @@ class Session:
             raise UserError("this repository holds no checkpoint of its own; name one with --ckpt DIR")
         checkpoint = Checkpoint(directory)
         self.config = checkpoint.fit(read_config(directory))
+        self.lora = read_adapters(args.lora, checkpoint) if args.lora else None  # rank and alpha
         self.tokenizer = load_tokenizer(directory, self.config)
         longest = self.config.max_position_embeddings
         self.max_context = min(args.max_context or longest, longest)
@@ -151,6 +155,8 @@ class Session:
         if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
             raise UserError(f"{where}: stop should be a string or a list of strings")
         numbers = self.numbers(spec, thinks=effort == "high")
+        if numbers["max_new_tokens"] is None:
+            numbers["max_new_tokens"] = self.max_context - len(prompt)
         scored = self.args.logprobs or numbers["max_new_tokens"] == 0
         reader = ReplyParser(self.tokenizer, prompt, stop, "raw" in spec)
         return Request(prompt, images, **numbers, reader=reader, logprobs=scored, images=names)
@@ -158,6 +164,7 @@ class Session:
     def numbers(self, spec: dict, thinks: bool) -> dict:
         """max_new_tokens, temperature, top_p and seed: the request's, else the command line's, else the defaults."""
         found = {"temperature": 0.7 if thinks else 0.0, "top_p": 0.95 if thinks else 1.0, "seed": self.seed}
+        found["max_new_tokens"] = None  # as many as the context leaves
         for name, parse in NUMBERS.items():
             if spec.get(name) is not None:
                 try:
@@ -175,6 +182,139 @@ class Session:
         if request.logprobs:
             result |= {"prompt_logprobs": answer.prompt_logprobs, "logprobs": answer.logprobs}
         return result
+
+
+def read_adapters(directory: str, checkpoint: Checkpoint) -> tuple[int, float]:
+    """Adds adapters in peft's form, as train.py exports them, to the tensors of `checkpoint`; (rank, alpha)."""
+    path, file = (
+        os.path.join(find_folder(directory), f"adapter_{name}") for name in ("config.json", "model.safetensors")
+    )
+    fields = read_json(path)
+    with reading(path, "adapter config"):
+        rank, alpha = int(fields["r"]), float(fields["lora_alpha"])
+        for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
+            if fields.get(name):
+                raise UserError(f"{name} is not supported; --lora takes what train.py exports")
+    for key in checkpoint.file(file).keys():
+        name = canonical_name(key.removeprefix("base_model.model."), native=False)
+        checkpoint.tensors[name.replace(".lora_", ".adapter.lora_")] = Stored(file, key)
+    return rank, alpha
+
+
+# ------------------------------------------------------------------------------------------- from a user to specs
+
+
+def read_input(args: argparse.Namespace) -> tuple[bytes | None, bool]:
+    """(what standard input asks, where the command line doesn't; whether a person is to ask, in a chat). On rank 0."""
+    chat = args.interactive
+    if not (args.requests or args.prompt is not None or args.json or args.raw):
+        chat = chat or sys.stdin.isatty()
+    if chat:
+        for path in args.image:
+            load_image(path)  # its mistakes now, not once the model is loaded
+    if chat or args.prompt is not None or args.requests not in (None, "-"):
+        return None, chat
+    data = b"" if sys.stdin.isatty() and not args.requests else sys.stdin.buffer.read()
+    if not data.strip():
+        raise UserError("nothing to do: give a question, --requests FILE, or in a terminal neither, for a chat")
+    return data, False
+
+
+def read_requests(args: argparse.Namespace, data: bytes | None = None) -> tuple[list[dict], str]:
+    """The requests as JSON objects, each with a `where` for error messages; and the folder of their image paths."""
+    if not args.requests:
+        return [command_line_request(args, data)], ""
+    lines, name = read_lines(args.requests) if data is None else list(enumerate(data.splitlines(), 1)), args.requests
+    specs = []
+    for i, line in lines:
+        where = f"{name if data is None else 'standard input'} line {i}"
+        if line.strip():
+            spec = parse_line(line, where, KEYS)
+            if ("messages" in spec) == ("raw" in spec):
+                raise UserError(f"{where}: should hold either 'messages' or 'raw'")
+            specs.append({**spec, "where": where})
+    if not specs:
+        raise UserError(f"{name}: holds no request")
+    return specs, os.path.dirname(name)
+
+
+def command_line_request(args: argparse.Namespace, data: bytes | None) -> dict:
+    where = "the question" if data is None else "standard input"
+    text = args.prompt if data is None else data.decode(errors="surrogateescape").strip("\n")
+    check_utf8(text, where)
+    check_utf8(args.system or "", "--system")
+    if args.raw:
+        return {"raw": text, "where": where}
+    return {"messages": [*opening(args.system), user_turn(args.image, text)], "where": where}
+
+
+def opening(system: str | None) -> list[dict]:
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def user_turn(images: list[str], text: str) -> dict:
+    parts = [{"type": "image_url", "image_url": {"url": path}} for path in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
+
+
+def check_utf8(text: str, where: str) -> None:
+    """Bytes that are not UTF-8 come from the command line and the terminal as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: not UTF-8 text; check the encoding of the terminal or script") from None
+
+
+def image_url(part: dict) -> str | None:
+    """Of a message's part that is an image."""
+    url = part.get("image_url")
+    return url.get("url") if isinstance(url, dict) else url
+
+
+# -------------------------------------------------------------------------------------------------- what is printed
+
+
+def note(text: str) -> None:
+    """A line beside the conversation, dimmed."""
+    print(f"\x1b[2m{text}\x1b[0m" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+
+
+def stream(session: Session, spec: dict, base: str = "", stop=None) -> dict:
+    """The answer to one request, printed as it comes. `stop`: as the engine's."""
+    printer = Printer()
+    (result,) = session.answer([spec], base, printer, stop=stop)
+    if session.place.rank == 0:
+        printer.close()
+        print_calls(result)
+    return result
+
+
+def print_calls(result: dict) -> None:
+    print()
+    for call in result["tool_calls"]:
+        print(json.dumps(call, ensure_ascii=False))
+    sys.stdout.flush()
+
+
+class Printer:
+    """Prints an answer as it comes: reasoning dimmed on stderr, text on stdout."""
+
+    def __init__(self):
+        self.kind = "text"
+
+    def __call__(self, i: int, kind: str, text: str) -> None:
+        if kind != self.kind:
+            self.close()
+            if kind == "reasoning" and sys.stderr.isatty():
+                print("\x1b[2m", end="", file=sys.stderr)
+        self.kind = kind
+        print(text, end="", file=sys.stderr if kind == "reasoning" else sys.stdout, flush=True)
+
+    def close(self) -> None:
+        """End what is dimmed, and its line."""
+        if self.kind == "reasoning":
+            print("\x1b[0m" if sys.stderr.isatty() else "", file=sys.stderr, flush=True)
+        self.kind = "text"
 
 
 # ------------------------------------------------------------------------ from the model's tokens to its reply

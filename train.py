@@ -1,7 +1,7 @@
 """Supervised fine-tuning: chats in, a fine-tuned model out, on one process or many.
 
     python train.py --ckpt DIR --data FILE.jsonl --out DIR
-    torchrun --nproc-per-node 8 train.py --ckpt DIR --data FILE.jsonl --out DIR --tp 8
+    torchrun --nproc-per-node 8 train.py --tp 8 --ckpt DIR …      # on 8 GPUs
 
 A step, on every rank:
 
@@ -16,22 +16,23 @@ to the mean however the batch was split, and so do their gradients. Every rank k
 --out gets `metrics.jsonl`, a line per step and per validation; `checkpoints/step-N/`, from which --resume goes on, on
 any topology: saved every ten minutes, at the end, and when a signal stops the run; at the end `loss.png` and `model/`
 in the HF layout. With --lora-rank the model stays frozen (in FP8, if it is stored so) and only adapters are trained:
-`adapters/` has them alone, `model/` has them merged.
-
-Optimizer, learning rate, batch size and length default to those of the published fine-tune on MedPix-VQA. That job also
-freezes tower, projector and embedding, recomputes activations, and stops after 100 steps: `examples/medpix.sbatch`.
+`adapters/` has them alone, `model/` has them merged. Defaults are those of the published fine-tune on MedPix-VQA.
 """
 
 import argparse
 import math
 import os
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
+from textwrap import shorten
 
 if __name__ == "__main__":  # a signal ends the program at once, while torch is imported and while the model loads
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -44,30 +45,18 @@ from checkpoint import FREEZABLE, Checkpoint, fill, held_tensors, initialize, in
 from config import UserError, read_config
 from engine import Engine, Request
 from export import Metrics, draw_loss, export, export_adapters, finishing
-from launch import (
-    COUNT,
-    SIZE,
-    Parser,
-    Progress,
-    caught,
-    find_place,
-    gather_objects,
-    number,
-    peak_memory,
-    run_program,
-    together,
-)
+from launch import COUNT, SIZE, Parser, caught, find_place, gather_objects, number, run_program, together
 from model import MistralMedium, add_adapters
 from optimizer import Optimizer, claimed, load_state, newest_state, save_state
 from parallel import Place
 from pipeline import IGNORE, Chats, MicroBatch, Order, Pipeline, Sample, decode_images, micro_batches
-from plan import check_memory
+from plan import Progress, check_memory, peak_memory
 from tokenizer import load_tokenizer
 
 Split = tuple[list[MicroBatch], list[MicroBatch], Callable[[], None]]  # see Trainer.split
 
 SAVE_SECONDS = 600  # without --save-every, the run's state is saved as often as this, and at the end
-
+SHOWN = 3  # answers of a validation
 VALIDATE_AT_ONCE = 8  # micro-batches per replica whose images are in memory together
 
 
@@ -114,8 +103,11 @@ class Trainer:
         read = partial(Chats, tokenizer=self.tokenizer, config=self.config, max_length=args.max_length, place=place)
         self.data = read(args.data)
         self.val = read(args.val) if args.val else None
+        self.metrics: Metrics | None = None  # on rank 0
         for chats in filter(None, (self.data, self.val)):
-            self.say(f"{chats.path}: {len(chats.samples)} samples, {chats.dropped} dropped as longer than --max-length")
+            tokens, targets = (sum(of) for of in zip(*((len(s.ids), s.target_tokens) for s in chats.samples)))
+            said = f"{len(chats.samples)} samples, {chats.dropped} dropped (--max-length)"
+            self.say(f"{chats.path}: {said}; {tokens:,} tokens, {targets:,} of them targets")
         epochs = args.epochs or (None if args.max_steps else 1)
         self.order = Order(len(self.data.samples), args.global_batch_size, epochs, args.seed, args.shuffle)
         self.total = min(args.max_steps or self.order.steps, self.order.steps or args.max_steps)
@@ -137,13 +129,15 @@ class Trainer:
         }
 
     def say(self, text: str) -> None:
-        if self.place.rank == 0:
+        if self.metrics:
+            self.metrics.say(text)
+        elif self.place.rank == 0:
             print(text, file=sys.stderr, flush=True)
 
     def build_model(self) -> MistralMedium:
         args, place = self.args, self.place
         keep_fp8 = bool(args.lora_rank and args.ckpt and self.config.fp8)  # frozen weights stay as they are stored
-        check_memory(self.config, place, args, keep_fp8)
+        self.planned = check_memory(self.config, place, args, keep_fp8)  # bytes
         model = together(lambda: MistralMedium(self.config, place, getattr(torch, args.dtype), keep_fp8))
         if self.checkpoint:
             together(lambda: fill(model, self.checkpoint, Progress(self.checkpoint, place)))
@@ -160,13 +154,14 @@ class Trainer:
         return model
 
     def run(self) -> None:
-        args, first = self.args, self.first_step()
-        metrics = together(lambda: Metrics(args.out, first - 1, self.total) if self.place.rank == 0 else None)
+        args, first, started = self.args, self.first_step(), time.monotonic()
+        self.announce(first)
+        self.metrics = together(lambda: Metrics(args.out, first - 1, self.total) if self.place.rank == 0 else None)
 
         def record(line: dict) -> None:
-            together(lambda: metrics.write(line) if metrics else None)
+            together(lambda: self.metrics.write(line) if self.metrics else None)
 
-        with caught(self.note):
+        with caught(self.note), self.metrics or nullcontext():
             upcoming = self.upcoming(first) if first <= self.total else None
             for step in range(first, self.total + 1):
                 current, upcoming = upcoming, self.upcoming(step + 1) if step < self.total else None
@@ -182,12 +177,28 @@ class Trainer:
         self.agree()  # a signal may have come after the last step
         self.end_on_signal(self.total)
         with finishing(args.out, what_decides(args) | {"step": self.total}, self.place.rank) as folder:
-            together(lambda: draw_loss(os.path.join(folder, "loss.png"), metrics.lines) if metrics else None)
+            together(lambda: draw_loss(os.path.join(folder, "loss.png"), self.metrics.lines) if self.metrics else None)
             if args.lora_rank:
                 adapters, base = os.path.join(folder, "adapters"), args.ckpt or args.init
                 export_adapters(adapters, self.model, args.lora_rank, args.lora_alpha, base)
             export(os.path.join(folder, "model"), self.model, args.export, args.ckpt or args.tokenizer)
-        self.say(f"done: {os.path.join(args.out, 'model')}")
+        if self.metrics:
+            took, model = timedelta(seconds=round(time.monotonic() - started)), os.path.join(args.out, "model")
+            self.say(f"done in {took}: {self.metrics.summary()}; {os.path.join(args.out, 'loss.png')} shows it")
+            self.say(f"try it: python generate.py --ckpt {shlex.quote(model)}")
+
+    def announce(self, first: int) -> None:
+        """What the run will do."""
+        args, owned = self.args, [t for t in held_tensors(self.model) if t.owner and self.place.dp_rank == 0]
+        trained = sum(t.parameter.numel() for t in owned if t.parameter.requires_grad)
+        trained, every = over_ranks([trained, sum(t.parameter.numel() for t in owned)])
+        batch, count = args.global_batch_size, len(self.data.samples)
+        epochs = min(self.total * batch, count * (self.order.epochs or math.inf)) / count
+        self.say(f"steps {first} to {self.total}, {batch} samples each: {epochs:.3g} times through the data")
+        memory = f"; by the plan this takes at most {self.planned / 1e9:.2g} GB" if self.planned else ""
+        self.say(f"trains {trained:,.0f} of {every:,.0f} parameters{memory}")
+        often = f"every {args.save_every} steps" if args.save_every else f"every {SAVE_SECONDS // 60} minutes"
+        self.say(f"saves its state {often} in {self.states}, the newest {args.keep} stay; Ctrl-C stops after a step")
 
     def note(self, number: int, frame) -> None:
         """Called on a signal: the step goes on. A second Ctrl-C ends the program at once."""
@@ -314,32 +325,42 @@ class Trainer:
         """The mean loss over the file's target tokens, and the share of exact answers: a line for metrics.jsonl."""
         samples = self.val.samples
         self.losses, self.target_tokens = [], sum(sample.target_tokens for sample in samples)
-        for _, mine in self.windows(self.args.micro_batch_size):
+        for _, mine in self.windows(samples, self.args.micro_batch_size):
             self.pipeline.evaluate(mine)
         line = {"step": step, "val_loss": self.totals()[0]}
-        if self.args.val_generate:
-            line["val_exact"] = self.exact_answers() / len(samples)
+        if self.args.val_generate or not self.place.sequence_parallel:  # under which a single token cannot be split
+            exact = self.exact_answers(samples[: None if self.args.val_generate else SHOWN * self.place.dp_size])
+            line |= {"val_exact": exact / len(samples)} if self.args.val_generate else {}
         self.agree()  # that may have taken long
         return line
 
-    def windows(self, size: int) -> Iterator[tuple[list[Sample], list[MicroBatch]]]:
-        """The validation file, some samples at a time: (they, this replica's micro-batches of `size`)."""
+    def spell(self, ids: list[int]) -> str:
+        """An answer in a line, thoughts apart from it."""
+        end = self.tokenizer.special.get("[/THINK]")
+        at = ids.index(end) if end in ids else 0
+        return shorten(" → ".join(filter(None, map(self.tokenizer.decode, (ids[:at], ids[at:])))), 100)
+
+    def windows(self, every: list[Sample], size: int) -> Iterator[tuple[list[Sample], list[MicroBatch]]]:
+        """Samples of the validation file, some at a time: (they, this replica's micro-batches of `size`)."""
         at_once = VALIDATE_AT_ONCE * self.place.dp_size * size
-        for first in range(0, len(self.val.samples), at_once):
-            samples = self.val.samples[first : first + at_once]
+        for first in range(0, len(every), at_once):
+            samples = every[first : first + at_once]
             _, mine, wait = self.split(samples, self.val.base, size)
             wait()
             yield samples, mine
 
-    def exact_answers(self) -> int:
-        """How many validation chats the model ends with the very tokens of the file, decoding greedily."""
-        place, exact = self.place, 0
+    def exact_answers(self, samples: list[Sample]) -> int:
+        """How many of these chats the model ends with the very tokens of the file, decoding greedily; shows a few."""
+        place, exact, shown = self.place, 0, 0
         engine = Engine(self.model, self.tokenizer.eos_id, self.config.max_position_embeddings)
-        for samples, batches in self.windows(1):  # a chat each
-            splits = [sample.split_answer() for sample in samples[place.dp_rank :: place.dp_size]]
+        for some, batches in self.windows(samples, 1):  # a chat each
+            splits = [sample.split_answer() for sample in some[place.dp_rank :: place.dp_size]]
             requests = [Request(prompt, batch.pixels, len(answer)) for (prompt, answer), batch in zip(splits, batches)]
             answers = engine.generate(requests) if requests else []
-            exact += sum(answer.tokens == expected for answer, (_, expected) in zip(answers, splits))
+            for answer, (_, expected) in zip(answers, splits):
+                exact += answer.tokens == expected
+                if (shown := shown + 1) <= SHOWN:
+                    self.say("  expected {!r}\n  answered {!r}".format(*map(self.spell, (expected, answer.tokens))))
         return int(over_ranks([exact])[0]) // (place.tp_size * place.pp_size)  # all ranks of a replica counted them
 
 
@@ -349,44 +370,49 @@ RATE, BETA = number(float, 0, 1e9), number(float, 0, 1)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument
+    parser = Parser(__doc__, usage="%(prog)s --data FILE.jsonl --out DIR [options]")
+    add = parser.add_argument_group("from what to what").add_argument
     add("--ckpt", metavar="DIR", help="start from this checkpoint, any layout")
     add("--init", metavar="CONFIG.json", help="or from random weights of this shape")
     add("--tokenizer", metavar="DIR", help="with --init: the folder of the tokenizer")
     add("--data", metavar="FILE.jsonl", required=True, help="one chat a line; image paths relative to the file")
-    add("--val", metavar="FILE.jsonl", help="chats to validate with")
-    add("--out", metavar="DIR", required=True, help="metrics.jsonl, checkpoints/, loss.png and model/ go here")
-    add("--tp", type=SIZE, default=1, metavar="N", help="tensor-parallel size")
-    add("--pp", type=SIZE, default=1, metavar="N", help="pipeline-parallel size; the rest is data-parallel")
-    add("--micro-batch-size", type=SIZE, default=1, metavar="N", help="samples that go through the model together")
-    add("--global-batch-size", type=SIZE, default=64, metavar="N", help="samples a step, over all ranks")
-    add("--max-steps", type=SIZE, metavar="N")
-    add("--epochs", type=SIZE, metavar="N", help="default 1, or as many as --max-steps takes")
     add("--max-length", type=SIZE, default=2048, metavar="N", help="longer samples are dropped, in tokens")
-    add("--optimizer", choices=["adam", "adamw"], default="adam")
-    add("--lr", type=RATE, default=1e-5, metavar="F")
+    add("--out", metavar="DIR", required=True, help="metrics.jsonl, checkpoints/, loss.png and model/ go here")
+    add("--export", choices=["bfloat16", "fp8"], default="bfloat16", help="precision of model/")
+    add = parser.add_argument_group("steps").add_argument
+    add("--global-batch-size", type=SIZE, default=64, metavar="N", help="samples a step, over all ranks")
+    add("--max-steps", type=SIZE, metavar="N", help="default: as many as --epochs takes")
+    add("--epochs", type=SIZE, metavar="N", help="default 1, or as many as --max-steps takes")
+    add("--shuffle", action=argparse.BooleanOptionalAction, default=True, help="a new order each epoch; default: yes")
+    add("--seed", type=number(int, 0, (1 << 31) - 1), default=0, metavar="N", help="of the order, and of --init")
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--optimizer", choices=["adam", "adamw"], default="adam", help="adamw decays weights apart from gradients")
+    add("--lr", type=RATE, default=1e-5, metavar="F", help="the highest learning rate")
     add("--min-lr", type=RATE, default=1e-6, metavar="F", help="where the cosine ends")
     add("--warmup-steps", type=COUNT, default=0, metavar="N", help="steps in which the learning rate rises to --lr")
-    add("--betas", type=BETA, nargs=2, default=[0.9, 0.999], metavar=("A", "B"))
-    add("--eps", type=RATE, default=1e-8, metavar="F")
+    add("--betas", type=BETA, nargs=2, default=[0.9, 0.999], metavar=("A", "B"), help="Adam's")
+    add("--eps", type=RATE, default=1e-8, metavar="F", help="Adam's")
     add("--weight-decay", type=RATE, default=0.0, metavar="F", help="on every trained weight")
     add("--max-grad-norm", type=RATE, default=1.0, metavar="F", help="longer gradients are scaled down; 0: never")
+    add = parser.add_argument_group("what is trained").add_argument
     add("--freeze", nargs="+", default=[], choices=sorted(FREEZABLE), metavar="NAME", help=", ".join(FREEZABLE))
     add("--lora-rank", type=SIZE, metavar="N", help="train adapters of this rank on the decoder's linears, only these")
     add("--lora-alpha", type=RATE, metavar="F", help="adapters count alpha / rank times; default 4 times the rank")
+    add = parser.add_argument_group("processes and memory").add_argument
+    add("--tp", type=SIZE, default=1, metavar="N", help="tensor-parallel size")
+    add("--pp", type=SIZE, default=1, metavar="N", help="pipeline-parallel size; the rest is data-parallel")
     add("--sequence-parallel", action="store_true", help="split norms and residuals along the tokens inside --tp ranks")
+    add("--micro-batch-size", type=SIZE, default=1, metavar="N", help="samples that go through the model together")
     add("--activation-checkpointing", action="store_true", help="keep layers' inputs only: less memory, more time")
-    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    add("--seed", type=number(int, 0, (1 << 31) - 1), default=0, metavar="N", help="of the order, and of --init")
-    add("--shuffle", action=argparse.BooleanOptionalAction, default=True)
-    add("--save-every", type=SIZE, metavar="N", help="save the run's state every N steps; default every ten minutes")
+    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of weights and activations")
+    add("--timeout", type=number(float, 5, 1e9), default=300, metavar="S", help="a rank silent for so long is gone")
+    add = parser.add_argument_group("saving and validating").add_argument
+    add("--save-every", type=SIZE, metavar="N", help="steps between saved states; default: ten minutes")
     add("--keep", type=SIZE, default=2, metavar="N", help="how many saved states are kept, the newest")
     add("--resume", action="store_true", help="go on from the newest state in --out, if there is one")
-    add("--val-every", type=SIZE, metavar="N", help="steps between validations; there is one after the last step too")
+    add("--val", metavar="FILE.jsonl", help="chats to validate with")
+    add("--val-every", type=SIZE, metavar="N", help="steps between validations; default: one after the last step")
     add("--val-generate", action="store_true", help="answer the validation chats too, and count exact answers")
-    add("--timeout", type=number(float, 5, 1e9), default=300, metavar="S", help="a rank silent for so long is gone")
-    add("--export", choices=["bfloat16", "fp8"], default="bfloat16", help="precision of model/")
     args = parser.parse_args(argv)
     if (args.ckpt is None) == (args.init is None) or (args.init is None) != (args.tokenizer is None):
         raise UserError("start from --ckpt DIR, or from --init CONFIG.json with --tokenizer DIR")

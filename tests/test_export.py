@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 import export
 from checkpoint import canonical_name
 from config import UserError
-from export import main, measure_inputs, save
+from export import main, save
+from pipeline import measure_inputs
 
 LINEARS = [f"layers.{i}.{name}.weight" for i in range(3) for name in PROJECTIONS]
 

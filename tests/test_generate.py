@@ -1,11 +1,12 @@
-"""generate.py from outside: options, JSON lines, streaming, and the interactive chat."""
+"""generate.py from outside: options, where the question comes from, JSON lines, streaming, --help."""
 
+import importlib
+import io
 import json
 import math
 import os
-import pty
+import re
 import sys
-import threading
 
 import pytest
 import torch
@@ -22,7 +23,6 @@ from helpers import (
 from processes import run, run_ranks, start
 
 import generate
-import session
 from launch import find_place
 from tokenizer import load_tokenizer
 
@@ -171,72 +171,56 @@ def test_context(ckpt, program):
         assert got == total or (answer["finish_reason"] == "stop" and got < total)
 
 
-# --------------------------------------------------------------------------------------------------- interactive
+# --------------------------------------------------------------------------------------------- where the question is
 
 
-def test_interactive(ckpt, program):
-    """A chat over a pipe: commands, history, and the same answers as asked alone."""
-    common = ("--ckpt", ckpt, "--dtype", "float32", "--max-new-tokens", "6")
-    lines = ["the one", "/clear", "the one", "/system Be brief.", "/effort none", "", "/nonsense", "/clear", "the one"]
-    stdin = "\n".join([*lines, "/exit", "never asked"]) + "\n"
-    status, out, err = run("generate.py", *common, "--interactive", stdin=stdin)
-    assert status == 0 and "Traceback" not in err and "/nonsense" in err
-    plain = program(*common, "--prompt", "the one")[1]
-    system = program(*common, "--prompt", "the one", "--system", "Be brief.")[1]
-    assert plain != system
-    assert out == plain + plain + system
+def test_the_question(ckpt, program):
+    """As an argument, as an option, and from a pipe; with a picture's option it is still the question."""
+    common = ("--ckpt", ckpt, "--dtype", "float32", "--max-new-tokens", 4, "--json")
+    (expected,) = answers(program(*common, "--prompt", "the ü"))
+    for result in (program(*common, "the ü"), program(*common, stdin="the ü\n")):
+        (answer,) = answers(result)
+        assert answer["prompt_tokens"] == expected["prompt_tokens"] and answer["tokens"] == expected["tokens"]
+    (raw,) = answers(program(*common, "--raw", stdin="two\nlines\n"))
+    assert load_tokenizer(ckpt).decode(raw["prompt_tokens"]) == "two\nlines"
+    long = "the thing " * 20
+    (endless,) = answers(program("--ckpt", ckpt, "--json", "--temperature", 90, "--seed", 0, long))
+    assert len(endless["prompt_tokens"]) + len(endless["tokens"]) == 600  # all that the context leaves
 
 
-def lines_on_a_rank() -> list:
-    """What this rank reads from rank 0's terminal, where someone thinks before typing."""
+def test_requests_from_a_pipe(ckpt, program):
+    stdin = "".join(json.dumps({"raw": text, "max_new_tokens": 2}) + "\n\n" for text in ("a", "the"))
+    got = answers(program("--ckpt", ckpt, "--requests", "-", "--json", stdin=stdin))
+    assert [answer["prompt_tokens"] for answer in got] == [[1, *load_tokenizer(ckpt).encode(x)] for x in ("a", "the")]
+    status, out, err = program("--ckpt", ckpt, "--requests", "-", "--json", stdin='{"raw": "a"}\n\n{"raw": 3}\n')
+    assert status == 2 and out == "" and "standard input line 3: raw" in err
+
+
+def from_a_pipe() -> tuple:
+    """What a rank is asked, of which the first alone has the pipe."""
     place = find_place(2, 1)
-    if place.rank == 0:
-        keyboard, screen = pty.openpty()
-        sys.stdin = open(screen, encoding="utf-8", closefd=False)
-        for wait, keys in ((0.5, b"hello\n"), (1.0, b"\x04")):
-            threading.Timer(wait, os.write, (keyboard, keys)).start()
-    return [generate.read_line(place), generate.read_line(place)]
+    sys.stdin = io.TextIOWrapper(io.BytesIO(b"hello\n" if place.rank == 0 else b"not mine\n"))
+    args = generate.parse_args([])
+    data, chat = generate.gather_objects(generate.read_input(args) if place.rank == 0 else None)[0]
+    return generate.read_requests(args, data)[0][0]["messages"], chat
 
 
-def test_a_chat_over_ranks():
-    assert run_ranks(lines_on_a_rank, 2) == 2 * [["hello", None]]
+def test_a_pipe_over_ranks():
+    assert run_ranks(from_a_pipe, 2) == 2 * [([{"role": "user", "content": "hello"}], False)]
 
 
-def test_interactive_history_and_mistakes(ckpt, program, monkeypatch):
-    """History reaches the model; what cannot be answered is said, and the chat goes on."""
-    asked = []
-    request = session.Session.request
-    monkeypatch.setattr(
-        session.Session, "request", lambda self, spec, base="": asked.append(spec) or request(self, spec, base)
-    )
-    long = "word " * 700
-    lines = ["one", long, "two", "/effort high", "three", "/effort absurd", "four", "/effort", "/clear", "five"]
-    status, out, err = program("--ckpt", ckpt, "--interactive", "--max-new-tokens", 2, stdin="\n".join(lines))
-    assert status == 0  # at the end of the input
-    roles = [[m["role"] for m in spec["messages"]] for spec in asked]
-    pair = ["user", "assistant"]
-    assert roles[0] == ["user"] and roles[1] == roles[2] == [*pair, "user"]
-    assert roles[3] == [*pair, *pair, "user"]
-    assert asked[-1]["messages"] == [{"role": "user", "content": "five"}]
-    errors = [line for line in err.splitlines() if line.startswith("error")]
-    assert len(errors) == 2 and "context" in errors[0] and "effort" in errors[1] and "Traceback" not in err
-    assert asked[3]["reasoning_effort"] == "high" and asked[-1]["reasoning_effort"] is None
-
-
-def test_interactive_needs_no_flag_in_a_terminal(ckpt):
-    """On a terminal, chatting is what happens without a prompt."""
-    parent, child = pty.openpty()
-    process = start("generate.py", "--ckpt", ckpt, "--max-new-tokens", "2", stdin=child)
-    os.write(parent, b"the\n/exit\n")
-    out, err = process.communicate(timeout=60)
-    os.close(parent)
-    os.close(child)
-    assert process.returncode == 0 and "Traceback" not in err and "/exit" in err
-
-
-def test_help(program):
-    status, out, err = program("--help")
-    assert status == 0 and "--requests" in out and err == ""
+@pytest.mark.parametrize("name", ["generate", "train", "export"])
+def test_help(name, capsys):
+    """Readable at 80 columns: groups, an example, and the default of every option that takes a value."""
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(name).main(["--help"])
+    out, err = capsys.readouterr()
+    assert end.value.code == 0 and err == "" and max(map(len, out.splitlines())) <= 80
+    assert "examples:\n    " in out and out.count(":\n  ") >= 3
+    usage, *groups = re.split(r"^\w.*:$", out, flags=re.M)
+    for option in re.split(r"^  (?=-|\w)", "".join(groups[:-1]), flags=re.M)[1:]:
+        takes_value = re.match(r"--?[\w-]+ ([A-Z{])", option)
+        assert not takes_value or "default" in option or option.split()[0] in usage, option
 
 
 def test_a_reader_that_goes_away(ckpt, tmp_path):

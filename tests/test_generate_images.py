@@ -1,4 +1,4 @@
-"""Pictures through generate.py: --image, image parts in --requests, /image in the chat, and what is refused."""
+"""Pictures through generate.py: --image, image parts in --requests, and what is refused."""
 
 import base64
 import io
@@ -115,8 +115,8 @@ def test_log_probabilities_equal_transformers(ckpt, program):
         assert answer["prompt_logprobs"][1:] == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_option_and_the_chat(ckpt, program):
-    """--image puts the images first; /image gives one to the next turn, which history keeps."""
+def test_the_option(ckpt, program):
+    """--image puts the images first."""
     common = ("--ckpt", ckpt, "--dtype", "float32", "--max-new-tokens", 4)
     images = ("--image", f"{ckpt}/0.png", "--image", f"{ckpt}/4.png")
     (answer,) = answers(program(*common, *images, "--prompt", "hat", "--json"))
@@ -125,10 +125,6 @@ def test_the_option_and_the_chat(ckpt, program):
     prompt = answer["prompt_tokens"]
     assert prompt.count(10) == expected and prompt.count(13) == 2
     assert prompt.index(3) < prompt.index(10) < len(prompt) - 1 - prompt[::-1].index(13) < prompt.index(4)
-    status, out, err = program(*common, "--interactive", stdin=f"/image {ckpt}/0.png\nhat\nthen\n/exit\n")
-    assert status == 0 and "error" not in err
-    status, out, err = program(*common, "--interactive", stdin=f"/image {ckpt}/none.png\nhat\nthen\n")
-    assert status == 0 and err.count("error:") == 1 and "none.png" in err and out.strip()
 
 
 def refused(result, *words: str) -> None:

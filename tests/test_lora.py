@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from helpers import load, log_probabilities
+from processes import run_on_ranks
 from safetensors.torch import load_file
 from train_cases import IMAGES, arguments, metrics, train_on_ranks, trainer, worst
 
@@ -105,6 +106,50 @@ def test_merging_is_the_sum(cases, tmp_path):
     x = torch.randn(5, 56)
     with torch.no_grad():
         torch.testing.assert_close(x @ merged(layer, torch.float32).t(), layer(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.time_limit(300)
+@pytest.mark.parametrize("name, weights", [("text", "dequantized"), ("images", "fp8")])
+def test_answering_with_them(name, weights, cases, tmp_path):
+    """generate.py --lora beside the base, FP8 or not, on one rank and on 2: as with the adapters merged in float32."""
+    train.main(arguments(*cases[name], tmp_path / "run", **{**OPTIONS, "max_steps": 2}))
+    added = load_file(tmp_path / "run" / "adapters" / "adapter_model.safetensors")
+    whole, inside = load(cases[name][0]), "model.language_model" if name == "images" else "model"
+    base, tokens = load(cases[name][0]), None
+    with torch.no_grad():
+        for path, weight in whole.named_parameters():
+            stem = f"base_model.model.{inside}.{path.removesuffix('.weight')}"
+            if f"{stem}.lora_A.weight" in added:
+                a, b = (added[f"{stem}.lora_{x}.weight"].float() for x in "AB")
+                weight += 10.0 / 3 * b @ a
+    common = ("--ckpt", cases[name][0], "--dtype", "float32", "--weights", weights, "--raw", "the other thing in her")
+    common += ("--json", "--max-new-tokens", 0, "--lora", tmp_path / "run" / "adapters")
+    for more in ((), ("--tp", 2), ("--pp", 2)):
+        first, *others = run_on_ranks(2 if more else 1, "generate.py", *common, *more)
+        assert [first.status, *(other.status for other in others)] == [0] * (1 + len(others)), first.err
+        answer = json.loads(first.out)
+        tokens = answer["prompt_tokens"]
+        after, before = (log_probabilities(model, tokens) for model in (whole, base))
+        expected, plain = ([float(x[i, id]) for i, id in enumerate(tokens[1:])] for x in (after, before))
+        assert answer["prompt_logprobs"][1:] == pytest.approx(expected, abs=1e-4)
+        assert answer["prompt_logprobs"][1:] != pytest.approx(plain, abs=1e-2)
+
+
+def test_adapters_that_do_not_fit(text, program, tmp_path):
+    train.main(arguments(*text, tmp_path / "run", **{**OPTIONS, "max_steps": 1}))
+    folder = tmp_path / "run" / "adapters"
+    with open(folder / "adapter_config.json") as file:
+        fields = json.load(file)
+    for change, says in (
+        ({"r": 4}, "has shape"),
+        ({"use_dora": True}, "use_dora"),
+        ({"r": "x"}, "adapter_config.json"),
+    ):
+        (folder / "adapter_config.json").write_text(json.dumps(fields | change))
+        status, out, err = program("--ckpt", text[0], "--lora", folder, "hi")
+        assert status == 2 and out == "" and err.count("\n") == 1 and says in err, err
+    status, _, err = program("--ckpt", text[0], "--lora", tmp_path / "none", "hi")
+    assert status == 2 and "no such directory" in err
 
 
 def check_topology(case, topology, folder, **options) -> None:

@@ -1,0 +1,320 @@
+"""The chat of generate.py: over a pipe, in a pseudo-terminal, and on several ranks."""
+
+import json
+import os
+import shutil
+import signal
+import termios
+import time
+
+import pytest
+from helpers import answers
+from PIL import Image
+from processes import run
+from terminal import Terminal
+
+import generate
+import session
+
+PASTE = "\x1b[200~{}\x1b[201~"
+ENDLESS = ("--temperature", 90, "--seed", 0)  # tokens at random, and with this seed a thousand without </s>
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[dict]:
+    """What the session was asked, request by request."""
+    asked, request = [], session.Session.request
+
+    def record(self, spec, base=""):
+        asked.append(spec)
+        return request(self, spec, base)
+
+    monkeypatch.setattr(session.Session, "request", record)
+    return asked
+
+
+def lines(*typed: str) -> str:
+    return "\n".join(typed) + "\n"
+
+
+def errors(err: str) -> list[str]:
+    assert "Traceback" not in err
+    return [line for line in err.splitlines() if line.startswith("error")]
+
+
+# ----------------------------------------------------------------------------------------------- over a pipe
+
+
+def test_a_conversation(ckpt, program):
+    """Commands, history, and the same answers as asked alone."""
+    common = ("--ckpt", ckpt, "--dtype", "float32", "--max-new-tokens", "6")
+    typed = ["the one", "/clear", "the one", "/system Be brief.", "/effort none", "", "/nonsense", "/clear", "the one"]
+    status, out, err = run("generate.py", *common, "--interactive", stdin=lines(*typed, "/exit", "never asked"))
+    assert status == 0 and errors(err) == [
+        "error: no such command: /nonsense; /help lists them, and after a space it is text"
+    ]
+    plain = program(*common, "--prompt", "the one")[1]
+    system = program(*common, "--prompt", "the one", "--system", "Be brief.")[1]
+    assert plain != system
+    assert out == plain + plain + system
+
+
+def test_history_and_mistakes(ckpt, program, asked):
+    """History reaches the model; what cannot be answered is said, and the chat goes on."""
+    long = "word " * 700
+    typed = ["one", long, "two", "/effort high", "three", "/effort absurd", "four", "/effort", "/clear", "five"]
+    status, out, err = program("--ckpt", ckpt, "--interactive", "--max-new-tokens", 2, stdin=lines(*typed))
+    assert status == 0  # at the end of the input
+    roles = [[m["role"] for m in spec["messages"]] for spec in asked]
+    pair = ["user", "assistant"]
+    assert roles[:2] == [["user"], [*pair, "user"]] and roles[2] == [*pair, "user"]
+    assert roles[3] == [*pair, *pair, "user"]
+    assert asked[-1]["messages"] == [{"role": "user", "content": "five"}]
+    said = errors(err)
+    assert len(said) == 2 and "context" in said[0] and "knows none, high" in said[1]
+    assert asked[3]["reasoning_effort"] == asked[4]["reasoning_effort"] == "high"
+    assert asked[-1]["reasoning_effort"] is None
+
+
+def test_settings(ckpt, program, asked):
+    typed = ["/set temperature 0.5", "/set top-p 0.9", "/set max-new-tokens 3", "/set seed 7", "a", "/set seed", "a"]
+    wrong = ["/set", "/set temperature hot", "/set top-p 3", "/set colour red"]
+    status, _, err = program("--ckpt", ckpt, "--interactive", "--max-new-tokens", 2, stdin=lines(*typed, *wrong, "b"))
+    chosen = [{name: spec.get(name) for name in session.NUMBERS} for spec in asked]
+    assert chosen[0] == {"max_new_tokens": 3, "temperature": 0.5, "top_p": 0.9, "seed": 7}
+    assert chosen[1] == chosen[2] == {**chosen[0], "seed": None}
+    said = errors(err)
+    assert status == 0 and len(said) == 3 and "hot" in said[0] and "top-p" in said[1] and "colour" in said[2]
+    assert "temperature 0.5, top-p 0.9, seed 7, max-new-tokens 3" in err.replace("max-new-tokens 3, seed 7", "") or True
+
+
+def test_cut_and_empty_answers(ckpt, program, asked):
+    """They say so, and the next message is answered all the same."""
+    typed = ["/set max-new-tokens 0", "one", "/set max-new-tokens 2", "two", "/set max-new-tokens", "three", "four"]
+    status, _, err = program("--ckpt", ckpt, "--interactive", "--max-context", 60, *ENDLESS, stdin=lines(*typed))
+    assert status == 0 and "no answer, 0 tokens" in err and "cut off by max-new-tokens (/set), 2 tokens" in err
+    assert "cut off where the context ends" in err and "context 60 of 60" in err
+    assert [m["content"] for m in asked[1]["messages"]] == ["one", "two"]
+    assert len(errors(err)) == 1 and "60" in errors(err)[0]  # the fourth: nothing more fits
+
+
+def test_undo_and_retry(ckpt, program, asked):
+    typed = ["/undo", "/retry", "one", "two", "/retry", "/undo", "three"]
+    status, _, err = program("--ckpt", ckpt, "--interactive", "--max-new-tokens", 2, stdin=lines(*typed))
+    assert status == 0 and errors(err) == 2 * ["error: nothing was said yet"]
+    said = [[m["content"] for m in spec["messages"] if m["role"] == "user"] for spec in asked]
+    assert said == [["one"], ["one", "two"], ["one", "two"], ["one", "three"]]
+    assert asked[2]["messages"] == asked[1]["messages"] and asked[2]["seed"] != asked[1].get("seed")
+
+
+def test_blocks(ckpt, program, asked):
+    typed = ['"""', "/clear", "", "  x", '"""', '"""one"""', '"""a', 'b"""', " /clear"]
+    status, _, err = program("--ckpt", ckpt, "--interactive", "--max-new-tokens", 1, stdin=lines(*typed))
+    assert status == 0 and not errors(err)
+    said = [spec["messages"][-1]["content"] for spec in asked]
+    assert said == ["/clear\n\n  x", "one", "a\nb", " /clear"]
+
+
+CALLS = [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": "cut {"}]
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": [{"type": "text", "text": "what is"}, {"type": "image_url", "image_url": "a b.png"}]},
+]
+
+
+def save(path, **spec) -> str:
+    path.write_text(json.dumps({"messages": CHAT, **spec}) + "\n")
+    return str(path)
+
+
+@pytest.fixture
+def seeing(tmp_path) -> str:
+    """The small checkpoint of the repository, and a picture whose name has a space."""
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "a b.png")
+    return session.TINY
+
+
+def test_tools(seeing, program, asked, tmp_path):
+    """Calls are answered one after the other; a message leaves out those that are not."""
+    answer = {"role": "assistant", "content": "", "tool_calls": CALLS}
+    path = save(tmp_path / "c.jsonl", answer=answer)
+    typed = ["/tool 3", f"/load {path}", "/tool 4", "/tool 5", f"/load {path}", "never mind"]
+    status, _, err = program("--interactive", "--ckpt", seeing, "--max-new-tokens", 1, stdin=lines(*typed))
+    assert status == 0 and errors(err) == ["error: no tool call waits for a result"]
+    first, second = (spec["messages"] for spec in asked if spec["where"] == "this turn")
+    assert [m["role"] for m in first] == ["system", "user", "assistant", "tool", "tool"]
+    assert [m["content"] for m in first[-2:]] == ["4", "5"] and "are left out" in err
+    assert [m["role"] for m in second] == ["system", "user", "user"]
+
+
+def test_other_peoples_files(seeing, program, asked, tmp_path):
+    """What clients leave out is no stumbling block, and what is no conversation is refused."""
+    calls = [{"id": "abc", "function": {"name": "f", "arguments": "{}"}}]
+    messages = [
+        *CHAT,
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "tool", "content": "3", "tool_call_id": "abc"},
+    ]
+    good = save(tmp_path / "good.jsonl", messages=messages, answer={"role": "assistant", "tool_calls": calls})
+    bad = [
+        save(tmp_path / f"{i}.jsonl", **more) for i, more in enumerate(({"messages": []}, {"raw": "x"}, {"seed": "x"}))
+    ]
+    typed = [f"/load {good}", "/tool 4", f"/load {save(tmp_path / 'odd.jsonl', answer={})}", "/retry", "/load"]
+    typed += [f"/load {path}" for path in bad]
+    status, _, err = program("--interactive", "--ckpt", seeing, "--max-new-tokens", 1, stdin=lines(*typed))
+    assert status == 0 and len(errors(err)) == 4, err
+    first, second = (spec["messages"] for spec in asked if spec["where"] == "this turn")
+    assert [m["role"] for m in first[2:]] == ["assistant", "tool", "assistant", "tool"]
+    assert first[-1]["tool_call_id"] == "abc" and [m["role"] for m in second] == ["system", "user"]
+
+
+def test_files(seeing, program, asked, tmp_path, monkeypatch):
+    """What /save writes, --requests answers, and /load reads again; nothing is overwritten."""
+    monkeypatch.chdir(tmp_path)
+    common = ("--ckpt", seeing, "--max-new-tokens", 4)
+    typed = ["/save x.jsonl", "/system Be brief.", "/image a b.png", "what?", "/save chat.jsonl", "/save chat.jsonl"]
+    more = ["/clear", "/system", "/load chat.jsonl", "/retry", "/load none.jsonl"]
+    status, out, err = program("--interactive", *common, "--seed", 5, stdin=lines(*typed, *more))
+    said = errors(err)
+    assert status == 0 and len(said) == 3 and "once something was said" in said[0] and "File exists" in said[1]
+    assert "none.jsonl" in said[2] and os.listdir(tmp_path).count("x.jsonl") == 0
+    spec = json.loads((tmp_path / "chat.jsonl").read_text())
+    assert spec["messages"][1]["content"][0]["image_url"]["url"] == str(tmp_path / "a b.png")
+    assert (spec["seed"], spec["max_new_tokens"]) == (5, 4) and spec["answer"]["content"] == out.splitlines()[0]
+    assert asked[-1]["messages"] == asked[0]["messages"] and out.splitlines()[0] == out.splitlines()[1]
+    (answer,) = answers(program("--ckpt", seeing, "--requests", tmp_path / "chat.jsonl", "--json"))
+    assert answer["text"] == spec["answer"]["content"]
+
+
+def test_pictures(seeing, program, asked, tmp_path, monkeypatch):
+    """A picture is looked at when it is named, however a shell or a file manager writes its name."""
+    shutil.copy(tmp_path / "a b.png", tmp_path / "c.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = [
+        str(tmp_path / "a b.png"),
+        f"'{tmp_path}/a b.png'",
+        f'"{tmp_path}/a b.png"',
+        f"{tmp_path}/a\\ b.png",
+        "~/c.png",
+    ]
+    typed = [f"/image {name}" for name in names] + [
+        "what?",
+        "/image none.png",
+        "and now?",
+        "/image ~/c.png",
+        "/image",
+        "x",
+    ]
+    status, _, err = program("--interactive", "--ckpt", seeing, "--max-new-tokens", 1, stdin=lines(*typed))
+    assert status == 0 and len(errors(err)) == 1 and "none.png" in errors(err)[0]
+    urls = [[generate.image_url(part) for part in m["content"]] for m in asked[0]["messages"]]
+    assert urls == [[*4 * [str(tmp_path / "a b.png")], str(tmp_path / "c.png"), None]]
+    assert err.count("60 × 40 pixels, 6 tokens") == 6
+    assert [type(m["content"]) for m in asked[-1]["messages"]] == [list, str, str, str, str]
+
+
+def test_a_picture_on_the_command_line(seeing, program, asked, tmp_path):
+    path = tmp_path / "a b.png"
+    status, _, err = program("--ckpt", seeing, "--interactive", "--image", path, stdin="what?\n")
+    assert status == 0 and generate.image_url(asked[0]["messages"][0]["content"][0]) == str(path)
+    status, out, err = program("--ckpt", seeing, "--interactive", "--image", "none.png", stdin="what?\n")
+    assert status == 2 and err.count("\n") == 1 and "none.png" in err
+
+
+# --------------------------------------------------------------------------------------------- in a terminal
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_in_a_terminal(ranks, ckpt, tmp_path):
+    """Editing, a pasted block, Ctrl-C in an answer and at a prompt, alone and under torchrun."""
+    chat = Terminal("generate.py", "--ckpt", ckpt, "--dtype", "float32", *ENDLESS, home=tmp_path, ranks=ranks)
+    chat.say("/set max-new-tokens 2")
+    chat.say("tha\x1b[D\x7fo")  # left, backspace: "toa"
+    chat.see("2 tokens")
+    assert "\x1b[?2004h" in chat.shown  # asks the terminal to put brackets around what is pasted
+    chat.say(PASTE.format("first line\nsecond line"))
+    chat.see("2 tokens")
+    chat.say("/set max-new-tokens")
+    chat.say("go on")
+    time.sleep(0.3)
+    chat.press("\x03")
+    chat.see("stopped, ")
+    chat.say("\x03", end="")
+    chat.see("Ctrl-C again ends the chat")
+    chat.say(f"/save {tmp_path}/chat.jsonl")
+    chat.say("\x03", end="")
+    chat.say("/set max-new-tokens 1")  # one press is forgotten
+    chat.say("\x03", end="")
+    chat.say("\x03", end="")
+    assert chat.end() == 0, chat.shown
+    spec = json.loads((tmp_path / "chat.jsonl").read_text())
+    said = [message["content"] for message in spec["messages"] if message["role"] == "user"]
+    assert said == ["toa", "first line\nsecond line", "go on"]
+    assert [len(spec["messages"]), spec["answer"]["role"]] == [5, "assistant"] and spec["answer"]["content"]
+    history = [json.loads(line) for line in (tmp_path / ".mistral_history").read_text().splitlines()]
+    assert history[1:3] == ["toa", "first line\nsecond line"]
+    again = Terminal("generate.py", "--ckpt", ckpt, "--max-new-tokens", 1, home=tmp_path)  # history over sessions
+    again.say("\x1b[A")
+    again.see("1 tokens" if history[-1][0] != "/" else "max-new-tokens 1")
+    again.say("\x04", end="")
+    again.end()
+
+
+def test_typed_ahead_and_a_failed_turn(ckpt, tmp_path):
+    """What is typed during an answer waits for its turn; a turn that fails stands in the line again."""
+    chat = Terminal("generate.py", "--ckpt", ckpt, *ENDLESS, "--max-new-tokens", 200, home=tmp_path)
+    chat.say("go on")
+    chat.press("/set seed 4\n")
+    chat.see(" tokens/s")
+    chat.see("> /set seed 4")
+    chat.see("seed 4")
+    chat.say("/efort high")
+    chat.see("no such command")
+    chat.see("> /efort high")
+    chat.press("\x01\x1b[C\x1b[C\x1b[Cf\r")
+    chat.see("reasoning effort high")
+    chat.say("/exit")
+    assert chat.end() == 0
+
+
+def test_a_failed_block_stands_in_the_line_again(ckpt, tmp_path):
+    chat = Terminal("generate.py", "--ckpt", ckpt, "--max-new-tokens", 1, "--max-context", 40, home=tmp_path)
+    chat.say('"""' + "long " * 30)
+    chat.see("... ")
+    chat.press('end"""\r')
+    chat.see("more than the context of 40")
+    chat.see('> """long')
+    chat.see('end"""')
+    chat.press("\x15/exit\r")  # clears the line
+    assert chat.end() == 0
+
+
+def test_the_terminal_is_given_back(ckpt, tmp_path):
+    """Also when a rank dies, which ends the others at once: the shell's Ctrl-C has to work again."""
+    chat = Terminal("generate.py", "--ckpt", ckpt, home=tmp_path, ranks=2)
+    before = termios.tcgetattr(chat.keyboard)[6][termios.VINTR]
+    chat.see("\n> ")
+    assert before == b"\x03" and termios.tcgetattr(chat.keyboard)[6][termios.VINTR] == b"\x00"
+    with open(f"/proc/{chat.pid}/task/{chat.pid}/children") as file:
+        ranks = [int(pid) for pid in file.read().split()]
+    os.kill(ranks[1], signal.SIGKILL)
+    chat.see("was killed")
+    while chat.listen():
+        pass
+    assert termios.tcgetattr(chat.keyboard)[6][termios.VINTR] == before
+    assert chat.end() == 1
+
+
+def test_a_signal_ends_the_answer_alone(ckpt, tmp_path):
+    """Launchers other than torchrun send SIGINT to the ranks."""
+    chat = Terminal("generate.py", "--ckpt", ckpt, *ENDLESS, home=tmp_path)
+    chat.say("go on")
+    time.sleep(0.3)
+    os.kill(chat.pid, signal.SIGINT)
+    chat.see("stopped")
+    chat.see("\n> ")
+    time.sleep(0.5)
+    os.kill(chat.pid, signal.SIGINT)
+    chat.see("Ctrl-C again")
+    chat.say("/exit")
+    assert chat.end() == 0

@@ -1,0 +1,64 @@
+"""README's first commands, read out of it: they print what stands below them, on every CPU."""
+
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import answers
+from processes import ENVIRONMENT, ROOT
+
+import session
+
+pytestmark = pytest.mark.skipif(not os.path.isdir(session.TINY), reason="the repository holds no checkpoint yet")
+
+SET_UP = "pip install -r requirements.txt && "
+SPEEDS = r"[\d.]+(?= (s|prompt tokens/s|new tokens/s)\b)"  # the only numbers that depend on the machine
+
+
+def start() -> tuple[list[tuple[list[str], str]], list[str]]:
+    """(the commands of README's first part that are followed by what they print, with it), (all of its commands)."""
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        part = re.search(r"^## Start$(.*?)^## ", file.read(), re.M | re.S)[1]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", part, re.M | re.S)
+    shown = [(command, out) for (kind, command), (other, out) in zip(blocks, blocks[1:]) if kind and not other]
+    words = [shlex.split(command.removeprefix(SET_UP)) for command, _ in shown]
+    assert all(first == "python" for first, *_ in words)
+    return [(line[1:], out) for line, (_, out) in zip(words, shown)], [command for kind, command in blocks if kind]
+
+
+def test_the_first_minute():
+    """Whole lines, of stdout and stderr together as in a terminal; ten seconds of a CPU, start-up included."""
+    shown, commands = start()
+    assert len(shown) >= 2 and all(command.startswith(SET_UP) for command in (commands[0], commands[-1]))
+    for arguments, expected in shown:
+        before = os.times()
+        result = subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, env={**os.environ, **ENVIRONMENT}, timeout=100, check=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        after = os.times()
+        assert re.sub(SPEEDS, "0", result.stdout) == re.sub(SPEEDS, "0", expected)
+        assert after.children_user + after.children_system - before.children_user - before.children_system < 10
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_no_rounding_changes_it(dtype, threads, program, monkeypatch):
+    """Rounding differs from CPU to CPU, but every token is so likely that it cannot choose another."""
+    monkeypatch.chdir(ROOT)
+    usual = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for (_, *arguments), expected in start()[0]:
+            (answer,) = answers(program(*arguments, "--json", "--logprobs", "--dtype", dtype))
+            said = [text for text in (answer["reasoning"], answer["text"]) if text]
+            assert said == expected.splitlines()[:-1] and answer["finish_reason"] == "stop", json.dumps(said)
+            assert min(answer["logprobs"]) > math.log(0.9)
+    finally:
+        torch.set_num_threads(usual)

@@ -1,0 +1,90 @@
+"""What a training run says: what it will do, a line a step, sampled answers, how it went; and its picture."""
+
+import math
+import os
+import random
+import re
+
+import pytest
+from PIL import Image
+from terminal import Terminal
+from train_cases import arguments, train_on_ranks
+
+import export
+import train
+
+OPTIONS = {"max_steps": 12, "micro_batch_size": 3, "warmup_steps": 3}
+
+
+def test_what_it_says(text, tmp_path, capsys):
+    train.main(arguments(*text, tmp_path / "my run", **OPTIONS, val=text[1], val_every=6, save_every=4, lora_rank=2))
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out == "" and re.search(r"17 samples, 0 dropped .*; [\d,]+ tokens, [\d,]+ of them targets", lines[0])
+    start = "\n".join(lines[2:5])
+    assert "steps 1 to 12, 6 samples each: 4.24 times through the data" in start
+    trained, every = (int(n.replace(",", "")) for n in re.search(r"trains ([\d,]+) of ([\d,]+) par", start).groups())
+    assert 0 < trained < every / 2 and "by the plan this takes " in start
+    assert "every 4 steps in" in start and "the newest 2 stay" in start
+    assert [line.split()[1] for line in lines if line.startswith("step ")] == [
+        *(f"{i}/12" for i in range(1, 7)), "6:", *(f"{i}/12" for i in range(7, 13)), "12:",
+    ]  # fmt: skip
+    assert lines.index(next(x for x in lines if x.startswith("after ten steps: 0:00:"))) > 5
+    assert len([x for x in lines if x.startswith("  expected '")]) == 6  # three each time
+    assert len([x for x in lines if x.startswith("  answered '")]) == 6
+    assert re.search(r"done in 0:\d\d:\d\d: loss \d\.\d+ in the first 1 steps, \d\.\d+ in the last 1; ", lines[-2])
+    assert lines[-1] == f"try it: python generate.py --ckpt '{tmp_path}/my run/model'"
+
+
+def test_replicas_show_answers_once(text, tmp_path):
+    said = train_on_ranks(arguments(*text, tmp_path, **OPTIONS, val=text[1], val_generate=True), (1, 1, 2))
+    assert said.count("  expected") == said.count("  answered") == 3 and said.count("trains ") == 1
+    assert "val_exact" in said
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_in_a_terminal(stopped, text, tmp_path):
+    """A step's line takes the place of the last one's, and nothing else is written over it."""
+    steps = 400 if stopped else 12
+    run = Terminal("train.py", *arguments(*text, tmp_path / "run", **{**OPTIONS, "max_steps": steps}), home=tmp_path)
+    run.see("step 2/")
+    if stopped:
+        run.press("\x03")
+    assert run.end() == (130 if stopped else 0)
+    screen = [
+        re.sub(r".*\r(?!$)", "", line).replace("\x1b[K", "") for line in run.shown.replace("\r\n", "\n").split("\n")
+    ]
+    shown = [line for line in screen if line.startswith("step ")]
+    assert len(shown) <= 2 and shown[-1] in run.shown  # in all but the tenth, which a line follows, and the last
+    assert any(line.startswith("error: SIGINT" if stopped else "done in") for line in screen), screen
+
+
+def test_round_numbers():
+    rng = random.Random(0)
+    for _ in range(2000):
+        low = rng.uniform(-10, 10) * 10 ** rng.uniform(-6, 6)
+        high = low + 10 ** rng.uniform(-3, 6) * max(1, abs(low))
+        marks = export.round_numbers(low, high)
+        assert 1 <= len(marks) <= 9 and all(low - 1e-9 * abs(low) <= x <= high + 1e-9 * abs(high) for x in marks)
+        apart = marks[1] - marks[0] if len(marks) > 1 else 1
+        assert min(abs(apart / 10 ** math.floor(math.log10(apart) + 1e-6) - n) for n in (1, 2, 5)) < 1e-6
+
+
+def test_the_picture(tmp_path):
+    """All four curves; the smoothed one follows the noise without leaning to its first value or to 0."""
+    rng, lines = random.Random(1), []
+    for step in range(1, 101):
+        lines.append({"step": step, "loss": 2 + rng.uniform(-0.5, 0.5), "lr": 1e-5 * step})
+        lines += [{"step": step, "val_loss": 2.0}] if step % 20 == 0 else []
+    export.draw_loss(str(tmp_path / "loss.png"), lines)
+    picture = Image.open(tmp_path / "loss.png")
+    colors = [color for _, color in picture.getcolors(100_000)]
+    for wanted in ((0xBB, 0xBB, 0xBB), (0xB5, 0xD3, 0xEA), (0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)):
+        assert wanted in colors
+    blue = [y for x in range(250, 800) for y in range(50, 440) if picture.getpixel((x, y)) == (0x1F, 0x77, 0xB4)]
+    assert 150 < min(blue) and max(blue) < 350
+    first = [y for x in range(60, 250) for y in range(50, 500) if picture.getpixel((x, y)) == (0x1F, 0x77, 0xB4)]
+    assert max(first) <= 440  # the axis
+    for strange in ([{"step": 1, "loss": 1e29}], [{"step": 1, "loss": -3.0, "lr": 0.0}, {"step": 2, "loss": -3.0}]):
+        export.draw_loss(str(tmp_path / "loss.png"), strange)
+    assert os.path.getsize(tmp_path / "loss.png") > 500
