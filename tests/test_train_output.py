@@ -24,7 +24,7 @@ def test_what_it_says(text, tmp_path, capsys):
     start = "\n".join(lines[2:5])
     assert "steps 1 to 12, 6 samples each: 4.24 times through the data" in start
     trained, every = (int(n.replace(",", "")) for n in re.search(r"trains ([\d,]+) of ([\d,]+) par", start).groups())
-    assert 0 < trained < every / 2 and "by the plan this takes " in start
+    assert 0 < trained < every / 2 and "by the plan this takes at most " in start
     assert "every 4 steps in" in start and "the newest 2 stay" in start
     assert [line.split()[1] for line in lines if line.startswith("step ")] == [
         *(f"{i}/12" for i in range(1, 7)), "6:", *(f"{i}/12" for i in range(7, 13)), "12:",
