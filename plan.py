@@ -1,4 +1,7 @@
-"""What a topology needs, before anyone rents it: memory per rank, and time. `python parallel.py --plan`.
+"""What a topology needs, before anyone rents it: memory per rank, and time.
+
+    python parallel.py --plan --config CONFIG.json --tp 8 --pp 8
+    python parallel.py --plan --config CONFIG.json --inference --tp 8 --gpu h200
 
 Every rank's part of the model is built with the real classes on the `meta` device, where a tensor has a shape but no
 memory: parameters, weights, gradients and optimizer state are those of a real run. Activations and time come from
@@ -394,26 +397,28 @@ def human(seconds: float) -> str:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="parallel.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--plan", action="store_true", required=True)
+    parser = Parser(__doc__, prog="parallel.py", usage="%(prog)s --plan --config CONFIG.json [options]")
+    add = parser.add_argument_group("what to plan").add_argument
+    add("--plan", action="store_true", required=True, help="the only thing that parallel.py does as a program")
     add("--config", required=True, metavar="CONFIG.json", help="config.json or params.json of the model")
     add("--tp", type=SIZE, default=1, metavar="N", help="tensor-parallel size")
     add("--pp", type=SIZE, default=1, metavar="N", help="pipeline-parallel size")
     add("--dp", type=SIZE, default=1, metavar="N", help="data-parallel size")
-    add("--gpu", choices=[*GPUS], default="h100", help="whose published speed to reckon with; default h100")
+    add("--gpu", choices=[*GPUS], default="h100", help="whose published speed to reckon with")
     add("--gpu-memory-gb", type=number(float, 0, 1e6, above=True), metavar="F", help="10^9 bytes; default: the GPU's")
     add("--json", action="store_true", help="one JSON object on stdout")
+    add = parser.add_argument_group("training, as with train.py").add_argument
     add("--max-length", type=SIZE, metavar="N", help="tokens of a sample; default 2048, or the model's context")
-    add("--micro-batch-size", type=SIZE, default=1, metavar="N")
+    add("--micro-batch-size", type=SIZE, default=1, metavar="N", help="samples that go through the model together")
     add("--global-batch-size", type=SIZE, default=64, metavar="N", help="samples a step, which decide the bubble")
-    add("--activation-checkpointing", action="store_true")
-    add("--sequence-parallel", action="store_true")
+    add("--activation-checkpointing", action="store_true", help="compute activations twice, to hold fewer")
+    add("--sequence-parallel", action="store_true", help="norms and residuals split along the tokens")
     add("--freeze", nargs="+", default=[], choices=sorted(FREEZABLE), metavar="NAME", help=", ".join(FREEZABLE))
     add("--lora-rank", type=SIZE, metavar="N", help="adapters of this rank; weights frozen, FP8 ones as they are")
+    add = parser.add_argument_group("generation, as with generate.py").add_argument
     add("--inference", action="store_true", help="plan generate.py with one request, not train.py")
-    add("--weights", choices=["fp8", "dequantized"], help="with --inference: FP8 weights in memory; default: as stored")
-    add("--max-context", type=SIZE, metavar="N", help="with --inference: tokens; default: the model's context")
+    add("--weights", choices=["fp8", "dequantized"], help="FP8 weights in memory; default: as stored")
+    add("--max-context", type=SIZE, metavar="N", help="tokens; default: the model's context")
     args = parser.parse_args(argv)
     args.gpu_memory_gb = args.gpu_memory_gb or GPUS[args.gpu].gigabytes
     training = args.freeze or args.activation_checkpointing or args.sequence_parallel or args.max_length

@@ -155,8 +155,6 @@ class Session:
         if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
             raise UserError(f"{where}: stop should be a string or a list of strings")
         numbers = self.numbers(spec, thinks=effort == "high")
-        if numbers["max_new_tokens"] is None:
-            numbers["max_new_tokens"] = self.max_context - len(prompt)
         scored = self.args.logprobs or numbers["max_new_tokens"] == 0
         reader = ReplyParser(self.tokenizer, prompt, stop, "raw" in spec)
         return Request(prompt, images, **numbers, reader=reader, logprobs=scored, images=names)

@@ -212,7 +212,7 @@ def test_a_pipe_over_ranks():
     assert run_ranks(from_a_pipe, 2) == 2 * [([{"role": "user", "content": "hello"}], False)]
 
 
-@pytest.mark.parametrize("name", ["generate", "train", "export"])
+@pytest.mark.parametrize("name", ["generate", "train", "export", "plan"])
 def test_help(name, capsys):
     """Readable at 80 columns: groups, an example, and the default of every option that takes a value."""
     with pytest.raises(SystemExit) as end:
