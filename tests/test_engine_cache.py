@@ -16,7 +16,7 @@ from config import read_config
 from engine import Engine, Request
 from launch import find_place
 from model import KVCache, MistralMedium, attend_step, product_attention
-from parallel import gumbel
+from parallel import Place, VocabParallelHead, gumbel, nucleus
 from session import ReplyParser
 
 
@@ -170,6 +170,20 @@ def test_noise():
     assert torch.equal(gumbel(seeds, positions, torch.arange(1000, 1300)), noise[:, 1000:1300])
 
 
+def test_a_row_without_top_p_beside_one_with_it(monkeypatch):
+    """In float32 the probabilities of many tokens add up to 1 before the last of them: all stay possible."""
+    size = 131_071
+    logits = 3 * torch.randn(size, generator=torch.Generator().manual_seed(3))
+    unlikely = int((~nucleus(logits, 1.0)).nonzero()[0])
+    noise = torch.zeros(2, size, dtype=torch.float64)
+    noise[:, unlikely] = 1000
+    monkeypatch.setattr("parallel.gumbel", lambda seeds, positions, ids: noise)
+    head, zeros = VocabParallelHead(4, size, Place(), torch.float32), torch.zeros(2, dtype=torch.long)
+    top_p = torch.tensor([[1.0], [0.9]])
+    tokens = head.sample(logits.expand(2, -1), torch.ones(2, 1), top_p, zeros, zeros)[:, 0].tolist()
+    assert tokens == [unlikely, int(logits.argmax())]
+
+
 def test_attention_as_two_products():
     """What a GPU does in a step, against the fused kernel."""
     draw = torch.Generator().manual_seed(3)
@@ -270,6 +284,12 @@ def test_an_answer_that_is_broken_off(model):
     with pytest.raises(KeyboardInterrupt):
         made.generate([request], interrupt)
     request.reader = None
+    assert_same(made.generate([request]), [alone(model, request)])
+    made, made.chunk = Engine(model, Endless.eos_id, 4096), 16
+    run, turns = made.run_stage, []
+    made.run_stage = lambda *arguments: run(*arguments) if turns.append(1) or len(turns) != 2 else interrupt(0, "", "")
+    with pytest.raises(KeyboardInterrupt):  # between two chunks of the prompt
+        made.generate([request])
     assert_same(made.generate([request]), [alone(model, request)])
 
 

@@ -207,6 +207,10 @@ def test_joined_linears(scheme, tmp_path, monkeypatch):
     if scheme == "static":
         made = write_checkpoint(tmp_path / "differ", fields, {**stored, **differ}, fp8=scheme)
         assert torch.equal(log_probabilities(load(made, torch.bfloat16, keep_fp8=True, fast=True), tokens), results[0])
+    odd = text_fields("yarn, short", **{**sizes, "intermediate_size": 72})  # no multiple of 16
+    made = write_checkpoint(tmp_path / "odd", odd, to_fp8(random_state(odd), scheme == "static")[0], fp8=scheme)
+    layer = load(made, torch.bfloat16, keep_fp8=True, fast=True).layers["0"]
+    assert layer.self_attn.joined is not None and layer.mlp.joined is None
     exact = load(made, torch.float32, keep_fp8=True, fast=True)  # these units give BF16 only
     assert exact.layers["0"].self_attn.joined is None and exact.layers["0"].mlp.joined is None
 

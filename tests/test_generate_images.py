@@ -3,15 +3,20 @@
 import base64
 import io
 import json
+import os
 
 import pytest
 import torch
 from helpers import answers, random_state, text_fields, whole_state, write_checkpoint, write_tekken
 from PIL import Image
+from processes import ROOT
 
 import engine
+import generate
+import session
 from config import parse_config
 from model import MistralMedium
+from parallel import Place
 from vision import grid, load_image, pixels
 
 SIZES = [(40, 61), (100, 30), (9, 9), (75, 84), (57, 29)]
@@ -154,3 +159,40 @@ def test_text_only_checkpoints_refuse_images(ckpt, program, tmp_path):
     fields = text_fields("plain", vocab_size=write_tekken(tmp_path))
     write_checkpoint(tmp_path, fields, random_state(fields))
     refused(program("--ckpt", tmp_path, "--image", f"{ckpt}/0.png", "--prompt", "hat"), "takes no images")
+
+
+# ------------------------------------------------------------------------------------------------ turn after turn
+
+
+def test_a_chat_is_computed_once(tmp_path):
+    """Twelve turns and two pictures, with the small checkpoint: every token goes through the model once, and every
+    picture through the tower. A picture of the same size with other content is another one."""
+    picture = os.path.join(ROOT, "examples", "tiny", "picture.png")
+    with Image.open(picture) as image:
+        Image.merge("RGB", image.convert("RGB").split()[::-1]).save(tmp_path / "other.png")  # blue becomes red
+    pictures = {0: part(picture), 6: part(str(tmp_path / "other.png"))}
+    questions = ["What is right of the blue star?", "How many stars are there?", "Is there a red circle?"]
+
+    def start() -> tuple[session.Session, list[int]]:
+        made = session.Session(generate.parse_args(["--dtype", "float32", "?"]), Place())
+        features, seen = made.model.image_features, []
+        made.model.image_features = lambda images: seen.append(len(images)) or features(images)
+        return made, seen
+
+    def ask(made: session.Session, messages: list[dict]) -> dict:
+        return made.answer([{"messages": messages, "max_new_tokens": 30, "where": "a turn"}])[0]
+
+    (chat, seen), messages, turns = start(), [], []
+    for turn in range(12):
+        content = [pictures[turn]] if turn in pictures else []
+        messages.append({"role": "user", "content": [*content, text(questions[turn % 3])]})
+        turns.append(ask(chat, messages))
+        assert turns[-1]["tokens"] == ask(start()[0], messages)["tokens"]
+        messages.append({"role": "assistant", "content": turns[-1]["text"]})
+    prefilled = sum(turn["stats"]["prefill_tokens"] for turn in turns)
+    # The last token of an answer goes through the model with the next turn.
+    decoded = sum(len(turn["tokens"]) - 1 for turn in turns[:-1])
+    assert prefilled + decoded == len(turns[-1]["prompt_tokens"]) and seen == [1, 1]
+    other = [{"role": "user", "content": [pictures[6], text(questions[0])]}]
+    assert ask(chat, other)["tokens"] == ask(start()[0], other)["tokens"] != turns[0]["tokens"]
+    assert seen == [1, 1, 1]
