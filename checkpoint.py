@@ -27,6 +27,8 @@ from parallel import Linear, Slice
 
 DTYPES = ("BF16", "F16", "F32", "F8_E4M3")  # those that a tensor may be stored in, in safetensors' words
 
+MAPPED = 1 << 26  # bytes read from a file before it is opened anew
+
 RANDOM_BLOCK = 1 << 24  # random weights are drawn, and all are checked, this many at a time
 
 # Scales of an FP8 cache and of fake quantization, in the files' own words: they change nothing that is computed here.
@@ -357,7 +359,7 @@ def fill(model: nn.Module, checkpoint: Checkpoint, progress: Callable[[int, int]
     wanted: dict[str, list[tuple[str, nn.Module, Slice]]] = {}
     for name, (layer, part) in layers_with_slices(model).items():
         wanted.setdefault(checkpoint.tensors[name].file, []).append((name, layer, part))
-    done, total = 0, sum(map(len, wanted.values()))
+    done, total, read = 0, sum(map(len, wanted.values())), 0
     for path, entries in sorted(wanted.items()):
         listed = {at.key for at in checkpoint.tensors.values() if at.file == path}
         if strangers := {key for key in checkpoint.file(path).keys() if not PASSED_OVER.search(key)} - listed:
@@ -366,8 +368,11 @@ def fill(model: nn.Module, checkpoint: Checkpoint, progress: Callable[[int, int]
             # A new Parameter, since one on `meta` cannot be given memory on another device.
             weight = read_parameter(checkpoint, name, layer, part, model)
             layer.weight = nn.Parameter(weight, layer.weight.requires_grad)
-            done += 1
+            done, read = done + 1, read + weight.nbytes
             progress(done, total)
+            if read > MAPPED:  # what was read of a mapped file counts as this process's memory until it is closed
+                checkpoint.close()
+                read = 0
     checkpoint.close()
 
 

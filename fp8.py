@@ -14,7 +14,7 @@ rewrites a checkpoint of any layout in the HF layout; `export.py` is that progra
 
 The second half is for speed only: how a CPU multiplies BF16 (on a GPU it is `F.linear`).
 
-- **Many rows**: CPUs without matrix units multiply BF16 at half their float32 speed, so both sides are converted.
+- **Many rows**: CPUs without matrix units multiply BF16 at half their float32 speed or less: both sides are converted.
 - **Few rows**, decoding: the weight is laid out once the way the kernels read it (`pack`).
 
 And a `Meter` counts what a GPU would do and how long it would take, without one: for `plan.py`.
@@ -28,6 +28,7 @@ if __name__ == "__main__":  # a signal ends the program at once, unless there is
         signal.signal(number, lambda number, frame: os._exit(128 + number))
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -139,15 +140,21 @@ def linear(
 
 # ---------------------------------------------------------------------------------------- how a CPU multiplies BF16
 
-FLOAT32_ROWS = 64  # a CPU multiplies at least so many BF16 rows in float32; see _Float32Matmul
+FLOAT32_ROWS = 64  # from so many rows on a CPU multiplies BF16 in float32, or from
+FLOAT32_ROWS_AVX2 = 8  # where it has no BF16 instructions at all
+PACKED_FLOAT32_ROWS = 256  # or from here, where the weight has to be unpacked first; see _Float32Matmul and pack
+CACHED = 1 << 18  # elements of a weight converted to float32 at a time, so that the copy stays in the cache
 
-UNPACK_ROWS = 256  # where it has to unpack the weight first, at least so many; see pack
+
+def knows_bf16() -> bool:
+    """Whether oneDNN has BF16 kernels for this CPU: from AVX-512 on."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class _Float32Matmul(torch.autograd.Function):
     """`x W^T` in BF16, multiplied in float32: the same sums, rounded once, as a matrix unit forms them.
 
-    A CPU without such a unit multiplies BF16 at about half its float32 speed, so from FLOAT32_ROWS rows on converting
+    A CPU without such a unit multiplies BF16 at half its float32 speed or far below, so from some rows on converting
     pays. The weight is converted block by block, and the copy is not kept.
     """
 
@@ -155,14 +162,17 @@ class _Float32Matmul(torch.autograd.Function):
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
         wide, out = x.float(), x.new_empty(*x.shape[:-1], weight.shape[0])
-        for rows in _Float32Matmul.blocks(weight):
-            out[..., rows] = F.linear(wide, weight[rows].float())
+        blocks = _Float32Matmul.blocks(weight, CACHED)
+        copy = wide.new_empty(blocks[0].stop, weight.shape[1])  # one for all blocks: new memory is slow at first touch
+        for rows in blocks:
+            block = weight[rows]
+            out[..., rows] = F.linear(wide, copy[: len(block)].copy_(block))
         return out
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        grad, blocks = grad.float(), _Float32Matmul.blocks(weight)
+        grad, blocks = grad.float(), _Float32Matmul.blocks(weight, BLOCK)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_x = sum(grad[..., rows] @ weight[rows].float() for rows in blocks).to(x.dtype)
@@ -173,34 +183,64 @@ class _Float32Matmul(torch.autograd.Function):
         return grad_x, grad_weight
 
     @staticmethod
-    def blocks(weight: torch.Tensor) -> list[slice]:
-        step = max(1, BLOCK // weight.shape[1])
-        return [slice(start, start + step) for start in range(0, weight.shape[0], step)]
+    def blocks(weight: torch.Tensor, elements: int) -> list[slice]:
+        step = max(1, elements // weight.shape[1])
+        return [slice(start, min(start + step, len(weight))) for start in range(0, len(weight), step)]
 
 
 def matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`x` (..., in), `weight` (out, in), maybe packed -> (..., out)."""
-    packed = weight.is_mkldnn
+    """`x` (..., in), `weight` (out, in) -> (..., out)."""
     if x.dtype == torch.bfloat16 and x.device.type == "cpu":
-        many = x.numel() >= (UNPACK_ROWS if packed else FLOAT32_ROWS) * x.shape[-1]
-        if many and not torch.cpu._is_amx_tile_supported():
-            return _Float32Matmul.apply(x, weight.to_dense() if packed else weight)
-    if packed:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        enough = FLOAT32_ROWS if knows_bf16() else FLOAT32_ROWS_AVX2
+        if x.numel() >= enough * x.shape[-1] and not torch.cpu._is_amx_tile_supported():
+            return _Float32Matmul.apply(x, weight)
     return F.linear(x, weight)
 
 
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """`weight` (out, in) in oneDNN's own layout; unchanged where that is of no use.
+class OneDNNWeight:
+    """A BF16 weight (out, in) in oneDNN's own layout, for CPUs from AVX-512 on.
 
-    A CPU multiplies BF16 in pairs along the columns, for 16 rows of the weight at a time. Found row by row in memory,
-    a weight is rearranged anew for every product, and that takes longer than the product of a few rows itself.
+    Such a CPU multiplies BF16 in pairs along the columns, for 16 rows of the weight at a time. Found row by row in
+    memory, a weight is rearranged anew for every product, and that takes longer than the product of a few rows itself.
+    """
+
+    def __init__(self, weight: torch.Tensor):
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.numel() >= PACKED_FLOAT32_ROWS * x.shape[-1] and not torch.cpu._is_amx_tile_supported():
+            return _Float32Matmul.apply(x, self.weight.to_dense())
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+
+class FBGEMMWeight:
+    """A BF16 weight (out, in) as FP16 in FBGEMM's layout, for CPUs that have FP16 but no BF16: products in float32.
+
+    FP16 has more digits than BF16 and fewer exponents: below 6e-5 a weight is rounded, by 3e-8 at most, which a sum
+    over its column cannot notice once it is rounded to BF16.
+    """
+
+    LARGEST = 65504
+
+    def __init__(self, weight: torch.Tensor):
+        self.weight = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.weight).bfloat16()
+
+
+def pack(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """A function (..., in) -> (..., out) that has `weight` (out, in) in the layout its kernels read.
+
+    None where nothing is to be gained.
     """
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
-        return weight
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return weight
-    return torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        return None
+    if knows_bf16():
+        return OneDNNWeight(weight)
+    if "fbgemm" in torch.backends.quantized.supported_engines and weight.abs().amax() <= FBGEMMWeight.LARGEST:
+        return FBGEMMWeight(weight)
+    return None
 
 
 class Joined:
@@ -212,6 +252,7 @@ class Joined:
     def __init__(self, layers: list[nn.Module]):
         self.layers, self.sizes = layers, [len(layer.weight) for layer in layers]
         self.weight: torch.Tensor | None = None
+        self.packed: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.scales: torch.Tensor | None = None  # (1, rows) float32, of FP8 weights
         self.input_scale: torch.Tensor | None = None
         for layer in layers:
@@ -229,7 +270,9 @@ class Joined:
         if self.layers[0].weight_scale is None:
             for layer in self.layers:  # else the weights would stay in both layouts
                 layer.weight = None
-            self.weight = pack(self.weight)
+            self.packed = pack(self.weight)
+            if self.packed:
+                self.weight = None
             return
         scales = [layer.weight_scale.float().expand(size) for layer, size in zip(self.layers, self.sizes)]
         self.scales = torch.cat(scales)[None]  # (1, rows)
@@ -240,7 +283,7 @@ class Joined:
         """(..., in) -> (..., sum of the outputs)"""
         if self.scales is not None:
             return fp8_matmul_by_rows(x, self.weight, self.scales, self.input_scale)
-        return matmul(x, self.weight)
+        return self.packed(x) if self.packed else matmul(x, self.weight)
 
 
 if __name__ == "__main__":

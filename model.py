@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.bias import causal_lower_right
 
 import fp8
 from config import Config, RopeConfig, UserError
@@ -74,19 +73,19 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
 
 
 class KVCache:
-    """Keys and values of this stage's layers: for each two tensors (rows, KV, length, D), longer than what is in them.
+    """Keys and values of this stage's layers: for each a tensor (2, rows, KV, length, D), longer than what is in it.
 
     The engine says at which positions a call's tokens go; the cache itself remembers nothing else. It holds zeros at
     first, since a masked position still enters attention with weight 0, uninitialized memory may hold NaN, and 0 times
     NaN is NaN.
     """
 
-    def __init__(self, layers: list[tuple[torch.Tensor, torch.Tensor]]):
+    def __init__(self, layers: list[torch.Tensor]):
         self.layers = layers
 
     @property
     def length(self) -> int:
-        return self.layers[0][0].shape[2]
+        return self.layers[0].shape[3]
 
     @staticmethod
     def length_for(tokens: int) -> int:
@@ -96,22 +95,21 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for pair in self.layers for tensor in pair)
+        return sum(layer.nbytes for layer in self.layers)
 
     def rows(self, start: int, stop: int) -> "KVCache":
         """A view of the rows `[start:stop]`."""
-        return KVCache([(keys[start:stop], values[start:stop]) for keys, values in self.layers])
+        return KVCache([layer[:, start:stop] for layer in self.layers])
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """The first `length` tokens of a row into another one."""
-        for pair in self.layers:
-            for tensor in pair:
-                tensor[target, :, :length] = tensor[source, :, :length]
+        for layer in self.layers:
+            layer[:, target, :, :length] = layer[:, source, :, :length]
 
     def grow(self, length: int) -> None:
         """To a larger length, layer by layer: no more than one layer is ever there twice."""
-        for i, pair in enumerate(self.layers):
-            self.layers[i] = tuple(F.pad(tensor, (0, 0, 0, length - tensor.shape[2])) for tensor in pair)
+        for i, layer in enumerate(self.layers):
+            self.layers[i] = F.pad(layer, (0, 0, 0, length - layer.shape[3]))
 
 
 @dataclass
@@ -149,6 +147,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     # A later chunk: query i stands at position S - T + i and sees as many keys. `is_causal` would align the triangle
     # with the first key instead of the last.
     if q.device.type != "cpu":  # flash attention on a GPU can align it so, and no mask exists; any mask excludes flash
+        from torch.nn.attention.bias import causal_lower_right  # here, since it takes two seconds to import
+
         return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S)).reshape(B, H, T, D)
     # On a CPU there has to be a mask; queries are taken few enough at a time that it never exceeds MASK_ELEMENTS, and
     # keys that none of them sees are left out.
@@ -217,33 +217,36 @@ class Attention(nn.Module):
         self.o_proj = RowParallelLinear(heads * D, C, place, dtype, keep_fp8)
         self.joined: Joined | None = None
 
-    def forward(self, x: torch.Tensor, span: Span, cache: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-        """x (B, T, C) -> (B, T, C). `cache`: this layer's keys and values, each (rows, KV, length, D), or None."""
+    def forward(self, x: torch.Tensor, span: Span, cache: torch.Tensor | None) -> torch.Tensor:
+        """x (B, T, C) -> (B, T, C). `cache`: this layer's keys and values (2, rows, KV, length, D), or None."""
         x = copy_to_group(x, self.group, self.sequence)
         B, T, _ = x.shape
         if self.joined:
             heads = self.joined(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 KV, T, D)
-            turned = apply_rotary(heads[:, : -self.kv_heads], span.cos, span.sin)
-            q, k, v = turned[:, : -self.kv_heads], turned[:, -self.kv_heads :], heads[:, -self.kv_heads :]
+            turned, new = heads[:, : -self.kv_heads], heads[:, -2 * self.kv_heads :]
+            apply_rotary(turned, span.cos, span.sin, out=turned)
+            q, new = heads[:, : -2 * self.kv_heads], new.unflatten(1, (2, -1)).transpose(0, 1)  # (2, B, KV, T, D)
+            k, v = new
         else:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
             q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in (q, k, v))  # (B, H or KV, T, D)
             q, k = apply_rotary(q, span.cos, span.sin), apply_rotary(k, span.cos, span.sin)
+            new = (k, v) if cache is None else torch.stack((k, v))
         if span.query_scale is not None:
             q = q * span.query_scale
         if cache is None:
             out = attend(q, k, v)
         elif span.positions is not None:
-            for stored, new in zip(cache, (k, v)):
-                stored.scatter_(2, span.positions.expand_as(new), new)
-            out = attend_step(q, *(stored[:, :, : span.length] for stored in cache), span.bias)
+            if span.bias is None:  # all at the same position
+                cache.index_copy_(3, span.positions[:1].flatten(), new)
+            else:
+                cache.scatter_(3, span.positions.expand_as(new), new)
+            out = attend_step(q, *cache[:, :, :, : span.length], span.bias)
         else:
             out, at = [], 0
             for row, start, size in span.segments:
-                for stored, new in zip(cache, (k, v)):
-                    stored[row, :, start : start + size] = new[0, :, at : at + size]
-                seen = (stored[row : row + 1, :, : start + size] for stored in cache)
-                out.append(attend(q[:, :, at : at + size], *seen))
+                cache[:, row, :, start : start + size] = new[:, 0, :, at : at + size]
+                out.append(attend(q[:, :, at : at + size], *cache[:, row : row + 1, :, : start + size]))
                 at += size
             out = out[0] if len(out) == 1 else torch.cat(out, dim=2)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
@@ -262,9 +265,7 @@ class DecoderLayer(nn.Module):
         if place.sequence_parallel:  # a rank's norms see only its own tokens, and so a share of their gradient
             self.input_layernorm.sharers = self.post_attention_layernorm.sharers = place.tp_size
 
-    def forward(
-        self, x: torch.Tensor, span: Span, cache: tuple[torch.Tensor, torch.Tensor] | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, span: Span, cache: torch.Tensor | None = None) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), span, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -378,9 +379,8 @@ class MistralMedium(nn.Module):
     def new_cache(self, rows: int, length: int) -> KVCache:
         """An empty cache for so many rows of at most `length` tokens, in the run dtype."""
         kv_heads = max(1, self.config.num_key_value_heads // self.place.tp_size)
-        shape = (rows, kv_heads, length, self.config.head_dim)
-        zeros = lambda: torch.zeros(shape, dtype=self.dtype, device=self.place.device)  # noqa: E731
-        return KVCache([(zeros(), zeros()) for _ in self.layers])
+        shape = (2, rows, kv_heads, length, self.config.head_dim)
+        return KVCache([torch.zeros(shape, dtype=self.dtype, device=self.place.device) for _ in self.layers])
 
     def join(self) -> None:
         """For inference, before the weights are filled: those that share an input will lie together.
@@ -403,6 +403,8 @@ class MistralMedium(nn.Module):
                     part.joined.pack()
                 if not self.keep_fp8:
                     last.pack()
+        if self.place.last_stage and self.lm_head.weight is not None:  # a tied one's weight is looked up, too
+            self.lm_head.pack()
 
 
 # ------------------------------------------------------------------------------------------------- LoRA adapters

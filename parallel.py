@@ -30,6 +30,7 @@ that is; the loader reads just that part. With one process every slice is everyt
 layers are the plain model.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -264,6 +265,7 @@ class Linear(nn.Module):
         self.register_buffer("activation_scale", None)
         self.adapter: nn.Module | None = None  # see model.py
         self.joined: Joined | None = None  # where the weight lies together with those of others
+        self.packed: Callable[[torch.Tensor], torch.Tensor] | None = None  # what multiplies instead of the weight
 
     def allocate(self, device: torch.device) -> torch.Tensor:
         """Memory for the weight."""
@@ -272,7 +274,9 @@ class Linear(nn.Module):
         return torch.empty(self.slices["weight"].local_shape, dtype=self.weight.dtype, device=device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.weight_scale is not None:
+        if self.packed is not None:
+            y = self.packed(x)
+        elif self.weight_scale is not None:
             y = fp8.linear(x, self.weight, self.weight_scale, self.activation_scale)
         else:
             y = matmul(x, self.weight)
@@ -280,7 +284,9 @@ class Linear(nn.Module):
 
     def pack(self) -> None:
         """For inference: see the function."""
-        self.weight = nn.Parameter(pack(self.weight.data), requires_grad=False)
+        self.packed = pack(self.weight.data)
+        if self.packed is not None:
+            self.weight = None
 
 
 class ColumnParallelLinear(Linear):
@@ -352,7 +358,8 @@ class VocabParallelHead(Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., hidden_size) -> (..., padded vocab_size / tp), float32."""
-        logits = matmul(copy_to_group(x, self.group), self.holder[0].weight).float()
+        x = copy_to_group(x, self.group)
+        logits = (self.packed(x) if self.packed else matmul(x, self.holder[0].weight)).float()
         if self.stop - self.start < logits.shape[-1]:
             logits[..., max(0, self.stop - self.start) :] = -torch.inf
         return logits

@@ -156,7 +156,7 @@ def plan_rank(
     stage = StagePlan(place.pp_rank, [layers[0], layers[-1]], parameters, weights)
     if args.inference:
         cache = model.new_cache(1, args.max_context)
-        stage.cache_bytes = len(layers) * sum(tensor.nbytes for tensor in cache.layers[0])
+        stage.cache_bytes = len(layers) * cache.layers[0].nbytes
         tokens = min(CHUNK, args.max_context)
         chunk = (args.max_context - tokens, tokens, keep_fp8, dtype, GPUS[args.gpu].fp8 > 0)
         if activations:

@@ -185,13 +185,14 @@ class MLP(nn.Module):
         return self.down_proj(self.act(gate) * up)
 
 
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor | None = None):
     """Turn the pairs (i, i + D/2) of `x` (..., T, D) by the angles of `cos`, `sin` from `rotary_tables`.
 
     The first of a pair becomes a cos - b sin, the second b cos + a sin: every number times its cosine, plus the other
-    one of its pair times its sine, whose sign the table has.
+    one of its pair times its sine, whose sign the table has. `out` may be `x`.
     """
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    other = x.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(torch.mul(x, cos, out=out), other, sin, out=out)
 
 
 def rotary_tables(angles: torch.Tensor, factor: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -326,7 +326,7 @@ def log_probabilities(model, tokens: list[int], sizes: list[int] | None = None) 
         return model.logits(model(model.embed(ids)))[0].log_softmax(-1)
     assert sum(sizes) == len(tokens)
     cache, out, start = model.new_cache(1, len(tokens) + 3), [], 0
-    for tensor in (tensor for pair in cache.layers for tensor in pair):
+    for tensor in cache.layers:
         tensor.fill_(torch.nan)  # nothing may read what was not written
     for size in sizes:
         out.append(model.logits(model(model.embed(ids[:, start : start + size]), start, cache))[0])

@@ -112,7 +112,7 @@ def recording(model) -> Engine:
 
     def record(step):
         group = next(group for group in made.groups if group.rows)
-        tensors = [group.sampled, group.positions, *(tensor for pair in group.cache.layers for tensor in pair)]
+        tensors = [group.sampled, group.positions, *group.cache.layers]
         before = [tensor.clone() for tensor in tensors]
         tape = Tape(step)
         for tensor, value in zip(tensors, before):

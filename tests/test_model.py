@@ -100,7 +100,7 @@ def test_rows_at_different_positions(tmp_path):
     lengths = [1, 40, 7, 33, 90]
     texts = [random_tokens(n + 2, fields["vocab_size"], seed=n) for n in lengths]
     cache = model.new_cache(len(lengths), 92)
-    for tensor in (tensor for pair in cache.layers for tensor in pair):
+    for tensor in cache.layers:
         tensor.fill_(1e3)  # what stands after a row's end must not count
     with torch.inference_mode():
         for i, (n, text) in enumerate(zip(lengths, texts)):
