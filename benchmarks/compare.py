@@ -412,13 +412,13 @@ def training(args: argparse.Namespace, dtype: str, images: bool, table: Table) -
 
 
 def write_chats(path: str, count: int) -> None:
-    """Chats of a question of 60 words and an answer of 12: a sixth of the tokens are targets."""
+    """Chats of a question of 15 words and an answer of 3: a sixth of the tokens are targets."""
     draw = torch.Generator().manual_seed(0)
     words = "the a of heart scan shows left right image patient what is seen in with and large small mass lung".split()
     with open(path, "w", encoding="utf-8") as file:
         for _ in range(count):
-            picks = torch.randint(len(words), (72,), generator=draw).tolist()
-            texts = " ".join(words[i] for i in picks[:60]), " ".join(words[i] for i in picks[60:])
+            picks = torch.randint(len(words), (18,), generator=draw).tolist()
+            texts = " ".join(words[i] for i in picks[:15]), " ".join(words[i] for i in picks[15:])
             roles = zip(("user", "assistant"), texts)
             file.write(json.dumps({"messages": [{"role": r, "content": c} for r, c in roles]}) + "\n")
 
