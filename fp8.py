@@ -216,11 +216,13 @@ class OneDNNWeight:
 class FBGEMMWeight:
     """A BF16 weight (out, in) as FP16 in FBGEMM's layout, for CPUs that have FP16 but no BF16: products in float32.
 
-    FP16 has more digits than BF16 and fewer exponents: below 6e-5 a weight is rounded, by 3e-8 at most, which a sum
-    over its column cannot notice once it is rounded to BF16.
+    FP16 has more digits than BF16 and fewer exponents. Below 6e-5 it rounds, by 3e-8 at most: beside weights of the
+    usual size, and sums that are rounded to BF16, this is nothing. Other weights don't `fit`.
     """
 
-    LARGEST = 65504
+    @staticmethod
+    def fit(weight: torch.Tensor) -> bool:
+        return 2**-6 <= weight.abs().amax() <= 65504  # False for NaN, too
 
     def __init__(self, weight: torch.Tensor):
         self.weight = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
@@ -238,7 +240,7 @@ def pack(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
         return None
     if knows_bf16():
         return OneDNNWeight(weight)
-    if "fbgemm" in torch.backends.quantized.supported_engines and weight.abs().amax() <= FBGEMMWeight.LARGEST:
+    if "fbgemm" in torch.backends.quantized.supported_engines and FBGEMMWeight.fit(weight):
         return FBGEMMWeight(weight)
     return None
 

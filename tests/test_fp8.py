@@ -215,6 +215,33 @@ def test_joined_linears(scheme, tmp_path, monkeypatch):
     assert exact.layers["0"].self_attn.joined is None and exact.layers["0"].mlp.joined is None
 
 
+@pytest.mark.parametrize("rows", [1, 3, 70, 300])
+@pytest.mark.parametrize("kind", [fp8.OneDNNWeight, fp8.FBGEMMWeight, None])
+def test_bf16_on_a_cpu(kind, rows):
+    """Each way to multiply BF16 on this CPU, against float64: a BF16 number beside the exact one at most."""
+    if kind is fp8.OneDNNWeight and not fp8.knows_bf16():
+        pytest.skip("oneDNN has no BF16 kernels for this CPU")
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(617, 451, generator=generator).mul_(0.02).bfloat16()
+    weight[5], weight[7, 3] = weight[5] * 1e-4, 1e-9  # below what FP16 has digits for
+    x = torch.randn(2, rows, 451, generator=generator).bfloat16()
+    exact, sizes = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
+    with torch.inference_mode():
+        found = kind(weight)(x) if kind else fp8.matmul(x, weight)
+    assert found.dtype == torch.bfloat16 and found.shape == exact.shape
+    bound = exact.abs() * 2**-8 + sizes * 2**-20 + 451 * 3e-8
+    assert ((found.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("largest", [1e-3, 1e5, float("inf"), float("nan")])
+def test_what_fp16_cannot_hold(largest, monkeypatch):
+    """Weights that are very small or very large, or none at all, are multiplied as they are."""
+    monkeypatch.setattr(fp8, "knows_bf16", lambda: False)
+    weight = torch.randn(6, 5).bfloat16()
+    assert isinstance(fp8.pack(weight), fp8.FBGEMMWeight)
+    assert fp8.pack(weight * (largest / weight.abs().max())) is None
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu():
     """The same numbers from the GPU: dequantized, and multiplied in FP8."""
