@@ -40,6 +40,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green, blue in CLIP's trai
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+FEW_ROWS = 4  # see RMSNorm
 PATCHES_AT_ONCE = 1 << 14  # images share a pass through the tower up to this many patches; bounds its activations
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
@@ -153,6 +154,8 @@ class RMSNorm(nn.Module):
     """x / rms(x) · weight (arXiv:1910.07467), computed in float32.
 
     On a CPU the normalized x is rounded before it is scaled, as transformers does; the GPU's fused kernel rounds once.
+    A CPU has no such kernel, but one for layer norms, which subtract the mean and divide by the deviation: of (x, -x)
+    these are 0 and rms(x). For few rows it is faster than the eight kernels that `rms_norm` starts.
     """
 
     def __init__(self, size: int, eps: float, dtype: torch.dtype):
@@ -163,6 +166,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type == "cpu":
+            size = x.shape[-1]
+            if x.numel() <= FEW_ROWS * size:
+                return self.weight * F.layer_norm(torch.cat((x, -x), -1), (2 * size,), eps=self.eps)[..., :size]
             return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
