@@ -414,11 +414,11 @@ def test_every_parameter_knows_its_slice():
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 37])
 def test_rms_norm(dtype, rows):
     """Few rows and many, small and large, against the formula in float64."""
-    norm = vision.RMSNorm(451, 1e-5, dtype)
+    norm = vision.RMSNorm(451, 3e-5, dtype)
     generator = torch.Generator().manual_seed(rows)
     norm.weight = torch.nn.Parameter(torch.randn(451, generator=generator).to(dtype))
-    for size in (1e-4, 1e-2, 1.0, 1e4):  # eps decides below 3e-3
+    for size in (1e-4, 1e-2, 1.0, 1e4):  # eps decides below 5e-3
         x = (torch.randn(rows, 451, generator=generator) * size + size / 2).to(dtype)
-        exact = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight.double()
+        exact = x.double() * (x.double().square().mean(-1, keepdim=True) + 3e-5).rsqrt() * norm.weight.double()
         tolerance = 2**-7 if dtype == torch.bfloat16 else 2e-6  # rounded twice
         torch.testing.assert_close(norm(x).double(), exact, rtol=tolerance, atol=1e-7)
