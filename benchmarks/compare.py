@@ -98,68 +98,6 @@ class Theirs:
         return clock.times[1] - clock.times[0], clock.times[-1] - clock.times[1]
 
 
-class LlamaCpp:
-    """The same weights as a BF16 GGUF file."""
-
-    def __init__(self, folder: str, scratch: str):
-        import gguf
-        import llama_cpp
-
-        path, config = os.path.join(scratch, "model.gguf"), read_config(folder)
-        write_gguf(gguf, Checkpoint(folder), config, path)
-        threads = torch.get_num_threads()
-        self.llama = llama_cpp.Llama(path, n_ctx=8192, n_threads=threads, n_threads_batch=threads, verbose=False)
-
-    def generate(self, prompts: list[list[int]], count: int, pixels: list[torch.Tensor] = ()) -> Seconds:
-        (prompt,), times, out = prompts, [time.perf_counter()], []
-        self.llama.reset()
-        tokens = prompt
-        for _ in range(count):
-            self.llama.eval(tokens)
-            tokens = [self.llama.sample(temp=0.0, repeat_penalty=1.0)]
-            out += tokens
-            times.append(time.perf_counter())
-        self.last = [out]
-        return times[1] - times[0], times[-1] - times[1]
-
-
-def write_gguf(gguf, checkpoint: Checkpoint, config, path: str) -> None:
-    """`checkpoint` as llama.cpp wants it: pairs of a rotation side by side, instead of half a head apart."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope.theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    from safetensors import safe_open
-
-    with safe_open(os.path.join(checkpoint.directory, "model.safetensors"), framework="pt") as file:
-        for name in file.keys():
-            weight = file.get_tensor(name)
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
-                halves = weight.view(-1, 2, config.head_dim // 2, weight.shape[1])
-                weight = halves.transpose(1, 2).reshape(weight.shape)
-            target = names.get_name(name, try_suffixes=(".weight",))
-            if weight.dim() == 1:
-                writer.add_tensor(target, weight.float().numpy())
-            else:
-                data = weight.bfloat16().view(torch.uint8).numpy()
-                writer.add_tensor(target, data, raw_dtype=gguf.GGMLQuantizationType.BF16)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 # -------------------------------------------------------------------------------------------------------- the measure
 
 
@@ -209,7 +147,6 @@ def generation(args: argparse.Namespace, sides: dict, only: Callable, table: Tab
     """Prefill and decoding of texts."""
     config, draw = sides["ours"].model.config, torch.Generator().manual_seed(0)
     texts = lambda rows, size: torch.randint(100, config.vocab_size - 100, (rows, size), generator=draw).tolist()  # noqa: E731
-    weights = sum(p.numel() for p in sides["theirs"].model.parameters())  # a tied head is counted once, and read once
     for rows, size, count, names in (
         (1, 16, 64, (None, "decode")),
         (1, 1024, 2, ("prefill 1024", None)),
@@ -230,14 +167,22 @@ def generation(args: argparse.Namespace, sides: dict, only: Callable, table: Tab
 
         able = {name: side for name, side in sides.items() if rows == 1 or name != "llama.cpp"}
         found = table.measure("tokens/s", {name: lambda side=side: run(side) for name, side in able.items()})
+        layers, head = products(config)
+        each = {key: statistics.median(limit[key] for limit in limits) for key in limits[0]}
         for name, figure in found.items():
-            each = {key: statistics.median(limit[key] for limit in limits) for key in limits[0]}
             if name.startswith("decode"):
-                share, what = figure / rows * weights * 2 / 1e9 / each["GB/s"], f"{each['GB/s']:.1f} GB/s"
-            else:  # of each token only the layers' products; the head sees the last one alone
-                layers = weights - 1 * config.vocab_size * config.hidden_size
-                share, what = figure * 2 * layers / 1e9 / each["GFLOP/s"], f"{each['GFLOP/s']:.0f} GFLOP/s"
-            print(f"    ours: {share:.0%} of the machine's {what}, for the weights' products alone", flush=True)
+                part = figure / rows * (layers + head) * getattr(torch, args.dtype).itemsize / 1e9 / each["GB/s"]
+                print(f"    {name}: reads weights at {part:.0%} of {each['GB/s']:.1f} GB/s", flush=True)
+            else:  # the head sees the last token alone
+                part = figure * 2 * layers / 1e9 / each["GFLOP/s"]
+                print(f"    {name}: multiplies with weights at {part:.0%} of {each['GFLOP/s']:.0f} GFLOP/s", flush=True)
+
+
+def products(config) -> tuple[int, int]:
+    """Elements of the weights that a token is multiplied with: of the decoder's layers, and of the head."""
+    D, C, heads = config.head_dim, config.hidden_size, config.num_attention_heads
+    attention = 2 * C * D * (heads + config.num_key_value_heads)
+    return config.num_hidden_layers * (attention + 3 * C * config.intermediate_size), C * config.vocab_size
 
 
 def picture(args: argparse.Namespace, table: Table) -> None:
@@ -405,9 +350,15 @@ def training(args: argparse.Namespace, dtype: str, images: bool, table: Table) -
             losses[1].append(total)
             return {what: sum(batch.length for batch in every) / (time.perf_counter() - started)}
 
-        table.measure("tokens/s", {"ours": our_step, "theirs": their_step})
+        (speed,) = table.measure("tokens/s", {"ours": our_step, "theirs": their_step}).values()
+        samples = ours.data.samples
         apart = max(abs(a - b) / b for a, b in zip(*losses))
         print(f"    losses at most {apart:.1e} apart, from {losses[0][0]:.3f} to {losses[0][-1]:.3f}")
+        if not images:  # forward once, backward twice as much; logits only where there is a target
+            layers, head = products(ours.config)
+            work = 6 * (layers + head * sum(s.target_tokens for s in samples) / sum(len(s.ids) for s in samples))
+            limit = machine(getattr(torch, dtype))["GFLOP/s"]
+            print(f"    multiplies with weights at {speed * work / 1e9 / limit:.0%} of {limit:.0f} GFLOP/s", flush=True)
 
 
 def write_chats(path: str, count: int) -> None:
@@ -434,10 +385,14 @@ def main() -> None:
     amx = torch.cpu._is_amx_tile_supported()
     kind = f"{torch.backends.cpu.get_cpu_capability()}{', AMX' if amx else ''}"
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {kind}")
+    if only("start"):  # first: a child's peak counts what its parent had when it was forked
+        start(args, table)
     if any(name.startswith(("decode", "prefill")) or not name for name in args.only):
         sides = {"ours": Ours(args.ckpt, dtype), "theirs": Theirs(args.ckpt, dtype)}
         with tempfile.TemporaryDirectory() as scratch:
             try:
+                from llama import LlamaCpp
+
                 sides["llama.cpp"] = LlamaCpp(args.ckpt, scratch)
             except ImportError as error:
                 print(f"without llama.cpp: {error}")
@@ -445,8 +400,6 @@ def main() -> None:
         del sides
     if only("picture"):
         picture(args, table)
-    if only("start"):
-        start(args, table)
     if only("refill"):
         refill(args, table)
     for dtype in ("float32", "bfloat16"):

@@ -1,6 +1,6 @@
 """How cost grows: decoding with context and rows, prefill with the prompt, training with processes.
 
-    python benchmarks/growth.py [--layers 6] [--rounds 3]
+    python benchmarks/growth.py [--layers 2] [--rounds 2]
 
 Random weights with the widths of SmolLM2-135M, in BF16, a few layers. Writes `growth.json` and `growth.png` beside this
 file. Ten minutes on two cores, where 64 rows of a cache take 1.2 GB.
@@ -21,8 +21,8 @@ from PIL import Image, ImageDraw
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
-from helpers import text_fields  # noqa: E402
-from train_cases import make_chats, make_checkpoint  # noqa: E402
+from helpers import make_checkpoint, text_fields  # noqa: E402
+from train_cases import make_chats  # noqa: E402
 
 from checkpoint import Checkpoint, fill  # noqa: E402
 from config import parse_config, read_config  # noqa: E402
@@ -121,8 +121,8 @@ def picture(found: dict, path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,11 +1,12 @@
 """benchmarks/compare.py runs from end to end, on a checkpoint of a few layers."""
 
 import pytest
+from helpers import make_checkpoint
 from processes import run
-from train_cases import TEXT, make_checkpoint
+from train_cases import TEXT
 
-ROWS = """decode, prefill 1024, prefill 4000, decode after 4000, prefill 16 x 20, decode 16 rows, picture: first token,
-picture: an answer of 16 tokens, start to first token, peak memory of that, 64 requests, 16 at a time,
+ROWS = """start to first token, peak memory of that, decode, prefill 1024, prefill 4000, decode after 4000,
+prefill 16 x 20, decode 16 rows, picture: first token, picture: an answer of 16 tokens, 64 requests, 16 at a time,
 training step, float32, text, training step, float32, images, training step, bfloat16, text,
 training step, bfloat16, images"""
 
