@@ -330,6 +330,7 @@ class Engine:
         which also lets libraries choose their kernels; the second is recorded; from then on it is replayed. A row
         without a request goes along: its position starts at 0, and stays below that of the longest row.
         """
+        self.model.pack()
         rows = group.rows
         for row, held in zip(rows, group.held):
             row.length += 1

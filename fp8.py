@@ -268,14 +268,15 @@ class Joined:
         return self.weight.split(self.sizes)[self.layers.index(layer)]
 
     def pack(self) -> None:
-        """Once the weights are there: see the function `pack`. Of several scales for the input the largest counts."""
-        if self.layers[0].weight_scale is None:
-            for layer in self.layers:  # else the weights would stay in both layouts
-                layer.weight = None
-            self.packed = pack(self.weight)
-            if self.packed:
-                self.weight = None
-            return
+        """Once the weights are there: see the function `pack`."""
+        for layer in self.layers:  # else the weights would stay in both layouts
+            layer.weight = None
+        self.packed = pack(self.weight)
+        if self.packed:
+            self.weight = None
+
+    def read_scales(self) -> None:
+        """Of several scales for the input the largest counts."""
         scales = [layer.weight_scale.float().expand(size) for layer, size in zip(self.layers, self.sizes)]
         self.scales = torch.cat(scales)[None]  # (1, rows)
         inputs = [layer.activation_scale for layer in self.layers]
@@ -283,9 +284,11 @@ class Joined:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., sum of the outputs)"""
-        if self.scales is not None:
-            return fp8_matmul_by_rows(x, self.weight, self.scales, self.input_scale)
-        return self.packed(x) if self.packed else matmul(x, self.weight)
+        if self.layers[0].weight_scale is None:
+            return self.packed(x) if self.packed else matmul(x, self.weight)
+        if self.scales is None:
+            self.read_scales()
+        return fp8_matmul_by_rows(x, self.weight, self.scales, self.input_scale)
 
 
 if __name__ == "__main__":

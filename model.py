@@ -283,6 +283,7 @@ class MistralMedium(nn.Module):
         super().__init__()
         self.config, self.place, self.dtype, self.keep_fp8 = config, place, dtype, keep_fp8
         self.activation_checkpointing = False
+        self.unpacked: list[Linear | Joined] = []  # see join and pack
         if place.first_stage:
             self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, place, dtype)
         stage = place.layers(config.num_hidden_layers)
@@ -394,17 +395,17 @@ class MistralMedium(nn.Module):
                 fit &= all(fp8.fits_units(linear.weight) for linear in linears)
                 if (fit or not self.keep_fp8) and not any(linear.adapter for linear in linears):
                     part.joined = Joined(linears)
+                if not self.keep_fp8:
+                    self.unpacked += [part.joined] if part.joined else linears
+            if not self.keep_fp8:
+                self.unpacked += [layer.self_attn.o_proj, layer.mlp.down_proj]
+        if self.place.last_stage and self.lm_head.weight is not None:  # a tied one's weight is looked up, too
+            self.unpacked.append(self.lm_head)
 
     def pack(self) -> None:
-        """For speed, once the weights are there and will not change again."""
-        for layer in self.layers.values():
-            for part, last in ((layer.self_attn, layer.self_attn.o_proj), (layer.mlp, layer.mlp.down_proj)):
-                if part.joined:
-                    part.joined.pack()
-                if not self.keep_fp8:
-                    last.pack()
-        if self.place.last_stage and self.lm_head.weight is not None:  # a tied one's weight is looked up, too
-            self.lm_head.pack()
+        """Before the first step, for its speed: on a CPU a second's work, for which the first token need not wait."""
+        while self.unpacked:
+            self.unpacked.pop().pack()
 
 
 # ------------------------------------------------------------------------------------------------- LoRA adapters

@@ -56,7 +56,6 @@ class Session:
         together(lambda: fill(self.model, checkpoint, Progress(checkpoint, place)))
         self.model.eval()
         self.weight_bytes = weight_bytes(self.model)
-        self.model.pack()
         self.engine = Engine(self.model, self.tokenizer.eos_id, self.max_context)
         self.load_s, self.bytes_read = time.perf_counter() - started, checkpoint.bytes_read
 

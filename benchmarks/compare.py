@@ -50,7 +50,6 @@ def load(folder: str, dtype: torch.dtype) -> MistralMedium:
     model = MistralMedium(checkpoint.fit(read_config(folder)), dtype=dtype)
     model.join()
     fill(model, checkpoint)
-    model.pack()
     return model
 
 
@@ -279,7 +278,7 @@ def run_quietly(*command: str) -> int:
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def training(args: argparse.Namespace, dtype: str, images: bool, table: Table) -> None:
+def training(args: argparse.Namespace, what: str, dtype: str, images: bool, table: Table) -> None:
     """Optimizer steps: forward, backward, clipping, Adam. transformers has torch's Adam, and the same micro-batches.
 
     transformers computes logits for all tokens, train.py for those only that an assistant wrote.
@@ -312,7 +311,6 @@ def training(args: argparse.Namespace, dtype: str, images: bool, table: Table) -
         optimizer, pad = torch.optim.Adam(theirs.parameters(), lr=1e-5), ours.tokenizer.pad_id or 0
         steps = [[], []]
         losses = [[], []]
-        what = f"training step, {dtype}, {'images' if images else 'text'}"
 
         def batches(side: int) -> tuple[int, tuple]:
             steps[side].append(len(steps[side]) + 1)
@@ -403,9 +401,9 @@ def main() -> None:
     if only("refill"):
         refill(args, table)
     for dtype in ("float32", "bfloat16"):
-        for images in (False, True):
-            if only("training"):
-                training(args, dtype, images, table)
+        for kind in ("text", "images"):
+            if only(what := f"training step, {dtype}, {kind}"):
+                training(args, what, dtype, kind == "images", table)
 
 
 if __name__ == "__main__":

@@ -92,8 +92,6 @@ def build(config: Config, place: Place, fast: bool = False) -> MistralMedium:
     if fast:
         model.join()
     fill_at_random(model, place.device)
-    if fast:
-        model.pack()
     return model
 
 

@@ -131,7 +131,6 @@ def main() -> None:
         model = MistralMedium(read_config(ckpt))
         model.join()
         fill(model, Checkpoint(ckpt))
-        model.pack()
         found = generation(model, args.rounds)
         del model
         found["training"] = training(folder, ckpt)

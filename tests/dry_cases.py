@@ -169,7 +169,7 @@ def answering(
         model = MistralMedium(config, place, torch.bfloat16, keep_fp8)
         model.join()
         fill(model, Shelf(config, fp8=keep_fp8))
-        model.eval().pack()
+        model.eval()
         engine = Engine(model, eos_id=2, max_context=config.max_position_embeddings)
 
         def phase(name: str) -> None:

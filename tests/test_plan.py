@@ -203,7 +203,7 @@ def nbytes(tensors) -> int:
 
 def train_on_a_rank(argv: list[str]) -> dict:
     """A step of train.py: what lasts, and the most that comes and goes during the passes and during Adam's step."""
-    fp8.FLOAT32_ROWS = 1 << 60  # BF16 products as a GPU forms them, without copies in float32
+    fp8.FLOAT32_ROWS = fp8.FLOAT32_ROWS_AVX2 = 1 << 60  # BF16 products as a GPU forms them, without copies in float32
     vision.RMSNorm.forward = lambda norm, x: meter.FusedNorm.apply(x, norm.weight)  # a GPU has one kernel for it
     args = train.parse_args(argv)
     trainer = train.Trainer(args, find_place(args.tp, args.pp))
