@@ -7,15 +7,15 @@ modules: `tour_measure.py` watches them, and `tour_page.html` draws.
 """
 
 import base64
-import importlib
 import inspect
 import io
 import json
 import os
+import pkgutil
 import re
 import sys
 import time
-from operator import attrgetter
+from dataclasses import asdict, replace
 from urllib.parse import quote
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -27,7 +27,7 @@ from PIL import Image
 
 import generate
 from checkpoint import Checkpoint, writing
-from config import UserError, read_config
+from config import UserError, read_config, read_file
 from launch import SIZE, Parser, find_place, run_program
 from session import TINY, Session, command_line_request
 from tokenizer import Tekken, load_tokenizer
@@ -35,7 +35,7 @@ from vision import MEAN, STD, grid, load_image
 
 CUT = 1 << 30  # bytes of a checkpoint up to which four processes load it once more
 LARGE = os.path.join(ROOT, "tests", "data", "config.json")  # of the 128B
-SIDE = 720  # pixels of a picture in the page, at most
+SIDE = 480  # pixels of a picture in the page, at most
 
 
 def link(file: str, line: int, out: str) -> list[str]:
@@ -45,16 +45,12 @@ def link(file: str, line: int, out: str) -> list[str]:
 
 def source(name: str, out: str) -> str:
     """A link to "module.thing", as HTML."""
-    module, _, thing = name.partition(".")
-    thing = attrgetter(thing)(importlib.import_module(module))
+    thing = pkgutil.resolve_name(name)
     address, text = link(inspect.getsourcefile(thing), inspect.getsourcelines(thing)[1], out)
     return f'<a class="source" href="{address}" title="{name}">{text}</a>'
 
 
-def packed(x: torch.Tensor | object) -> dict:
-    """What JSON cannot write."""
-    if not isinstance(x, torch.Tensor):
-        return vars(x)
+def packed(x: torch.Tensor) -> dict:
     return {"shape": [*x.shape], "float32": base64.b64encode(x.float().contiguous().numpy().tobytes()).decode()}
 
 
@@ -66,9 +62,8 @@ def picture(image: Image.Image, values: torch.Tensor, vision) -> dict:
     found |= {"grid": grid(*image.size, vision), "urls": []}
     for shown in (image.copy(), seen):
         shown.thumbnail((SIDE, SIDE))
-        kind, file = "PNG" if shown.width * shown.height < SIDE * SIDE / 4 else "JPEG", io.BytesIO()
-        shown.save(file, kind)
-        found["urls"].append(f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}")
+        shown.save(file := io.BytesIO(), "PNG")
+        found["urls"].append(f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}")
     return found
 
 
@@ -90,14 +85,14 @@ def tokens_of(tokenizer, words: list[dict], answers: list[dict]) -> dict[int, tu
     for answer in answers:
         ids |= {*answer["prompt_tokens"], *answer["tokens"]}
         ids |= {id for said in answer["said"] for id, *_ in (*said["top"], *said["drawn"], *said["lens"])}
-    texts = {id: names.get(id) or tokenizer.decode([id]) for id in ids}
-    return {id: (text, tokenizer.token_bytes(id, False)[0].hex(), id in names) for id, text in texts.items()}
+    known = ((id, names.get(id) or tokenizer.decode([id]), tokenizer.token_bytes(id, False)[0].hex()) for id in ids)
+    return {id: (text, data, id in names) for id, text, data in known}
 
 
 def write(out: str, data: str) -> None:
     """The page, all of it or nothing."""
-    with open(os.path.join(ROOT, "examples", "tour_page.html"), encoding="utf-8") as file:
-        page = re.sub(r"\[\[([\w.]+)\]\]", lambda name: source(name[1], out), file.read())
+    page = read_file(os.path.join(ROOT, "examples", "tour_page.html"), 1 << 20).decode()
+    page = re.sub(r"\[\[([\w.]+)\]\]", lambda name: source(name[1], out), page)
     temporary = f"{out}.{os.getpid()}"
     with writing(out):
         try:
@@ -135,7 +130,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{own.ckpt}: has no vision tower and cannot see; leave out --image")
     args.raw = "[INST]" not in tokenizer.special  # it knows no chat, and continues the text
     spec = command_line_request(args, None)
-    cut = measure.cut(config)
+    cut = measure.held(config, (2, 2), (1, 4))
     size = sum(map(os.path.getsize, {at.file for at in checkpoint.tensors.values()}))
     pipe = measure.start(args, spec, cut["sizes"] if size < CUT else None)
     session = Session(args, find_place(1, 1))
@@ -143,26 +138,22 @@ def main(argv: list[str]) -> None:
     limits = measure.input_limits(checkpoint, config.num_hidden_layers)
     efforts = ("high", "none") if "reasoning_effort" in (tokenizer.model_settings or {}) else (None,)
     asked = [ask(session, {**spec, "reasoning_effort": effort}, limits) for effort in efforts]
-    request, watch, answer = asked[0]
-    answers = [found for *_, found in asked]
+    (request, watch, answer), answers = asked[0], [found for *_, found in asked]
     words = measure.merges(tokenizer, f"{own.word} {own.prompt}") if isinstance(tokenizer, Tekken) else []
     places = len(watch.layers) * len(watch.heads) * len(watch.steps[-1].rows[0][0])
     steps = measure.spread(len(answer["said"]), max(1, measure.MAPS // places))
     data = {
-        "ckpt": own.ckpt, "prompt": own.prompt, "raw": args.raw, "dtype": own.dtype, "words": words,
-        "answers": answers, "tokens": tokens_of(tokenizer, words, answers), "config": vars(config) | {"raw": None},
+        "ckpt": os.path.basename(os.path.abspath(own.ckpt)), "dtype": own.dtype, "prompt": own.prompt, "raw": args.raw,
+        "words": words, "answers": answers, "tokens": tokens_of(tokenizer, words, answers),
+        "config": asdict(replace(config, raw={})),
         "picture": picture(image, request.pixels[0], config.vision) if image else None,
         "tower": measure.tower_maps(watch.tower) if image else None,
         "positions": measure.positions(session.model, request, answer["tokens"]),
         "attention": {"layers": watch.layers, "heads": watch.heads, "steps": steps},
         "rows": [torch.stack(watch.steps[i].rows) for i in steps], "shapes": watch.shapes,
         "weights": measure.weights(checkpoint, session.model), "inputs": watch.inputs, "limits": limits,
-        "cut": cut, "large": measure.held(read_config(LARGE), 8, 8),
+        "cut": cut, "large": measure.held(read_config(LARGE), (8, 8)), "found": measure.receive(pipe),
     }  # fmt: skip
-    try:
-        data["found"] = pipe.recv()
-    except EOFError:
-        raise UserError("the four processes ended early; is there memory for them?") from None
     for rank in data["found"]:
         rank["messages"] = [(*message, *link(file, line, out)) for *message, file, line in rank["messages"]]
     data["seconds"] = round(time.monotonic() - began, 1)

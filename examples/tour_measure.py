@@ -2,7 +2,7 @@
 
 The one thing that has to be formed again is attention's weights, since the fused kernels do not return them: they are
 the softmax of the very queries and keys that went into the kernel. What only several processes can show comes from four
-that are forked from this one, which has imported torch, and that work while it measures the rest.
+that are forked from this one and work while it measures the rest.
 """
 
 import heapq
@@ -13,22 +13,22 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 
 import fp8
 import model as decoder
 import tokenizer as tokenizers
 from checkpoint import Checkpoint, hf_name, layers_with_slices, scale_names
-from config import Config, TopologyError
+from config import Config, TopologyError, UserError
 from engine import Request
 from launch import find_place, gather_objects
 from model import MistralMedium, rope_frequencies
@@ -43,29 +43,14 @@ DRAWS, TEMPERATURE, TOP_P = 8, 0.7, 0.95  # what sampling would have done: seeds
 RANKS, NAP, MICRO_BATCHES = 4, 0.04, 8  # of the timetable; seconds of a forward pass, twice as many of a backward pass
 BINS, ROWS = 121, 1 << 22  # of a weight's histogram; of a large weight, elements that are looked at
 GAPS, LONGEST = 9, 1024  # distances to which the question is moved, if it has at most so many tokens
-CALLS = ("all_reduce", "all_gather", "broadcast", "isend", "recv")
-INPUTS = {  # the module whose output or input is what a linear's static scale is for -> such a linear
-    "input_layernorm": "self_attn.q_proj",
-    "self_attn.o_proj": "self_attn.o_proj",
-    "post_attention_layernorm": "mlp.gate_proj",
-    "mlp.down_proj": "mlp.down_proj",
-}
+# Where the input of a linear is seen, by the name of the module -> such a linear: what a static scale is for.
+INPUTS = {"input_layernorm": "self_attn.q_proj", "post_attention_layernorm": "mlp.gate_proj"}
+INPUTS |= {name: name for name in ("self_attn.o_proj", "mlp.down_proj")}
 
 
 def spread(count: int, most: int) -> list[int]:
     """At most so many of `count` indices, evenly spread, with the first and the last."""
     return sorted({round(i * (count - 1) / max(1, min(count, most) - 1)) for i in range(min(count, most))})
-
-
-@contextmanager
-def replaced(owner, name: str, value) -> Iterator[None]:
-    """`owner.name` is `value` in the block."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 def attention_rows(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | float = 0.0) -> torch.Tensor:
@@ -97,15 +82,14 @@ class Watch:
                 stack.callback(hook.remove)
             for owner, name in ((decoder, "attend"), (decoder, "attend_step"), (F, "scaled_dot_product_attention")):
                 watched = partial(self.kernel if owner is F else self.attend, getattr(owner, name))
-                stack.enter_context(replaced(owner, name, watched))
+                stack.enter_context(patch.object(owner, name, watched))
             yield
 
-    def done(self, name: str, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+    def done(self, name: str, module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         """A module of this name has turned `inputs` into `output`."""
         x = inputs[0][0] if isinstance(inputs[0], list) else inputs[0]
         self.shapes.setdefault(name, [list(x.shape), list(output.shape)])
-        first, _, rest = name.partition(".")
-        layer, _, part = rest.partition(".")
+        first, layer, part = (*name.split(".", 2), "", "")[:3]
         if name == "lm_head":
             self.now.logits = output[-1].float()
             self.steps.append(self.now)
@@ -151,12 +135,10 @@ def speech(model: MistralMedium, steps: list[SimpleNamespace], tokens: list[int]
         top, early = step.logits.softmax(-1).topk(5), model.logits(torch.stack(step.states)).softmax(-1)  # (layers, V)
         best = early.max(-1)
         said.append({
-            "id": token,
-            "top": [*zip(top.indices.tolist(), top.values.tolist())],
+            "id": token, "norms": step.norms, "top": [*zip(top.indices.tolist(), top.values.tolist())],
             "drawn": Counter(drawn.long().tolist()).most_common(),
             "inside": int(nucleus(step.logits[None] / TEMPERATURE, TOP_P).sum()),
             "lens": [*zip(best.indices.tolist(), best.values.tolist(), early[:, token].tolist())],
-            "norms": step.norms,
         })  # fmt: skip
     return said
 
@@ -174,10 +156,6 @@ def merges(tokenizer: tokenizers.Tekken, text: str) -> list[dict]:
     """Of each different word of `text`, what `Tekken._merge` does to it: where the pieces end after every merge."""
     words, taken = {}, []
 
-    def pop(heap: list) -> tuple[int, int, int]:
-        taken.append(heapq.heappop(heap))
-        return taken[-1]
-
     def merge(word: str) -> list[int]:
         taken.clear()
         ids, ends, steps = tokenizer._merge(word), [*range(len(word.encode()) + 1)], []
@@ -188,8 +166,8 @@ def merges(tokenizer: tokenizers.Tekken, text: str) -> list[dict]:
         words[word] = {"word": word, "ids": ids, "steps": steps}
         return ids
 
-    spy = SimpleNamespace(heappop=pop, heappush=heapq.heappush, heapify=heapq.heapify)
-    with replaced(tokenizers, "heapq", spy), replaced(tokenizer, "_merge_cached", merge):
+    spy = SimpleNamespace(**{**vars(heapq), "heappop": lambda heap: taken.append(heapq.heappop(heap)) or taken[-1]})
+    with patch.object(tokenizers, "heapq", spy), patch.object(tokenizer, "_merge_cached", merge):
         tokenizer.encode(text)
     return list(words.values())
 
@@ -220,10 +198,10 @@ def positions(model: MistralMedium, request: Request, tokens: list[int]) -> dict
 
 def input_limits(checkpoint: Checkpoint, layers: int) -> dict[str, float]:
     """The largest input of a linear that its static FP8 scale can express, by the name of the module it is seen at."""
-    places = [
-        (f"layers.{i}.{seen}", f"layers.{i}.{linear}.weight") for i in range(layers) for seen, linear in INPUTS.items()
-    ]
-    scales = {seen: checkpoint.scale(scale_names(name)[1]) for seen, name in places}
+    seen_at = {
+        f"layers.{i}.{seen}": f"layers.{i}.{name}.weight" for i in range(layers) for seen, name in INPUTS.items()
+    }
+    scales = {seen: checkpoint.scale(scale_names(name)[1]) for seen, name in seen_at.items()}
     return {seen: scale.item() * fp8.E4M3_MAX for seen, scale in scales.items() if scale is not None}
 
 
@@ -234,14 +212,10 @@ def weights(checkpoint: Checkpoint, model: MistralMedium) -> list[dict]:
     head = "embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     for name in (*(f"{middle}{name}.weight" for name in names), head):
         _, (rows, columns) = checkpoint.stored(name)
-        heads = max(
-            1, ROWS // columns // config.head_dim
-        )  # whole ones, whose rows a native checkpoint has in another order
-        stored, scale = checkpoint.weight(
-            name, Slice((rows, columns), 0, 0, min(rows, heads * config.head_dim)), config
-        )
-        entry = {"name": hf_name(name, config), "shape": [rows, columns], "rows": len(stored)}
-        before = None
+        # In whole heads, because a native checkpoint has the rows of a head in another order.
+        some = max(1, ROWS // columns // config.head_dim) * config.head_dim
+        stored, scale = checkpoint.weight(name, Slice((rows, columns), 0, 0, min(rows, some)), config)
+        entry, before = {"name": hf_name(name, config), "shape": [rows, columns], "rows": len(stored)}, None
         if scale is None:  # this is what export.py would do
             before, scale = stored.float(), fp8.scale_of(stored.abs().amax())
             stored = fp8.quantize(before, scale)
@@ -256,46 +230,35 @@ def weights(checkpoint: Checkpoint, model: MistralMedium) -> list[dict]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------ four ranks
-
-
-def held(config: Config, tp: int, pp: int) -> list[dict]:
-    """By the plan of a fine-tune, for each rank: bytes of weights, gradients and optimizer; parameters; and the slices
-    (tensor, dimension, from, to, whole shape), where the first layer stands for all, of the tower's too."""
-    args = parse_args(["--plan", "--config", "", "--tp", str(tp), "--pp", str(pp), "--max-length", "2048"])
+def held(config: Config, *topologies: tuple[int, int]) -> dict:
+    """By the plan of a fine-tune, what each rank holds: bytes of weights, gradients and optimizer; parameters; slices
+    (tensor, dimension, from, to, whole shape), where the first layer stands for all, of the tower's too. With the first
+    of `topologies` (tp, pp) that divides the model, if any."""
     vision = config.vision and replace(config.vision, num_hidden_layers=1)
-    one, found = replace(config, num_hidden_layers=pp, vision=vision), []  # a layer for each stage
-    for place in (place for stage in places(tp, pp) for place in stage):
-        plan, _ = plan_rank(config, place, args, False, activations=False)
-        rank = {"tp": place.tp_rank, "pp": place.pp_rank, "layers": plan.layers, "parameters": plan.parameters}
-        memory, slices = [plan.weight_bytes, plan.gradient_bytes, plan.optimizer_bytes], []
-        for name, (_, part) in layers_with_slices(MistralMedium(one, place)).items():
-            name = name.replace(f"layers.{place.pp_rank}.", f"layers.{plan.layers[0]}.")
-            slices.append((name, part.dim, part.start, part.start + part.length, part.shape))
-        found.append(rank | {"memory": memory, "slices": slices})
-    return found
-
-
-def cut(config: Config) -> dict:
-    """The first topology (tp, pp) of four ranks that divides the model, if any, and what each holds."""
-    for sizes in ((2, 2), (1, 4)):
-        try:
-            return {"sizes": sizes, "ranks": held(config, *sizes)}
-        except TopologyError:
-            continue
+    for tp, pp in topologies:
+        args = parse_args(["--plan", "--config", "", "--tp", str(tp), "--pp", str(pp), "--max-length", "2048"])
+        one, ranks = replace(config, num_hidden_layers=pp, vision=vision), []  # a layer for each stage
+        with suppress(TopologyError):
+            for place in (place for stage in places(tp, pp) for place in stage):
+                plan, _ = plan_rank(config, place, args, False, activations=False)
+                rank = {"tp": place.tp_rank, "pp": place.pp_rank, "layers": plan.layers, "parameters": plan.parameters}
+                rank |= {"memory": [plan.weight_bytes, plan.gradient_bytes, plan.optimizer_bytes], "slices": []}
+                for name, (_, part) in layers_with_slices(MistralMedium(one, place)).items():
+                    name = name.replace(f"layers.{place.pp_rank}.", f"layers.{plan.layers[0]}.")
+                    rank["slices"].append((name, part.dim, part.start, part.start + part.length, part.shape))
+                ranks.append(rank)
+            return {"sizes": (tp, pp), "ranks": ranks}
     return {"sizes": None, "ranks": []}
 
 
 def start(*work_for: object) -> Connection:
     """Start the ranks, each with `work(rank, …, *work_for)`. The connection will bring what each of them found."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
+    with socket.create_server(("localhost", 0)) as probe:
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")  # CUDA cannot be forked
     mine, theirs = context.Pipe(duplex=False)
     for rank in range(RANKS):
         context.Process(target=work, args=(rank, port, theirs, *work_for), daemon=True).start()
-    theirs.close()  # so that an end is seen here should the ranks fail
     return mine
 
 
@@ -306,7 +269,10 @@ def work(rank: int, port: int, pipe: Connection, args, spec: dict, sizes: tuple[
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     found = {"events": timetable(find_place(1, RANKS)), "messages": [], "bytes_read": None}
     if sizes:
-        session = Session(args, find_place(*sizes))
+        try:
+            session = Session(args, find_place(*sizes))
+        except UserError:
+            return  # the process that started this one meets the same mistake, and says so
         record(found["messages"], session)
         session.engine.generate([session.request({**spec, "max_new_tokens": 2})])
         found["bytes_read"] = session.bytes_read
@@ -317,11 +283,16 @@ def work(rank: int, port: int, pipe: Connection, args, spec: dict, sizes: tuple[
     dist.destroy_process_group()
 
 
-def timetable(place: Place) -> list[tuple[str, int, float, float]]:
-    """(F or B, micro-batch, beginning, end) of what this stage did in a step, by the clock that processes share.
+def receive(pipe: Connection) -> list[dict]:
+    while not pipe.poll(0.1):
+        if len(multiprocessing.active_children()) < RANKS and not pipe.poll():
+            raise UserError("the four processes ended early; is there memory for them?")
+    return pipe.recv()
 
-    Its passes sleep. Computing would need a core for each, where sleeping shows a schedule's waiting on any machine.
-    """
+
+def timetable(place: Place) -> list[tuple[str, int, float, float]]:
+    """(F or B, micro-batch, beginning, end) of what this stage did in a step, by the clock that processes share. Its
+    passes sleep: computing would need a core for each, while sleeping shows a schedule's waiting on any machine."""
     weight, events = torch.ones(1, requires_grad=True), []
 
     def nap(kind: str, number: int, seconds: float) -> None:
@@ -360,5 +331,5 @@ def record(messages: list, session: Session) -> None:
         messages.append((name, groups[options["group"]], size, who, when, *at))
         return call(x, *rest, **options)
 
-    for name in CALLS:
+    for name in ("all_reduce", "all_gather", "broadcast", "isend", "recv"):
         setattr(dist, name, partial(watched, name, getattr(dist, name)))

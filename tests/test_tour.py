@@ -280,8 +280,8 @@ def test_the_cut(data):
         share == 2 if "norm" in name or "ln_pre" in name or "patch_conv" in name else share == 1
         for name, share in covered.items()
     )
-    assert [rank["parameters"] for rank in data["large"]][0] > 2e9 and len(data["large"]) == 64
-    for i, rank in enumerate(data["large"]):
+    assert [rank["parameters"] for rank in data["large"]["ranks"]][0] > 2e9 and len(data["large"]["ranks"]) == 64
+    for i, rank in enumerate(data["large"]["ranks"]):
         slices = {name.split(".", 2)[2]: part for name, *part in rank["slices"] if name.startswith("layers.")}
         assert rank["layers"] == [i // 8 * 11, i // 8 * 11 + 10]
         assert slices["self_attn.q_proj.weight"] == [0, i % 8 * 1536, i % 8 * 1536 + 1536, [12288, 12288]]
