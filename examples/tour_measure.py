@@ -284,10 +284,11 @@ def work(rank: int, port: int, pipe: Connection, args, spec: dict, sizes: tuple[
 
 
 def receive(pipe: Connection) -> list[dict]:
-    while not pipe.poll(0.1):
-        if len(multiprocessing.active_children()) < RANKS and not pipe.poll():
-            raise UserError("the four processes ended early; is there memory for them?")
-    return pipe.recv()
+    with suppress(EOFError):
+        while len(multiprocessing.active_children()) == RANKS or pipe.poll():
+            if pipe.poll(0.1):
+                return pipe.recv()
+    raise UserError("the four processes ended early; is there memory for them?")
 
 
 def timetable(place: Place) -> list[tuple[str, int, float, float]]:
