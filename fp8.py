@@ -140,9 +140,9 @@ def linear(
 
 # ---------------------------------------------------------------------------------------- how a CPU multiplies BF16
 
-FLOAT32_ROWS = 64  # from so many rows on a CPU multiplies BF16 in float32, or from
-FLOAT32_ROWS_AVX2 = 8  # where it has no BF16 instructions at all
-PACKED_FLOAT32_ROWS = 256  # or from here, where the weight has to be unpacked first; see _Float32Matmul and pack
+FLOAT32_ROWS = 64  # a CPU without matrix units multiplies at least so many BF16 rows in float32
+FLOAT32_ROWS_AVX2 = 8  # one that has no BF16 instructions at all, so many
+PACKED_FLOAT32_ROWS = 256  # and so many where a packed weight has to be unpacked for it; see pack
 CACHED = 1 << 18  # elements of a weight converted to float32 at a time, so that the copy stays in the cache
 
 

@@ -224,13 +224,7 @@ def start(args: argparse.Namespace, table: Table) -> None:
     commands = {
         "ours": [
             "generate.py",
-            "--ckpt",
-            args.ckpt,
-            "--dtype",
-            args.dtype,
-            "--max-new-tokens",
-            "1",
-            "--raw",
+            *f"--ckpt {args.ckpt} --dtype {args.dtype} --max-new-tokens 1 --raw".split(),
             "Hello you",
         ],
         "theirs": ["-c", START, args.ckpt, args.dtype],
@@ -287,16 +281,8 @@ def training(args: argparse.Namespace, what: str, dtype: str, images: bool, tabl
         ckpt, data = os.path.join(folder, "ckpt"), os.path.join(folder, "chats.jsonl")
         if images:
             run_quietly("fp8.py", TINY, ckpt, "--to", "bfloat16")
-            run_quietly(
-                "examples/shapes.py",
-                os.path.join(folder, "shapes"),
-                "--chats",
-                "400",
-                "--advanced",
-                "0",
-                "--held-out",
-                "1",
-            )
+            options = "--chats 400 --advanced 0 --held-out 1".split()
+            run_quietly("examples/shapes.py", os.path.join(folder, "shapes"), *options)
             data = os.path.join(folder, "shapes", "train.jsonl")
         else:
             write_chats(data, 4 * (args.rounds + 1))

@@ -5,7 +5,7 @@ import glob
 import os
 import sys
 
-from processes import ROOT
+from processes import ROOT, run
 
 # Bottom up: a module imports only from those before it.
 MODULES = "config fp8 parallel vision model checkpoint tokenizer chat launch pipeline engine optimizer export"
@@ -77,3 +77,15 @@ def test_the_tests():
         text = read(path)
         assert text.count("\n") <= 450, path
         assert not [name for name in imported([ast.parse(text)]) if name.startswith("test_")], path
+
+
+def test_nothing_slow_is_imported():
+    """torch.compile's modules take two seconds and 85 MB; answering and training do without, also once they run."""
+    code = """
+import sys, generate, train, export, plan
+generate.main(["--max-new-tokens", "2", "--temperature", "0", "Hello"])
+slow = {"torch._dynamo", "torch._inductor", "sympy", "transformers"}
+print(sorted(slow & set(sys.modules)))
+"""
+    ended = run("-c", code)
+    assert ended.status == 0 and ended.out.splitlines()[-1] == "[]", ended.out + ended.err

@@ -111,6 +111,26 @@ def test_fp8_bytes(tmp_path):
         assert opened.bytes_read == sum(t.numel() * t.element_size() for t in stored.values() if t.dim()) + 4 * scales
 
 
+@pytest.mark.parametrize("most", [1, 5000, 1 << 40])
+def test_a_file_is_opened_anew(most, tmp_path, monkeypatch):
+    """After so many bytes, so that what was read of a mapped file does not stay in memory; the weights are the same."""
+    fields = text_fields(num_hidden_layers=2)
+    state = random_state(fields)
+    directory, opened, read = write_checkpoint(tmp_path, fields, state), [], [0]
+    real, model = checkpoint.safe_open, MistralMedium(read_config(directory), dtype=torch.float32)
+    monkeypatch.setattr(checkpoint, "safe_open", lambda *a, **k: opened.append(read[0]) or real(*a, **k))
+    monkeypatch.setattr(checkpoint, "MAPPED", most)
+    file = Checkpoint(directory)
+    opened[:] = [0]
+    fill(model, file, lambda done, total: read.__setitem__(0, file.bytes_read))
+    largest, total = max(t.nbytes for t in state.values()), sum(t.nbytes for t in state.values())
+    assert all(after - before <= most + largest for before, after in zip(opened, [*opened[1:], total]))
+    assert all(after - before > most for before, after in zip(opened, opened[1:]))
+    assert len(opened) == 1 if most > total else len(opened) > 2
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, state[name])
+
+
 def test_read(tmp_path):
     """`read` takes a slice along any dimension, cut off where it is padded; other shapes are refused."""
     tensor = torch.arange(7 * 5 * 3, dtype=torch.float32).view(7, 5, 3)

@@ -11,12 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import engine as engine_module
-from checkpoint import Checkpoint, fill
+import fp8
+from checkpoint import Checkpoint, fill, initialize
 from config import read_config
 from engine import Engine, Request
 from launch import find_place
-from model import KVCache, MistralMedium, attend_step, product_attention
-from parallel import Place, VocabParallelHead, gumbel, nucleus
+from model import KVCache, MistralMedium, add_adapters, attend_step, product_attention
+from parallel import Linear, Place, VocabParallelHead, gumbel, nucleus
 from session import ReplyParser
 
 
@@ -365,3 +366,43 @@ def test_answers_can_be_stopped(folder, model, tp, pp):
         for i, (tokens, reason) in enumerate(said[:5]):
             assert reason == "cancelled" and tokens == whole[i][: len(tokens)] and (4 < len(tokens) < 12) == (i < 3)
         assert said[5:] == [(tokens, "length") for tokens in whole]
+
+
+@pytest.mark.parametrize("adapters, tied", [(False, False), (False, True), (True, False)])
+def test_packed_before_the_first_step(adapters, tied, tmp_path):
+    """Not before the first token, and only a model that was made for inference; BF16 answers stay what they were."""
+    fields = text_fields("yarn, short", tie_word_embeddings=tied)
+    folder = write_checkpoint(tmp_path, fields, random_state(fields, seed=8))
+    plain, fast = (MistralMedium(read_config(folder), dtype=torch.bfloat16) for _ in range(2))
+    for model in (plain, fast):
+        if adapters:
+            add_adapters(model, 3, 6.0)
+        if model is fast:
+            model.join()
+        if adapters:
+            initialize(model, seed=1)
+            for linear in linears(model):  # else they would change next to nothing
+                if linear.adapter:
+                    linear.adapter.lora_B.weight.data.mul_(200)
+        else:
+            fill(model, Checkpoint(folder))
+    prompt, steps = random_tokens(30, 301), 0
+    for count in (1, 4, 1):  # the third time the prompt meets packed weights
+        wanted, found = (
+            Engine(model, Endless.eos_id, 200).generate([Request(prompt, max_new_tokens=count, logprobs=True)])[0]
+            for model in (plain, fast)
+        )
+        steps += count - 1
+        assert bool(fast.unpacked) == (steps == 0)
+        assert torch.tensor(found.prompt_logprobs[1:]).sub(torch.tensor(wanted.prompt_logprobs[1:])).abs().max() < 0.2
+    assert not plain.unpacked and all(linear.packed is None for linear in linears(plain))
+    alone = [linear for linear in linears(fast) if linear.joined is None]
+    assert len(alone) == (7 if adapters else 2) * len(fast.layers) + (not tied)
+    packs = fp8.pack(torch.ones(2, 2).bfloat16()) is not None  # on this CPU
+    assert all((linear.packed is not None, linear.weight is None) == (packs, packs) for linear in alone)
+
+
+def linears(model: MistralMedium) -> list[Linear]:
+    """Those that are not an adapter's, nor a head without a weight of its own."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
+    return [layer for name, layer in layers.items() if ".adapter" not in name and layer.slices]

@@ -62,3 +62,44 @@ def test_no_rounding_changes_it(dtype, threads, program, monkeypatch):
             assert min(answer["logprobs"]) > math.log(0.9)
     finally:
         torch.set_num_threads(usual)
+
+
+def plan(*options: str) -> str:
+    """What `parallel.py --plan` prints for the 128B."""
+    command = [sys.executable, "parallel.py", "--plan", "--config", "tests/data/config.json", *options]
+    return subprocess.run(command, cwd=ROOT, timeout=100, check=True, capture_output=True, text=True).stdout
+
+
+def test_the_table_of_plans():
+    """Weights, cache, peak, longest context and a token's time, as the program rounds them or coarser."""
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        rows = re.findall(r"^\| \d × H\d.*$", file.read(), re.M)
+    assert len(rows) >= 4
+    for row in rows:
+        _, command, weights, cache, peak, longest, times = (cell.strip() for cell in row.strip("|").split("|"))
+        said = plan("--inference", "--weights", "fp8", *command.strip("`").split())
+        numbers = re.search(r"^ +0 .*?(yes|no)$", said, re.M)[0].split()[3:-1]
+        for number, shown in zip((numbers[0], numbers[1], numbers[4]), (weights, cache, peak)):
+            assert abs(float(number) - float(shown)) <= 0.0501
+        assert f"at most {longest} fit" in said
+        found = re.search(r"a token after [\d,]+: ([\d.]+) ms at least, about ([\d.]+) ms", said).groups()
+        for number, shown in zip(found, times.removesuffix(" ms").split(", ")):
+            assert abs(float(number) - float(shown)) <= (0.0501 if "." in shown else 0.501)
+
+
+def test_what_is_said_of_training():
+    """The recipe's memory per GPU and its bubble; LoRA on four GPUs and on two."""
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        text = " ".join(file.read().split())
+    for pattern, options in (
+        (r"takes at most ([\d.]+) GB on each of 64", re.search(r"`--plan (--tp 8 --pp 8[^`]*)`", text)[1]),
+        (
+            r"the 128B takes ([\d.]+) GB per GPU on four",
+            re.search(r"config.json (--tp 4 --lora-rank[^`]*?) ```", text)[1],
+        ),
+    ):
+        said = plan(*options.split())
+        peaks = [float(row.split()[-2]) for row in re.findall(r"^ +\d+ .*(?:yes|no)$", said, re.M)]
+        assert abs(max(peaks) - float(re.search(pattern, text)[1])) <= 0.0501
+        if bubble := re.search(r"pipeline bubble of ([\d.]+) %", text) if "--pp" in options else None:
+            assert f"{bubble[1]} %" in said
