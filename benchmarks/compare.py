@@ -221,14 +221,8 @@ print(tokenizer.decode(out[0, ids.shape[1]:].tolist()))
 def start(args: argparse.Namespace, table: Table) -> None:
     """A whole process: seconds to the first token, and its peak of memory."""
     peaks: dict[str, list[int]] = {"ours": [], "theirs": []}
-    commands = {
-        "ours": [
-            "generate.py",
-            *f"--ckpt {args.ckpt} --dtype {args.dtype} --max-new-tokens 1 --raw".split(),
-            "Hello you",
-        ],
-        "theirs": ["-c", START, args.ckpt, args.dtype],
-    }
+    options = ["--raw", "--ckpt", args.ckpt, "--dtype", args.dtype, "--max-new-tokens", "1"]
+    commands = {"ours": ["generate.py", *options, "Hello you"], "theirs": ["-c", START, args.ckpt, args.dtype]}
 
     def run(side: str) -> dict[str, float]:
         started = time.perf_counter()
