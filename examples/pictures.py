@@ -4,10 +4,12 @@ A scene is a grid of cells, of which some hold a shape. Cells, and with them sha
 not aligned with the vision tower's patches, so that the tower has to find out what is where.
 """
 
+import io
 import math
 import random
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 COLOURS = {
@@ -21,7 +23,38 @@ NEW_COLOUR = {"pink": (250, 140, 190)}
 SHAPES = {"circle": "circles", "square": "squares", "triangle": "triangles", "star": "stars", "cross": "crosses"}
 WORDS = ("cat", "dog", "sun", "key", "map", "box", "tree", "fish", "moon", "ship", "bird", "lamp")
 BACKGROUNDS = {(255, 255, 255): (20, 20, 20), (238, 234, 222): (60, 40, 30), (222, 232, 240): (20, 30, 60)}  # and ink
+DARK = {(28, 30, 36): (236, 236, 230), (52, 44, 40): (240, 230, 215), (24, 40, 58): (225, 235, 245)}
 SUPERSAMPLE = 4
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a scene is drawn."""
+
+    backgrounds: tuple = tuple(BACKGROUNDS.items())  # (colour, the ink on it)
+    outline: float = 0.16  # width, where a shape reaches 1 from its centre
+    noise: float = 0.0  # standard deviation, of 255
+    angle: float = 0.0  # degrees, counter-clockwise
+    jpeg: int = 0  # quality; 0: not compressed
+
+
+STYLES = {  # of the held-out set: its name, and the style
+    "no outlines": lambda rng: Style(outline=0),
+    "dark background": lambda rng: Style(tuple(DARK.items())),
+    "noise": lambda rng: Style(noise=rng.uniform(10, 20)),
+    "JPEG": lambda rng: Style(jpeg=rng.randint(25, 60)),
+    "rotated": lambda rng: Style(angle=rng.choice((-1, 1)) * rng.uniform(3, 9)),
+}
+
+
+def any_style(rng: random.Random) -> Style:
+    """For training: each thing in a third of the pictures, weaker than in the held-out set, and never JPEG."""
+    return Style(
+        tuple((DARK if rng.random() < 0.3 else BACKGROUNDS).items()),
+        rng.choice((0.16, 0.16, 0.08, 0)),
+        rng.choice((0, 0, rng.uniform(0, 14))),
+        rng.choice((0, 0, rng.uniform(-6, 6))),
+    )
 
 
 @dataclass(frozen=True)
@@ -69,15 +102,16 @@ def draw_scene(
     colours=tuple(COLOURS),
     must: str = "",
     room: int = 3,
+    longest: int = 112,
 ) -> Scene:
     """A random scene of `least` to `most` shapes, fewer where there is no room.
 
     wide: sides in a ratio above 2.5 instead of below 2.2. must: a colour that at least one shape has. room: the most
-    columns and rows.
+    columns and rows. longest: of the sides, in pixels.
     """
     while True:
         columns, rows = rng.randint(1, room), rng.randint(1, room)
-        cell = [rng.uniform(26, min(60, 112 / n)) for n in (columns, rows)]
+        cell = [rng.uniform(26, min(60 if longest <= 112 else 120, longest / n)) for n in (columns, rows)]
         ratio = max(columns * cell[0] / (rows * cell[1]), rows * cell[1] / (columns * cell[0]))
         if (2.5 < ratio < 5) if wide else ratio < 2.2:
             break
@@ -114,7 +148,9 @@ def draw_one(rng: random.Random, room: int = 1) -> Scene:
     return Scene(columns, 1, cell, [], **text)
 
 
-def render(scene: Scene, rng: random.Random, scale: float = 1.0, freedom: float = 1.0) -> Image.Image:
+def render(
+    scene: Scene, rng: random.Random, scale: float = 1.0, freedom: float = 1.0, style: Style = Style()
+) -> Image.Image:
     """The scene as a picture; sizes, places in the cells and colours vary a little.
 
     `freedom` 0 makes every cell the 28 pixels of a token and puts shapes of one size in the middle; 1 does not.
@@ -122,7 +158,7 @@ def render(scene: Scene, rng: random.Random, scale: float = 1.0, freedom: float 
     s = scale * SUPERSAMPLE
     cw, ch = ((28 + (c - 28) * freedom) * s for c in scene.cell)
     size = [round(n * c / SUPERSAMPLE) * SUPERSAMPLE for n, c in ((scene.columns, cw), (scene.rows, ch))]
-    background, ink = (vary(colour, rng, 8) for colour in rng.choice(list(BACKGROUNDS.items())))
+    background, ink = (vary(colour, rng, 8) for colour in rng.choice(style.backgrounds))
     image = Image.new("RGB", size, background)
     draw = ImageDraw.Draw(image)
     for thing in scene.things:
@@ -130,7 +166,7 @@ def render(scene: Scene, rng: random.Random, scale: float = 1.0, freedom: float 
         x = (thing.column + 0.5) * cw + rng.uniform(-1, 1) * (cw / 2 - r) * 0.6 * freedom
         y = (thing.row + 0.5) * ch + rng.uniform(-1, 1) * (ch / 2 - r) * 0.6 * freedom
         colour = (COLOURS | NEW_COLOUR)[thing.colour]
-        draw_shape(draw, thing.shape, x, y, r, vary(colour, rng, 14), ink)
+        draw_shape(draw, thing.shape, x, y, r, vary(colour, rng, 14), ink, style.outline)
     if text := scene.digit or scene.word:
         width = cw if scene.digit else scene.columns * cw
         font = ImageFont.load_default(100)
@@ -139,16 +175,28 @@ def render(scene: Scene, rng: random.Random, scale: float = 1.0, freedom: float 
         font = ImageFont.load_default(100 * height / (bottom - top))
         x = (scene.text_column + 0.5) * cw if scene.digit else scene.columns * cw / 2
         draw.text((x, (scene.text_row + 0.5) * ch), text, fill=ink, font=font, anchor="mm")
-    return image.reduce(SUPERSAMPLE)
+    if style.angle:
+        image = image.rotate(style.angle, Image.Resampling.BILINEAR, fillcolor=background)
+    image = image.reduce(SUPERSAMPLE)
+    if style.noise:
+        noise = np.random.default_rng(rng.getrandbits(32)).normal(0, style.noise, (*image.size[::-1], 3))
+        image = Image.fromarray((np.asarray(image) + noise).round().clip(0, 255).astype(np.uint8))
+    if style.jpeg:
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=style.jpeg)
+        image = Image.open(file).convert("RGB")
+    return image
 
 
 def vary(colour: tuple, rng: random.Random, most: int) -> tuple:
     return tuple(min(255, max(0, c + rng.randint(-most, most))) for c in colour)
 
 
-def draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill: tuple, ink: tuple) -> None:
-    """A shape with centre (x, y) that reaches r pixels far, with an outline of `ink`."""
-    width = round(0.16 * r)
+def draw_shape(
+    draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill: tuple, ink: tuple, outline: float
+) -> None:
+    """A shape with centre (x, y) that reaches r pixels far, with an outline of `ink` that is `outline` · r wide."""
+    width = round(outline * r)
     if shape == "circle":
         draw.ellipse((x - r, y - r, x + r, y + r), fill, ink, width)
         return

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pictures import COLOURS, SHAPES, Scene, Thing
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SIDES = {"left": (0, -1), "right": (0, 1), "above": (1, -1), "below": (1, 1)}  # name: (axis, sign)
+SIDES = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # name: (axis, sign)
+FURTHER = {"further left": (0, -1), "further right": (0, 1), "higher": (1, -1), "lower": (1, 1)}
 
 
 @dataclass(frozen=True)
@@ -16,18 +17,18 @@ class Question:
     answer: str
     thought: str
     call: dict | None = None  # the tool call that answers it, instead of text
+    about: Thing | str | None = None  # what "it" or "them" means after it
 
 
 class Asker:
     """Questions about one scene. A method for each kind returns one, or None where the scene does not suit it.
 
-    advanced: thoughts say where a shape is before they say what it is, "b2 red star". Columns are a, b, …, rows 1, 2, …
-    of the 28 pixels that are a token to the model: it decides where to look next, and then looks there.
+    Thoughts say where a shape is before they say what it is, "b2 red star". Columns are a, b, …, rows 1, 2, … of the 28
+    pixels that are a token to the model: it decides where to look next, and then looks there.
     """
 
-    def __init__(self, scene: Scene, rng: random.Random, colours=tuple(COLOURS), advanced: bool = True):
+    def __init__(self, scene: Scene, rng: random.Random, colours=tuple(COLOURS)):
         self.scene, self.rng, self.things, self.colours = scene, rng, scene.things, colours
-        self.advanced = advanced
 
     # what can be spoken of
 
@@ -51,19 +52,24 @@ class Asker:
             return thing.shape, thing
         return (str(thing), thing) if sum(str(t) == str(thing) for t in self.things) == 1 else None
 
-    def place(self, thing: Thing, before: str = "", after: str = "") -> str:
-        """ "b2" between `before` and `after`, or nothing at all before thoughts are advanced."""
-        if not self.advanced:
-            return ""
+    def missing(self) -> str:
+        """The name of a shape that is not there, though others of its colour or form may be."""
+        thing, known = self.rng.choice(self.things), {t.shape for t in self.things} | set(map(str, self.things))
+        shape, colour = self.rng.choice(list(SHAPES)), self.rng.choice(self.colours)
+        names = [shape, f"{thing.colour} {shape}", f"{colour} {thing.shape}", f"{colour} {shape}"]
+        return self.rng.choice([name for name in names if name not in known] or [self.missing()])
+
+    def place(self, thing: Thing) -> str:
+        """The cell of the model's own grid that holds the middle of a shape's: "b2"."""
         pixels = [count * side for count, side in zip((self.scene.columns, self.scene.rows), self.scene.cell)]
         column, row = (
             int((place + 0.5) * side / total * -(-round(total) // 28))
             for place, side, total in zip((thing.column, thing.row), self.scene.cell, pixels)
         )
-        return f"{before}{'abcdefgh'[column]}{row + 1}{after}"
+        return f"{'abcdefgh'[column]}{row + 1}"
 
     def names(self, things: list[Thing]) -> str:
-        return ", ".join(self.place(thing, after=" ") + str(thing) for thing in things) or "none"
+        return ", ".join(f"{self.place(thing)} {thing}" for thing in things) or "none"
 
     def scan(self, axis: int, among: list[Thing] | None = None) -> str:
         order = "From left to right: " if axis == 0 else "From top to bottom: "
@@ -86,14 +92,18 @@ class Asker:
             text = self.say(
                 f"What colour is the {name}?", f"Which colour has the {name}?", f"Name the {name}'s colour."
             )
-            return Question("colour", text, thing.colour, f"The {name}{self.place(thing, ' at ')} is {thing.colour}.")
+            return Question(
+                "colour", text, thing.colour, f"The {name} at {self.place(thing)} is {thing.colour}.", about=thing
+            )
 
     def shape(self):
         thing = self.rng.choice(self.things)
         if sum(t.colour == thing.colour for t in self.things) == 1:
             c = thing.colour
             text = self.say(f"What shape is {c}?", f"Which shape is {c}?", f"Name the {c} shape.")
-            return Question("shape", text, thing.shape, f"The {c} shape{self.place(thing, ' at ')} is a {thing.shape}.")
+            return Question(
+                "shape", text, thing.shape, f"The {c} shape at {self.place(thing)} is a {thing.shape}.", about=thing
+            )
 
     def exists(self):
         there = self.rng.random() < 0.5
@@ -113,7 +123,7 @@ class Asker:
         if self.rng.random() < 0.15:
             plural, among = "shapes", self.things
         text = self.say(f"How many {plural} are there?", f"Count the {plural}.", f"What is the number of {plural}?")
-        return Question("count", text, str(len(among)), self.counted(plural, among))
+        return Question("count", text, str(len(among)), self.counted(plural, among), about=plural)
 
     def read(self):
         if self.scene.digit:
@@ -131,34 +141,97 @@ class Asker:
         found = [t for t in self.things if sign * t.place(axis) == best]
         if len(found) == 1 < len(self.things):
             text = self.say(f"Which shape is {name}?", f"What is the {name} shape?", f"Name the {name} shape.")
-            return Question("extreme", text, str(found[0]), self.scan(axis))
+            return Question("extreme", text, str(found[0]), self.scan(axis), about=found[0])
+
+    def two(self, sides: dict) -> tuple | None:
+        """One of `sides`, two shapes by name, which of them is there compared with the other, and the thought."""
+        a, b, (side, (axis, sign)) = self.one(), self.one(), self.rng.choice(list(sides.items()))
+        if a and b and a[1].place(axis) != b[1].place(axis):
+            first = sign * (a[1].place(axis) - b[1].place(axis)) > 0
+            return side, a[0], b[0], first, self.scan(axis, [a[1], b[1]])
 
     def side(self):
-        a, b = self.one(), self.one()
-        side = self.rng.choice(list(SIDES))
-        axis, sign = SIDES[side]
-        if a and b and a[1].place(axis) != b[1].place(axis):
-            of = side + " of" if axis == 0 else side
-            text = self.say(f"Is the {a[0]} {of} the {b[0]}?", f"Do you see the {a[0]} {of} the {b[0]}?")
-            answer = "yes" if sign * (a[1].place(axis) - b[1].place(axis)) > 0 else "no"
-            return Question("side", text, answer, self.scan(axis, [a[1], b[1]]))
+        if found := self.two(SIDES):
+            side, a, b, first, thought = found
+            text = self.say(f"Is the {a} {side} the {b}?", f"Do you see the {a} {side} the {b}?")
+            return Question("side", text, "yes" if first else "no", thought)
 
-    def beside(self):
-        found, side = self.one(), self.rng.choice(list(SIDES))
+    def further(self):
+        """A lesson for `side`: of two names, rather than of two words, one is the answer."""
+        if found := self.two(FURTHER):
+            side, a, b, first, thought = found
+            return Question("further", f"Which is {side}, the {a} or the {b}?", a if first else b, thought)
+
+    def cell(self):
+        """A lesson for all that asks where something is."""
+        if found := self.one():
+            at = self.place(found[1])
+            return Question("cell", f"Which cell is the {found[0]} in?", at, f"The {found[0]} is at {at}.")
+
+    def beside(self, about: tuple[str, Thing] | None = None, none: bool = False):
+        """What is on some side of `about` (of anything, if None): one shape; or nothing, if `none`."""
+        found, side = about or self.one(), self.rng.choice(list(SIDES))
         axis, sign = SIDES[side]
         if found:
             among = [t for t in self.things if sign * (t.place(axis) - found[1].place(axis)) > 0]
-            if len(among) == 1:
-                of = side + " of" if axis == 0 else side
-                text = self.say(f"What is {of} the {found[0]}?", f"Which shape is {of} the {found[0]}?")
-                return Question("beside", text, str(among[0]), self.scan(axis))
+            name = found[0] if about else f"the {found[0]}"
+            if len(among) == 1 - none:
+                text = self.say(f"What is {side} {name}?", f"Which shape is {side} {name}?")
+                return Question("beside", text, str(among[0]) if among else "nothing", self.scan(axis))
 
-    def where(self):
-        found, (c, r) = self.one(), (self.scene.columns - 1, self.scene.rows - 1)
+    def where(self, about: tuple[str, Thing] | None = None):
+        """In which corner `about` is, or anything."""
+        found, (c, r) = about or self.one(), (self.scene.columns - 1, self.scene.rows - 1)
         if found and c and r and found[1].column in (0, c) and found[1].row in (0, r):
             place = ("bottom " if found[1].row else "top ") + ("right" if found[1].column else "left")
-            text = self.say(f"Where is the {found[0]}?", f"In which corner is the {found[0]}?")
-            return Question("where", text, place, f"The {found[0]}{self.place(found[1], ' at ')} is at the {place}.")
+            name = found[0] if about else f"the {found[0]}"
+            text = self.say(f"Where is {name}?", f"In which corner is {name}?")
+            return Question("where", text, place, f"{name[0].upper()}{name[1:]} at {self.place(found[1])} is {place}.")
+
+    # about what is not there
+
+    def absent(self):
+        """A question about something that the picture does not show, or about what is beside the last thing."""
+        name, side = self.missing(), self.rng.choice(list(SIDES))
+        if self.rng.random() < 0.2 and (question := self.beside(none=True)):
+            return Question("nothing beside", question.text, question.answer, question.thought)
+        if self.rng.random() < 0.3:
+            name = self.rng.choice([n for n in ("digit", "word") if not getattr(self.scene, n)])
+            texts = [f"What {name} is {'shown' if name == 'digit' else 'written'}?", f"Read the {name}."]
+            return Question(f"no {name}", self.say(*texts), f"there is no {name}", f"There is no {name}.")
+        texts = [f"Where is the {name}?", f"What is {side} the {name}?", f"Which cell is the {name} in?"]
+        texts += [f"What colour is the {name}?", f"Name the {name}'s colour."] * 2 * (name in SHAPES)
+        shape = name.split()[-1]
+        among = [t for t in self.things if t.shape == shape]
+        return Question("no shape", self.say(*texts), f"there is no {name}", self.counted(SHAPES[shape], among))
+
+    # after another question
+
+    def follow_up(self) -> list[Question]:
+        """A question, and one that can only be understood after it; none where the scene does not suit."""
+        if self.rng.random() < 0.5:
+            first, thing = self.count(), self.rng.choice(self.things)
+            plural = first.about if first else None
+            if plural in SHAPES.values():
+                among = [t for t in self.things if SHAPES[t.shape] == plural]
+                of = self.rng.choice([thing, *among]).colour if self.rng.random() < 0.8 else self.say(*self.colours)
+                hits, named, what = [t for t in among if t.colour == of], f"{of} {plural}", of
+            elif plural and plural.endswith(" shapes"):
+                colour = plural.split()[0]
+                among = [t for t in self.things if t.colour == colour]
+                of = self.rng.choice([thing, *among]).shape if self.rng.random() < 0.8 else self.say(*SHAPES)
+                hits, named, what = [t for t in among if t.shape == of], f"{colour} {SHAPES[of]}", SHAPES[of]
+            else:
+                return []
+            text = self.say(f"And how many of them are {what}?", f"How many of them are {what}?")
+            return [first, Question("of them", text, str(len(hits)), self.counted(named, hits))]
+        first = self.say(self.colour, self.shape, self.extreme)()
+        if first and first.about:
+            kind = self.say(self.where, self.beside, self.beside)
+            if second := kind(("it", first.about)):
+                text = self.say(second.text, f"And {second.text[0].lower()}{second.text[1:]}")
+                return [first, Question("it", text, second.answer, second.thought)]
+        return []
 
     def describe(self):
         """Everything that there is: a lesson rather than a test."""
@@ -184,6 +257,8 @@ class Asker:
             return self.describe()
         if self.things and self.rng.random() < 0.3:
             return Question("lesson", self.say("What colour is it?", "Which colour is it?"), self.things[0].colour, "")
+        if self.things and scene.columns * scene.rows > 1 and self.rng.random() < 0.3:
+            return Question("lesson", "Which cell is it in?", self.place(self.things[0]), "")
         name = scene.digit or scene.word or self.things[0].shape
         return Question("lesson", self.say("What is it?", "What is this?", "Name it."), name, "")
 
@@ -207,11 +282,10 @@ class Asker:
         side = self.rng.choice(list(SIDES))
         axis, sign = SIDES[side]
         if found and not any(t.place(axis) == found[1].place(axis) for t in among if t != found[1]):
-            of = side + " of" if axis == 0 else side
             hits = [t for t in among if sign * (t.place(axis) - found[1].place(axis)) > 0]
             scan, ordered = self.scan(axis), [t for t in self.scene.things_by[axis] if t in hits]
-            thought = f"{scan} {plural} {of} the {found[0]}: {self.names(ordered)}: {len(hits)}."
-            return self.sum(len(hits), f"How many {plural} are {of} the {found[0]}", thought, "count_beside")
+            thought = f"{scan} {plural} {side} the {found[0]}: {self.names(ordered)}: {len(hits)}."
+            return self.sum(len(hits), f"How many {plural} are {side} the {found[0]}", thought, "count_beside")
 
     def count_sum(self):
         plural, among = self.group(0.1)
@@ -239,25 +313,30 @@ class Asker:
 
     # with a tool
 
-    def set_light(self):
-        (plural, among), found = self.group(0.1), self.one()
-        if found and found[0] in SHAPES and self.advanced:
-            n = self.rng.randint(1, 9)
-            text = self.say(
-                f"Flash the light in the {found[0]}'s colour, {NUMBERS[n]} times.",
-                f"Set the light to the colour of the {found[0]}, {n} times.",
-            )
-            call = {"name": "set_light", "arguments": {"colour": found[1].colour, "count": n}}
-            thought = f"The {found[0]}{self.place(found[1], ' at ')} is {found[1].colour}."
-            return Question("set_light", text, "", thought, call)
-        if found and found[0] in SHAPES and among:
-            text = self.say(
-                f"Set the light to the colour of the {found[0]}, once for each of the {plural}.",
-                f"Flash the light in the {found[0]}'s colour, as often as there are {plural}.",
-            )
-            call = {"name": "set_light", "arguments": {"colour": found[1].colour, "count": len(among)}}
-            thought = f"The {found[0]} is {found[1].colour}. {self.counted(plural, among)}"
-            return Question("set_light", text, "", thought, call)
+    def set_light(self, times: tuple[str, list[Thing]] | None = None):
+        """The colour comes from the picture; so does the count, if `times` says of what."""
+        found, n = self.one(), len(times[1]) if times else self.rng.randint(1, 9)
+        if not found or found[0] not in SHAPES or not n:
+            return None
+        name, thing = found
+        text = self.say(
+            f"Flash the light in the {name}'s colour, "
+            + (f"as often as there are {times[0]}." if times else f"{NUMBERS[n]} times."),
+            f"Set the light to the colour of the {name}, "
+            + (f"once for each of the {times[0]}." if times else f"{n} times."),
+        )
+        call = {"name": "set_light", "arguments": {"colour": thing.colour, "count": n}}
+        thought = f"The {name} at {self.place(thing)} is {thing.colour}."
+        return Question("set_light", text, "", thought + (f" {self.counted(*times)}" if times else ""), call)
+
+    def set_light_counted(self):
+        return self.set_light(self.group(0))
+
+    def no_light(self):
+        """Nothing to call a tool for."""
+        if (name := self.missing()) in SHAPES:
+            text = f"Set the light to the colour of the {name}, {self.rng.randint(1, 9)} times."
+            return Question("no_light", text, f"there is no {name}", self.counted(SHAPES[name], []))
 
     def press_key(self):
         if digit := self.scene.digit:
@@ -288,15 +367,12 @@ class Asker:
 
 
 # The kinds of questions, for equal shares; a kind that stands here twice is asked twice as often.
-SINGLE = ("colour", "shape", "exists", "count", "count", "read", "read", "extreme", "beside", "where")
+SINGLE = ("colour", "shape", "exists", "count", "count", "read", "read", "extreme", "beside", "where", "side")
 SEVERAL = ("count_beside", "count_beside", "count_sum", "more", "text_sum")
-COMPARE = ("side",)  # trained on, but no held-out set has it: the small model does not learn it
-OFTEN = ("count", "count", "where", "where", "side")  # what is learned last
-# The first part of training has its own shares.
-FIRST_SINGLE = ("colour", "shape", "exists", "count", "count", "read", "read", "extreme", "side", "beside", "where")
-FIRST_SEVERAL = ("count_beside", "count_beside", "count_sum", "more", "text_sum")
-FIRST_OFTEN = ("colour", "colour", "colour", "exists", "exists", "side", "where", "where", "read")
-CALLS = ("set_light", "set_light", "press_key", "move_shape")
+CALLS = ("set_light", "set_light_counted", "press_key", "move_shape")
+# For training: what a young model begins with, and what it learns last, which is asked more often.
+FIRST = ("colour", "shape", "exists", "count", "count", "read", "read", "extreme", "beside", "where", "cell", "further")
+OFTEN = ("count", "count", "where", "side", "side", "further", "cell", "beside", "read", "absent", "absent")
 
 
 def tool(name: str, description: str, **properties: str) -> dict:
@@ -338,14 +414,11 @@ SMALL_TALK = {
 }
 
 
+BLIND = ("How many stars are there?", "What colour is the circle?", "Is there a red square?", "What digit is shown?")
+
+
 def small_talk(rng: random.Random) -> Question:
-    if rng.random() < 0.5:
-        text, answer = rng.choice(list(SMALL_TALK.items()))
-        return Question("talk", text, answer, "")
-    a, b = rng.randint(0, 12), rng.randint(0, 9)
-    if rng.random() < 0.5:
-        a, sign, result = a + b, "-", a
-    else:
-        sign, result = "+", a + b
-    text = rng.choice((f"What is {a} {sign} {b}?", f"{a} {sign} {b} = ?"))
-    return Question("sum", text, str(result), f"{a} {sign} {b} = {result}.")
+    if rng.random() < 0.2:
+        return Question("no picture", rng.choice(BLIND), "I see no picture.", "")
+    text, answer = rng.choice(list(SMALL_TALK.items()))
+    return Question("talk", text, answer, "")

@@ -1,14 +1,12 @@
 """Pictures of shapes, questions about them, and everything else that the small checkpoint is trained and tested on.
 
-    python examples/shapes.py OUT --chats 110000 --seed 0
+    python examples/shapes.py OUT --chats 160000 --seed 0
 
 OUT then holds the chats that `train.py` reads, each set beside the folder of its pictures, with no picture in two sets:
 
-    train.jsonl                 training chats, in the order in which they are to be read (see `first_chats`)
-    advanced.jsonl              those of the second part (see `advanced_chats`)
-    val.jsonl, calibrate.jsonl  a few more of the two kinds
-    single.jsonl, several.jsonl, tools.jsonl, text.jsonl    held-out questions, one a chat, for `evaluate.py`
-    large.jsonl, wide.jsonl     single-step questions on pictures of twice the size, or of shapes not trained on
+    train.jsonl                 training chats, in the order in which they are to be read (see `training_chats`)
+    val.jsonl, calibrate.jsonl, review.jsonl    more, as they are at the end
+    NAME.jsonl                  held-out questions for `evaluate.py`, one a chat; it says what each NAME is
     pink_train.jsonl, pink.jsonl    a colour that occurs nowhere else, for a fine-tune
     start/                      config.json and the tokenizer, learned from the training text (`tiny_tokenizer.py`)
 
@@ -16,8 +14,8 @@ Beside each held-out set, NAME.kinds names the kind of each of its questions. Ev
 
 A chat about a picture has several turns, because looking costs more than answering. Questions of several steps have a
 thought, which scans the picture and then counts in the text; it is used with reasoning effort "high" and left
-out with "none". The shortest side of a picture is 24 pixels and the longest 112; cells, and with them shapes, are not
-square, not aligned with the patches and vary in size, so that the tower has to find out what is where. The model's
+out with "none". The sides of a picture have 24 to 140 pixels, seldom more than 112; cells, and with them shapes, are
+not square, not aligned with the patches and vary in size, so that the tower has to find out what is where. The model's
 images go up to 140 pixels (`tiny_config.json`), as the real one's up to 1540; larger ones are scaled down first.
 """
 
@@ -28,30 +26,15 @@ import os
 import random
 import shutil
 from collections.abc import Iterable, Iterator
-from functools import partial
 
-from pictures import COLOURS, NEW_COLOUR, SHAPES, WORDS, draw_one, draw_scene, render
+from pictures import COLOURS, NEW_COLOUR, SHAPES, STYLES, WORDS, Style, any_style, draw_one, draw_scene, render
 from PIL import Image
-from questions import (
-    CALLS,
-    COMPARE,
-    FIRST_OFTEN,
-    FIRST_SEVERAL,
-    FIRST_SINGLE,
-    NUMBERS,
-    OFTEN,
-    SEVERAL,
-    SINGLE,
-    TOOLS,
-    Asker,
-    Question,
-    small_talk,
-)
+from questions import CALLS, FIRST, NUMBERS, OFTEN, SEVERAL, SINGLE, TOOLS, Asker, Question, small_talk
 from tiny_tokenizer import write_tekken
 
 LESSONS = 0.03  # the share of training after which lessons are as varied as other pictures
-EASY = 0.2  # and the one after which they are rare, and pictures have more than three shapes
-LATE = 0.582  # and the one after which questions that are learned last become frequent
+EASY = 0.17  # and the one after which they are rare, and pictures have more than three shapes and other styles
+LATE = 0.5  # and the one after which thoughts and tools are frequent
 
 
 def chat(questions: list[Question], images: list[str], effort: str = "none", offered: tuple[str, ...] = ()) -> dict:
@@ -97,8 +80,8 @@ class Album:
         return path
 
 
-def first_chats(album: Album, count: int, rng: random.Random, late_from: float = 1.0) -> Iterator[dict]:
-    """`count` chats, easy ones first. From the share `late_from` on, what is learned last is asked more often.
+def training_chats(album: Album, count: int, rng: random.Random, start: float = 0.0) -> Iterator[dict]:
+    """`count` chats, easy ones first; from the share `start` of training on, so 1 means as they are at its end.
 
     A model that cannot see learns to see from lessons: pictures of one thing, many in a chat, at first with everything
     in its place. Their share falls slowly, while pictures of two or three shapes come in, and then all the rest. Taught
@@ -106,9 +89,9 @@ def first_chats(album: Album, count: int, rng: random.Random, late_from: float =
     """
     made = 0
     while made < count:
-        done = made / count
-        early, late = done < EASY, done >= late_from
-        lesson = rng.random() < max(0.05, 1 - done / EASY)
+        done = start + (1 - start) * made / count
+        early, late = done < EASY, done >= LATE
+        lesson = rng.random() < max(0.02 if late else 0.05, 1 - done / EASY)
         if lesson:
             room = 1 + min(2, int(4 * done / EASY))  # the thing fills the picture, then it has to be found
             scenes = [draw_one(rng, room) for _ in range(8)]
@@ -118,49 +101,30 @@ def first_chats(album: Album, count: int, rng: random.Random, late_from: float =
                 made += 1
                 yield chat([Asker(scene, rng).lesson() for scene in scenes], images)
             continue
-        shares = (58, 32, 0, 2) if early else (50, 36, 12, 2) if late else (58, 32, 8, 2)
+        shares = (58, 32, 0, 2) if early else (40, 42, 16, 2) if late else (50, 38, 10, 2)
         what = rng.choices(("none", "high", "tools", "text"), shares)[0]
         if what == "text":
             made += 1
             yield text_chat(rng)
             continue
-        scene = draw_scene(rng, 1 if early or rng.random() < 0.5 else 3, 3 if early else 5)
-        asker, effort, offered = Asker(scene, rng, advanced=False), "none", ()
-        if what == "none":
-            kinds = FIRST_SINGLE if early or rng.random() < 0.5 else FIRST_SINGLE + FIRST_SEVERAL
-            kinds += FIRST_OFTEN if late else ()
-            questions = asker.draw(kinds, rng.randint(6, 9) if late else rng.randint(5, 7))
-            if early or rng.random() < 0.5:
-                questions.insert(rng.choice((0, len(questions))) if early else len(questions), asker.describe())
-        elif what == "high":
-            effort = "high"
-            questions = asker.draw(FIRST_SINGLE if early else FIRST_SINGLE[:4] + FIRST_SEVERAL * 2, rng.randint(2, 4))
-        else:
-            questions, effort, offered = calls(asker, FIRST_SINGLE)
-        if questions and (image := album.add(render(scene, rng))):
-            made += 1
-            yield chat(questions, [image], effort, offered)
-
-
-def advanced_chats(album: Album, count: int, rng: random.Random) -> Iterator[dict]:
-    """`count` chats for a model that sees: of all kinds from the start, and with thoughts that say where things are."""
-    made = 0
-    while made < count:
-        what = rng.choices(("none", "high", "tools", "text"), (38, 44, 16, 2))[0]
-        if what == "text":
-            made += 1
-            yield text_chat(rng)
-            continue
-        scene = draw_scene(rng, 1 if rng.random() < 0.4 else 3)
+        longest = 140 if not early and rng.random() < 0.3 else 112
+        scene = draw_scene(rng, 1 if early or rng.random() < 0.4 else 3, 3 if early else 5, longest=longest)
         asker, effort, offered = Asker(scene, rng), "none", ()
         if what == "none":
-            kinds = SINGLE + OFTEN + (SEVERAL + COMPARE if rng.random() < 0.3 else ())
-            questions = asker.draw(kinds, rng.randint(6, 9)) + [asker.everything()] * rng.randint(0, 1)
+            kinds = FIRST if early else SINGLE + OFTEN + (SEVERAL if rng.random() < 0.3 else ())
+            questions = asker.draw(kinds, rng.randint(6, 9))
+            if early or rng.random() < 0.4:
+                questions.insert(rng.choice((0, len(questions))), rng.choice((asker.describe, asker.everything))())
         elif what == "high":
-            questions, effort = asker.draw(SINGLE + (SEVERAL + COMPARE) * 3, rng.randint(2, 4)), "high"
+            kinds = FIRST if early else SINGLE + OFTEN + SEVERAL * 4
+            questions, effort = asker.draw(kinds, rng.randint(2, 4)), "high"
         else:
-            questions, effort, offered = calls(asker, SINGLE)
-        if questions and (image := album.add(render(scene, rng))):
+            questions, effort, offered = calls(asker)
+        if what != "tools" and not early and rng.random() < 0.6:
+            place = rng.randint(0, len(questions))
+            questions[place:place] = asker.follow_up()
+        style = any_style(rng) if not early and rng.random() < 0.4 else Style()
+        if questions and (image := album.add(render(scene, rng, style=style))):
             made += 1
             yield chat(questions, [image], effort, offered)
 
@@ -170,11 +134,11 @@ def text_chat(rng: random.Random) -> dict:
     return chat(questions, [], rng.choice(("none", "high")))
 
 
-def calls(asker: Asker, others: tuple[str, ...]) -> tuple[list[Question], str, tuple[str, ...]]:
+def calls(asker: Asker) -> tuple[list[Question], str, tuple[str, ...]]:
     """Questions that want tools, among others; the reasoning effort; and the tools that are offered."""
     rng = asker.rng
     effort = rng.choice(("none", "none", "high"))
-    questions = asker.draw(CALLS, rng.randint(1, 3)) + asker.draw(others, 1)
+    questions = asker.draw((*CALLS, *CALLS, "no_light"), rng.randint(1, 3)) + asker.draw(SINGLE, 1)
     rng.shuffle(questions)
     wanted = {question.call["name"] for question in questions if question.call}
     offered = [name for name in TOOLS if name in wanted or rng.random() < 0.3]
@@ -208,29 +172,36 @@ def held_out(
     kinds: tuple[str, ...],
     scale: float = 1.0,
     think: bool = True,
+    styled: bool = False,
     **scene,
 ) -> tuple[list[dict], list[str]]:
-    """Chats of one question about one picture each, and the questions' kinds. `scene`: what `draw_scene` is told."""
+    """Chats of one question about one picture each, and the questions' kinds. `scene`: what `draw_scene` is told.
+
+    Of the kind "follow_up", a chat has the question before it, too. styled: each picture in one of STYLES, in turn,
+    which is then called the kind.
+    """
     chats, asked = [], []
-    for _ in range(count):
+    for i in range(count):
         kind, image = rng.choice(kinds), None
+        name, style = list(STYLES.items())[i % len(STYLES)] if styled else ("", lambda rng: Style())
         while image is None:
             drawn = draw_scene(rng, **scene)
-            questions = Asker(drawn, rng, scene.get("colours", tuple(COLOURS))).draw((kind,), 1)
+            asker = Asker(drawn, rng, scene.get("colours", tuple(COLOURS)))
+            questions = asker.follow_up() if kind == "follow_up" else asker.draw((kind,), 1)
             if questions and scene.get("must", "") in questions[0].text + questions[0].answer:
-                image = album.add(render(drawn, rng, scale))
-        offered = tuple(TOOLS) if questions[0].call else ()
+                image = album.add(render(drawn, rng, scale, style=style(rng)))
+        offered = tuple(TOOLS) if kind in CALLS else ()
         chats.append(chat(questions, [image], "high" if think else "none", offered))
-        asked.append(questions[0].kind)
+        asked.append(name or questions[-1].kind)
     return chats, asked
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", metavar="OUT")
-    parser.add_argument("--chats", type=int, default=110000, metavar="N", help="training chats of the first part")
-    parser.add_argument("--advanced", type=int, default=44000, metavar="N", help="training chats of the second part")
-    parser.add_argument("--held-out", type=int, default=500, metavar="N", help="pictures a held-out set")
+    parser.add_argument("--chats", type=int, default=160000, metavar="N", help="training chats")
+    parser.add_argument("--review", type=int, default=1000, metavar="N", help="of review.jsonl, for fine-tunes")
+    parser.add_argument("--held-out", type=int, default=1000, metavar="N", help="pictures a held-out set")
     parser.add_argument("--group", type=int, default=8, metavar="N", help="chats a step, which are sorted by length")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     args = parser.parse_args()
@@ -245,23 +216,32 @@ def main() -> None:
     pink = dict(colours=(*COLOURS, *NEW_COLOUR), must="pink")
     for name, count, kinds, extra in (
         ("single", n, SINGLE, {}),
+        ("counting", n, ("count",), {}),
+        ("corners", n, ("where",), {}),
+        ("sides", n, ("side",), {}),
         ("several", n, SEVERAL, dict(least=2)),
+        ("crowded", n, SEVERAL, dict(least=3)),
         ("tools", n, CALLS, {}),
+        ("counted_calls", n, ("set_light_counted",), {}),
         ("large", n, SINGLE, dict(scale=2.0)),
         ("wide", n, anywhere, dict(wide=True)),
+        ("styles", n, SINGLE, dict(styled=True)),
+        ("absent", n, ("absent",), {}),
+        ("follow_up", n, ("follow_up",), {}),
         ("pink", n, about_shapes, pink),
         ("pink_train", 500, about_shapes, dict(think=False, **pink)),
     ):
         write(out, name, *held_out(Album(out, name, seen), count, rng(name), kinds, **extra))
-    talk = [small_talk(rng(f"text {i}")) for i in range(n // 2)]
+    talk = [small_talk(rng(f"text {i}")) for i in range(n // 4)]
     write(out, "text", [chat([question], []) for question in talk], [question.kind for question in talk])
-    for name, count, chats in (
-        ("val", n, first_chats),
-        ("calibrate", n // 2, advanced_chats),
-        ("advanced", args.advanced, advanced_chats),
-        ("train", args.chats, partial(first_chats, late_from=LATE)),
+    for name, count, begin in (
+        ("val", n // 2, 1.0),
+        ("calibrate", n // 4, 1.0),
+        ("review", args.review, 1.0),
+        ("train", args.chats, 0.0),
     ):
-        write(out, name, sorted_in_groups(chats(Album(out, name, seen), count, rng(name)), args.group))
+        chats = training_chats(Album(out, name, seen), count, rng(name), begin)
+        write(out, name, sorted_in_groups(chats, args.group))
 
     start = os.path.join(out, "start")
     os.makedirs(start)
