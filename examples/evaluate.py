@@ -1,16 +1,15 @@
-"""How often a checkpoint answers the held-out questions of `shapes.py` exactly right.
+"""How often checkpoints answer the held-out questions of `shapes.py` exactly right, as a table in Markdown.
 
-    python examples/evaluate.py DATA --ckpt DIR [--sets NAME …] [--count N] [--by-kind] [generate.py's options]
+    python examples/evaluate.py DATA --ckpt DIR [DIR …] [--sets NAME …] [--count N] [--by-kind] [generate.py's options]
 
-Prints, a set and a reasoning effort a line, the share of right answers; decoding is greedy. A tool call is right if it
-is the only one and its name and arguments are the expected ones, an answer in text if it is the same text. `several`
-is asked twice, with reasoning and without. Runs under torchrun too, with --tp and --pp.
+A row for each set, and for each checkpoint two columns: reasoning effort none and high. Decoding is greedy. A tool call
+is right if it is the only one and its name and arguments are the expected ones, an answer in text if it is the same
+text. Runs under torchrun too, with --tp and --pp.
 """
 
 import json
 import os
 import sys
-import time
 from collections import defaultdict
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -20,13 +19,22 @@ from config import UserError
 from launch import SIZE, Parser, find_place, run_program, together
 from parallel import Place
 
+BOTH = ("none", "high")
 SETS = {  # name: (what it is, the reasoning efforts it is asked with)
-    "single": ("single-step questions", ("none", "high")),
-    "several": ("questions of several steps", ("none", "high")),
+    "single": ("single-step questions", BOTH),
+    "counting": ("how many there are", BOTH),
+    "corners": ("in which corner something is", BOTH),
+    "sides": ("left of, right of, above, below: yes or no", BOTH),
+    "several": ("questions of several steps", BOTH),
+    "crowded": ("the same, three or four shapes", BOTH),
     "tools": ("tool calls", ("none",)),
-    "text": ("text only", ("none",)),
+    "counted_calls": ("tool calls with a count from the picture", ("none",)),
+    "follow_up": ("questions that refer to the one before", BOTH),
+    "absent": ("about what is not there", BOTH),
     "large": ("single-step, twice the resolution", ("none",)),
     "wide": ("single-step, new aspect ratios", ("none",)),
+    "styles": ("single-step, other styles of drawing", ("none",)),
+    "text": ("no picture", ("none",)),
     "pink": ("single-step, with a colour not trained on", ("none",)),
 }
 MAX_NEW_TOKENS = 160
@@ -72,39 +80,41 @@ def evaluate(session: generate.Session, folder: str, name: str, effort: str, cou
 
 
 def percent(verdicts: list[bool]) -> str:
-    return f"{100 * sum(verdicts) / len(verdicts):5.1f} % of {len(verdicts)}"
+    return f"{100 * sum(verdicts) / len(verdicts):.1f} %" if verdicts else ""
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("data", metavar="DATA", help="the folder that shapes.py wrote")
+    parser.add_argument("--ckpt", nargs="+", required=True, metavar="DIR", help="checkpoints, any layout")
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=[n for n in SETS if n != "pink"])
     parser.add_argument("--count", type=SIZE, default=10**9, metavar="N", help="questions a set; default all")
-    parser.add_argument("--by-kind", action="store_true", help="a line for each kind of question too")
+    parser.add_argument("--by-kind", action="store_true", help="a row for each kind of question too")
     own, rest = parser.parse_known_args(argv)
     # greedy decoding, whatever the effort; the prompt only stands in for the ones that are read from files
     defaults = ["--prompt", "", "--temperature", "0", "--top-p", "1", "--max-new-tokens", str(MAX_NEW_TOKENS)]
-    args = generate.parse_args([*defaults, "--batch-size", "32", *rest])
-    place: Place = find_place(args.tp, args.pp)
+    every = [generate.parse_args([*defaults, "--batch-size", "32", "--ckpt", ckpt, *rest]) for ckpt in own.ckpt]
+    place: Place = find_place(every[0].tp, every[0].pp)
     together(lambda: [read_set(own.data, name, 1) for name in own.sets])
-    session = generate.Session(args, place)
+    sessions = [generate.Session(args, place) for args in every]
 
-    def say(text: str) -> None:
+    def row(title: str, count: int | str, cells: list[str]) -> None:
         if place.rank == 0:
-            print(text, flush=True)
+            print("|", " | ".join([title, str(count), *cells]), "|", flush=True)
 
+    row("", "questions", [f"{ckpt}, {effort}" for ckpt in own.ckpt for effort in BOTH])
+    row("---", "---", ["---"] * 2 * len(sessions))
     for name in own.sets:
         title, efforts = SETS[name]
-        for effort in efforts:
-            started = time.perf_counter()
-            verdicts = evaluate(session, own.data, name, effort, own.count)
-            seconds = time.perf_counter() - started
-            say(f"{title + ', ' + effort:50} {percent([right for _, right in verdicts])}   ({seconds:.0f} s)")
-            kinds = defaultdict(list)
-            for kind, right in verdicts:
-                kinds[kind].append(right)
-            for kind in sorted(kinds) if own.by_kind else ():
-                say(f"    {kind:46} {percent(kinds[kind])}")
+        columns = [
+            evaluate(session, own.data, name, effort, own.count) if effort in efforts else []
+            for session in sessions
+            for effort in BOTH
+        ]
+        row(title, len(columns[0]), [percent([right for _, right in column]) for column in columns])
+        for kind in sorted({kind for kind, _ in columns[0]}) if own.by_kind else ():
+            of_kind = [[right for each, right in column if each == kind] for column in columns]
+            row(f"· {kind}", len(of_kind[0]), [percent(rights) for rights in of_kind])
 
 
 if __name__ == "__main__":
