@@ -10,7 +10,6 @@ text. Runs under torchrun too, with --tp and --pp.
 import json
 import os
 import sys
-from collections import defaultdict
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
