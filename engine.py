@@ -34,7 +34,7 @@ from model import KVCache, MistralMedium, Span
 from pipeline import Channel
 
 CHUNK = 4096  # prompt tokens that go through the model at a time: bounds the memory of activations
-CPU_CHUNK = 1024
+CPU_CHUNK = 2048
 LOGIT_ROWS = 64  # positions whose logits exist at the same time when a prompt is scored
 SHARED = 16  # tokens at least that a beginning must have to be copied from another row
 

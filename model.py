@@ -39,8 +39,6 @@ from parallel import (
 )
 from vision import MLP, Projector, RMSNorm, VisionTower, apply_rotary, groups_of, rotary_tables, run_layer
 
-MASK_ELEMENTS = 1 << 22  # on a CPU a prefill chunk's attention mask is at most this large, however long the context
-
 # ------------------------------------------------------------------------------------------------ rotary positions
 
 
@@ -150,16 +148,13 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         from torch.nn.attention.bias import causal_lower_right  # here, since it takes two seconds to import
 
         return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S)).reshape(B, H, T, D)
-    # On a CPU there has to be a mask; queries are taken few enough at a time that it never exceeds MASK_ELEMENTS, and
-    # keys that none of them sees are left out.
-    rows, out = max(1, MASK_ELEMENTS // S), torch.empty_like(q)
-    for first in range(0, T, rows):
-        last = min(first + rows, T)
-        stop = S - T + last
-        mask = torch.ones(last - first, stop, dtype=torch.bool, device=q.device).tril_(S - T + first)
-        block = F.scaled_dot_product_attention(q[:, :, first:last], k[:, :, :stop], v[:, :, :stop], attn_mask=mask)
-        out[:, :, first:last] = block
-    return out.view(B, H, T, D)
+    # On a CPU that would take a mask, and with one the kernel computes what it hides, too. So the chunk attends to
+    # itself and to what came before, and the two are weighted by the sums of their exponentials.
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    own, own_sum = flash(q, k[:, :, S - T :], v[:, :, S - T :], is_causal=True)
+    before, before_sum = flash(q, k[:, :, : S - T], v[:, :, : S - T])
+    share = (before_sum - own_sum).sigmoid_()[..., None]
+    return own.float().lerp_(before.float(), share).to(q.dtype).view(B, H, T, D)
 
 
 def attend_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

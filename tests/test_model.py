@@ -5,6 +5,7 @@ All in float32 on random weights; the bound everywhere is 1e-4 in log-probabilit
 
 import json
 import os
+import random
 
 import numpy as np
 import pytest
@@ -114,13 +115,20 @@ def test_rows_at_different_positions(tmp_path):
             assert_close(got, expected)
 
 
-def test_masks_in_blocks(monkeypatch, tmp_path):
-    """Queries after a cached prefix are taken in blocks whose mask stays small: the blocks do not show."""
-    monkeypatch.setattr("model.MASK_ELEMENTS", 1000)  # about ten rows of the context below
-    fields = text_fields("yarn, short")
-    state, tokens = random_state(fields), random_tokens(120, fields["vocab_size"])
-    model = load(write_checkpoint(tmp_path, fields, state))
-    assert_close(log_probabilities(model, tokens, [23, 97]), formula(fields, state, tokens))
+@pytest.mark.parametrize("case", range(12))
+def test_a_later_chunk(case):
+    """A chunk attends to itself and to what came before it, apart; together that is one softmax, however steep."""
+    draw, sizes = torch.Generator().manual_seed(case), random.Random(case)
+    B, KV, G, D = sizes.randint(1, 3), sizes.randint(1, 3), sizes.randint(1, 4), sizes.choice((6, 32, 48))
+    T, before, steep = sizes.randint(1, 70), sizes.randint(1, 300), sizes.choice((1, 1, 30))
+    q, k, v = (torch.randn(B, h, n, D, generator=draw) for h, n in ((KV * G, T), (KV, before + T), (KV, before + T)))
+    q *= steep
+    scores = q.double() @ k.double().repeat_interleave(G, 1).mT / D**0.5
+    scores = scores.masked_fill(torch.ones(T, before + T).triu(before + 1).bool(), -torch.inf)
+    expected = scores.softmax(-1) @ v.double().repeat_interleave(G, 1)
+    torch.testing.assert_close(attend(q, k, v).double(), expected, rtol=2e-5, atol=2e-5)
+    rounded = attend(*(x.bfloat16() for x in (q / steep, k, v)))
+    assert rounded.dtype == torch.bfloat16 and rounded.shape == q.shape
 
 
 def test_gradients_through_attention():
