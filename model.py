@@ -39,6 +39,8 @@ from parallel import (
 )
 from vision import MLP, Projector, RMSNorm, VisionTower, apply_rotary, groups_of, rotary_tables, run_layer
 
+SHORT = 512  # tokens of several prompts up to which, on a CPU, they go into attention together, with a mask
+
 # ------------------------------------------------------------------------------------------------ rotary positions
 
 
@@ -125,6 +127,7 @@ class Span:
     sin: torch.Tensor
     query_scale: torch.Tensor | None  # (B or 1, 1, T, 1)
     segments: list[tuple[int, int, int]] | None = None  # row of the cache, position of the first token, tokens
+    mask: torch.Tensor | None = None  # (T, T): whom each token sees, of short prompts on a CPU
     positions: torch.Tensor | None = None  # (B, 1, 1, 1), of a step
     length: int = 0
     bias: torch.Tensor | None = None  # (B, 1, 1, length): 0, or -inf beyond a row's end; None: nothing lies beyond
@@ -142,9 +145,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     k, v = (x.flatten(0, 1)[:, None].expand(-1, H // KV, -1, -1) for x in (k, v))
     if S == T:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).reshape(B, H, T, D)
-    # A later chunk: query i stands at position S - T + i and sees as many keys. `is_causal` would align the triangle
-    # with the first key instead of the last.
-    if q.device.type != "cpu":  # flash attention on a GPU can align it so, and no mask exists; any mask excludes flash
+    # A later chunk: query i stands at position S - T + i, and a causal triangle has to be aligned with the last key.
+    if q.device.type != "cpu":  # flash attention on a GPU can do that, and no mask exists; any mask excludes flash
         from torch.nn.attention.bias import causal_lower_right  # here, since it takes two seconds to import
 
         return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S)).reshape(B, H, T, D)
@@ -238,11 +240,12 @@ class Attention(nn.Module):
                 cache.scatter_(3, span.positions.expand_as(new), new)
             out = attend_step(q, *cache[:, :, :, : span.length], span.bias)
         else:
-            out, at = [], 0
-            for row, start, size in span.segments:
-                cache[:, row, :, start : start + size] = new[:, 0, :, at : at + size]
-                out.append(attend(q[:, :, at : at + size], *cache[:, row : row + 1, :, : start + size]))
-                at += size
+            out = [] if span.mask is None else [F.scaled_dot_product_attention(q, k, v, span.mask, enable_gqa=True)]
+            parts = (x.split([size for *_, size in span.segments], dim=-2) for x in (q, new))
+            for (row, start, size), query, part in zip(span.segments, *parts):
+                cache[:, row, :, start : start + size] = part[:, 0]
+                if span.mask is None:
+                    out.append(attend(query, *cache[:, row : row + 1, :, : start + size]))
             out = out[0] if len(out) == 1 else torch.cat(out, dim=2)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
@@ -328,7 +331,12 @@ class MistralMedium(nn.Module):
     def span(self, segments: list[tuple[int, int, int]]) -> Span:
         """For the tokens of prompts, which stand in one row: (row of the cache, first position, tokens) of each."""
         parts = [torch.arange(start, start + size, device=self.place.device) for _, start, size in segments]
-        return Span(*self.tables(torch.cat(parts)[None]), segments)
+        span, sizes = Span(*self.tables(torch.cat(parts)[None]), segments), [size for *_, size in segments]
+        alone = len(sizes) == 1 or any(start for _, start, _ in segments)
+        if self.place.device.type == "cpu" and sum(sizes) <= SHORT and not alone:
+            row = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+            span.mask = (row[:, None] == row).tril_()
+        return span
 
     def step_span(self, positions: torch.Tensor, length: int, alike: bool = False) -> Span:
         """For one token of every row, at `positions` (B,), which attends to the first `length` of the cache.

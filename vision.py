@@ -40,7 +40,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green, blue in CLIP's trai
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-FEW_ROWS = 4  # see RMSNorm
+FEW_ROWS = 512  # see RMSNorm
 PATCHES_AT_ONCE = 1 << 14  # images share a pass through the tower up to this many patches; bounds its activations
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
