@@ -275,7 +275,7 @@ def training(args: argparse.Namespace, what: str, dtype: str, images: bool, tabl
         ckpt, data = os.path.join(folder, "ckpt"), os.path.join(folder, "chats.jsonl")
         if images:
             run_quietly("fp8.py", TINY, ckpt, "--to", "bfloat16")
-            options = "--chats 400 --advanced 0 --held-out 1".split()
+            options = "--chats 400 --review 0 --held-out 1".split()
             run_quietly("examples/shapes.py", os.path.join(folder, "shapes"), *options)
             data = os.path.join(folder, "shapes", "train.jsonl")
         else:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import terminal
 import torch
 from helpers import answers
 from processes import ENVIRONMENT, ROOT
@@ -18,7 +19,7 @@ import session
 pytestmark = pytest.mark.skipif(not os.path.isdir(session.TINY), reason="the repository holds no checkpoint yet")
 
 SET_UP = "pip install -r requirements.txt && "
-SPEEDS = r"[\d.]+(?= (s|prompt tokens/s|new tokens/s)\b)"  # the only numbers that depend on the machine
+SPEEDS = r"[\d.]+(?= (s|tokens/s|prompt tokens/s|new tokens/s)\b)"  # the only numbers that depend on the machine
 
 
 def start() -> tuple[list[tuple[list[str], str]], list[str]]:
@@ -62,6 +63,13 @@ def test_no_rounding_changes_it(dtype, threads, program, monkeypatch):
             assert min(answer["logprobs"]) > math.log(0.9)
     finally:
         torch.set_num_threads(usual)
+
+
+def test_the_recorded_chat():
+    """What a person sees at a terminal: each line as README shows it."""
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        (shown,) = re.findall(r"^```\n(\$ .*?)^```$", file.read(), re.M | re.S)
+    assert re.sub(SPEEDS, "0", terminal.record()) == re.sub(SPEEDS, "0", shown)
 
 
 def plan(*options: str) -> str:

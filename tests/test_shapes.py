@@ -6,17 +6,13 @@ import json
 import os
 import random
 import re
-import sys
 from collections import Counter
 
 import pytest
-from PIL import Image
-from processes import ROOT, run
-
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "examples"))
-
 from evaluate import SETS, is_right
 from pictures import COLOURS, SHAPES, STYLES, WORDS, Scene, Style, Thing, any_style, draw_scene, render
+from PIL import Image
+from processes import ROOT, run
 from questions import CALLS, FIRST, FURTHER, NUMBERS, SEVERAL, SIDES, SINGLE, Asker
 
 from chat import encode_chat

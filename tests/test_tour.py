@@ -14,6 +14,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import torch
+import tour
 from processes import ROOT, run
 from safetensors import safe_open
 
@@ -24,9 +25,6 @@ from config import read_config
 from engine import Engine, Request
 from model import MistralMedium
 from vision import load_image, pixels
-
-sys.path.append(os.path.join(ROOT, "examples"))
-import tour  # noqa: E402
 
 TINY, PICTURE = session.TINY, os.path.join(session.TINY, "picture.png")
 QUESTION = "Is there a red circle?"

@@ -1,12 +1,28 @@
-"""A person at a terminal: a program on a pseudo-terminal, what it shows, and the keys that are pressed."""
+"""A person at a terminal: a program on a pseudo-terminal, what it shows, and the keys that are pressed.
+
+    python examples/terminal.py
+
+chats with the small model about its picture, and prints what the terminal showed: README's recording.
+"""
 
 import os
 import pty
+import re
 import select
 import sys
+import tempfile
 import time
 
-from processes import ENVIRONMENT, ROOT, free_port
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PICTURE = "examples/tiny/picture.png"
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TERM": "xterm"}
+LINES = (  # what is typed
+    "How many stars are there?",
+    "And how many of them are blue?",
+    "/effort high",
+    "How many stars are below the yellow star, times three?",
+    "/exit",
+)
 
 
 class Terminal:
@@ -15,12 +31,12 @@ class Terminal:
     def __init__(self, program: str, *arguments, home, ranks: int = 1):
         command = [sys.executable]
         if ranks > 1:
-            command += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command += [os.path.join(ROOT, program), *map(str, arguments)]
         self.shown, self.at = "", 0  # all that was shown, and how much of it `see` has found
         self.pid, self.keyboard = pty.fork()
         if self.pid == 0:
-            os.environ.update({**ENVIRONMENT, "HOME": str(home), "TERM": "xterm"})
+            os.environ.update({**ENVIRONMENT, "HOME": str(home)})
             os.execv(sys.executable, command)
 
     def see(self, words: str, seconds: float = 60) -> str:
@@ -57,3 +73,22 @@ class Terminal:
             assert time.monotonic() < deadline, f"it goes on after {self.shown[self.at :]!r}"
         os.close(self.keyboard)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def record() -> str:
+    """The session as text, without colours and the terminal's other signs."""
+    arguments = ("--image", PICTURE, "--temperature", "0")
+    with tempfile.TemporaryDirectory() as home:
+        terminal = Terminal("generate.py", *arguments, home=home)
+        for line in LINES:
+            terminal.say(line)
+        if terminal.end() != 0:
+            raise SystemExit(terminal.shown)
+    shown = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", terminal.shown).split("\r\n")
+    kept = [line.split("\r")[-1].rstrip().replace(f"{ROOT}/", "") for line in shown]
+    return "\n".join(["$ " + " ".join(("python generate.py", *arguments)), *kept]).strip() + "\n"
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    print(record(), end="")
