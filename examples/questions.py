@@ -148,7 +148,9 @@ class Asker:
         a, b, (side, (axis, sign)) = self.one(), self.one(), self.rng.choice(list(sides.items()))
         if a and b and a[1].place(axis) != b[1].place(axis):
             first = sign * (a[1].place(axis) - b[1].place(axis)) > 0
-            return side, a[0], b[0], first, self.scan(axis, [a[1], b[1]])
+            found = next(s for s, (x, y) in SIDES.items() if x == axis and (y == sign) == first)
+            (a, at), (b, beside) = ((name, self.place(thing)) for name, thing in (a, b))
+            return side, a, b, first, f"The {a} is at {at}, the {b} at {beside}: {found} it."
 
     def side(self):
         if found := self.two(SIDES):
@@ -156,8 +158,16 @@ class Asker:
             text = self.say(f"Is the {a} {side} the {b}?", f"Do you see the {a} {side} the {b}?")
             return Question("side", text, "yes" if first else "no", thought)
 
+    def which_side(self):
+        """The same, but "yes" or "no" would have to be found from it and from what was asked."""
+        if found := self.two(SIDES):
+            side, a, b, _, thought = found
+            both = "left or right of" if SIDES[side][0] == 0 else "above or below"
+            answer = thought.split(": ")[1].split()[0]
+            return Question("which side", f"Is the {a} {both} the {b}?", answer, thought)
+
     def further(self):
-        """A lesson for `side`: of two names, rather than of two words, one is the answer."""
+        """A lesson for both."""
         if found := self.two(FURTHER):
             side, a, b, first, thought = found
             return Question("further", f"Which is {side}, the {a} or the {b}?", a if first else b, thought)
@@ -367,12 +377,14 @@ class Asker:
 
 
 # The kinds of questions, for equal shares; a kind that stands here twice is asked twice as often.
-SINGLE = ("colour", "shape", "exists", "count", "count", "read", "read", "extreme", "beside", "where", "side")
+SINGLE = ("colour", "shape", "exists", "count", "count", "read", "read", "extreme", "beside", "where", "which_side")
 SEVERAL = ("count_beside", "count_beside", "count_sum", "more", "text_sum")
 CALLS = ("set_light", "set_light_counted", "press_key", "move_shape")
-# For training: what a young model begins with, and what it learns last, which is asked more often.
+# For training: what a young model begins with, and what it learns last, which is asked more often. What is where is
+# seen soon; which of the things is meant by "the star", late.
 FIRST = ("colour", "shape", "exists", "count", "count", "read", "read", "extreme", "beside", "where", "cell", "further")
-OFTEN = ("count", "count", "where", "side", "side", "further", "cell", "beside", "read", "absent", "absent")
+OFTEN = (*["colour"] * 3, *["shape"] * 2, "exists", *["count"] * 2, *["where"] * 3, *["cell"] * 2, "further")
+OFTEN += (*["which_side"] * 3, *["side"] * 2, "beside", "read", *["absent"] * 2)
 
 
 def tool(name: str, description: str, **properties: str) -> dict:

@@ -101,7 +101,7 @@ def training_chats(album: Album, count: int, rng: random.Random, start: float = 
                 made += 1
                 yield chat([Asker(scene, rng).lesson() for scene in scenes], images)
             continue
-        shares = (58, 32, 0, 2) if early else (40, 42, 16, 2) if late else (50, 38, 10, 2)
+        shares = (58, 32, 0, 2) if early else (53, 30, 15, 2) if late else (56, 32, 10, 2)
         what = rng.choices(("none", "high", "tools", "text"), shares)[0]
         if what == "text":
             made += 1
@@ -112,7 +112,7 @@ def training_chats(album: Album, count: int, rng: random.Random, start: float = 
         asker, effort, offered = Asker(scene, rng), "none", ()
         if what == "none":
             kinds = FIRST if early else SINGLE + OFTEN + (SEVERAL if rng.random() < 0.3 else ())
-            questions = asker.draw(kinds, rng.randint(6, 9))
+            questions = asker.draw(kinds, rng.randint(7, 10))
             if early or rng.random() < 0.4:
                 questions.insert(rng.choice((0, len(questions))), rng.choice((asker.describe, asker.everything))())
         elif what == "high":
@@ -218,7 +218,8 @@ def main() -> None:
         ("single", n, SINGLE, {}),
         ("counting", n, ("count",), {}),
         ("corners", n, ("where",), {}),
-        ("sides", n, ("side",), {}),
+        ("sides", n, ("which_side",), {}),
+        ("yes_or_no", n, ("side",), {}),
         ("several", n, SEVERAL, dict(least=2)),
         ("crowded", n, SEVERAL, dict(least=3)),
         ("tools", n, CALLS, {}),
