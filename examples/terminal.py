@@ -17,10 +17,11 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PICTURE = "examples/tiny/picture.png"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TERM": "xterm"}
 LINES = (  # what is typed
-    "How many stars are there?",
-    "And how many of them are blue?",
+    "Which shape is topmost?",
+    "And what is below it?",
+    "What colour is the circle?",
     "/effort high",
-    "How many stars are below the yellow star, times three?",
+    "How many circles are there, plus two?",
     "/exit",
 )
 
