@@ -155,6 +155,11 @@ def truth(kind: str, text: str, scene: Scene) -> str:
         (one,), (other,) = (members(f"{name}s", things) for name in (a, b))
         place, sign = FURTHER[re.search(r"is ([\w ]+),", text)[1]]
         return a if sign * one.place(place) > sign * other.place(place) else b
+    if kind == "which side":
+        sides = ("left of", "right of") if " left or right of " in text else ("above", "below")
+        one, other = re.search(r"Is the ([\w ]+?) (?:left or right of|above or below) the ([\w ]+)\?", text).groups()
+        (side,) = [s for s in sides if truth("side", f"Is the {one} {s} the {other}?", scene) == "yes"]
+        return side.split()[0]
     if kind in ("side", "beside", "nothing beside", "count_beside"):
         side = next(side for side in SIDES if f" {side} " in text)
         *_, name = re.findall(r"the ([\w ]+?)[?,]", text)
@@ -190,7 +195,7 @@ def test_answers_are_right_and_thoughts_lead_to_them():
     rng, kinds = random.Random(5), set()
     for _ in range(1500):
         scene = draw_scene(rng)
-        for question in Asker(scene, rng).draw(SINGLE + SEVERAL + FIRST + ("absent",), 4):
+        for question in Asker(scene, rng).draw(SINGLE + SEVERAL + FIRST + ("side", "absent"), 4):
             kinds.add(question.kind)
             if question.kind.startswith("no "):
                 name = question.answer.removeprefix("there is no ")
@@ -200,7 +205,7 @@ def test_answers_are_right_and_thoughts_lead_to_them():
             last = question.thought.removesuffix(".").split()[-1]
             if question.answer.isdigit() and question.kind != "digit":
                 assert last == question.answer
-    assert len(kinds) == 21, kinds
+    assert len(kinds) == 22, kinds
 
 
 def test_follow_ups_speak_of_the_answer_before():
