@@ -135,7 +135,7 @@ class Span:
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Causal grouped-query attention of T tokens to themselves and to those before. q (B, H, T, D), k and v
-    (B, KV, S, D) -> (B, H, T, D). H / KV query heads share one key/value head, of which nothing is ever repeated.
+    (B, KV, S, D) -> (B, H, T, D). H / KV query heads share a key/value head, never repeated. No gradients for S > T.
     """
     B, H, T, D = q.shape
     KV, S = k.shape[1], k.shape[2]

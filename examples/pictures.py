@@ -48,7 +48,7 @@ STYLES = {  # of the held-out set: its name, and the style
 
 
 def any_style(rng: random.Random) -> Style:
-    """For training: each thing in a third of the pictures, weaker than in the held-out set, and never JPEG."""
+    """For training: all but JPEG, mixed; noise and turns weaker than in the held-out set."""
     return Style(
         tuple((DARK if rng.random() < 0.3 else BACKGROUNDS).items()),
         rng.choice((0.16, 0.16, 0.08, 0)),

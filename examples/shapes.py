@@ -34,7 +34,7 @@ from tiny_tokenizer import write_tekken
 
 LESSONS = 0.03  # the share of training after which lessons are as varied as other pictures
 EASY = 0.17  # and the one after which they are rare, and pictures have more than three shapes and other styles
-LATE = 0.5  # and the one after which thoughts and tools are frequent
+LATE = 0.5  # and the one after which tools are more frequent and lessons rarer
 
 
 def chat(questions: list[Question], images: list[str], effort: str = "none", offered: tuple[str, ...] = ()) -> dict:

@@ -82,8 +82,8 @@ def test_a_picture_shows_its_scene(scale):
 
 
 @pytest.mark.parametrize("name", STYLES)
-def test_styles_are_drawn_and_not_trained_on(name):
-    """Each changes the picture; what is trained on is weaker, and never JPEG."""
+def test_styles(name):
+    """Each changes the picture; noise and turns are weaker where they are trained on, and no picture there is a JPEG."""
     rng = random.Random(4)
     scene = Scene(2, 2, (44.0, 40.0), [Thing("red", "square", 0, 0), Thing("blue", "star", 1, 1)])
     style = STYLES[name](rng)
