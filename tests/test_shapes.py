@@ -83,7 +83,7 @@ def test_a_picture_shows_its_scene(scale):
 
 @pytest.mark.parametrize("name", STYLES)
 def test_styles(name):
-    """Each changes the picture; noise and turns are weaker where they are trained on, and no picture there is a JPEG."""
+    """Each changes the picture; noise and turns are weaker where they are trained on, and none there is a JPEG."""
     rng = random.Random(4)
     scene = Scene(2, 2, (44.0, 40.0), [Thing("red", "square", 0, 0), Thing("blue", "star", 1, 1)])
     style = STYLES[name](rng)
