@@ -23,8 +23,12 @@ class Question:
 class Asker:
     """Questions about one scene. A method for each kind returns one, or None where the scene does not suit it.
 
-    Thoughts say where a shape is before they say what it is, "b2 red star". Columns are a, b, …, rows 1, 2, … of the 28
-    pixels that are a token to the model: it decides where to look next, and then looks there.
+    A thought lists all that is there, in an order that suits the question, and says where a shape is before it says
+    what it is, "b2 red star": the model decides where to look next, and then looks there. Columns are a, b, …, rows 1,
+    2, … of the 28 pixels that are a token to it. Where something is to be counted, each shape is followed by the count
+    so far. A list of only the shapes that count would have to know of a cell whether its shape counts before it has
+    looked there; and a list that is filtered afterwards needs all of it at once. Where the picture alone tells the
+    answer ("top left"), the thought is the answer in a sentence: a cell would not help, and a wrong one mislead.
     """
 
     def __init__(self, scene: Scene, rng: random.Random, colours=tuple(COLOURS)):
@@ -68,18 +72,19 @@ class Asker:
         )
         return f"{'abcdefgh'[column]}{row + 1}"
 
-    def names(self, things: list[Thing]) -> str:
-        return ", ".join(f"{self.place(thing)} {thing}" for thing in things) or "none"
+    def names(self, axis: int) -> str:
+        return ", ".join(f"{self.place(thing)} {thing}" for thing in self.scene.things_by[axis])
 
-    def scan(self, axis: int, among: list[Thing] | None = None) -> str:
-        order = "From left to right: " if axis == 0 else "From top to bottom: "
-        return order + self.names([t for t in self.scene.things_by[axis] if among is None or t in among]) + "."
+    def scan(self, axis: int) -> str:
+        return ("From left to right: ", "From top to bottom: ")[axis] + self.names(axis) + "."
 
-    def counted(self, plural: str, among: list[Thing]) -> str:
-        return f"{plural}: {self.names(self.in_order(among))}: {len(among)}."
-
-    def in_order(self, among: list[Thing]) -> list[Thing]:
-        return [t for t in self.scene.things_by[0] if t in among]
+    def counted(self, what: str, hits: list[Thing], axis: int = 0) -> str:
+        """All shapes, each with how many of `hits`, which are called `what`, have come up to it."""
+        found, count = [], 0
+        for thing in self.scene.things_by[axis]:
+            count += thing in hits
+            found.append(f"{self.place(thing)} {thing} {count}")
+        return f"{what}: {', '.join(found)}."
 
     def say(self, *wordings: str) -> str:
         return self.rng.choice(wordings)
@@ -92,18 +97,14 @@ class Asker:
             text = self.say(
                 f"What colour is the {name}?", f"Which colour has the {name}?", f"Name the {name}'s colour."
             )
-            return Question(
-                "colour", text, thing.colour, f"The {name} at {self.place(thing)} is {thing.colour}.", about=thing
-            )
+            return Question("colour", text, thing.colour, self.scan(0), about=thing)
 
     def shape(self):
         thing = self.rng.choice(self.things)
         if sum(t.colour == thing.colour for t in self.things) == 1:
             c = thing.colour
             text = self.say(f"What shape is {c}?", f"Which shape is {c}?", f"Name the {c} shape.")
-            return Question(
-                "shape", text, thing.shape, f"The {c} shape at {self.place(thing)} is a {thing.shape}.", about=thing
-            )
+            return Question("shape", text, thing.shape, self.scan(0), about=thing)
 
     def exists(self):
         there = self.rng.random() < 0.5
@@ -113,10 +114,11 @@ class Asker:
             colour, shape = self.rng.choice(
                 [(self.rng.choice(self.colours), shape), (colour, self.rng.choice(list(SHAPES)))]
             )
-        name, among = f"{colour} {shape}", [t for t in self.things if t.shape == shape]
+        name = f"{colour} {shape}"
         text = self.say(f"Is there a {name}?", f"Do you see a {name}?", f"Does the picture show a {name}?")
         answer = "yes" if name in map(str, self.things) else "no"
-        return Question("exists", text, answer, f"{SHAPES[shape]}: {self.names(self.in_order(among))}.")
+        thought = self.counted(f"{colour} {SHAPES[shape]}", [t for t in self.things if str(t) == name])
+        return Question("exists", text, answer, thought)
 
     def count(self):
         plural, among = self.group()
@@ -144,32 +146,30 @@ class Asker:
             return Question("extreme", text, str(found[0]), self.scan(axis), about=found[0])
 
     def two(self, sides: dict) -> tuple | None:
-        """One of `sides`, two shapes by name, which of them is there compared with the other, and the thought."""
+        """One of `sides`, two shapes by name, whether the first is there, seen from the other, and where it is."""
         a, b, (side, (axis, sign)) = self.one(), self.one(), self.rng.choice(list(sides.items()))
         if a and b and a[1].place(axis) != b[1].place(axis):
             first = sign * (a[1].place(axis) - b[1].place(axis)) > 0
             found = next(s for s, (x, y) in SIDES.items() if x == axis and (y == sign) == first)
-            (a, at), (b, beside) = ((name, self.place(thing)) for name, thing in (a, b))
-            return side, a, b, first, f"The {a} is at {at}, the {b} at {beside}: {found} it."
+            return side, a[0], b[0], first, found, self.scan(axis)
 
     def side(self):
         if found := self.two(SIDES):
-            side, a, b, first, thought = found
+            side, a, b, first, there, thought = found
             text = self.say(f"Is the {a} {side} the {b}?", f"Do you see the {a} {side} the {b}?")
-            return Question("side", text, "yes" if first else "no", thought)
+            return Question("side", text, f"{there} it, so {'yes' if first else 'no'}", thought)
 
     def which_side(self):
-        """The same, but "yes" or "no" would have to be found from it and from what was asked."""
+        """The same, without the step from where it is to whether this is what was asked."""
         if found := self.two(SIDES):
-            side, a, b, _, thought = found
+            side, a, b, _, there, thought = found
             both = "left or right of" if SIDES[side][0] == 0 else "above or below"
-            answer = thought.split(": ")[1].split()[0]
-            return Question("which side", f"Is the {a} {both} the {b}?", answer, thought)
+            return Question("which side", f"Is the {a} {both} the {b}?", there.split()[0], thought)
 
     def further(self):
         """A lesson for both."""
         if found := self.two(FURTHER):
-            side, a, b, first, thought = found
+            side, a, b, first, _, thought = found
             return Question("further", f"Which is {side}, the {a} or the {b}?", a if first else b, thought)
 
     def cell(self):
@@ -187,7 +187,8 @@ class Asker:
             name = found[0] if about else f"the {found[0]}"
             if len(among) == 1 - none:
                 text = self.say(f"What is {side} {name}?", f"Which shape is {side} {name}?")
-                return Question("beside", text, str(among[0]) if among else "nothing", self.scan(axis))
+                answer = str(among[0]) if among else "nothing"
+                return Question("beside", text, answer, f"{self.scan(axis)} {side} the {found[1]}: {answer}.")
 
     def where(self, about: tuple[str, Thing] | None = None):
         """In which corner `about` is, or anything."""
@@ -196,7 +197,7 @@ class Asker:
             place = ("bottom " if found[1].row else "top ") + ("right" if found[1].column else "left")
             name = found[0] if about else f"the {found[0]}"
             text = self.say(f"Where is {name}?", f"In which corner is {name}?")
-            return Question("where", text, place, f"{name[0].upper()}{name[1:]} at {self.place(found[1])} is {place}.")
+            return Question("where", text, place, f"The {found[1] if about else found[0]} is {place}.")
 
     # about what is not there
 
@@ -211,9 +212,10 @@ class Asker:
             return Question(f"no {name}", self.say(*texts), f"there is no {name}", f"There is no {name}.")
         texts = [f"Where is the {name}?", f"What is {side} the {name}?", f"Which cell is the {name} in?"]
         texts += [f"What colour is the {name}?", f"Name the {name}'s colour."] * 2 * (name in SHAPES)
-        shape = name.split()[-1]
-        among = [t for t in self.things if t.shape == shape]
-        return Question("no shape", self.say(*texts), f"there is no {name}", self.counted(SHAPES[shape], among))
+        text, answer = self.say(*texts), f"there is no {name}"
+        if text.startswith("What is"):  # the thoughts begin as they do where there is one: nothing gives it away
+            return Question("no shape", text, answer, f"{self.scan(SIDES[side][0])} {side} the {name}: {answer}.")
+        return Question("no shape", text, answer, self.scan(0) if "colour" in text else f"There is no {name}.")
 
     # after another question
 
@@ -253,7 +255,7 @@ class Asker:
     def everything(self):
         """Where everything is, row by row: another lesson."""
         text = self.say("Where is everything?", "List all shapes.")
-        return Question("everything", text, self.names(self.scene.things_by[1]), "")
+        return Question("everything", text, self.names(1), "")
 
     def lesson(self):
         """A question about the only thing in a picture; mostly with one word for an answer.
@@ -293,8 +295,7 @@ class Asker:
         axis, sign = SIDES[side]
         if found and not any(t.place(axis) == found[1].place(axis) for t in among if t != found[1]):
             hits = [t for t in among if sign * (t.place(axis) - found[1].place(axis)) > 0]
-            scan, ordered = self.scan(axis), [t for t in self.scene.things_by[axis] if t in hits]
-            thought = f"{scan} {plural} {side} the {found[0]}: {self.names(ordered)}: {len(hits)}."
+            thought = self.counted(f"{plural} {side} the {found[0]}", hits, axis)
             return self.sum(len(hits), f"How many {plural} are {side} the {found[0]}", thought, "count_beside")
 
     def count_sum(self):
@@ -336,8 +337,7 @@ class Asker:
             + (f"once for each of the {times[0]}." if times else f"{n} times."),
         )
         call = {"name": "set_light", "arguments": {"colour": thing.colour, "count": n}}
-        thought = f"The {name} at {self.place(thing)} is {thing.colour}."
-        return Question("set_light", text, "", thought + (f" {self.counted(*times)}" if times else ""), call)
+        return Question("set_light", text, "", self.counted(*times) if times else self.scan(0), call)
 
     def set_light_counted(self):
         return self.set_light(self.group(0))
@@ -346,7 +346,7 @@ class Asker:
         """Nothing to call a tool for."""
         if (name := self.missing()) in SHAPES:
             text = f"Set the light to the colour of the {name}, {self.rng.randint(1, 9)} times."
-            return Question("no_light", text, f"there is no {name}", self.counted(SHAPES[name], []))
+            return Question("no_light", text, f"there is no {name}", self.scan(0))
 
     def press_key(self):
         if digit := self.scene.digit:

@@ -1,6 +1,6 @@
 """Pictures of shapes, questions about them, and everything else that the small checkpoint is trained and tested on.
 
-    python examples/shapes.py OUT --chats 160000 --seed 0
+    python examples/shapes.py OUT --chats 128000 --seed 0
 
 OUT then holds the chats that `train.py` reads, each set beside the folder of its pictures, with no picture in two sets:
 
@@ -21,9 +21,11 @@ images go up to 140 pixels (`tiny_config.json`), as the real one's up to 1540; l
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 
@@ -33,8 +35,8 @@ from questions import CALLS, FIRST, NUMBERS, OFTEN, SEVERAL, SINGLE, TOOLS, Aske
 from tiny_tokenizer import write_tekken
 
 LESSONS = 0.03  # the share of training after which lessons are as varied as other pictures
-EASY = 0.17  # and the one after which they are rare, and pictures have more than three shapes and other styles
-LATE = 0.5  # and the one after which tools are more frequent and lessons rarer
+EASY = 0.12  # and the one after which they are rare, and pictures have more than three shapes and other styles
+LATE = 0.5  # and the one after which lessons are rarer still
 
 
 def chat(questions: list[Question], images: list[str], effort: str = "none", offered: tuple[str, ...] = ()) -> dict:
@@ -101,7 +103,7 @@ def training_chats(album: Album, count: int, rng: random.Random, start: float = 
                 made += 1
                 yield chat([Asker(scene, rng).lesson() for scene in scenes], images)
             continue
-        shares = (58, 32, 0, 2) if early else (53, 30, 15, 2) if late else (56, 32, 10, 2)
+        shares = (54, 36, 0, 2) if early else (42, 42, 14, 2)
         what = rng.choices(("none", "high", "tools", "text"), shares)[0]
         if what == "text":
             made += 1
@@ -120,7 +122,7 @@ def training_chats(album: Album, count: int, rng: random.Random, start: float = 
             questions, effort = asker.draw(kinds, rng.randint(2, 4)), "high"
         else:
             questions, effort, offered = calls(asker)
-        if what != "tools" and not early and rng.random() < 0.6:
+        for _ in range(0 if what == "tools" or early else rng.choice((0, 1, 1, 2))):
             place = rng.randint(0, len(questions))
             questions[place:place] = asker.follow_up()
         style = any_style(rng) if not early and rng.random() < 0.4 else Style()
@@ -146,15 +148,23 @@ def calls(asker: Asker) -> tuple[list[Question], str, tuple[str, ...]]:
     return questions, effort, tuple(offered)
 
 
-def sorted_in_groups(chats: Iterator[dict], size: int) -> Iterator[dict]:
-    """The same chats, but each `size` of them, the batch of a step, by length: micro-batches with little padding."""
-    group = []
-    for one in chats:
-        group.append((len(json.dumps(one)), one))
-        if len(group) == size:
-            yield from (one for _, one in sorted(group, key=lambda pair: pair[0]))
-            group = []
-    yield from (one for _, one in sorted(group, key=lambda pair: pair[0]))
+def in_even_batches(chats: Iterable[dict], size: int, rng: random.Random) -> Iterator[dict]:
+    """The same chats, `size` of about the same length after one another: a step that takes them has little padding.
+
+    Only the chats of eight steps change places, so that what is early stays early.
+    """
+    chats = iter(chats)
+    while group := sorted(itertools.islice(chats, 8 * size), key=length):
+        batches = [group[i : i + size] for i in range(0, len(group), size)]
+        rng.shuffle(batches)
+        yield from itertools.chain.from_iterable(batches)
+
+
+def length(chat: dict) -> int:
+    """Tokens, roughly: an image has some 12, a tool 50, a word or sign 1."""
+    words = sum(len(re.findall(r"\w+|[^\w\s]", text)) for text in strings(chat["messages"]))
+    images = sum(part["type"] == "image_url" for m in chat["messages"] for part in m["content"] if type(part) is dict)
+    return words + 12 * images + 50 * len(chat.get("tools", ()))
 
 
 def write(out: str, name: str, chats: Iterable[dict], kinds: list[str] | None = None) -> None:
@@ -199,10 +209,10 @@ def held_out(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", metavar="OUT")
-    parser.add_argument("--chats", type=int, default=160000, metavar="N", help="training chats")
+    parser.add_argument("--chats", type=int, default=128000, metavar="N", help="training chats")
     parser.add_argument("--review", type=int, default=1000, metavar="N", help="of review.jsonl, for fine-tunes")
     parser.add_argument("--held-out", type=int, default=1000, metavar="N", help="pictures a held-out set")
-    parser.add_argument("--group", type=int, default=8, metavar="N", help="chats a step, which are sorted by length")
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="chats a step, of about the same length")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     args = parser.parse_args()
     os.makedirs(args.out)
@@ -242,7 +252,7 @@ def main() -> None:
         ("train", args.chats, 0.0),
     ):
         chats = training_chats(Album(out, name, seen), count, rng(name), begin)
-        write(out, name, sorted_in_groups(chats, args.group))
+        write(out, name, in_even_batches(chats, args.batch, rng(f"{name} batches")))
 
     start = os.path.join(out, "start")
     os.makedirs(start)

@@ -11,7 +11,7 @@ data=$out/data seed=${SEED:-0}
 
 [ -d "$data" ] || {
     rm -rf "$data.partial"
-    python examples/shapes.py "$data.partial" --chats "${CHATS:-160000}" --held-out "${HELD_OUT:-1000}" --seed "$seed"
+    python examples/shapes.py "$data.partial" --chats "${CHATS:-128000}" --held-out "${HELD_OUT:-1000}" --seed "$seed"
     mv "$data.partial" "$data"
 }
 
@@ -23,4 +23,4 @@ python train.py --init "$data/start/config.json" --tokenizer "$data/start" --dat
 
 rm -rf "$out/tiny"
 python fp8.py "$out/run/model" "$out/tiny" --calibrate "$data/calibrate.jsonl"
-python examples/evaluate.py "$data" --ckpt "$out/tiny" "$out/run/model"
+python examples/evaluate.py "$data" --ckpt "$out/tiny" "$out/run/model" --batch-size 64
