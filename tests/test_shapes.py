@@ -158,7 +158,7 @@ def truth(kind: str, text: str, scene: Scene) -> str:
     if kind == "which side":
         sides = ("left of", "right of") if " left or right of " in text else ("above", "below")
         one, other = re.search(r"Is the ([\w ]+?) (?:left or right of|above or below) the ([\w ]+)\?", text).groups()
-        (side,) = [s for s in sides if truth("side", f"Is the {one} {s} the {other}?", scene) == "yes"]
+        (side,) = [s for s in sides if truth("side", f"Is the {one} {s} the {other}?", scene).endswith("yes")]
         return side.split()[0]
     if kind in ("side", "beside", "nothing beside", "count_beside"):
         side = next(side for side in SIDES if f" {side} " in text)
@@ -172,7 +172,8 @@ def truth(kind: str, text: str, scene: Scene) -> str:
             return str(hits[0]) if hits else "nothing"
         if kind == "side":
             (one,) = members(re.search(rf"the ([\w ]+?) {side}", text)[1] + "s", things)
-            return "yes" if one in hits else "no"
+            opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+            return f"{side} it, so yes" if one in hits else f"{opposite[side]} it, so no"
         start = len(members(re.search(r"many ([\w ]+?) are", text)[1], hits))
     elif kind == "count_sum":
         start = len(members(re.search(r"many ([\w ]+?) are", text)[1], things))
@@ -262,7 +263,35 @@ def test_thoughts_say_where_things_are():
     scene = Scene(3, 2, (37.0, 29.0), [Thing("red", "star", 2, 1), Thing("blue", "star", 0, 0)])  # 4 × 3 tokens
     assert Asker(scene, random.Random(0)).everything().answer == "a1 blue star, d3 red star"
     thoughts = [q.thought for q in Asker(scene, random.Random(1)).draw(("colour", "shape", "exists", "extreme"), 9)]
-    assert all(re.search(r"\b(a1|d3) |at (a1|d3)\b|none", thought) for thought in thoughts), thoughts
+    assert all("a1 blue star" in thought and "d3 red star" in thought for thought in thoughts), thoughts
+
+
+def test_thoughts_list_everything_and_count_on_the_way():
+    """A list has all shapes, from left to right or from top to bottom, and counts exactly those that are asked for."""
+    rng, counts = random.Random(7), 0
+    list_of = re.compile(rf"([\w ]+?)(?: ({'|'.join(SIDES)}) the ([\w ]+))?: ((?:[a-h]\d [\w ]+(?:, )?)+)")
+    for _ in range(600):
+        scene = draw_scene(rng)
+        asker = Asker(scene, rng)
+        questions = asker.draw(SINGLE + SEVERAL + CALLS + ("side", "absent", "no_light"), 4) + asker.follow_up()
+        for question in questions:
+            for plural, side, anchor, listed in list_of.findall(question.thought):
+                shapes, numbers = zip(
+                    *(re.fullmatch(r"(\D+\d\D+?)(?: (\d))?", one).groups() for one in listed.split(", "))
+                )
+                down = plural == "From top to bottom" or side in ("above", "below")
+                things = sorted(scene.things, key=lambda t: (t.row, t.column) if down else (t.column, t.row))
+                assert list(shapes) == [f"{asker.place(t)} {t}" for t in things]
+                if plural.startswith("From"):
+                    assert set(numbers) == {None}
+                    continue
+                hits = members(plural, things)
+                if side:
+                    (axis, sign), (other,) = SIDES[side], members(f"{anchor}s", things)
+                    hits = [t for t in hits if sign * t.place(axis) > sign * other.place(axis)]
+                assert numbers == tuple(str(sum(t in hits for t in things[: i + 1])) for i in range(len(things)))
+                counts += 1
+    assert counts > 500
 
 
 # ---- the files
