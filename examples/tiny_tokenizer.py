@@ -26,20 +26,20 @@ PATTERN = (
 )
 
 
-def learn_merges(texts: list[str], at_least: int = 3) -> list[bytes]:
-    """The tokens that BPE learns beyond the 256 bytes: always the commonest pair, until it is rarer than `at_least`."""
+def learn_merges(texts: list[str], most: int, at_least: int = 3) -> list[bytes]:
+    """Up to `most` tokens that BPE learns beyond the bytes: always the commonest pair, if not rarer than `at_least`."""
     pattern = re.compile(python_pattern(PATTERN))
     counts = Counter(match[0] for text in texts for match in pattern.finditer(text))
     words = [([bytes([byte]) for byte in word.encode()], count) for word, count in counts.items()]
     merges = []
-    while True:
+    while len(merges) < most:
         pairs = Counter()
         for pieces, count in words:
             for pair in zip(pieces, pieces[1:]):
                 pairs[pair] += count
         best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
         if best is None or pairs[best] < at_least:
-            return merges
+            break
         token = best[0] + best[1]
         if token not in merges:
             merges.append(token)
@@ -47,14 +47,13 @@ def learn_merges(texts: list[str], at_least: int = 3) -> list[bytes]:
             for i in range(len(pieces) - 1, 0, -1):
                 if i < len(pieces) and (pieces[i - 1], pieces[i]) == best:
                     pieces[i - 1 : i + 1] = [token]
+    return merges
 
 
 def write_tekken(path: str, texts: list[str], vocab_size: int = 768) -> None:
     """Write a `tekken.json` of format v15 with `vocab_size` ids; what the text does not fill are tokens never used."""
-    vocab = [bytes([byte]) for byte in range(256)] + learn_merges(texts)
     size = vocab_size - NUM_SPECIAL
-    if len(vocab) > size:
-        raise ValueError(f"the text has {len(vocab)} tokens, but only {size} fit a vocabulary of {vocab_size}")
+    vocab = [bytes([byte]) for byte in range(256)] + learn_merges(texts, size - 256)
     vocab += [b"\x00" + str(i).encode() for i in range(size - len(vocab))]
     data = {
         "config": {
