@@ -179,6 +179,17 @@ def test_random_weights_are_the_same_everywhere(text, tmp_path):
 # -------------------------------------------------------------------------------------------------- validation
 
 
+def test_lengths_go_together(text, tmp_path, monkeypatch):
+    """No other way to cut a step into micro-batches has less padding, and the largest micro-batch comes first."""
+    steps, cut = [], train.micro_batches
+    monkeypatch.setattr(train, "micro_batches", lambda *args: steps.append(cut(*args)) or steps[-1])
+    train.main(arguments(*text, tmp_path, max_steps=2, global_batch_size=8, micro_batch_size=3))
+    assert len(steps) == 2
+    for batches in steps:
+        lengths = sorted((int((row != 11).sum()) for batch in batches for row in batch.tokens), reverse=True)
+        assert [batch.shape[1] for batch in batches] == lengths[::3] and len(set(lengths)) > 3
+
+
 def test_validation_loss_is_the_loss(images, tmp_path):
     """A step over the whole file, without a change, and the validation of the same file."""
     options = {"max_steps": 2, "global_batch_size": 17, "lr": 0, "min_lr": 0, "val": images[1], "val_every": 1}
