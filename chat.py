@@ -195,6 +195,24 @@ def _check(holds: object, problem: str) -> None:
         raise UserError(problem)
 
 
+# ---- making messages, and what is in them
+
+
+def opening(system: str | None) -> list[dict]:
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def user_turn(images: list[str], text: str) -> dict:
+    parts = [{"type": "image_url", "image_url": {"url": path}} for path in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
+
+
+def image_url(part: dict) -> str | None:
+    """Of a message's part that is an image."""
+    url = part.get("image_url")
+    return url.get("url") if isinstance(url, dict) else url
+
+
 # ---- from messages to turns
 
 

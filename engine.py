@@ -104,6 +104,7 @@ class Group:
 
     def __init__(self, model: MistralMedium, width: int, length: int):
         self.rows: list[Row] = []
+        self.room = width  # how many rows there may be; a GPU's steps run over a power of two
         self.cache: KVCache = model.new_cache(width, length)
         self.held: list[list] = [[] for _ in range(width)]  # the ids (see Row.ids) of what each row of the cache holds
         device = model.place.device
@@ -115,10 +116,7 @@ class Group:
         self.steps: dict[tuple, Callable | None] = {}  # see Engine.decode
 
     def drop_finished(self) -> list[Row]:
-        """The last row moves into the place of a finished one, so that a step runs over the cache's first rows.
-
-        Returns those that are finished.
-        """
+        """Takes out what is finished and returns it. Last rows take these places: a step runs over the first rows."""
         finished = [row for row in self.rows if row.done]
         for i in reversed(range(len(self.rows))):
             if self.rows[i].done:
@@ -217,9 +215,8 @@ class Engine:
     def prepare_groups(self, rows: list[Row]) -> None:
         """Groups for as many rows as these: those of the last call if they will do, and hold something of use."""
         count = min(self.place.pp_size, len(rows))
-        widths = [-(-(len(rows) - i) // count) for i in range(count)]
-        if self.record is not None:
-            widths = [power_of_two(width) for width in widths]
+        asked = [-(-(len(rows) - i) // count) for i in range(count)]
+        widths = asked if self.record is None else [power_of_two(width) for width in asked]
         length = KVCache.length_for(max((row.length for row in rows), default=0) + 1)
         held = [ids for group in self.groups for ids in group.held]
         useful = any(common(ids, row.ids) >= SHARED for row in rows for ids in held)
@@ -227,6 +224,9 @@ class Engine:
         if not useful or [len(group.held) for group in self.groups] != widths:
             self.groups.clear()  # first, to have their memory
             self.groups += [Group(self.model, width, length) for width in widths]
+        for group, width in zip(self.groups, asked):
+            group.room = width
+            group.positions.zero_()  # a step counts on in rows that nobody took, too: not from call to call
 
     def agree(self, stop: Callable[[], bool]) -> bool:
         """What `stop()` says on rank 0, on all ranks."""
@@ -237,7 +237,7 @@ class Engine:
 
     def advance(self, group: Group, waiting: Iterator[Row]) -> None:
         """A token for every row; and rows that wait take the places that are free, with the first token of theirs."""
-        old, new = len(group.rows), list(islice(waiting, len(group.held) - len(group.rows)))
+        old, new = len(group.rows), list(islice(waiting, group.room - len(group.rows)))
         longest = max((row.length for row in (*group.rows, *new)), default=0) + 1  # with the token that goes in
         if longest > group.cache.length:
             group.cache.grow(KVCache.length_for(longest))

@@ -317,7 +317,8 @@ class Metrics:
             shown = [f"{name} {value:.4f}" for name, value in line.items() if name != "step"]
             return self.say(f"step {line['step']}: {', '.join(shown)}")
         self.seconds = [*self.seconds[-19:], line["step_s"]]
-        left = timedelta(seconds=round(sum(self.seconds) / len(self.seconds) * (self.total - line["step"])))
+        seconds = sum(self.seconds) / len(self.seconds) * (self.total - line["step"])
+        left = timedelta(seconds=round(min(seconds, 1e9)))  # 30 years: no calendar goes on for ever
         text = LINE.format(**line, total=self.total, left=left)
         if not sys.stderr.isatty():
             self.say(text)

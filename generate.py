@@ -27,7 +27,7 @@ import sys
 import termios
 from collections.abc import Iterator
 
-from chat import encode_chat
+from chat import encode_chat, image_url, opening, user_turn
 from checkpoint import writing
 from config import UserError
 from launch import COUNT, SIZE, Parser, find_place, gather_objects, number, run_program, together
@@ -38,14 +38,11 @@ from session import (
     TOP_P,
     Session,
     check_utf8,
-    image_url,
     note,
-    opening,
     print_calls,
     read_input,
     read_requests,
     stream,
-    user_turn,
 )
 from vision import grid, load_image
 
@@ -158,7 +155,9 @@ class Keyboard:
 
     def read(self, prompt: str = "\n> ") -> str | None:
         """A line, or a pasted block; "\x03" for Ctrl-C, None at the end."""
-        ahead = re.sub(r"\x1b\[[\d;]*[A-Za-z~]|[^\n -\U0010ffff]", "", self.ahead.decode(errors="surrogateescape"))
+        ahead = re.sub(r"\x1b\[[\d;]*[A-Za-z~]|[^\n\b -\U0010ffff]", "", self.ahead.decode(errors="surrogateescape"))
+        while (shorter := re.sub(r"[^\n\b\x7f][\b\x7f]|(?<!.)[\b\x7f]", "", ahead)) != ahead:  # backspace
+            ahead = shorter
         draft, self.draft, self.ahead, self.interrupted = self.draft + ahead, "", b"", False
         if draft == ahead and ahead.find("\n") == len(ahead) - 1 >= 0:  # a line; several are a paste, to be seen first
             print(f"{prompt}{ahead}", end="", flush=True)
@@ -390,7 +389,9 @@ class Chat:
             raise UserError(f"{path}: should hold one line, with 'messages'")
         answer, where = spec.pop("answer", None), spec.pop("where")
         self.session.request({**spec, "where": where}, base)  # refuses what could not be answered
-        messages = [*spec.pop("messages"), *([answer] if isinstance(answer, dict) and answer.get("role") else [])]
+        messages = [*spec.pop("messages"), *([answer] if answer else [])]
+        if answer:  # the images were looked at already
+            encode_chat(self.session.tokenizer, messages, spec.get("tools"), None, lambda url: (1, 1), training=True)
         lists = [message["content"] for message in messages if isinstance(message.get("content"), list)]
         for part in itertools.chain(*lists):
             if (url := image_url(part)) and url[:5].lower() != "data:":
@@ -405,8 +406,8 @@ def interact(session: Session) -> None:
     keyboard = Keyboard(session.place.rank)
     before = signal.signal(signal.SIGINT, keyboard.interrupt)  # where a launcher sends it to the ranks
     with keyboard.mode(canonical=True):
-        if session.place.rank == 0:
-            Chat(session, keyboard).run()
+        if chat := together(lambda: Chat(session, keyboard) if session.place.rank == 0 else None):
+            chat.run()
             gather_objects(None)
         else:
             while (spec := gather_objects(None)[0]) is not None:

@@ -51,7 +51,7 @@ import fp8
 from chat import encode_chat
 from checkpoint import Checkpoint, fill, is_quantized
 from config import Config, UserError, VisionConfig, parse_line, read_lines
-from launch import gather_objects
+from launch import gather_objects, together
 from model import MistralMedium
 from parallel import Place, all_gather
 from tokenizer import load_tokenizer
@@ -204,7 +204,7 @@ class Chats:
     def __init__(self, path: str, tokenizer, config: Config, max_length: int, place: Place):
         self.path, self.base = path, os.path.dirname(path)
         mine = {}  # line number -> Sample, or what is wrong with the line
-        for number, line in read_lines(path):
+        for number, line in together(lambda: read_lines(path)):
             if number % place.world_size == place.rank:
                 try:
                     mine[number] = self._read(line, number, tokenizer, config)

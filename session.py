@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from chat import NAME, encode_chat
+from chat import NAME, encode_chat, opening, user_turn
 from checkpoint import Checkpoint, Stored, canonical_name, fill, weight_bytes
 from config import UserError, find_folder, parse_line, read_config, read_json, read_lines, reading
 from engine import Answer, Engine, Request
@@ -89,12 +89,20 @@ class Session:
         """The requests' answers as the JSON objects that --json prints.
 
         `on_piece` (see the engine) and `on_result`, which gets them in the order of the requests, are called on rank 0.
+        Raises UserError for a request that cannot be read, once those before it that had begun are answered.
         """
-        first, results, early = self.place.rank == 0, [], {}
+        first, results, early, mistakes = self.place.rank == 0, [], {}, []
 
         def requests() -> Iterator[Request]:  # each is read, its images too, when there is room for it
-            for spec in specs:
-                yield together(lambda spec=spec: self.request(spec, base))
+            for i, spec in enumerate(specs):
+                try:
+                    request = together(lambda: self.request(spec, base, i))
+                except UserError as mistake:
+                    if i < self.args.batch_size:  # nothing has begun; later, what has is not thrown away
+                        raise
+                    mistakes.append(mistake)
+                    return
+                yield request
 
         def on_done(i: int, request: Request, answer: Answer) -> None:
             early[i] = self.result(request, answer)
@@ -105,6 +113,8 @@ class Session:
 
         pieces = (on_piece,) if first else ()
         self.engine.generate(requests(), *pieces, on_done=on_done, width=self.args.batch_size, stop=stop)
+        if mistakes:
+            raise mistakes[0]
         return results
 
     def stats(self) -> dict:
@@ -116,8 +126,11 @@ class Session:
         every = zip(*gather_objects((peak_memory(self.place), self.weight_bytes, self.bytes_read)))
         return stats | dict(zip(("peak_memory_bytes", "weight_bytes", "bytes_read"), map(list, every)))
 
-    def request(self, spec: dict, base: str = "") -> Request:
-        """A JSON request -> token ids, pixels and settings. Raises UserError that begins with `spec["where"]`."""
+    def request(self, spec: dict, base: str = "", index: int = 0) -> Request:
+        """A JSON request -> token ids, pixels and settings. Raises UserError that begins with `spec["where"]`.
+
+        Requests that want no seed in particular get different ones, by their `index`: asked twice, two answers.
+        """
         where, vision = spec["where"], self.config.vision
         effort = spec.get("reasoning_effort", self.args.reasoning_effort)
         images: list[torch.Tensor] = []
@@ -153,15 +166,18 @@ class Session:
         stop = [stop] if isinstance(stop, str) else stop
         if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
             raise UserError(f"{where}: stop should be a string or a list of strings")
-        numbers = self.numbers(spec, thinks=effort == "high")
+        numbers = self.numbers(spec, effort == "high", index)
         scored = self.args.logprobs or numbers["max_new_tokens"] == 0
         reader = ReplyParser(self.tokenizer, prompt, stop, "raw" in spec)
         return Request(prompt, images, **numbers, reader=reader, logprobs=scored, images=names)
 
-    def numbers(self, spec: dict, thinks: bool) -> dict:
+    def numbers(self, spec: dict, thinks: bool, index: int = 0) -> dict:
         """max_new_tokens, temperature, top_p and seed: the request's, else the command line's, else the defaults."""
-        found = {"temperature": 0.7 if thinks else 0.0, "top_p": 0.95 if thinks else 1.0, "seed": self.seed}
-        found["max_new_tokens"] = None  # as many as the context leaves
+        found = {"temperature": 0.7 if thinks else 0.0, "top_p": 0.95 if thinks else 1.0}
+        found |= {
+            "seed": (self.seed + index) % (1 << 63),
+            "max_new_tokens": None,
+        }  # None: as many as the context leaves
         for name, parse in NUMBERS.items():
             if spec.get(name) is not None:
                 try:
@@ -189,6 +205,8 @@ def read_adapters(directory: str, checkpoint: Checkpoint) -> tuple[int, float]:
     fields = read_json(path)
     with reading(path, "adapter config"):
         rank, alpha = int(fields["r"]), float(fields["lora_alpha"])
+        if not (0 < rank <= 1 << 16 and math.isfinite(alpha)):
+            raise UserError(f"rank {rank} and alpha {alpha} cannot be; r should be above 0 and lora_alpha finite")
         for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
             if fields.get(name):
                 raise UserError(f"{name} is not supported; --lora takes what train.py exports")
@@ -245,27 +263,12 @@ def command_line_request(args: argparse.Namespace, data: bytes | None) -> dict:
     return {"messages": [*opening(args.system), user_turn(args.image, text)], "where": where}
 
 
-def opening(system: str | None) -> list[dict]:
-    return [] if system is None else [{"role": "system", "content": system}]
-
-
-def user_turn(images: list[str], text: str) -> dict:
-    parts = [{"type": "image_url", "image_url": {"url": path}} for path in images]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
-
-
 def check_utf8(text: str, where: str) -> None:
     """Bytes that are not UTF-8 come from the command line and the terminal as lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
         raise UserError(f"{where}: not UTF-8 text; check the encoding of the terminal or script") from None
-
-
-def image_url(part: dict) -> str | None:
-    """Of a message's part that is an image."""
-    url = part.get("image_url")
-    return url.get("url") if isinstance(url, dict) else url
 
 
 # -------------------------------------------------------------------------------------------------- what is printed

@@ -93,11 +93,11 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, place: Place):
         self.args, self.place = args, place
         self.states = os.path.join(args.out, "checkpoints")  # where the run's state is saved
-        self.checkpoint = Checkpoint(args.ckpt) if args.ckpt else None
-        self.config = read_config(args.ckpt or args.init)
+        self.checkpoint = together(lambda: Checkpoint(args.ckpt) if args.ckpt else None)
+        self.config = together(lambda: read_config(args.ckpt or args.init))
         if self.checkpoint:
-            self.config = self.checkpoint.fit(self.config)
-        self.tokenizer = load_tokenizer(args.ckpt or args.tokenizer, self.config)
+            self.config = together(lambda: self.checkpoint.fit(self.config))
+        self.tokenizer = together(lambda: load_tokenizer(args.ckpt or args.tokenizer, self.config))
         if args.max_length > self.config.max_position_embeddings:
             raise UserError(f"--max-length goes up to {self.config.max_position_embeddings} with this model")
         read = partial(Chats, tokenizer=self.tokenizer, config=self.config, max_length=args.max_length, place=place)
@@ -329,8 +329,9 @@ class Trainer:
             self.pipeline.evaluate(mine)
         line = {"step": step, "val_loss": self.totals()[0]}
         if self.args.val_generate or not self.place.sequence_parallel:  # under which a single token cannot be split
-            exact = self.exact_answers(samples[: None if self.args.val_generate else SHOWN * self.place.dp_size])
-            line |= {"val_exact": exact / len(samples)} if self.args.val_generate else {}
+            asked = [sample for sample in samples if sample.targets[-1]]  # the last answer may have weight 0
+            exact = self.exact_answers(asked[: None if self.args.val_generate else SHOWN * self.place.dp_size])
+            line |= {"val_exact": exact / len(asked)} if self.args.val_generate and asked else {}
         self.agree()  # that may have taken long
         return line
 

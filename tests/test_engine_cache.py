@@ -274,6 +274,21 @@ def test_a_step_runs_over_rows_without_requests(model):
     assert_same(made.generate(again), [alone(model, request) for request in again])
 
 
+@pytest.mark.parametrize("count", [3, 5])
+def test_rows_that_nobody_takes(count, model, monkeypatch):
+    """Room for three is rounded up to a step of four, whose last row stays empty from call to call."""
+    made, busy, decode = Engine(model, Endless.eos_id, 4096), [], Engine.decode
+    made.record = lambda step: step
+    monkeypatch.setattr(Engine, "decode", lambda self, group: busy.append(len(group.rows)) or decode(self, group))
+    for call in range(12):
+        requests = [Request(random_tokens(20, 301, seed=9 * call + i), max_new_tokens=9) for i in range(count)]
+        answers = made.generate(requests, width=3)
+        if call in (0, 11):
+            assert_same(answers, [alone(model, request) for request in requests])
+        assert len(made.groups) == 1 and int(made.groups[0].positions.max()) < made.groups[0].cache.length == 64
+    assert max(busy) == 3
+
+
 def test_an_answer_that_is_broken_off(model):
     """An exception from outside leaves nothing half-done: the same engine answers as a new one would."""
     made, request = Engine(model, Endless.eos_id, 4096), Request(random_tokens(40, 301), max_new_tokens=9)

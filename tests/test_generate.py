@@ -132,12 +132,29 @@ def test_requests(ckpt, program, tmp_path):
     assert status == 0 and [f"[{i}]" in out for i in range(10)] == [False, *[True] * 8, False]
 
 
-def test_seeds_and_sampling(ckpt, program):
+def test_a_mistake_in_a_later_batch(ckpt, program, tmp_path):
+    """What was answered, or had begun, is not thrown away; what comes after the mistake is not answered."""
+    lines = [{"raw": "the", "max_new_tokens": n} for n in (3, 9, 4, 5)]
+    lines[3] = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "lost.png"}}]}]}
+    path = tmp_path / "requests.jsonl"
+    path.write_text("\n".join(map(json.dumps, [*lines, lines[0]])) + "\n")
+    status, out, err = program("--ckpt", ckpt, "--json", "--requests", path, "--batch-size", 2)
+    assert status == 2 and err.count("error") == 1 and "line 4" in err
+    answered = [json.loads(line)["tokens"] for line in out.splitlines()]
+    path.write_text("\n".join(map(json.dumps, lines[:3])) + "\n")
+    assert answered == [answer["tokens"] for answer in answers(program("--ckpt", ckpt, "--json", "--requests", path))]
+
+
+def test_seeds_and_sampling(ckpt, program, tmp_path):
     common = ("--ckpt", ckpt, "--raw", "--prompt", "the", "--json", "--max-new-tokens", 20, "--temperature")
     runs = [answers(program(*common, 1.5, "--seed", seed))[0]["tokens"] for seed in (3, 3, 4)]
     assert runs[0] == runs[1] != runs[2]
     free = [tuple(answers(program(*common, 1.5))[0]["tokens"]) for _ in range(3)]
     assert len(set(free)) > 1  # a new seed each time
+    (tmp_path / "same.jsonl").write_text('{"raw": "the", "max_new_tokens": 20, "temperature": 1.5}\n' * 5)
+    common_file = ("--ckpt", ckpt, "--json", "--requests", tmp_path / "same.jsonl", "--batch-size", 2)
+    assert len({tuple(answer["tokens"]) for answer in answers(program(*common_file))}) == 5
+    assert len({tuple(answer["tokens"]) for answer in answers(program(*common_file, "--seed", 3))}) == 1
     greedy = [
         answers(program(*common, *more))[0]["tokens"] for more in ((0,), (0, "--seed", 9), (1.5, "--top-p", 1e-9))
     ]

@@ -25,9 +25,9 @@ def asked(monkeypatch) -> list[dict]:
     """What the session was asked, request by request."""
     asked, request = [], session.Session.request
 
-    def record(self, spec, base=""):
+    def record(self, spec, *more):
         asked.append(spec)
-        return request(self, spec, base)
+        return request(self, spec, *more)
 
     monkeypatch.setattr(session.Session, "request", record)
     return asked
@@ -155,14 +155,16 @@ def test_other_peoples_files(seeing, program, asked, tmp_path):
         {"role": "assistant", "tool_calls": calls},
         {"role": "tool", "content": "3", "tool_call_id": "abc"},
     ]
+    wrong = ({"content": ["b"]}, {"content": "b", "tool_calls": 7}, {"content": {}}, {"role": "user", "content": "b"})
     good = save(tmp_path / "good.jsonl", messages=messages, answer={"role": "assistant", "tool_calls": calls})
     bad = [
         save(tmp_path / f"{i}.jsonl", **more) for i, more in enumerate(({"messages": []}, {"raw": "x"}, {"seed": "x"}))
     ]
+    bad += [save(tmp_path / f"a{i}.jsonl", answer={"role": "assistant", **more}) for i, more in enumerate(wrong)]
     typed = [f"/load {good}", "/tool 4", f"/load {save(tmp_path / 'odd.jsonl', answer={})}", "/retry", "/load"]
     typed += [f"/load {path}" for path in bad]
     status, _, err = program("--interactive", "--ckpt", seeing, "--max-new-tokens", 1, stdin=lines(*typed))
-    assert status == 0 and len(errors(err)) == 4, err
+    assert status == 0 and len(errors(err)) == 8, err
     first, second = (spec["messages"] for spec in asked if spec["where"] == "this turn")
     assert [m["role"] for m in first[2:]] == ["assistant", "tool", "assistant", "tool"]
     assert first[-1]["tool_call_id"] == "abc" and [m["role"] for m in second] == ["system", "user"]
@@ -273,6 +275,9 @@ def test_typed_ahead_and_a_failed_turn(ckpt, tmp_path):
     chat.see("> /efort high")
     chat.press("\x01\x1b[C\x1b[C\x1b[Cf\r")
     chat.see("reasoning effort high")
+    chat.say("go on")
+    chat.press("\x7f/sett\x08\x7f\x7fet seed 95\x7f\n")  # typed ahead, with mistakes taken back
+    chat.see("> /set seed 9\r\n")
     chat.say("/exit")
     assert chat.end() == 0
 

@@ -1,6 +1,7 @@
 """Adapters: on every topology the same, merged right, beside a base that stays as it is. Parity is in test_train.py."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -144,6 +145,9 @@ def test_adapters_that_do_not_fit(text, program, tmp_path):
         ({"r": 4}, "has shape"),
         ({"use_dora": True}, "use_dora"),
         ({"r": "x"}, "adapter_config.json"),
+        ({"r": 0}, "adapter_config.json"),
+        ({"r": -3}, "adapter_config.json"),
+        ({"lora_alpha": math.nan}, "adapter_config.json"),
     ):
         (folder / "adapter_config.json").write_text(json.dumps(fields | change))
         status, out, err = program("--ckpt", text[0], "--lora", folder, "hi")

@@ -59,6 +59,14 @@ def test_in_a_terminal(stopped, text, tmp_path):
     assert any(line.startswith("error: SIGINT" if stopped else "done in") for line in screen), screen
 
 
+def test_steps_without_end(tmp_path, capsys):
+    """No calendar goes as far as these would take."""
+    metrics = export.Metrics(str(tmp_path), 0, 10**18)
+    for step in range(1, 12):
+        metrics.write({"step": step, "loss": 1.0, "grad_norm": 1.0, "tokens_per_s": 1.0, "step_s": 250.0})
+    assert capsys.readouterr().err.count("left") == 12
+
+
 def test_round_numbers():
     rng = random.Random(0)
     for _ in range(2000):

@@ -217,6 +217,12 @@ def test_answers_that_become_exact(images, tmp_path):
     options = {"max_steps": 1, "lr": 0, "min_lr": 0, "val": data, "val_generate": True}
     train.main(arguments(images[0], data, tmp_path / "untrained", **options))
     assert metrics(tmp_path / "untrained")[-1]["val_exact"] == 0.0
+    with open(data, "a", encoding="utf-8") as file:  # a chat whose last answer does not count, which nobody can miss
+        turns = [("user", "who"), ("assistant", "them"), ("user", "where"), ("assistant", "in")]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        file.write(json.dumps({"messages": [*messages[:3], {**messages[3], "weight": 0}]}) + "\n")
+    train.main(arguments(images[0], data, tmp_path / "weightless", **options))
+    assert metrics(tmp_path / "weightless")[-1]["val_exact"] == 0.0
 
 
 # ------------------------------------------------------------------------------------------------------ mistakes
