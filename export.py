@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import signal
 import sys
@@ -58,7 +59,7 @@ def save(directory: str, config: Config, shapes: dict[str, tuple], weights: Iter
     """
     if os.path.exists(directory) and not (os.path.isdir(directory) and not os.listdir(directory)):
         raise UserError(f"{directory}: already exists; choose a new folder or remove it")
-    partial = f"{directory.rstrip('/')}.partial-{os.getpid()}"
+    partial = f"{directory.rstrip('/')}.partial-{secrets.token_hex(4)}"  # in containers, process ids repeat
     with writing(directory), new_folder(partial):
         shards, filled = [[]], 0
         for name, shape in shapes.items():
@@ -101,8 +102,8 @@ def new_folder(path: str) -> Iterator[None]:
         signal.raise_signal(number)
 
     with caught(remove) as before:
+        os.makedirs(path)
         try:
-            os.makedirs(path)
             yield
         finally:
             shutil.rmtree(path, ignore_errors=True)
@@ -235,7 +236,9 @@ def export_adapters(directory: str, model: nn.Module, rank: int, alpha: float, b
         config |= dict(target_modules=targets, inference_mode=True, base_model_name_or_path=os.path.abspath(base))
         with writing(directory):
             os.makedirs(directory, exist_ok=True)
-            save_file(renamed, os.path.join(directory, "adapter_model.safetensors"), metadata={"format": "pt"})
+            path = os.path.join(directory, "adapter_model.safetensors")
+            save_file(renamed, path, metadata={"format": "pt"})
+            os.chmod(path, 0o644)  # as in `save`
             write_json(os.path.join(directory, "adapter_config.json"), config)
 
     together(write if model.place.rank == 0 else lambda: None)
@@ -422,15 +425,17 @@ def convert(source: str, target: str, to_fp8: bool, chats: str | None) -> None:
     check_names(checkpoint, model)
     parts = {name: part for name, (_, part) in layers_with_slices(model).items()}
     quantized = [name for name in parts if to_fp8 and is_quantized(name)]
-    if chats:
-        inputs = calibrate(source, chats, config, checkpoint)
-    else:
-        inputs = {name: checkpoint.scale(scale_names(name)[1]) for name in quantized}
-    if any(inputs[name] is None for name in quantized):
+    inputs = {} if chats else {name: checkpoint.scale(scale_names(name)[1]) for name in quantized}
+    if any(scale is None for scale in inputs.values()):
         inputs = {}  # a config calls all linears static or all dynamic: one without a scale makes them dynamic
-    written = export_config(config, to_fp8, "static" if inputs else "dynamic")
-    weights = ((name, *checkpoint.weight(name, part, config), inputs.get(name)) for name, part in parts.items())
-    save(target, written, {name: part.shape for name, part in parts.items()}, weights, source)
+
+    def weights() -> Iterator[tuple]:  # asked for once the folder is there: what takes hours is not for nothing
+        scales = calibrate(source, chats, config, checkpoint) if chats else inputs
+        for name, part in parts.items():
+            yield name, *checkpoint.weight(name, part, config), scales.get(name)
+
+    written = export_config(config, to_fp8, "static" if chats or inputs else "dynamic")
+    save(target, written, {name: part.shape for name, part in parts.items()}, weights(), source)
 
 
 def main(argv: list[str]) -> None:

@@ -181,17 +181,17 @@ def find_place(tp: int | None, pp: int | None) -> Place:
 
 
 def keep_alive() -> None:
-    """Let the kernel break every connection of this process whose other machine was not heard of for 40 seconds.
+    """Let the kernel break every idle connection of this process whose other machine does not answer for 40 seconds.
 
     A machine that lost its network or its power closes no connection, and those who wait for it would go on waiting.
-    A process that is only stopped is different: its kernel still answers.
+    A process that is only stopped is different: its kernel still answers. TCP_USER_TIMEOUT would break it, too.
     """
     for name in os.listdir("/proc/self/fd") if dist.is_initialized() and sys.platform == "linux" else ():
         with contextlib.suppress(OSError):  # not a socket, or not of TCP
             connection = socket.socket(fileno=int(name))
             try:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                for option, value in (("KEEPIDLE", 10), ("KEEPINTVL", 10), ("USER_TIMEOUT", 40_000)):
+                for option, value in (("KEEPIDLE", 10), ("KEEPINTVL", 10), ("KEEPCNT", 3)):
                     connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{option}"), value)
             finally:
                 connection.detach()  # it is not ours to close

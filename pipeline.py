@@ -36,7 +36,9 @@ run has nothing else to restore.
 **Calibration** sends chats through a model to see how large the inputs of its linears become, for static FP8 scales.
 """
 
+import contextlib
 import hashlib
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -339,9 +341,31 @@ def measure_inputs(model: MistralMedium, batches: Iterable[MicroBatch]) -> dict[
     return {name: fp8.scale_of(amax) for name, amax in largest.items()}
 
 
+def cpu_memory() -> float:
+    """Bytes that are free on this machine, within the limits that Slurm or a container sets (control groups)."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free = sum(1024 * int(line.split()[1]) for line in file if line.startswith(("MemAvailable", "SwapFree")))
+        with open("/proc/self/cgroup", encoding="utf-8") as file:
+            groups = [line.rstrip("\n").split(":", 2) for line in file]
+    except OSError:
+        return math.inf
+    for _, kind, path in groups:
+        if kind in ("", "memory"):  # version 2 and version 1
+            folder, name = f"/sys/fs/cgroup/{kind}{path}", "memory.limit_in_bytes" if kind else "memory.max"
+            while len(folder) >= len("/sys/fs/cgroup"):
+                with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, name)) as file:
+                    free = min(free, int(file.read()))  # ValueError: "max", no limit
+                folder = os.path.dirname(folder)
+    return free
+
+
 def calibrate(directory: str, chats_file: str, config: Config, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """Run the checkpoint, dequantized to BF16, over the chats of a file; see `measure_inputs`."""
     model = MistralMedium(config)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    if size > (room := cpu_memory()):
+        raise UserError(f"the weights take {size / 1e9:.1f} GB, but {room / 1e9:.1f} GB are free: no --calibrate here")
     chats = Chats(chats_file, load_tokenizer(directory, config), config, config.max_position_embeddings, Place())
     fill(model, checkpoint)
 

@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import resource
 import socket
 import sys
@@ -42,6 +41,7 @@ from meter import COPIES, GPUS, LINKS, Gpu, Meter, infer_on_shapes, small, train
 from model import MistralMedium, add_adapters
 from optimizer import BUCKET
 from parallel import Place
+from pipeline import cpu_memory
 from vision import PATCHES_AT_ONCE
 
 MOST_RANKS = 1024  # a smallest topology is looked for up to here
@@ -336,25 +336,6 @@ def peak_memory(place: Place) -> int:
     if place.device.type == "cuda":
         return torch.cuda.max_memory_allocated(place.device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def cpu_memory() -> float:
-    """Bytes that are free on this machine, within the limits that Slurm or a container sets (control groups)."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            free = sum(1024 * int(line.split()[1]) for line in file if line.startswith(("MemAvailable", "SwapFree")))
-        with open("/proc/self/cgroup", encoding="utf-8") as file:
-            groups = [line.rstrip("\n").split(":", 2) for line in file]
-    except OSError:
-        return math.inf
-    for _, kind, path in groups:
-        if kind in ("", "memory"):  # version 2 and version 1
-            folder, name = f"/sys/fs/cgroup/{kind}{path}", "memory.limit_in_bytes" if kind else "memory.max"
-            while len(folder) >= len("/sys/fs/cgroup"):
-                with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, name)) as file:
-                    free = min(free, int(file.read()))  # ValueError: "max", no limit
-                folder = os.path.dirname(folder)
-    return free
 
 
 # ----------------------------------------------------------------------------------------------- the program

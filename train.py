@@ -136,7 +136,7 @@ class Trainer:
 
     def build_model(self) -> MistralMedium:
         args, place = self.args, self.place
-        keep_fp8 = bool(args.lora_rank and args.ckpt and self.config.fp8)  # frozen weights stay as they are stored
+        keep_fp8 = bool(args.lora_rank and self.checkpoint and self.checkpoint.is_fp8())  # frozen weights stay so
         self.planned = check_memory(self.config, place, args, keep_fp8)  # bytes
         model = together(lambda: MistralMedium(self.config, place, getattr(torch, args.dtype), keep_fp8))
         if self.checkpoint:
@@ -225,7 +225,7 @@ class Trainer:
 
     def first_step(self) -> int:
         """1, or the step after the newest saved state, which is loaded here."""
-        args, newest = self.args, newest_state(self.states)
+        args, newest = self.args, gather_objects(newest_state(self.states))[0]  # what rank 0 sees, for all
         if not any(gather_objects(self.pipeline.gradient_here)):
             raise UserError("--freeze leaves nothing to train; name less")
         if args.resume and not newest:
@@ -392,7 +392,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--min-lr", type=RATE, default=1e-6, metavar="F", help="where the cosine ends")
     add("--warmup-steps", type=COUNT, default=0, metavar="N", help="steps in which the learning rate rises to --lr")
     add("--betas", type=BETA, nargs=2, default=[0.9, 0.999], metavar=("A", "B"), help="Adam's")
-    add("--eps", type=RATE, default=1e-8, metavar="F", help="Adam's")
+    add("--eps", type=number(float, 0, 1e9, above=True), default=1e-8, metavar="F", help="Adam's")
     add("--weight-decay", type=RATE, default=0.0, metavar="F", help="on every trained weight")
     add("--max-grad-norm", type=RATE, default=1.0, metavar="F", help="longer gradients are scaled down; 0: never")
     add = parser.add_argument_group("what is trained").add_argument

@@ -25,7 +25,7 @@ from checkpoint import held_tensors
 from config import Config, read_config
 from engine import Engine, Request
 from fp8 import E4M3, has_fp8_matmul
-from launch import find_place, run_program
+from launch import find_place, gather_objects, run_program
 from model import MistralMedium, add_adapters
 from parallel import Linear, Place
 
@@ -203,7 +203,8 @@ def main(argv: list[str]) -> None:
         config = replace(config, **SMALL, head_dim=32, num_hidden_layers=4, vision=None)
         place = replace(place, device=torch.device("cpu"))
         args.prompt, args.decode_at, args.new_tokens, args.length, args.matrix = 256, 32, 8, 64, 512
-    layers = args.layers or (layers_that_fit(config, place) if args.device == "cuda" else config.num_hidden_layers)
+    fit = layers_that_fit if args.device == "cuda" else lambda config, place: config.num_hidden_layers
+    layers = args.layers or min(gather_objects(fit(config, place)))
     rows = benchmark(config, place, layers, args)
     if place.rank == 0:
         command = " ".join(["python benchmarks/flagship.py", *argv])

@@ -19,10 +19,11 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from config import UserError  # noqa: E402
+from config import UserError, reading  # noqa: E402
 from launch import run_program  # noqa: E402
 
 COLUMNS = ("image_id", "mode", "case_id", "question", "answer")
@@ -36,7 +37,6 @@ def convert(source: str, target: str) -> dict[str, list[int]]:
     Returns [chats, rows left out] by split.
     """
     try:
-        import pyarrow
         import pyarrow.parquet as parquet
     except ImportError:
         raise UserError("reading parquet files needs pyarrow: pip install pyarrow") from None
@@ -50,28 +50,29 @@ def convert(source: str, target: str) -> dict[str, list[int]]:
     try:
         for path in files:
             split = re.split(r"[-.]", os.path.basename(path))[0]
-            try:
-                file = parquet.ParquetFile(path)
-            except (pyarrow.ArrowException, OSError) as error:
-                raise UserError(f"{path}: cannot be read as parquet ({error})") from None
-            if missing := [name for name in COLUMNS if name not in file.schema_arrow.names]:
-                raise UserError(f"{path}: has no column {missing[0]!r}; MedPix-VQA has {', '.join(COLUMNS)}")
             if split not in lines:
                 lines[split] = open(os.path.join(partial, f"{split}.jsonl"), "w", encoding="utf-8")  # noqa: SIM115
-            row_number = 0
-            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=list(COLUMNS)):
-                for row in batch.to_pylist():
-                    row_number += 1
-                    chat = chat_of(row, partial, f"{path} row {row_number}")
-                    if chat is not None:
-                        lines[split].write(json.dumps(chat, ensure_ascii=False) + "\n")
-                    counts.setdefault(split, [0, 0])[chat is None] += 1
+            for number, row in enumerate(rows_of(path, parquet.ParquetFile), 1):
+                chat = chat_of(row, partial, f"{path} row {number}")
+                if chat is not None:
+                    lines[split].write(json.dumps(chat, ensure_ascii=False) + "\n")
+                counts.setdefault(split, [0, 0])[chat is None] += 1
         for file in lines.values():
             file.close()
         os.rename(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return counts
+
+
+def rows_of(path: str, open_parquet: Callable) -> Iterator[dict]:
+    """The rows of a parquet file, as many in memory as ROWS_AT_ONCE says. Raises UserError, wherever it is damaged."""
+    with reading(path, "parquet file"):
+        file = open_parquet(path)
+        if missing := [name for name in COLUMNS if name not in file.schema_arrow.names]:
+            raise UserError(f"{path}: has no column {missing[0]!r}; MedPix-VQA has {', '.join(COLUMNS)}")
+        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=list(COLUMNS)):
+            yield from batch.to_pylist()
 
 
 def chat_of(row: dict, folder: str, where: str) -> dict | None:

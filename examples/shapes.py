@@ -215,6 +215,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="chats a step, of about the same length")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     args = parser.parse_args()
+    if os.path.exists(args.out):
+        parser.exit(2, f"error: {args.out}: already exists; choose a new folder or remove it\n")
     os.makedirs(args.out)
     out, n, seen = args.out, args.held_out, set()
 

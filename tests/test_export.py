@@ -10,6 +10,7 @@ from helpers import PROJECTIONS, load, random_state, text_fields, to_fp8, write_
 from safetensors.torch import load_file
 
 import export
+import pipeline
 from checkpoint import canonical_name
 from config import UserError
 from export import main, save
@@ -166,6 +167,25 @@ def test_refusals_leave_nothing_behind(tmp_path, source):
     with pytest.raises(UserError, match="layers.1.mlp.up_proj.weight"):
         main([str(tmp_path / "in"), str(tmp_path / "out")])
     assert sorted(os.listdir(tmp_path)) == ["bad.jsonl", "full", "in"]
+
+
+def test_refused_before_the_model_runs(tmp_path, source, monkeypatch):
+    """A folder that is there, one that cannot be made, and a model that is too large: none of it after hours."""
+    fields, state = source
+    write_checkpoint(tmp_path / "in", fields, state)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    command = [str(tmp_path / "in"), "", "--calibrate", write_chats(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "calibrate", lambda *_: pytest.fail("the model ran"))
+        for target in ("full", "full/file/out"):
+            with pytest.raises(UserError, match="already exists|cannot be written"):
+                main([command[0], str(tmp_path / target), *command[2:]])
+    monkeypatch.setattr(pipeline, "cpu_memory", lambda: 1e4)
+    monkeypatch.setattr(pipeline, "fill", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(UserError, match=r"the weights take 0\.\d GB, but 0\.0 GB are free"):
+        main([command[0], str(tmp_path / "out"), *command[2:]])
+    assert sorted(os.listdir(tmp_path)) == ["chats.jsonl", "full", "in"]
 
 
 def test_the_largest_input_of_all_batches_counts(tmp_path, source):

@@ -448,8 +448,10 @@ def kept_alive() -> list[bool]:
         with connection:
             if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
                 option = connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-                limit = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
-                found.append(bool(option) and 0 < limit <= 60_000)
+                names = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
+                numbers = (connection.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in names)
+                idle, between, count, unread = numbers  # the last would break connections to a process that is stopped
+                found.append(bool(option) and idle + between * count <= 60 and unread == 0)
     return found
 
 

@@ -79,6 +79,17 @@ def test_what_is_written(name, cases, tmp_path):
     assert {f"base_model.model.{path}" for path in named} == {path.split(".lora_")[0] for path in added}
 
 
+def test_the_file_decides_what_is_fp8(text, tmp_path):
+    """A config may speak of FP8 where the weights are BF16; whoever may read the model may read the adapters."""
+    folder = shutil.copytree(text[0], tmp_path / "ckpt")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    train.main(arguments(str(folder), text[1], tmp_path / "run", **{**OPTIONS, "max_steps": 1}))
+    modes = [os.stat(path).st_mode & 0o777 for path in (tmp_path / "run" / "adapters").iterdir()]
+    assert len(modes) == 2 and all(mode & 0o044 == 0o044 for mode in modes), modes
+
+
 @pytest.mark.parametrize("name", ["text", "images"])
 def test_peft_loads_them(name, request, tmp_path):
     """The modules that were trained and no others, with these values, and without a warning."""

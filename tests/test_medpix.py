@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -96,12 +97,28 @@ def test_bad_parquet(rows, drop, message, tmp_path):
     assert os.listdir(tmp_path) == ["in"]
 
 
+def test_a_page_that_is_damaged():
+    """Found while rows are read, whatever pyarrow raises then."""
+
+    class Damaged:
+        schema_arrow = SimpleNamespace(names=medpix.COLUMNS)
+
+        def iter_batches(self, **_):
+            yield SimpleNamespace(to_pylist=lambda: [row(b"x")])
+            raise OSError("Unexpected end of stream")
+
+    rows = medpix.rows_of("a.parquet", lambda path: Damaged())
+    assert next(rows)["question"] == "Is it red?"
+    with pytest.raises(UserError, match="^a.parquet: not a valid parquet file .*end of stream"):
+        next(rows)
+
+
 def test_other_mistakes(tmp_path, monkeypatch):
     pytest.importorskip("pyarrow")
     with pytest.raises(UserError, match="no .*parquet in this folder"):
         medpix.convert(str(tmp_path), str(tmp_path / "out"))
     (tmp_path / "train.parquet").write_bytes(b"PAR1 and nothing else")
-    with pytest.raises(UserError, match="cannot be read as parquet"):
+    with pytest.raises(UserError, match="not a valid parquet file"):
         medpix.convert(str(tmp_path), str(tmp_path / "out"))
     with pytest.raises(UserError, match="already exists"):
         medpix.convert(str(tmp_path), str(tmp_path))

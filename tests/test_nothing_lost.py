@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from train_cases import arguments, on, trained, trainer
 
 import export
+import optimizer
 import train
 from config import UserError
 from optimizer import claimed, load_state
@@ -206,6 +207,34 @@ def test_a_signal_to_one_rank_stops_all(text, tmp_path):
     step = int(re.match(r"error: SIGTERM: stopped after step (\d+), which is saved", line)[1])
     assert os.listdir(out / "checkpoints") == [f"step-{step}"]
     assert trained(out)[-1][0] == step
+
+
+def blind() -> None:
+    if os.environ.get("RANK") == "1":
+        optimizer.newest_state = lambda directory: None
+
+
+def test_a_rank_that_does_not_see_the_state(text, tmp_path):
+    """A folder listed late, as over NFS: all ranks go on from what the first one sees."""
+    argv = on(arguments(*text, tmp_path / "out", max_steps=2), (1, 2, 1))
+    assert [rank.status for rank in run_on_ranks(2, "train.py", *argv)] == [0, 0]
+    argv = on(arguments(*text, tmp_path / "out", max_steps=3, resume=True), (1, 2, 1))
+    ranks = run_on_ranks(2, "train.py", *argv, prepare=blind, seconds=60)
+    assert [rank.status for rank in ranks] == [0, 0] and "resumed after step 2" in ranks[0].err
+
+
+def test_a_leftover_of_another_process(text, tmp_path, monkeypatch):
+    """In containers every process may have the number 1: the folder of one that was killed, or still writes, stays."""
+    names = []
+    make = os.makedirs
+    monkeypatch.setattr(os, "makedirs", lambda path, *more, **other: names.append(path) or make(path, *more, **other))
+    with pytest.raises(FileExistsError), export.new_folder(str(tmp_path)):
+        pass
+    assert os.path.isdir(tmp_path)
+    for number in (1, 2):
+        export.convert(text[0], str(tmp_path / f"out{number}"), False, None)
+    made = [name.split("partial-")[1] for name in names if "partial-" in name]
+    assert len(set(made)) == 2 and sorted(os.listdir(tmp_path)) == ["out1", "out2"]
 
 
 def test_a_signal_while_a_folder_is_written(tmp_path):

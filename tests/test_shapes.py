@@ -302,6 +302,12 @@ def test_the_seed_decides_everything(data, tmp_path):
     assert contents(make(tmp_path / "other", "--seed", "1"))["train.jsonl"] != contents(data)["train.jsonl"]
 
 
+def test_nothing_is_overwritten(data):
+    before, ended = contents(data), run("examples/shapes.py", data, "--chats", 1)
+    assert ended.status == 2 and ended.err.count("\n") == 1 and "already exists" in ended.err
+    assert contents(data) == before
+
+
 def test_no_picture_occurs_twice(data):
     digests = []
     for path in glob.glob(f"{data}/images/**/*.png", recursive=True):

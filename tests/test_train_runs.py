@@ -236,6 +236,7 @@ def test_answers_that_become_exact(images, tmp_path):
         ({"val_every": 3}, "--val-every and --val-generate need --val"),
         ({"tokenizer": "x"}, "start from --ckpt DIR, or from --init"),
         ({"lr": "nan"}, "argument --lr"),
+        ({"eps": 0}, "argument --eps"),
         ({"min_lr": 1.0}, "--min-lr must not exceed"),
         ({"max_length": 99999}, "--max-length goes up to 4096"),
         ({"tp": 3}, "does not divide the number of processes, 1"),
