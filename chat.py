@@ -1,4 +1,4 @@
-"""From a chat to token ids. (The way back, from ids to text, reasoning and tool calls, is `engine.ReplyParser`.)
+"""From a chat to token ids. (The way back, from ids to text, reasoning and tool calls, is `session.ReplyParser`.)
 
 Mistral's chat format changed with every tokenizer version; `FORMATS` lists all that differs. This model's is v15:
 

@@ -1,4 +1,4 @@
-"""Checkpoints: any layout in, exactly the slices a rank needs; the HF layout out.
+"""Checkpoints: any layout in, exactly the slices a rank needs.
 
 The model is built first, on `meta`, and every parallel layer says in `slices` which part of which tensor it holds.
 `fill` then walks the safetensors files once, reads those parts and nothing else, and turns each into the run dtype on

@@ -126,7 +126,6 @@ class Group:
                     self.cache.copy_row(end, i, last.length)
                     for tensor in (self.sampled, self.positions, self.seeds, self.heat):
                         tensor[i] = tensor[end]
-                self.positions[end].zero_()  # a step may run over it, too; see Engine.decode
         return finished
 
     def admit(self, row: Row, shared: list[int]) -> None:
@@ -226,7 +225,6 @@ class Engine:
             self.groups += [Group(self.model, width, length) for width in widths]
         for group, width in zip(self.groups, asked):
             group.room = width
-            group.positions.zero_()  # a step counts on in rows that nobody took, too: not from call to call
 
     def agree(self, stop: Callable[[], bool]) -> bool:
         """What `stop()` says on rank 0, on all ranks."""
@@ -328,7 +326,7 @@ class Engine:
         Where steps are recorded, they run over a power of two of rows and over the whole cache, and so are the same
         operations on the same addresses until rows end or the cache grows. The first step of a kind runs as it is,
         which also lets libraries choose their kernels; the second is recorded; from then on it is replayed. A row
-        without a request goes along: its position starts at 0, and stays below that of the longest row.
+        without a request goes along, at position 0: counted on and on, it would leave the cache.
         """
         self.model.pack()
         rows = group.rows
@@ -341,6 +339,7 @@ class Engine:
         kind = (power_of_two(len(rows)), group.cache.length, False, *warm_and_choosy(rows))
         for i in range(len(rows), kind[0]):
             group.held[i] = []
+        group.positions[len(rows) : kind[0]].zero_()
         run = group.steps.get(kind) or partial(self.step, group, *kind)
         if kind in group.steps and group.steps[kind] is None:
             run = group.steps[kind] = self.record(run)

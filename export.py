@@ -3,9 +3,9 @@
     python fp8.py IN OUT --calibrate CHATS.jsonl
     python fp8.py IN OUT --to bfloat16
 
-Either way the tensors come as a stream, and only one shard of them is in memory at a time. FP8 weights get one float32
-scale each. With --calibrate the model is run over some chats first, and the largest input that each linear saw becomes
-its static activation scale; without, activations are scaled dynamically.
+Either way the tensors come as a stream, one shard in memory at a time. FP8 weights get one float32 scale each. With
+--calibrate the model runs over some chats first (all of it in memory, in BF16), and the largest input that each linear
+saw becomes its static activation scale. Without, scales that are there stay, or activations are scaled dynamically.
 """
 
 import glob

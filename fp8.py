@@ -16,8 +16,6 @@ The second half is for speed only: how a CPU multiplies BF16 (on a GPU it is `F.
 
 - **Many rows**: CPUs without matrix units multiply BF16 at half their float32 speed or less: both sides are converted.
 - **Few rows**, decoding: the weight is laid out once the way the kernels read it (`pack`).
-
-And a `Meter` counts what a GPU would do and how long it would take, without one: for `plan.py`.
 """
 
 import os

@@ -3,7 +3,7 @@
 A BF16 number has 8 bits of mantissa: an update of 0.001 to a weight of 1 is rounded away. The optimizer therefore keeps
 an FP32 *master* of every trained weight and rounds it to the model's BF16 copy after each step. Gradients of many
 micro-batches are summed in FP32 for the same reason, and BF16 gradients never exist for more than a layer or so. That
-takes a hook, the only kind in this project: autograd calls it with each parameter's gradient, and it moves the gradient
+takes a hook, the only kind in training: autograd calls it with each parameter's gradient, and it moves the gradient
 into its FP32 sum at once. The forward pass and the model know nothing of it.
 
 Parameters live in *buckets*: one flat tensor each for masters, gradients and the two moments. A bucket is what

@@ -367,7 +367,7 @@ class Trainer:
 
 # ----------------------------------------------------------------------------------------------- the command line
 
-RATE, BETA = number(float, 0, 1e9), number(float, 0, 1)
+RATE, BETA, ABOVE_0 = number(float, 0, 1e9), number(float, 0, 1), number(float, 0, 1e9, above=True)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -385,20 +385,20 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--max-steps", type=SIZE, metavar="N", help="default: as many as --epochs takes")
     add("--epochs", type=SIZE, metavar="N", help="default 1, or as many as --max-steps takes")
     add("--shuffle", action=argparse.BooleanOptionalAction, default=True, help="a new order each epoch; default: yes")
-    add("--seed", type=number(int, 0, (1 << 31) - 1), default=0, metavar="N", help="of the order, and of --init")
+    add("--seed", type=number(int, 0, (1 << 31) - 1), default=0, metavar="N", help="of order, --init and adapters")
     add = parser.add_argument_group("optimizer").add_argument
     add("--optimizer", choices=["adam", "adamw"], default="adam", help="adamw decays weights apart from gradients")
     add("--lr", type=RATE, default=1e-5, metavar="F", help="the highest learning rate")
     add("--min-lr", type=RATE, default=1e-6, metavar="F", help="where the cosine ends")
     add("--warmup-steps", type=COUNT, default=0, metavar="N", help="steps in which the learning rate rises to --lr")
     add("--betas", type=BETA, nargs=2, default=[0.9, 0.999], metavar=("A", "B"), help="Adam's")
-    add("--eps", type=number(float, 0, 1e9, above=True), default=1e-8, metavar="F", help="Adam's")
+    add("--eps", type=ABOVE_0, default=1e-8, metavar="F", help="Adam's")
     add("--weight-decay", type=RATE, default=0.0, metavar="F", help="on every trained weight")
     add("--max-grad-norm", type=RATE, default=1.0, metavar="F", help="longer gradients are scaled down; 0: never")
     add = parser.add_argument_group("what is trained").add_argument
     add("--freeze", nargs="+", default=[], choices=sorted(FREEZABLE), metavar="NAME", help=", ".join(FREEZABLE))
     add("--lora-rank", type=SIZE, metavar="N", help="train adapters of this rank on the decoder's linears, only these")
-    add("--lora-alpha", type=RATE, metavar="F", help="adapters count alpha / rank times; default 4 times the rank")
+    add("--lora-alpha", type=ABOVE_0, metavar="F", help="adapters count alpha / rank times; default 4 times the rank")
     add = parser.add_argument_group("processes and memory").add_argument
     add("--tp", type=SIZE, default=1, metavar="N", help="tensor-parallel size")
     add("--pp", type=SIZE, default=1, metavar="N", help="pipeline-parallel size; the rest is data-parallel")

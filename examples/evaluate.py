@@ -40,7 +40,7 @@ SETS = {  # name: (what it is, the reasoning efforts it is asked with)
 MAX_NEW_TOKENS = 160
 
 
-def read_set(folder: str, name: str, count: int) -> list[tuple[dict, dict, str]]:
+def read_set(folder: str, name: str, count: int, effort: str = "high") -> list[tuple[dict, dict, str]]:
     """(the chat without its last answer, that answer, the question's kind) for the first `count` of a held-out set."""
     chats, kinds = (os.path.join(folder, f"{name}.{suffix}") for suffix in ("jsonl", "kinds"))
     try:
@@ -51,6 +51,9 @@ def read_set(folder: str, name: str, count: int) -> list[tuple[dict, dict, str]]
     questions = []
     for line, kind in lines:
         chat = json.loads(line)
+        for message in chat["messages"][:-1] if effort == "none" else ():  # which has thought of nothing before, too
+            if message["role"] == "assistant":
+                message["content"] = [part for part in message["content"] if part["type"] != "thinking"]
         expected = chat["messages"].pop()
         chat.pop("reasoning_effort", None)
         questions.append((chat, expected, kind.strip()))
@@ -66,7 +69,7 @@ def is_right(result: dict, expected: dict) -> bool:
 
 def evaluate(session: generate.Session, folder: str, name: str, effort: str, count: int) -> list[tuple[str, bool]]:
     """(kind, right?) for each question of a held-out set."""
-    questions, size = read_set(folder, name, count), session.args.batch_size
+    questions, size = read_set(folder, name, count, effort), session.args.batch_size
     verdicts = []
     for first in range(0, len(questions), size):
         batch = questions[first : first + size]

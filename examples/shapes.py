@@ -8,12 +8,12 @@ OUT then holds the chats that `train.py` reads, each set beside the folder of it
     val.jsonl, calibrate.jsonl, review.jsonl    more, as they are at the end
     NAME.jsonl                  held-out questions for `evaluate.py`, one a chat; it says what each NAME is
     pink_train.jsonl, pink.jsonl    a colour that occurs nowhere else, for a fine-tune
-    start/                      config.json and the tokenizer, learned from the training text (`tiny_tokenizer.py`)
+    start/                      config.json and the tokenizer, learned from the text of val.jsonl (`tiny_tokenizer.py`)
 
 Beside each held-out set, NAME.kinds names the kind of each of its questions. Everything follows from the seed.
 
-A chat about a picture has several turns, because looking costs more than answering. Questions of several steps have a
-thought, which scans the picture and then counts in the text; it is used with reasoning effort "high" and left
+A chat about a picture has several turns, because looking costs more than answering. Questions have thoughts, most of
+which list what there is and count on the way (`questions.py`); they are used with reasoning effort "high" and left
 out with "none". The sides of a picture have 24 to 140 pixels, seldom more than 112; cells, and with them shapes, are
 not square, not aligned with the patches and vary in size, so that the tower has to find out what is where. The model's
 images go up to 140 pixels (`tiny_config.json`), as the real one's up to 1540; larger ones are scaled down first.

@@ -237,6 +237,7 @@ def test_answers_that_become_exact(images, tmp_path):
         ({"tokenizer": "x"}, "start from --ckpt DIR, or from --init"),
         ({"lr": "nan"}, "argument --lr"),
         ({"eps": 0}, "argument --eps"),
+        ({"lora_rank": 2, "lora_alpha": 0}, "argument --lora-alpha"),
         ({"min_lr": 1.0}, "--min-lr must not exceed"),
         ({"max_length": 99999}, "--max-length goes up to 4096"),
         ({"tp": 3}, "does not divide the number of processes, 1"),
