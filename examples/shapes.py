@@ -5,7 +5,8 @@
 OUT then holds the chats that `train.py` reads, each set beside the folder of its pictures, with no picture in two sets:
 
     train.jsonl                 training chats, in the order in which they are to be read (see `training_chats`)
-    val.jsonl, calibrate.jsonl, review.jsonl    more, as they are at the end
+    second.jsonl                more of them, as they are at the end, for a second part of the training
+    val.jsonl, calibrate.jsonl, review.jsonl    the same, to validate, to calibrate, for fine-tunes
     NAME.jsonl                  held-out questions for `evaluate.py`, one a chat; it says what each NAME is
     pink_train.jsonl, pink.jsonl    a colour that occurs nowhere else, for a fine-tune
     start/                      config.json and the tokenizer, learned from the text of val.jsonl (`tiny_tokenizer.py`)
@@ -252,6 +253,7 @@ def main() -> None:
         ("calibrate", n // 4, 1.0),
         ("review", args.review, 1.0),
         ("train", args.chats, 0.0),
+        ("second", args.chats * 7 // 32, 1.0),
     ):
         chats = training_chats(Album(out, name, seen), count, rng(name), begin)
         write(out, name, in_even_batches(chats, args.batch, rng(f"{name} batches")))

@@ -17,9 +17,14 @@ data=$out/data seed=${SEED:-0}
 
 # One epoch in the order of the file. Many small steps teach faster than few large ones; BF16 is no faster than FP32 for
 # matrices as small as these. Called again, it goes on where it stopped.
-python train.py --init "$data/start/config.json" --tokenizer "$data/start" --data "$data/train.jsonl" --out "$out/run" \
-    --no-shuffle --global-batch-size 8 --micro-batch-size 8 --dtype float32 --seed "$seed" --resume \
-    --lr 5e-4 --min-lr 1e-5 --warmup-steps 60 --betas 0.9 0.98
+train() {
+    python train.py "$@" --no-shuffle --global-batch-size 8 --micro-batch-size 8 --dtype float32 --seed "$seed" \
+        --resume --min-lr 1e-5 --warmup-steps 60 --betas 0.9 0.98
+}
+train --init "$data/start/config.json" --tokenizer "$data/start" --data "$data/train.jsonl" --out "$out/first" --lr 5e-4
+# A second part with a learning rate that is high once more. What is learned last, to find the thing that a word names,
+# is learned in it; at the end of the first, corners and sides are hardly more than guessed.
+train --ckpt "$out/first/model" --data "$data/second.jsonl" --out "$out/run" --lr 4e-4
 
 rm -rf "$out/tiny"
 python fp8.py "$out/run/model" "$out/tiny" --calibrate "$data/calibrate.jsonl"
