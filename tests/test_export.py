@@ -188,6 +188,20 @@ def test_refused_before_the_model_runs(tmp_path, source, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["chats.jsonl", "full", "in"]
 
 
+def test_a_leftover_of_another_process(source, tmp_path, monkeypatch):
+    """In containers every process may have the number 1: the folder of one that was killed, or still writes, stays."""
+    names, make = [], os.makedirs
+    write_checkpoint(tmp_path / "in", *source)
+    monkeypatch.setattr(os, "makedirs", lambda path, *more, **other: names.append(path) or make(path, *more, **other))
+    with pytest.raises(FileExistsError), export.new_folder(str(tmp_path)):
+        pass
+    assert os.path.isdir(tmp_path)
+    for number in (1, 2):
+        export.convert(str(tmp_path / "in"), str(tmp_path / f"out{number}"), False, None)
+    made = [name.split("partial-")[1] for name in names if "partial-" in name]
+    assert len(set(made)) == 2 and sorted(os.listdir(tmp_path)) == ["in", "out1", "out2"]
+
+
 def test_the_largest_input_of_all_batches_counts(tmp_path, source):
     """Whichever batch it is in: each alone gives what the two together exceed or equal, in either order."""
     fields, state = source

@@ -12,7 +12,6 @@ from functools import partial
 
 import pytest
 from helpers import EYES, make_eyes, random_state, text_fields, write_checkpoint, write_tekken
-from PIL import Image
 from processes import ROOT, run, run_on_ranks, run_ranks, start
 
 from config import UserError
@@ -112,41 +111,6 @@ def test_only_the_first_stage_has_a_tower(tmp_path):
         said.count("\n") == 1
         and "tensor-parallel size 2 does not divide the 7 attention heads of the vision tower" in said
     )
-
-
-@pytest.mark.parametrize("lost", ["generate --requests", "train --data", "train --ckpt"])
-def test_a_file_that_one_rank_lacks(lost, ckpt, tmp_path):
-    """On the first machine's disk only."""
-    path = tmp_path / "requests.jsonl"
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    path.write_text(json.dumps({"raw": "the"} if lost[0] == "g" else {"messages": turns}) + "\n")
-    name, option = lost.split()
-    options = {"--ckpt": ckpt, "--requests": str(path)} if name == "generate" else {"--ckpt": ckpt, "--data": str(path)}
-    more = ["--tp", "2", *(["--json"] if name == "generate" else ["--out", str(tmp_path / "out")])]
-    program = f"""
-        import os, sys, {name}, launch
-        options = {options!r}
-        if os.environ["RANK"] == "1":
-            options[{option!r}] = "elsewhere"
-        sys.argv = ["", *{more!r}, *(word for pair in options.items() for word in pair)]
-        launch.run_program({name}.main)
-    """
-    script = tmp_path / "program.py"
-    script.write_text(textwrap.dedent(program))
-    ranks = run_on_ranks(2, script)
-    assert [status for status, _, _ in ranks] == [2, 2]
-    said = "".join(err for _, _, err in ranks)
-    assert said.count("\n") == 1 and "elsewhere" in said
-
-
-def test_a_mistake_of_the_rank_that_has_the_person(ckpt, tmp_path):
-    """A picture for a model without eyes: the others wait for what is typed, and learn of it all the same."""
-    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
-    options = ("--ckpt", ckpt, "--tp", "2", "--interactive", "--image", tmp_path / "a.png")
-    ranks = run_on_ranks(2, "generate.py", *options)
-    assert [status for status, _, _ in ranks] == [2, 2]
-    said = "".join(err for _, _, err in ranks)
-    assert said.count("error: ") == 1 and "images" in said and "Traceback" not in said
 
 
 # ----------------------------------------------------------------------------------------------------- everything else

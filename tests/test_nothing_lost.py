@@ -223,20 +223,6 @@ def test_a_rank_that_does_not_see_the_state(text, tmp_path):
     assert [rank.status for rank in ranks] == [0, 0] and "resumed after step 2" in ranks[0].err
 
 
-def test_a_leftover_of_another_process(text, tmp_path, monkeypatch):
-    """In containers every process may have the number 1: the folder of one that was killed, or still writes, stays."""
-    names = []
-    make = os.makedirs
-    monkeypatch.setattr(os, "makedirs", lambda path, *more, **other: names.append(path) or make(path, *more, **other))
-    with pytest.raises(FileExistsError), export.new_folder(str(tmp_path)):
-        pass
-    assert os.path.isdir(tmp_path)
-    for number in (1, 2):
-        export.convert(text[0], str(tmp_path / f"out{number}"), False, None)
-    made = [name.split("partial-")[1] for name in names if "partial-" in name]
-    assert len(set(made)) == 2 and sorted(os.listdir(tmp_path)) == ["out1", "out2"]
-
-
 def test_a_signal_while_a_folder_is_written(tmp_path):
     """It removes the unfinished folder, then does what it would have done."""
     seen = []
