@@ -31,19 +31,7 @@ from chat import encode_chat, image_url, opening, user_turn
 from checkpoint import writing
 from config import UserError
 from launch import COUNT, SIZE, Parser, find_place, gather_objects, number, run_program, together
-from session import (
-    NUMBERS,
-    SEED,
-    TEMPERATURE,
-    TOP_P,
-    Session,
-    check_utf8,
-    note,
-    print_calls,
-    read_input,
-    read_requests,
-    stream,
-)
+from session import NUMBERS, Session, check_utf8, note, print_calls, read_input, read_requests, stream
 from vision import grid, load_image
 
 HISTORY = "~/.mistral_history"  # what was typed into the chat, a JSON string a line
@@ -62,9 +50,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("how to answer").add_argument
     add("--reasoning-effort", choices=["none", "high"], help="default: the checkpoint's")
     add("--max-new-tokens", type=COUNT, metavar="N", help="0 only scores; default: what the context leaves")
-    add("--temperature", type=TEMPERATURE, metavar="F", help="0 is greedy; default 0, with reasoning 0.7")
-    add("--top-p", type=TOP_P, metavar="F", help="default 1, with reasoning 0.95")
-    add("--seed", type=SEED, metavar="N", help="default: a new one each time")
+    add("--temperature", type=NUMBERS["temperature"], metavar="F", help="0 is greedy; default 0, with reasoning 0.7")
+    add("--top-p", type=NUMBERS["top_p"], metavar="F", help="default 1, with reasoning 0.95")
+    add("--seed", type=NUMBERS["seed"], metavar="N", help="default: a new one each time")
     add("--json", action="store_true", help="one JSON object a request on stdout")
     add("--logprobs", action="store_true", help="with --json: log-probabilities too")
     add = parser.add_argument_group("the model").add_argument
@@ -155,9 +143,7 @@ class Keyboard:
 
     def read(self, prompt: str = "\n> ") -> str | None:
         """A line, or a pasted block; "\x03" for Ctrl-C, None at the end."""
-        ahead = re.sub(r"\x1b\[[\d;]*[A-Za-z~]|[^\n\b -\U0010ffff]", "", self.ahead.decode(errors="surrogateescape"))
-        while (shorter := re.sub(r"[^\n\b\x7f][\b\x7f]|(?<!.)[\b\x7f]", "", ahead)) != ahead:  # backspace
-            ahead = shorter
+        ahead = edited(self.ahead.decode(errors="surrogateescape"))
         draft, self.draft, self.ahead, self.interrupted = self.draft + ahead, "", b"", False
         if draft == ahead and ahead.find("\n") == len(ahead) - 1 >= 0:  # a line; several are a paste, to be seen first
             print(f"{prompt}{ahead}", end="", flush=True)
@@ -186,6 +172,18 @@ class Keyboard:
                 path = os.open(os.path.expanduser(HISTORY), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
                 with open(path, "w", encoding="utf-8") as file:
                     file.write(json.dumps(text) + "\n")
+
+
+# What these keys erase at the end of what was typed: a character, a word with the spaces after it, a line.
+ERASED = {"\b": r".\Z", "\x7f": r".\Z", "\x17": r"\S*[^\S\n]*\Z", "\x15": r".*\Z"}
+
+
+def edited(keys: str) -> str:
+    """The text that a terminal makes of `keys`, of which those that print nothing and erase nothing are left out."""
+    text = ""
+    for part in re.split("([\b\x15\x17\x7f])", re.sub(r"\x1b\[[\d;]*[A-Za-z~]|[^\n\b\x15\x17 -\U0010ffff]", "", keys)):
+        text = re.sub(ERASED[part], "", text) if part in ERASED else text + part
+    return text
 
 
 HELP = '''\

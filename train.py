@@ -47,7 +47,7 @@ from engine import Engine, Request
 from export import Metrics, draw_loss, export, export_adapters, finishing
 from launch import COUNT, SIZE, Parser, caught, find_place, gather_objects, number, run_program, together
 from model import MistralMedium, add_adapters
-from optimizer import Optimizer, claimed, load_state, newest_state, save_state
+from optimizer import Optimizer, claimed, load_state, newest_state, save_state, step_of
 from parallel import Place
 from pipeline import IGNORE, Chats, MicroBatch, Order, Pipeline, Sample, decode_images, micro_batches
 from plan import Progress, check_memory, peak_memory
@@ -225,15 +225,15 @@ class Trainer:
 
     def first_step(self) -> int:
         """1, or the step after the newest saved state, which is loaded here."""
-        args, newest = self.args, gather_objects(newest_state(self.states))[0]  # what rank 0 sees, for all
+        args, seen = self.args, gather_objects(newest_state(self.states))  # a rank may see a new folder late
+        newest = max(seen, key=lambda path: step_of(os.path.basename(path or "")))
         if not any(gather_objects(self.pipeline.gradient_here)):
             raise UserError("--freeze leaves nothing to train; name less")
-        if args.resume and not newest:
+        step = together(lambda: load_state(newest, self.optimizer, self.settings, args.data)) if newest else 0
+        if newest:
+            self.say(f"resumed after step {step} from {newest}")
+        elif args.resume:
             self.say(f"{args.out}: holds no saved state; the run starts from its beginning")
-        if not newest:
-            return 1
-        step = together(lambda: load_state(newest, self.optimizer, self.settings, args.data))
-        self.say(f"resumed after step {step} from {newest}")
         return step + 1
 
     def split(self, samples: list[Sample], base: str, size: int) -> Split:
@@ -367,7 +367,7 @@ class Trainer:
 
 # ----------------------------------------------------------------------------------------------- the command line
 
-RATE, BETA, ABOVE_0 = number(float, 0, 1e9), number(float, 0, 1), number(float, 0, 1e9, above=True)
+RATE, BETA, POSITIVE = number(float, 0, 1e9), number(float, 0, 1), number(float, 1e-30, 1e9)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -392,13 +392,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--min-lr", type=RATE, default=1e-6, metavar="F", help="where the cosine ends")
     add("--warmup-steps", type=COUNT, default=0, metavar="N", help="steps in which the learning rate rises to --lr")
     add("--betas", type=BETA, nargs=2, default=[0.9, 0.999], metavar=("A", "B"), help="Adam's")
-    add("--eps", type=ABOVE_0, default=1e-8, metavar="F", help="Adam's")
+    add("--eps", type=POSITIVE, default=1e-8, metavar="F", help="Adam's")
     add("--weight-decay", type=RATE, default=0.0, metavar="F", help="on every trained weight")
     add("--max-grad-norm", type=RATE, default=1.0, metavar="F", help="longer gradients are scaled down; 0: never")
     add = parser.add_argument_group("what is trained").add_argument
     add("--freeze", nargs="+", default=[], choices=sorted(FREEZABLE), metavar="NAME", help=", ".join(FREEZABLE))
     add("--lora-rank", type=SIZE, metavar="N", help="train adapters of this rank on the decoder's linears, only these")
-    add("--lora-alpha", type=ABOVE_0, metavar="F", help="adapters count alpha / rank times; default 4 times the rank")
+    add("--lora-alpha", type=POSITIVE, metavar="F", help="adapters count alpha / rank times; default 4 times the rank")
     add = parser.add_argument_group("processes and memory").add_argument
     add("--tp", type=SIZE, default=1, metavar="N", help="tensor-parallel size")
     add("--pp", type=SIZE, default=1, metavar="N", help="pipeline-parallel size; the rest is data-parallel")

@@ -23,12 +23,13 @@ class Question:
 class Asker:
     """Questions about one scene. A method for each kind returns one, or None where the scene does not suit it.
 
-    A thought lists all that is there, in an order that suits the question, and says where a shape is before it says
-    what it is, "b2 red star": the model decides where to look next, and then looks there. Columns are a, b, …, rows 1,
-    2, … of the 28 pixels that are a token to it. Where something is to be counted, each shape is followed by the count
-    so far. A list of only the shapes that count would have to know of a cell whether its shape counts before it has
-    looked there; and a list that is filtered afterwards needs all of it at once. Where the picture alone tells the
-    answer ("top left"), the thought is the answer in a sentence: a cell would not help, and a wrong one mislead.
+    A thought about something that the model sees at a glance says it in a sentence, "The star is red.": having to find
+    it again in a list of everything would only be one more chance to go wrong. Where something is to be counted, the
+    thought lists all that is there, along the axis that the question is about, each followed by the count so far. It
+    says where a shape is before it says what it is, "b2 red star 1": the model decides where to look next, and then
+    looks there. Columns are a, b, …, rows 1, 2, … of the 28 pixels that are a token to it. A list of only the shapes
+    that count would have to know of a cell whether its shape counts before it has looked there; and a list that is
+    filtered afterwards needs all of it at once.
     """
 
     def __init__(self, scene: Scene, rng: random.Random, colours=tuple(COLOURS)):
@@ -72,12 +73,6 @@ class Asker:
         )
         return f"{'abcdefgh'[column]}{row + 1}"
 
-    def names(self, axis: int) -> str:
-        return ", ".join(f"{self.place(thing)} {thing}" for thing in self.scene.things_by[axis])
-
-    def scan(self, axis: int) -> str:
-        return ("From left to right: ", "From top to bottom: ")[axis] + self.names(axis) + "."
-
     def counted(self, what: str, hits: list[Thing], axis: int = 0) -> str:
         """All shapes, each with how many of `hits`, which are called `what`, have come up to it."""
         found, count = [], 0
@@ -97,14 +92,14 @@ class Asker:
             text = self.say(
                 f"What colour is the {name}?", f"Which colour has the {name}?", f"Name the {name}'s colour."
             )
-            return Question("colour", text, thing.colour, self.scan(0), about=thing)
+            return Question("colour", text, thing.colour, f"The {name} is {thing.colour}.", about=thing)
 
     def shape(self):
         thing = self.rng.choice(self.things)
         if sum(t.colour == thing.colour for t in self.things) == 1:
             c = thing.colour
             text = self.say(f"What shape is {c}?", f"Which shape is {c}?", f"Name the {c} shape.")
-            return Question("shape", text, thing.shape, self.scan(0), about=thing)
+            return Question("shape", text, thing.shape, f"The {c} shape is a {thing.shape}.", about=thing)
 
     def exists(self):
         there = self.rng.random() < 0.5
@@ -143,7 +138,7 @@ class Asker:
         found = [t for t in self.things if sign * t.place(axis) == best]
         if len(found) == 1 < len(self.things):
             text = self.say(f"Which shape is {name}?", f"What is the {name} shape?", f"Name the {name} shape.")
-            return Question("extreme", text, str(found[0]), self.scan(axis), about=found[0])
+            return Question("extreme", text, str(found[0]), f"The {name} shape is the {found[0]}.", about=found[0])
 
     def two(self, sides: dict) -> tuple | None:
         """One of `sides`, two shapes by name, whether the first is there, seen from the other, and where it is."""
@@ -151,26 +146,29 @@ class Asker:
         if a and b and a[1].place(axis) != b[1].place(axis):
             first = sign * (a[1].place(axis) - b[1].place(axis)) > 0
             found = next(s for s, (x, y) in SIDES.items() if x == axis and (y == sign) == first)
-            return side, a[0], b[0], first, found, self.scan(axis)
+            return side, a[0], b[0], first, found
 
     def side(self):
         if found := self.two(SIDES):
-            side, a, b, first, there, thought = found
+            side, a, b, first, there = found
             text = self.say(f"Is the {a} {side} the {b}?", f"Do you see the {a} {side} the {b}?")
+            thought = f"The {a} is {there} the {b}."
             return Question("side", text, f"{there} it, so {'yes' if first else 'no'}", thought)
 
     def which_side(self):
         """The same, without the step from where it is to whether this is what was asked."""
         if found := self.two(SIDES):
-            side, a, b, _, there, thought = found
+            side, a, b, _, there = found
             both = "left or right of" if SIDES[side][0] == 0 else "above or below"
+            thought = f"The {a} is {there} the {b}."
             return Question("which side", f"Is the {a} {both} the {b}?", there.split()[0], thought)
 
     def further(self):
         """A lesson for both."""
         if found := self.two(FURTHER):
-            side, a, b, first, _, thought = found
-            return Question("further", f"Which is {side}, the {a} or the {b}?", a if first else b, thought)
+            side, a, b, first, _ = found
+            answer = a if first else b
+            return Question("further", f"Which is {side}, the {a} or the {b}?", answer, f"The {answer} is {side}.")
 
     def cell(self):
         """A lesson for all that asks where something is."""
@@ -188,7 +186,7 @@ class Asker:
             if len(among) == 1 - none:
                 text = self.say(f"What is {side} {name}?", f"Which shape is {side} {name}?")
                 answer = str(among[0]) if among else "nothing"
-                return Question("beside", text, answer, f"{self.scan(axis)} {side} the {found[1]}: {answer}.")
+                return Question("beside", text, answer, f"{side} the {found[1]}: {answer}.")
 
     def where(self, about: tuple[str, Thing] | None = None):
         """In which corner `about` is, or anything."""
@@ -214,8 +212,8 @@ class Asker:
         texts += [f"What colour is the {name}?", f"Name the {name}'s colour."] * 2 * (name in SHAPES)
         text, answer = self.say(*texts), f"there is no {name}"
         if text.startswith("What is"):  # the thoughts begin as they do where there is one: nothing gives it away
-            return Question("no shape", text, answer, f"{self.scan(SIDES[side][0])} {side} the {name}: {answer}.")
-        return Question("no shape", text, answer, self.scan(0) if "colour" in text else f"There is no {name}.")
+            return Question("no shape", text, answer, f"{side} the {name}: {answer}.")
+        return Question("no shape", text, answer, f"There is no {name}.")
 
     # after another question
 
@@ -255,7 +253,8 @@ class Asker:
     def everything(self):
         """Where everything is, row by row: another lesson."""
         text = self.say("Where is everything?", "List all shapes.")
-        return Question("everything", text, self.names(1), "")
+        answer = ", ".join(f"{self.place(thing)} {thing}" for thing in self.scene.things_by[1])
+        return Question("everything", text, answer, "")
 
     def lesson(self):
         """A question about the only thing in a picture; mostly with one word for an answer.
@@ -337,7 +336,10 @@ class Asker:
             + (f"once for each of the {times[0]}." if times else f"{n} times."),
         )
         call = {"name": "set_light", "arguments": {"colour": thing.colour, "count": n}}
-        return Question("set_light", text, "", self.counted(*times) if times else self.scan(0), call)
+        thought = f"The {name} is {thing.colour}."
+        if times:
+            thought = f"{thought} {self.counted(*times)}"
+        return Question("set_light", text, "", thought, call)
 
     def set_light_counted(self):
         return self.set_light(self.group(0))
@@ -346,7 +348,7 @@ class Asker:
         """Nothing to call a tool for."""
         if (name := self.missing()) in SHAPES:
             text = f"Set the light to the colour of the {name}, {self.rng.randint(1, 9)} times."
-            return Question("no_light", text, f"there is no {name}", self.scan(0))
+            return Question("no_light", text, f"there is no {name}", f"There is no {name}.")
 
     def press_key(self):
         if digit := self.scene.digit:
@@ -384,7 +386,7 @@ CALLS = ("set_light", "set_light_counted", "press_key", "move_shape")
 # seen soon; which of the things is meant by "the star", late.
 FIRST = ("colour", "shape", "exists", "count", "count", "read", "read", "extreme", "beside", "where", "cell", "further")
 OFTEN = (*["colour"] * 3, *["shape"] * 2, "exists", *["count"] * 2, *["where"] * 3, *["cell"] * 2, "further")
-OFTEN += (*["which_side"] * 3, *["side"] * 2, "beside", "read", *["absent"] * 2)
+OFTEN += (*["which_side"] * 3, *["side"] * 2, "beside", "read", *["absent"] * 3)
 
 
 def tool(name: str, description: str, **properties: str) -> dict:

@@ -13,11 +13,11 @@ OUT then holds the chats that `train.py` reads, each set beside the folder of it
 
 Beside each held-out set, NAME.kinds names the kind of each of its questions. Everything follows from the seed.
 
-A chat about a picture has several turns, because looking costs more than answering. Questions have thoughts, most of
-which list what there is and count on the way (`questions.py`); they are used with reasoning effort "high" and left
-out with "none". The sides of a picture have 24 to 140 pixels, seldom more than 112; cells, and with them shapes, are
-not square, not aligned with the patches and vary in size, so that the tower has to find out what is where. The model's
-images go up to 140 pixels (`tiny_config.json`), as the real one's up to 1540; larger ones are scaled down first.
+A chat about a picture has several turns, because looking costs more than answering. Questions have thoughts
+(`questions.py`); they are used with reasoning effort "high" and left out with "none". The sides of a picture have 24
+to 140 pixels, seldom more than 112; cells, and with them shapes, are not square, not aligned with the patches and vary
+in size, so that the tower has to find out what is where. The model's images go up to 140 pixels (`tiny_config.json`),
+as the real one's up to 1540; larger ones are scaled down first.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def training_chats(album: Album, count: int, rng: random.Random, start: float = 
                 made += 1
                 yield chat([Asker(scene, rng).lesson() for scene in scenes], images)
             continue
-        shares = (54, 36, 0, 2) if early else (42, 42, 14, 2)
+        shares = (54, 36, 0, 2) if early else (36, 46, 16, 2)
         what = rng.choices(("none", "high", "tools", "text"), shares)[0]
         if what == "text":
             made += 1

@@ -2,6 +2,8 @@
 
 import json
 import os
+import pty
+import random
 import shutil
 import signal
 import termios
@@ -280,6 +282,31 @@ def test_typed_ahead_and_a_failed_turn(ckpt, tmp_path):
     chat.see("> /set seed 9\r\n")
     chat.say("/exit")
     assert chat.end() == 0
+
+
+def terminals(keys: str) -> str:
+    """What the kernel makes of `keys` and a return, in a terminal that a program reads line by line."""
+    keyboard, screen = pty.openpty()
+    try:
+        mode = termios.tcgetattr(screen)
+        mode[0] |= 0o40000  # IUTF8: a character is erased, not a byte
+        mode[6][termios.VERASE], mode[6][termios.VWERASE], mode[6][termios.VKILL] = b"\x7f", b"\x17", b"\x15"
+        termios.tcsetattr(screen, termios.TCSANOW, mode)
+        os.write(keyboard, f"{keys}\n".encode())
+        return b"".join(os.read(screen, 4096) for _ in range(keys.count("\n") + 1)).decode()[:-1]
+    finally:
+        os.close(keyboard)
+        os.close(screen)
+
+
+def test_erasing_as_a_terminal_does():
+    """Drawn keystrokes; what counts as a word's end among other signs differs between terminals."""
+    draw = random.Random(6)
+    for _ in range(300):
+        keys = "".join(draw.choices("ab é\x7f\x17\x15\n", (5, 3, 4, 2, 4, 2, 0.4, 1), k=draw.randint(0, 30)))
+        assert generate.edited(keys) == terminals(keys), keys
+        assert generate.edited(keys.replace("\x7f", "\b")) == terminals(keys), keys
+    assert generate.edited("a\x1b[1;5Db\x00\x1b[A\tc") == "abc"
 
 
 def test_a_failed_block_stands_in_the_line_again(ckpt, tmp_path):

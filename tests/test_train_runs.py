@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 from functools import partial
 
@@ -246,6 +247,24 @@ def test_answers_that_become_exact(images, tmp_path):
 def test_options(change, message, text, tmp_path):
     with pytest.raises(UserError, match=re.escape(message)):
         train.main(arguments(*text, tmp_path, **change))
+
+
+@pytest.mark.parametrize("option", ["eps", "weight_decay", "max_grad_norm", "betas", "lora_alpha"])
+def test_numbers_are_refused_or_can_be_trained_with(option, images, tmp_path):
+    """However small or large: an update is never 0 / 0, as it could be for rows of the embedding that nobody used."""
+    sizes = ["0", "-0", "1e-320", "1e-300", "1e-46", "1e-40", "1e-30", "1e-12", "0.5", "1", "1.0000001", "1e6", "-1e-9"]
+    more, trained, draw = {"lora_rank": 2} if option == "lora_alpha" else {}, 0, random.Random(3)
+    for i, size in enumerate(sizes):
+        value, out = [size, draw.choice(sizes)] if option == "betas" else size, tmp_path / str(i)
+        try:
+            train.main(arguments(*images, out, max_steps=1, lr=1e-9, min_lr=0, **{option: value, **more}))
+        except UserError as error:
+            assert option.replace("_", "-") in str(error), value
+        else:
+            trained += 1
+            weights = load_file(out / "model" / "model.safetensors")
+            assert all(tensor.isfinite().all() for tensor in weights.values()), value
+    assert 3 < trained < len(sizes)
 
 
 def test_bad_data_is_one_line_and_status_2(text, tmp_path):
