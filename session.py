@@ -174,10 +174,7 @@ class Session:
     def numbers(self, spec: dict, thinks: bool, index: int = 0) -> dict:
         """max_new_tokens, temperature, top_p and seed: the request's, else the command line's, else the defaults."""
         found = {"temperature": 0.7 if thinks else 0.0, "top_p": 0.95 if thinks else 1.0}
-        found |= {
-            "seed": (self.seed + index) % (1 << 63),
-            "max_new_tokens": None,
-        }  # None: as many as the context leaves
+        found |= {"seed": (self.seed + index) % (1 << 63), "max_new_tokens": None}  # None: what the context leaves
         for name, parse in NUMBERS.items():
             if spec.get(name) is not None:
                 try:

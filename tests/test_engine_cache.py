@@ -274,19 +274,28 @@ def test_a_step_runs_over_rows_without_requests(model):
     assert_same(made.generate(again), [alone(model, request) for request in again])
 
 
-@pytest.mark.parametrize("count", [3, 30])
-def test_rows_that_nobody_takes(count, model, monkeypatch):
-    """Room for three is rounded up to a step of four, whose last row stays empty from call to call."""
-    made, busy, decode = Engine(model, Endless.eos_id, 4096), [], Engine.decode
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_that_nobody_takes(seed, model, monkeypatch):
+    """Where steps are recorded, five rows are rounded up to eight. The last ones stay empty, call after call."""
+    draw, made, busy, decode = random.Random(seed), Engine(model, Endless.eos_id, 4096), [], Engine.decode
     made.record = lambda step: step
     monkeypatch.setattr(Engine, "decode", lambda self, group: busy.append(len(group.rows)) or decode(self, group))
-    for call in range(2 if count > 3 else 12):
-        requests = [Request(random_tokens(20, 301, seed=9 * call + i), max_new_tokens=9) for i in range(count)]
-        answers = made.generate(requests, width=3)
-        if call in (0, 1, 11):
-            assert_same(answers, [alone(model, request) for request in requests])
-        assert len(made.groups) == 1 and int(made.groups[0].positions.max()) < made.groups[0].cache.length == 64
-    assert max(busy) == 3
+    width, longest = draw.choice((3, 5, 6, 7)), 0
+    for call in range(draw.randint(3, 12)):
+        count = draw.choice((width, draw.randint(1, 4 * width)))
+        requests = [
+            Request(
+                random_tokens(draw.randint(1, 20), 301, seed=draw.getrandbits(30)), max_new_tokens=draw.randint(1, 40)
+            )
+            for _ in range(count)
+        ]
+        answers = made.generate(requests, width=width)
+        some = draw.sample(range(count), min(count, 4))
+        assert_same([answers[i] for i in some], [alone(model, requests[i]) for i in some])
+        longest = max(longest, *(len(request.prompt) + request.max_new_tokens for request in requests))
+        (group,) = made.groups
+        assert int(group.positions.max()) < group.cache.length <= KVCache.length_for(longest), call
+    assert max(busy) <= width
 
 
 def test_an_answer_that_is_broken_off(model):

@@ -4,14 +4,17 @@ import io
 import json
 import os
 import shutil
-import textwrap
+import sys
+from functools import partial
 
 import pytest
 from helpers import random_state, text_fields, write_checkpoint, write_json, write_tekken
 from PIL import Image
 from processes import run, run_on_ranks
+from train_cases import arguments
 
 import session
+import train
 
 
 def refused(result, *named: str) -> str:
@@ -24,7 +27,7 @@ def refused(result, *named: str) -> str:
     return err
 
 
-@pytest.mark.parametrize("arguments, named", [
+@pytest.mark.parametrize("options, named", [
     (["--temperature", "-0.5"], "--temperature"), (["--temperature", "nan"], "--temperature"),
     (["--temperature", "inf"], "--temperature"), (["--temperature", "warm"], "--temperature"),
     (["--top-p", "0"], "--top-p"), (["--top-p", "1.01"], "--top-p"), (["--top-p", "-1"], "--top-p"),
@@ -39,10 +42,10 @@ def refused(result, *named: str) -> str:
     (["--raw", "--system", "x"], "--raw"), (["--max-context", "2"], "context"), (["--ckpt", "/nowhere"], "/nowhere"),
     (["--ckpt", ""], "--ckpt"), (["stray"], "stray"), (["--seed"], "--seed"),
 ])  # fmt: skip
-def test_bad_options(arguments, named, ckpt, program):
-    if arguments == ["--ckpt", ""] and os.path.isdir(session.TINY):
+def test_bad_options(options, named, ckpt, program):
+    if options == ["--ckpt", ""] and os.path.isdir(session.TINY):
         pytest.skip("an empty --ckpt is the default one")
-    refused(program("--ckpt", ckpt, "--prompt", "hi", *arguments), named)
+    refused(program("--ckpt", ckpt, "--prompt", "hi", *options), named)
 
 
 def test_nothing_to_do(ckpt, program):
@@ -133,12 +136,12 @@ def test_mistakes_in_a_process(ckpt, program, tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_bytes(b'{"raw": "a"}\n{"raw": "\xff"}\n')
     refused(run("generate.py", "--ckpt", ckpt, "--json", "--prompt", b"caf\xe9 \xff"), "UTF-8")
-    for arguments, named in [
+    for options, named in [
         (["--requests", path], "line 2"),
         (["--prompt", "hi", "--system", "\udcff"], "UTF-8"),  # as Python reads the byte FF
         (["--raw", "--prompt", "\udcff"], "UTF-8"),
     ]:
-        refused(program("--ckpt", ckpt, "--json", *arguments), named)
+        refused(program("--ckpt", ckpt, "--json", *options), named)
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
@@ -151,33 +154,41 @@ def test_bad_bytes_in_the_chat(errors, ckpt, program):
     assert len(said) == 1 and "UTF-8" in said[0]
 
 
-@pytest.mark.parametrize("lost", ["generate --requests", "train --data", "train --ckpt"])
-def test_a_file_that_one_rank_lacks(lost, ckpt, tmp_path):
-    """On the first machine's disk only."""
-    path = tmp_path / "requests.jsonl"
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    path.write_text(json.dumps({"raw": "the"} if lost[0] == "g" else {"messages": turns}) + "\n")
-    name, option = lost.split()
-    options = {"--ckpt": ckpt, "--requests": str(path)} if name == "generate" else {"--ckpt": ckpt, "--data": str(path)}
-    more = [
-        "--tp",
-        "2",
-        *(["--json"] if name == "generate" else ["--max-length", "100", "--out", str(tmp_path / "out")]),
-    ]
-    program = f"""
-        import os, sys, {name}, launch
-        options = {options!r}
-        if os.environ["RANK"] == "1":
-            options[{option!r}] = "elsewhere"
-        sys.argv = ["", *{more!r}, *(word for pair in options.items() for word in pair)]
-        launch.run_program({name}.main)
-    """
-    script = tmp_path / "program.py"
-    script.write_text(textwrap.dedent(program))
-    ranks = run_on_ranks(2, script)
-    assert [status for status, _, _ in ranks] == [2, 2]
-    said = "".join(err for _, _, err in ranks)
-    assert said.count("\n") == 1 and "elsewhere" in said
+def lose(rank: str, option: str) -> None:
+    if os.environ["RANK"] == rank:
+        sys.argv[sys.argv.index(option) + 1] = "elsewhere"
+
+
+@pytest.fixture(scope="module")
+def started(images, tmp_path_factory) -> dict[str, list[str]]:
+    """Command lines that read a file for each of the options that name one."""
+    folder = tmp_path_factory.mktemp("started")
+    (ckpt, data), more = images, {"max_steps": 1, "save_every": 1}
+    train.main(arguments(ckpt, data, folder / "lora", **more, lora_rank=2))
+    (folder / "requests.jsonl").write_text('{"raw": "the", "max_new_tokens": 1}\n')
+    Image.new("RGB", (30, 20), "red").save(folder / "a.png")
+    generate = ["generate.py", "--ckpt", ckpt, "--lora", str(folder / "lora" / "adapters")]
+    begin = arguments("", data, folder / "out", **more, init=ckpt, tokenizer=ckpt)[2:]
+    return {
+        "generate": [*generate, "--prompt", "hi", "--image", str(folder / "a.png"), "--max-new-tokens", "1"],
+        "requests": [*generate, "--requests", str(folder / "requests.jsonl")],
+        "train": ["train.py", *arguments(ckpt, data, folder / "out", val=data, **more)],
+        "begin": ["train.py", *begin],
+    }
+
+
+LOST = {"generate": ("ckpt", "lora", "image"), "requests": ("requests",), "train": ("ckpt", "data", "val")}
+LOST["begin"] = ("init", "tokenizer", "data")
+
+
+@pytest.mark.parametrize("rank", "01")
+@pytest.mark.parametrize("command, option", [(command, f"--{name}") for command in LOST for name in LOST[command]])
+def test_a_file_that_one_rank_lacks(command, option, rank, started):
+    """It is on the disk of another machine only."""
+    ranks = run_on_ranks(2, *started[command], "--tp", "2", prepare=partial(lose, rank, option), seconds=60)
+    assert [rank.status for rank in ranks] == [2, 2]
+    said = "".join(rank.err for rank in ranks)
+    assert said.count("error: ") == 1 and "elsewhere" in said and "Traceback" not in said
 
 
 def test_a_mistake_of_the_rank_that_has_the_person(ckpt, tmp_path):
