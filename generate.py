@@ -377,7 +377,7 @@ class Chat:
         given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         line = json.dumps({"messages": messages, **given, **self.options, **spec}, ensure_ascii=False)
         path = os.path.expanduser(path)
-        with writing(path), open(path, "x", encoding="utf-8") as file:
+        with writing(path), open(path, "x", encoding="utf-8", errors="backslashreplace") as file:  # JSON, see launch
             file.write(f"{line}\n")
         note(f"{path}: {len(messages) + len(spec)} messages")
 
@@ -385,11 +385,9 @@ class Chat:
         (spec, *more), base = read_requests(argparse.Namespace(requests=os.path.expanduser(path) or "/load"))
         if "messages" not in spec or more:
             raise UserError(f"{path}: should hold one line, with 'messages'")
-        answer, where = spec.pop("answer", None), spec.pop("where")
-        self.session.request({**spec, "where": where}, base)  # refuses what could not be answered
+        self.session.request({**spec}, base)  # refuses what could not be answered
+        answer, _ = spec.pop("answer", None), spec.pop("where")
         messages = [*spec.pop("messages"), *([answer] if answer else [])]
-        if answer:  # the images were looked at already
-            encode_chat(self.session.tokenizer, messages, spec.get("tools"), None, lambda url: (1, 1), training=True)
         lists = [message["content"] for message in messages if isinstance(message.get("content"), list)]
         for part in itertools.chain(*lists):
             if (url := image_url(part)) and url[:5].lower() != "data:":

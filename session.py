@@ -35,7 +35,7 @@ TEMPERATURE, TOP_P, SEED = number(float, 0, 100), number(float, 0, 1, above=True
 NUMBERS = {"max_new_tokens": COUNT, "temperature": TEMPERATURE, "top_p": TOP_P, "seed": SEED}
 
 KEYS = {"messages", "tools", "raw", "reasoning_effort", "stop", *NUMBERS}  # of a request
-KEYS |= {"answer"}  # says nothing here: it is the chat's, which saves the last answer under it
+KEYS |= {"answer"}  # is not used here: the chat saves the last answer under it
 
 
 class Session:
@@ -155,6 +155,8 @@ class Session:
             try:
                 messages, tools = spec["messages"], spec.get("tools")
                 prompt = encode_chat(self.tokenizer, messages, tools, effort, see if vision else None).ids
+                if answer := spec.get("answer"):  # the chat's /load goes on from it; the images are known already
+                    encode_chat(self.tokenizer, [*messages, answer], tools, None, lambda url: (1, 1), training=True)
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
         if len(prompt) > self.max_context:
@@ -210,6 +212,7 @@ def read_adapters(directory: str, checkpoint: Checkpoint) -> tuple[int, float]:
     for key in checkpoint.file(file).keys():
         name = canonical_name(key.removeprefix("base_model.model."), native=False)
         checkpoint.tensors[name.replace(".lora_", ".adapter.lora_")] = Stored(file, key)
+    checkpoint.directory += f" with {directory}"  # where a tensor is missing, or has no place, in either
     return rank, alpha
 
 

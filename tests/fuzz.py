@@ -10,7 +10,6 @@ at most 500 printable characters in one line that names the file, is a problem; 
 
 import argparse
 import collections
-import contextlib
 import copy
 import json
 import os
@@ -22,216 +21,17 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), HERE]
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from chat_cases import write_tekken  # noqa: E402
-from helpers import make_eyes, random_state, text_fields, whole_state, write_checkpoint  # noqa: E402
-from PIL import Image  # noqa: E402
-from train_cases import IMAGES, make_chats  # noqa: E402
+from hostile import KINDS, Kind  # noqa: E402
 
-import chat  # noqa: E402
-import generate  # noqa: E402
-import launch  # noqa: E402
-import optimizer  # noqa: E402
-import pipeline  # noqa: E402
-import train  # noqa: E402
-import vision  # noqa: E402
-from checkpoint import Checkpoint, fill, initialize  # noqa: E402
-from config import UserError, parse_config, read_config  # noqa: E402
-from model import MistralMedium  # noqa: E402
-from parallel import Place  # noqa: E402
-from tokenizer import load_tokenizer  # noqa: E402
+from config import UserError  # noqa: E402
 
 SECONDS, MEMORY = 10, 3 << 30  # what a case may take; address space beyond what the parent has
 
-
-@dataclass
-class Kind:
-    """A valid input: `files` of `folder` are changed (one per case), and `read` is called."""
-
-    folder: str
-    files: list[str]
-    read: Callable[[], object]
-
-
-# ------------------------------------------------------------------------------------------------ valid inputs
-
-
-def load(folder: str) -> None:
-    checkpoint = Checkpoint(folder)
-    model = MistralMedium(checkpoint.fit(read_config(folder)), dtype=torch.float32)
-    fill(model, checkpoint)
-
-
-def tokenize(folder: str) -> None:
-    tokenizer = load_tokenizer(folder, parse_config(text_fields(vocab_size=1 << 20)))
-    ids = tokenizer.encode("Hello, " + "a" * 50 + "!! 漢字 🙂\n\n  1234 " + " " * 50 + "x")
-    tokenizer.decode(ids)
-    if tokenizer.version != "v1":
-        with contextlib.suppress(UserError):  # a request's errors name the request
-            chat.encode_chat(tokenizer, [{"role": "user", "content": "hi"}], None, None, None)
-
-
-def kind_config(folder: str) -> Kind:
-    return Kind(make_eyes(folder, "new", "static", {}), ["config.json"], lambda: load(folder))
-
-
-def kind_params(folder: str) -> Kind:
-    return Kind(make_eyes(folder, "native", "static", {}), ["params.json"], lambda: load(folder))
-
-
-def kind_index(folder: str) -> Kind:
-    fields = text_fields()
-    write_checkpoint(folder, fields, random_state(fields), shards=3)
-    return Kind(folder, ["model.safetensors.index.json"], lambda: load(folder))
-
-
-def kind_safetensors(folder: str) -> Kind:
-    fields = text_fields(num_hidden_layers=1)
-    write_checkpoint(folder, fields, random_state(fields))
-    return Kind(folder, ["model.safetensors"], lambda: load(folder))
-
-
-def kind_tekken(folder: str) -> Kind:
-    write_tekken(os.path.join(HERE, "golden", "tokenizer_tekken.json"), folder, "v15")
-    return Kind(folder, ["tekken.json"], lambda: tokenize(folder))
-
-
-def kind_sentencepiece(folder: str) -> Kind:
-    shutil.copy(os.path.join(HERE, "golden", "tokenizer_spm.model"), f"{folder}/tokenizer.model")
-    return Kind(folder, ["tokenizer.model"], lambda: tokenize(folder))
-
-
-def kind_requests(folder: str) -> Kind:
-    from helpers import write_tekken as write_small_tekken
-
-    os.makedirs(ckpt := os.path.join(os.path.dirname(folder), "ckpt"), exist_ok=True)
-    fields = IMAGES.raw["text_config"] | dict(vocab_size=write_small_tekken(ckpt) + 3, architectures=[])
-    fields |= dict(vision_config=IMAGES.raw["vision_config"], tie_word_embeddings=False)
-    write_checkpoint(ckpt, fields, whole_state(fields), "new")
-    session = generate.Session(generate.parse_args(["--ckpt", ckpt, "--prompt", "hi"]), Place())
-    Image.new("RGB", (30, 20), "red").save(f"{folder}/picture.png")
-    call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
-    function = {"name": "f", "description": "a function", "parameters": {"type": "object", "properties": {}}}
-    picture = {"type": "image_url", "image_url": {"url": "picture.png"}}
-    thought = {"type": "thinking", "thinking": "hm"}
-    text = {"type": "text", "text": "what?"}
-    lines = [
-        {"raw": "abc", "max_new_tokens": 3, "temperature": 0.5, "top_p": 0.9, "seed": 3, "stop": ["x", "y"]},
-        {"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": [picture, text]}]},
-        {
-            "messages": [
-                {"role": "user", "content": "call f"},
-                {"role": "assistant", "content": [thought, text]},
-                {"role": "user", "content": "now"},
-                {"role": "assistant", "content": "", "tool_calls": [call]},
-                {"role": "tool", "content": "4", "tool_call_id": "call00000", "name": "f"},
-            ],
-            "tools": [{"type": "function", "function": function}],
-            "reasoning_effort": "none",
-        },
-    ]
-    with open(path := f"{folder}/requests.jsonl", "w") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-
-    def read() -> None:
-        specs, base = generate.read_requests(argparse.Namespace(requests=path))
-        for spec in specs:
-            session.request(spec, base)
-
-    return Kind(folder, ["requests.jsonl"], read)
-
-
-def kind_chats(folder: str) -> Kind:
-    from helpers import write_tekken as write_small_tekken
-
-    os.makedirs(tokenizer := os.path.join(os.path.dirname(folder), "tokenizer"), exist_ok=True)
-    write_small_tekken(tokenizer)
-    tokenizer, path = load_tokenizer(tokenizer), make_chats(folder, True)
-    read = lambda: pipeline.Chats(str(path), tokenizer, IMAGES, 10_000, Place())  # noqa: E731
-    return Kind(folder, [os.path.basename(path)], read)
-
-
-def kind_images(folder: str) -> Kind:
-    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    names = [f"image.{extension}" for extension in ("png", "jpg", "gif", "bmp", "webp", "tiff", "ppm", "ico", "jp2")]
-    for name in names:
-        Image.fromarray(noise).save(f"{folder}/{name}")
-
-    def read() -> None:
-        for name in names:
-            vision.image_size(name, folder)
-            vision.pixels(vision.load_image(name, folder), IMAGES.vision)
-
-    return Kind(folder, names, read)
-
-
-def trained() -> optimizer.Optimizer:
-    model = MistralMedium(parse_config(text_fields(num_hidden_layers=1)), dtype=torch.float32)
-    initialize(model, 0)
-    return optimizer.Optimizer(model, (0.9, 0.99), 1e-8, 0.0, False)
-
-
-def kind_state(folder: str) -> Kind:
-    adam, settings = trained(), {"seed": 1, "shuffle": True, "data": "0123", "freeze": [], "lora": [None, 0.0]}
-    optimizer.save_state(folder, 3, adam, settings, keep=2)
-    path = f"{folder}/step-3"
-    return Kind(path, sorted(os.listdir(path)), lambda: optimizer.load_state(path, adam, settings, "chats.jsonl"))
-
-
-def kind_metrics(folder: str) -> Kind:
-    line = dict(step=1, loss=2.5, grad_norm=1.0, lr=1e-5, target_tokens=9, tokens_per_s=3.0, step_s=1.0)
-    with open(f"{folder}/metrics.jsonl", "w") as file:
-        for step in range(1, 4):
-            file.write(json.dumps(line | dict(step=step)) + "\n")
-        file.write(json.dumps(dict(step=3, val_loss=2.0)) + "\n")
-
-    def read() -> None:
-        metrics = train.Metrics(folder, 3, 9)
-        metrics.write(line | dict(step=4, peak_memory_bytes=1))
-        train.draw_loss(f"{folder}/loss.png", metrics.lines)
-
-    return Kind(folder, ["metrics.jsonl"], read)
-
-
-def kind_environment(folder: str) -> Kind:
-    """The variables that a launcher sets, as a JSON file for the changes; joining the others is left out."""
-    valid = dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost")
-    with open(path := f"{folder}/environment.json", "w") as file:
-        json.dump(valid | dict(MASTER_PORT="29500"), file)
-
-    def read() -> None:
-        if not os.path.isfile(path):  # the file stands for variables, which cannot be pipes
-            return
-        try:
-            with open(path) as file:
-                values = {name: str(value) for name, value in json.load(file).items() if name.isidentifier()}
-        except (OSError, ValueError, AttributeError, RecursionError):
-            return
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            os.environ.pop(name, None)
-        for name, value in values.items():
-            try:
-                os.environ[name] = value
-            except ValueError:  # a zero byte, or a lone surrogate: no shell can set that either
-                continue
-        launch.dist.init_process_group = lambda *arguments, **more: None
-        launch.dist.rendezvous = lambda *arguments, **more: iter([(None, 0, 1)])
-        try:
-            launch.start_world()
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None  # there is no file to name
-
-    return Kind(folder, ["environment.json"], read)
-
-
-KINDS = {name[5:]: build for name, build in list(globals().items()) if name.startswith("kind_")}
 
 # --------------------------------------------------------------------------------------------------- changes
 
@@ -277,7 +77,9 @@ def change_json(draw: random.Random, value):
         elif kind == 4:
             del at[key]
         elif kind == 5 and type(old) in (int, float):
-            at[key] = draw.choice([old + 1, old - 1, -old, old * 2, old / 2, str(old), float(old), old * 10**9])
+            at[key] = draw.choice(
+                [old + 1, old - 1, -old, old * 2, old // 2, str(old), min(old, 1e300) / 1, old * 10**9]
+            )
         elif kind == 5 and type(old) is str:
             at[key] = draw.choice([old[:-1], old + draw.choice("x \n\0é"), old * 2, old.upper(), [old], old[::-1]])
         elif kind == 5 and type(old) is list:

@@ -3,7 +3,19 @@
 import fuzz
 import pytest
 
-KINDS = ("config", "params", "index", "safetensors", "tekken", "sentencepiece", "images", "state", "metrics")
+KINDS = (
+    "config",
+    "params",
+    "index",
+    "safetensors",
+    "tekken",
+    "sentencepiece",
+    "images",
+    "state",
+    "metrics",
+    "saved",
+    "adapters",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
