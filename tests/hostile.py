@@ -210,6 +210,21 @@ def kind_state(folder: str) -> Kind:
     return Kind(path, sorted(os.listdir(path)), lambda: optimizer.load_state(path, adam, settings, "chats.jsonl"))
 
 
+def kind_run(folder: str) -> Kind:
+    """The record in the folder of a finished run."""
+    out, decides = f"{folder}/out", {"seed": 1, "freeze": [], "data": "chats.jsonl"}
+    os.makedirs(f"{out}/checkpoints/step-3")
+    os.makedirs(f"{out}/model")
+    optimizer.write_record(out, decides | {"step": 3})
+    options = dict.fromkeys(("ckpt", "init", "tokenizer", "data", "val")) | {"out": out, "resume": True}
+
+    def read() -> None:
+        with optimizer.claimed(argparse.Namespace(**options), decides, 0):
+            pass
+
+    return Kind(folder, ["out/run.json"], read)
+
+
 def kind_metrics(folder: str) -> Kind:
     line = dict(step=1, loss=2.5, grad_norm=1.0, lr=1e-5, target_tokens=9, tokens_per_s=3.0, step_s=1.0)
     with open(f"{folder}/metrics.jsonl", "w") as file:

@@ -3,19 +3,7 @@
 import fuzz
 import pytest
 
-KINDS = (
-    "config",
-    "params",
-    "index",
-    "safetensors",
-    "tekken",
-    "sentencepiece",
-    "images",
-    "state",
-    "metrics",
-    "saved",
-    "adapters",
-)
+KINDS = "config params index safetensors tekken sentencepiece images saved adapters state run metrics".split()
 
 
 @pytest.mark.parametrize("kind", KINDS)
