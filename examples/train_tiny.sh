@@ -3,7 +3,8 @@
 #
 #     bash examples/train_tiny.sh OUT
 #
-# OUT/tiny is the checkpoint. One process, on all cores; SEED makes another one; CHATS and HELD_OUT make it smaller.
+# OUT/tiny is the checkpoint. One process, on all cores; SEED makes another one; CHATS and HELD_OUT make it smaller. The
+# one in examples/tiny was trained for longer, and with data that changed: its README says how, and what this makes.
 set -euo pipefail
 out=$(realpath -m "${1:?say where to: bash examples/train_tiny.sh OUT}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -23,7 +24,7 @@ train() {
 }
 train --init "$data/start/config.json" --tokenizer "$data/start" --data "$data/train.jsonl" --out "$out/first" --lr 5e-4
 # A second part with a learning rate that is high once more. What is learned last, to find the thing that a word names,
-# is learned in it; at the end of the first, corners and sides are hardly more than guessed.
+# was learned in it in one of three runs; until then corners and sides are hardly more than guessed.
 train --ckpt "$out/first/model" --data "$data/second.jsonl" --out "$out/run" --lr 4e-4
 
 rm -rf "$out/tiny"
