@@ -118,8 +118,10 @@ def count_micro_batches(args: argparse.Namespace, dp: int) -> int:
 
 
 def batch_shape(args: argparse.Namespace, place: Place) -> tuple[int, int]:
-    """(B, T) of a micro-batch."""
-    return args.micro_batch_size, -(-args.max_length // place.token_parts) * place.token_parts
+    """(B, T) of the largest micro-batch."""
+    return min(args.micro_batch_size, args.global_batch_size), -(
+        -args.max_length // place.token_parts
+    ) * place.token_parts
 
 
 def plan_rank(
@@ -287,7 +289,7 @@ def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp
 
 def most_activations(config: Config, place: Place, args: argparse.Namespace) -> int:
     """More bytes than activations can take, whatever the topology: 64 for each of the numbers that a layer computes."""
-    tokens = CHUNK if args.inference else args.micro_batch_size * args.max_length
+    tokens = CHUNK if args.inference else math.prod(batch_shape(args, place))
     held = min(place.pp_size - place.pp_rank, count_micro_batches(args, place.dp_size))
     layers = 2 if args.inference else held * len(place.layers(config.num_hidden_layers)) + 2
     width = 3 * config.hidden_size + 3 * config.intermediate_size + 4 * config.num_attention_heads * config.head_dim
