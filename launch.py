@@ -66,6 +66,13 @@ class Parser(argparse.ArgumentParser):
         more = dict(description=textwrap.fill(line, 80), epilog=examples and f"examples:\n{examples}") | more
         super().__init__(**{"formatter_class": Help, "allow_abbrev": False, **more})
 
+    def parse_known_args(self, *more):
+        args, rest = super().parse_known_args(*more)
+        for name, value in vars(args).items():  # the name of a file: "$UNSET" should not mean another one
+            if "" in (value if isinstance(value, list) else [value]) and name not in ("question", "prompt", "system"):
+                self.error(f"{name} is empty")
+        return args, rest
+
     def error(self, message: str):
         raise UserError(f"{message} (--help lists the options)")
 
@@ -79,8 +86,7 @@ def number(kind: type, low: float, high: float, above: bool = False):
         except ValueError:
             value = math.nan
         if not (low < value or (value == low and not above)) or value > high:
-            bounds = f"{'above' if above else 'from'} {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text!r} should be a number {bounds}")
+            raise argparse.ArgumentTypeError(f"{text!r} is no number {'above' if above else 'from'} {low} to {high}")
         return value
 
     return parse
@@ -104,8 +110,7 @@ def variable(name: str, low: int, high: int, default: int | None = None) -> int:
 def start_world(patience: float = 300.0, met: Callable[[dist.Store, int, int], None] | None = None) -> None:
     """Join the processes that torchrun started, if it did: NCCL on GPUs, Gloo on CPUs.
 
-    They meet at a store, for which each waits `patience` seconds; `met(store, rank, world)` is called there, where all
-    ranks are known to be alive and have no connections among each other yet.
+    Within `patience` seconds they meet at a store; `met(store, rank, world)` is called before they connect otherwise.
     """
     world = variable("WORLD_SIZE", 1, 1 << 20, 1)
     rank = variable("RANK", 0, world - 1, 0 if world == 1 else None)
@@ -209,18 +214,16 @@ def gather_objects(value) -> list:
 def together(action: Callable):
     """Run `action` on every rank and return its result; a UserError of any rank is raised on all.
 
-    A mistake that only one rank can see (a damaged shard, a file missing on its machine) would otherwise end that rank
-    alone, and the others would wait in their next collective for a peer that is gone. So no rank leaves here before all
-    have said how they fared. It is a collective itself: all ranks have to come here.
+    A mistake that only one rank can see (a damaged shard) would otherwise end that rank alone, while the others wait in
+    their next collective. So no rank leaves here before all have said how they fared: all have to come here.
     """
     error, result = None, None
     try:
         result = action()
     except UserError as mistake:
         error = mistake
-    for error in gather_objects(error):
-        if error is not None:
-            raise error
+    for mistake in filter(None, gather_objects(error)):
+        raise mistake
     return result
 
 
@@ -231,7 +234,7 @@ class Watch:
     """Watches the other ranks while this one works, and ends this process when one of them is gone.
 
     A rank that waits in a collective hears no signal, and learns of another's end only if a connection to it breaks. So
-    two threads look out, whatever the main thread does: load, compute, or wait for a person. What they notice:
+    two threads look out, whatever the main thread does. What they notice:
 
     - a process on this machine that ended: at once, before a launcher can say so and stop this one;
     - a rank that gave no sign of life for `patience` seconds, which is stopped, or its machine is cut off. Every rank
@@ -280,9 +283,8 @@ class Watch:
             events = select.select([*self.processes, self.signals], [], [], 1.0)[0]
             beats = self.beats
             for event in events:
-                if event in self.processes:
-                    who = f"rank {self.processes[event]}"
-                    self.end(f"{who} was killed, or crashed; the kernel's log (dmesg) may say why")
+                if (rank := self.processes.get(event)) is not None:
+                    self.end(f"rank {rank} was killed, or crashed; the kernel's log (dmesg) may say why")
                 elif signal.getsignal(number := os.read(event, 1)[0]) is left_to_watch:
                     self.end(f"stopped by {signal.Signals(number).name}", 128 + number)
             if beats is None:
@@ -361,8 +363,7 @@ def run_program(main: Callable[[list[str]], None]) -> None:
     """Run `main(arguments)` on every rank, then exit: with status 0, or with one line in all that says what went wrong.
 
     A user error is raised on all ranks (see `together`), and their status is 2. Anything else that one rank meets ends
-    the whole job with status 1: the others notice that it is gone, and that it has said why. One process alone shows
-    the traceback of what is then a bug.
+    the job with status 1: the others notice that it is gone. One process alone shows the traceback of what is a bug.
     """
     status, line, all_know, patience, watch, counters = 0, None, True, 300.0, None, Counters()
     early = Parser(add_help=False)  # ranks wait for each other before `main` knows its options
@@ -436,9 +437,8 @@ def await_cause(counters: Counters) -> None:
 def wait_for_all(counters: Counters) -> None:
     """Return when all ranks are about to exit, each with the same status.
 
-    A launcher kills the other ranks as soon as one exits with an error, and their status would be a signal's instead of
-    2. So each rank says in the store that it is leaving, and waits until all have. Rank 0 waits for one thing more:
-    that the others have looked there for the last time, because the store may live in its process.
+    A launcher kills the other ranks as soon as one exits with an error: their status would be a signal's. So each says
+    in the store that it is leaving, and waits for all. Rank 0, where the store may live, waits until all have left it.
     """
     world, rank, deadline = dist.get_world_size(), dist.get_rank(), time.monotonic() + LOST_SECONDS
     here = counters.add("leaving", 1)

@@ -247,7 +247,7 @@ def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp
     memory. Every rank has to come here: they find the tightest device together. Raises UserError on all. Returns the
     bytes of this rank's plan.
     """
-    wanted = argparse.Namespace(**{**vars(parse_args(["--plan", "--config", ""])), **vars(args)})
+    wanted = argparse.Namespace(**{**vars(parse_args(["--plan", "--config", "-"])), **vars(args)})
     wanted.inference = not hasattr(args, "lora_rank")
     if wanted.inference:  # one request, of a chunk; the cache of more, or longer ones, comes on top
         longest = args.max_context or config.max_position_embeddings

@@ -236,7 +236,7 @@ def held(config: Config, *topologies: tuple[int, int]) -> dict:
     of `topologies` (tp, pp) that divides the model, if any."""
     vision = config.vision and replace(config.vision, num_hidden_layers=1)
     for tp, pp in topologies:
-        args = parse_args(["--plan", "--config", "", "--tp", str(tp), "--pp", str(pp), "--max-length", "2048"])
+        args = parse_args(["--plan", "--config", "-", "--tp", str(tp), "--pp", str(pp), "--max-length", "2048"])
         one, ranks = replace(config, num_hidden_layers=pp, vision=vision), []  # a layer for each stage
         with suppress(TopologyError):
             for place in (place for stage in places(tp, pp) for place in stage):

@@ -13,7 +13,6 @@ from PIL import Image
 from processes import run, run_on_ranks
 from train_cases import arguments
 
-import session
 import train
 
 
@@ -40,11 +39,10 @@ def refused(result, *named: str) -> str:
     (["--interactive"], "--interactive"), (["--requests", "x.jsonl"], "--requests"), (["--tp", "2"], "--tp"),
     (["--tp", "0"], "--tp"), (["--pp", "2"], "--pp"), (["--image", "nowhere.png"], "image"),
     (["--raw", "--system", "x"], "--raw"), (["--max-context", "2"], "context"), (["--ckpt", "/nowhere"], "/nowhere"),
-    (["--ckpt", ""], "--ckpt"), (["stray"], "stray"), (["--seed"], "--seed"),
+    (["--ckpt", ""], "ckpt is empty"), (["--lora", ""], "lora is empty"), (["--image", ""], "image is empty"),
+    (["stray"], "stray"), (["--seed"], "--seed"),
 ])  # fmt: skip
 def test_bad_options(options, named, ckpt, program):
-    if options == ["--ckpt", ""] and os.path.isdir(session.TINY):
-        pytest.skip("an empty --ckpt is the default one")
     refused(program("--ckpt", ckpt, "--prompt", "hi", *options), named)
 
 

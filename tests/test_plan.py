@@ -342,7 +342,7 @@ def test_a_mistake_outside(tmp_path):
 
 def needs(config, tp: int, pp: int, args) -> int:
     """The most that a rank needs, by the plan; no reserve on a CPU."""
-    options = ["--plan", "--config", "", "--tp", str(tp), "--pp", str(pp)]
+    options = ["--plan", "--config", "-", "--tp", str(tp), "--pp", str(pp)]
     options += ["--inference", "--max-context", str(2 * plan.CHUNK), "--weights", "dequantized"]
     wanted = plan.parse_args(options)
     return max(stage["peak_bytes"] for stage in plan.make_plan(config, wanted)["stages"]) - plan.RESERVE

@@ -24,7 +24,7 @@ def dry() -> Iterator[Process]:
 def planned(argv: list[str], rank: int, config, keep_fp8: bool = False) -> int:
     """Bytes of activations that the plan says for this rank."""
     given = vars(train.parse_args(["--ckpt", "x", "--data", "x", "--out", "x", "--val", "x", *argv]))
-    args = argparse.Namespace(**{**vars(plan.parse_args(["--plan", "--config", ""])), **given})
+    args = argparse.Namespace(**{**vars(plan.parse_args(["--plan", "--config", "-"])), **given})
     args.inference = False
     stage, tp_rank = divmod(rank, args.tp)
     place = plan.places(args.tp, args.pp, 1, args.sequence_parallel)[stage][tp_rank]
@@ -70,7 +70,7 @@ def test_a_prefill(dry, rank, tp, pp, prompts):
     config = replace(real_config(2 * pp), vision=None)
     phases = dry("answering", rank=rank, tp=tp, pp=pp, prompts=prompts, layers=2 * pp, tokens=2, logprobs=True)
     measured = max(report["peak"] - report["before"] for name, report in phases if name == "prefill")
-    args = plan.parse_args(["--plan", "--config", "", "--inference", "--max-context", str(prompts[-1])])
+    args = plan.parse_args(["--plan", "--config", "-", "--inference", "--max-context", str(prompts[-1])])
     place = plan.places(tp, pp)[rank // tp][rank % tp]
     said = plan.plan_rank(config, place, args, keep_fp8=True)[0].activation_bytes
     print(f"plan {said / 1e9:.4f} GB, dry run {measured / 1e9:.4f} GB, {said / measured:.4f}")
