@@ -18,6 +18,6 @@ def test_compare(tmp_path):
         pytest.importorskip(peer)
     ckpt = make_checkpoint(str(tmp_path / "ckpt"), TEXT)
     ended = run("benchmarks/compare.py", ckpt, "--rounds", "1", seconds=800)
-    assert ended.returncode == 0, ended.stderr
-    found = [line.split(": ours")[0].split(": refilled")[0] for line in ended.stdout.splitlines() if "ratio" in line]
+    assert ended.status == 0, ended.err
+    found = [line.split(": ours")[0].split(": refilled")[0] for line in ended.out.splitlines() if "ratio" in line]
     assert ", ".join(found) == ROWS.replace("\n", " ")
