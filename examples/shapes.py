@@ -119,7 +119,7 @@ def training_chats(album: Album, count: int, rng: random.Random, start: float = 
             if early or rng.random() < 0.4:
                 questions.insert(rng.choice((0, len(questions))), rng.choice((asker.describe, asker.everything))())
         elif what == "high":
-            kinds = FIRST if early else SINGLE + OFTEN + SEVERAL * 4
+            kinds = FIRST if early else SINGLE + OFTEN + SEVERAL * 4 + ("count_beside",) * 4
             questions, effort = asker.draw(kinds, rng.randint(2, 4)), "high"
         else:
             questions, effort, offered = calls(asker)
