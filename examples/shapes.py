@@ -251,12 +251,17 @@ def main() -> None:
     for name, count, begin in (
         ("val", n // 2, 1.0),
         ("calibrate", n // 4, 1.0),
-        ("review", args.review, 1.0),
         ("train", args.chats, 0.0),
         ("second", args.chats * 7 // 32, 1.0),
     ):
         chats = training_chats(Album(out, name, seen), count, rng(name), begin)
         write(out, name, in_even_batches(chats, args.batch, rng(f"{name} batches")))
+
+    # A fine-tune's new questions stand alone. If all of the old ones were turns of long chats, a model would learn from
+    # both that what stands alone is about something new.
+    album, alone = Album(out, "review", seen), args.review // 2
+    chats, _ = held_out(album, alone, rng("review"), SINGLE, think=False)
+    write(out, "review", [*chats, *training_chats(album, args.review - alone, rng("review chats"), 1.0)])
 
     start = os.path.join(out, "start")
     os.makedirs(start)
