@@ -128,7 +128,8 @@ class Span:
     query_scale: torch.Tensor | None  # (B or 1, 1, T, 1)
     segments: list[tuple[int, int, int]] | None = None  # row of the cache, position of the first token, tokens
     mask: torch.Tensor | None = None  # (T, T): whom each token sees, of short prompts on a CPU
-    positions: torch.Tensor | None = None  # (B, 1, 1, 1), of a step
+    positions: torch.Tensor | None = None  # (B,), of a step
+    rows: torch.Tensor | None = None  # (B,): 0, 1, …
     length: int = 0
     bias: torch.Tensor | None = None  # (B, 1, 1, length): 0, or -inf beyond a row's end; None: nothing lies beyond
 
@@ -235,9 +236,9 @@ class Attention(nn.Module):
             out = attend(q, k, v)
         elif span.positions is not None:
             if span.bias is None:  # all at the same position
-                cache.index_copy_(3, span.positions[:1].flatten(), new)
-            else:
-                cache.scatter_(3, span.positions.expand_as(new), new)
+                cache.index_copy_(3, span.positions[:1], new)
+            else:  # not scatter_, which on a CPU copies the whole cache there and back
+                cache[:, span.rows, :, span.positions] = new[:, :, :, 0].transpose(0, 1)
             out = attend_step(q, *cache[:, :, :, : span.length], span.bias)
         else:
             out = [] if span.mask is None else [F.scaled_dot_product_attention(q, k, v, span.mask, enable_gqa=True)]
@@ -343,15 +344,14 @@ class MistralMedium(nn.Module):
 
         `alike`: every row has exactly `length` tokens with this one, and nothing has to be hidden.
         """
-        bias = None
+        rows = bias = None
         if not alike:
+            rows = torch.arange(len(positions), device=self.place.device)
             # What a row must not see gets -inf. In the dtype in which scores are: on a CPU, that of the inputs.
             dtype = self.dtype if self.place.device.type == "cpu" else torch.float32
             beyond = torch.arange(length, device=self.place.device) > positions[:, None]  # (B, length)
-            bias = torch.zeros(beyond.shape, dtype=dtype, device=self.place.device).masked_fill_(beyond, -torch.inf)
-            bias = bias[:, None, None]
-        tables = self.tables(positions[:, None])
-        return Span(*tables, positions=positions[:, None, None, None], length=length, bias=bias)
+            bias = beyond.new_zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, -torch.inf)[:, None, None]
+        return Span(*self.tables(positions[:, None]), positions=positions, rows=rows, length=length, bias=bias)
 
     def tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Of positions (B, T), once for all layers: cosines and sines (B, 1, T, D), scales of queries (B, 1, T, 1)."""
