@@ -167,9 +167,20 @@ def test_other_peoples_files(seeing, program, asked, tmp_path):
     typed += [f"/load {path}" for path in bad]
     status, _, err = program("--interactive", "--ckpt", seeing, "--max-new-tokens", 1, stdin=lines(*typed))
     assert status == 0 and len(errors(err)) == 8, err
+    assert all(path in said for path, said in zip(bad, errors(err)[1:])), err
     first, second = (spec["messages"] for spec in asked if spec["where"] == "this turn")
     assert [m["role"] for m in first[2:]] == ["assistant", "tool", "assistant", "tool"]
     assert first[-1]["tool_call_id"] == "abc" and [m["role"] for m in second] == ["system", "user"]
+
+
+def test_what_has_no_utf8_form(seeing, program, tmp_path):
+    """A lone surrogate in a file of somebody else's is saved as it was read: as its escape in JSON."""
+    odd = [{"id": "abc", "type": "\ud800", "function": {"name": "f", "arguments": "{}"}}]
+    path = save(tmp_path / "odd.jsonl", answer={"role": "assistant", "content": "", "tool_calls": odd})
+    typed = [f"/load {path}", f"/save {tmp_path}/again.jsonl"]
+    status, _, err = program("--interactive", "--ckpt", seeing, stdin=lines(*typed))
+    assert status == 0 and not errors(err), err
+    assert json.loads((tmp_path / "again.jsonl").read_text())["answer"]["tool_calls"] == odd
 
 
 def test_files(seeing, program, asked, tmp_path, monkeypatch):

@@ -13,7 +13,10 @@ from PIL import Image
 from processes import run, run_on_ranks
 from train_cases import arguments
 
+import generate
+import plan
 import train
+from config import UserError
 
 
 def refused(result, *named: str) -> str:
@@ -44,6 +47,17 @@ def refused(result, *named: str) -> str:
 ])  # fmt: skip
 def test_bad_options(options, named, ckpt, program):
     refused(program("--ckpt", ckpt, "--prompt", "hi", *options), named)
+
+
+EMPTY = {generate: "ckpt lora image requests", train: "ckpt init tokenizer data out val", plan: "config"}
+
+
+@pytest.mark.parametrize("module, name", [(module, name) for module in EMPTY for name in EMPTY[module].split()])
+def test_an_empty_name(module, name):
+    """What an unset variable of the shell leaves."""
+    needed = {"generate": [], "train": ["--data", "x", "--out", "x"], "plan": ["--plan", "--config", "x"]}
+    with pytest.raises(UserError, match=f"{name} is empty"):
+        module.parse_args([*needed[module.__name__], f"--{name}", ""])
 
 
 def test_nothing_to_do(ckpt, program):

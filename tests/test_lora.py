@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import re
 import shutil
 import warnings
@@ -11,7 +12,7 @@ import pytest
 import torch
 from helpers import load, log_probabilities
 from processes import run_on_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from train_cases import IMAGES, arguments, metrics, train_on_ranks, trainer, worst
 
 import train
@@ -165,6 +166,12 @@ def test_adapters_that_do_not_fit(text, program, tmp_path):
         assert status == 2 and out == "" and err.count("\n") == 1 and says in err, err
     status, _, err = program("--ckpt", text[0], "--lora", tmp_path / "none", "hi")
     assert status == 2 and "no such directory" in err
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name in random.Random(2).sample(sorted(tensors), 5):
+        save_file({key: x for key, x in tensors.items() if key != name}, folder / "adapter_model.safetensors")
+        status, out, err = program("--ckpt", text[0], "--lora", folder, "hi")
+        assert status == 2 and out == "" and f"{folder}: 1 tensors are missing" in err, err
 
 
 def check_topology(case, topology, folder, **options) -> None:

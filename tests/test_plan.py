@@ -348,6 +348,16 @@ def needs(config, tp: int, pp: int, args) -> int:
     return max(stage["peak_bytes"] for stage in plan.make_plan(config, wanted)["stages"]) - plan.RESERVE
 
 
+@pytest.mark.parametrize("batch", [1, 3, 7])
+def test_a_micro_batch_is_no_larger_than_the_batch(batch, medium):
+    common = ["--plan", "--config", "-", "--pp", "16", "--max-length", "512", "--activation-checkpointing"]
+    config, plans = read_config(medium), []
+    for size in (batch, batch + 1, 1 << 16):
+        sizes = ["--global-batch-size", str(batch), "--micro-batch-size", str(size)]
+        plans.append(plan.make_plan(config, plan.parse_args([*common, *sizes])))
+    assert plans[0] == plans[1] == plans[2]
+
+
 def test_the_smallest_topology(medium, monkeypatch):
     """What is named fits by the plan, and nothing smaller does."""
     config, args, rng = read_config(medium), generate.parse_args(["--prompt", "x"]), random.Random(3)
