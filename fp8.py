@@ -92,7 +92,7 @@ def fp8_matmul_by_rows(
     """
     flat = x.reshape(-1, x.shape[-1])
     scale = scale_of(flat.abs().amax()) if activation_scale is None else activation_scale
-    scales = scale.expand(len(flat), 1).contiguous()
+    scales = scale.reshape(1, 1).expand(len(flat), 1).contiguous()
     product = torch._scaled_mm(quantize(flat, scale), weight.t(), scale_a=scales, scale_b=row_scales, out_dtype=x.dtype)
     return product.view(*x.shape[:-1], -1)
 
