@@ -226,11 +226,11 @@ def mistakes(watch: Watch) -> dict[str, dict]:
     """One small mistake of each kind, and what was seen of it."""
     seen = {}
 
-    def product(a_shape, b_shape, scale_a, scale_b, a_stride=None, out_dtype=torch.bfloat16):
+    def product(a_shape, b_shape, scale_a, scale_b, a_stride=None, out_dtype=torch.bfloat16, spread=False):
         K, N = b_shape
         a = torch.empty_strided(a_shape, a_stride or (K, 1), dtype=checkpoint.fp8.E4M3, device="cuda")
         b = torch.empty(N, K, dtype=checkpoint.fp8.E4M3, device="cuda").t()
-        scales = (torch.empty(shape, device="cuda") for shape in (scale_a, scale_b))
+        scales = (torch.empty(() if spread else shape, device="cuda").expand(shape) for shape in (scale_a, scale_b))
         torch._scaled_mm(a, b, *scales, out_dtype=out_dtype)
 
     with world(0, 2, 1) as place, watch:
@@ -240,12 +240,14 @@ def mistakes(watch: Watch) -> dict[str, dict]:
         kinds = {
             "right": lambda: product((32, 64), (64, 48), (), ()),
             "right, by rows": lambda: product((32, 64), (64, 48), (32, 1), (1, 48)),
+            "right, one row": lambda: product((1, 64), (64, 48), (1, 1), (1, 48)),
             "devices": lambda: x + host,
             "group": lambda: dist.all_gather([host, host], x, group=place.tp_group),
             "sizes": lambda: product((32, 72), (72, 48), (), ()),
             "layout": lambda: product((32, 64), (64, 48), (), (), a_stride=(1, 32)),
             "scales": lambda: product((32, 64), (64, 48), (), (1, 48)),
             "scale's shape": lambda: product((32, 64), (64, 48), (1, 32), (1, 48)),
+            "scale's stride": lambda: product((1, 64), (64, 48), (1, 1), (1, 48), spread=True),
             "result": lambda: product((32, 64), (64, 48), (32, 1), (1, 48), out_dtype=torch.float32),
             "item": lambda: float(x.sum()),
             "truth": lambda: bool((x > 0).all()),

@@ -184,6 +184,8 @@ class Watch(TorchDispatchMode):
             self.fault("FP8 product with one scale per tensor and one per row")
         if False in alone and given.get("out_dtype") != torch.bfloat16:
             self.fault("FP8 product with a scale per row and a result that is not BF16")
+        if False in alone and any(scale.stride(-1) != 1 for scale in scales):  # even if it has one element
+            self.fault("FP8 product with a scale per row whose last stride is not 1")
 
     def hold(self, x: torch.Tensor) -> None:
         """Count the storage of `x` until it is gone."""

@@ -34,7 +34,7 @@ def check(report: dict, kernels: int, syncs: dict[tuple[str, str], int]) -> None
 def test_what_is_seen(dry):
     """One mistake of each kind."""
     seen = dry("mistakes")
-    for name in ("right", "right, by rows", "lower right"):
+    for name in ("right", "right, by rows", "right, one row", "lower right"):
         assert not seen[name]["faults"] and not seen[name]["syncs"] and "raised" not in seen[name], seen[name]
     assert "same device" in seen["devices"]["raised"]
     faults = {
@@ -43,6 +43,7 @@ def test_what_is_seen(dry):
         "layout": "not row-major by column-major",
         "scales": "one scale per tensor and one per row",
         "scale's shape": "scale_a of shape (1, 32)",
+        "scale's stride": "last stride is not 1",
         "result": "not BF16",
     }
     for name, text in faults.items():
