@@ -132,6 +132,33 @@ def training_chats(album: Album, count: int, rng: random.Random, start: float = 
             yield chat(questions, [image], effort, offered)
 
 
+def fine_tuning_chats(
+    album: Album, count: int, rng: random.Random, shares: tuple[int, ...], colours: tuple[str, ...], must: str
+) -> Iterator[dict]:
+    """`count` chats for a fine-tune, in which the word `must` occurs. shares: of questions that stand alone, of chats
+    without thoughts, of chats with thoughts, and of those that the model was trained on.
+
+    New examples and old ones should look alike but for what is new: if only one kind had questions that stand alone, a
+    model would learn from both that what stands alone is about pink.
+    """
+    every, made = tuple(dict.fromkeys((*COLOURS, *colours))), 0
+    while made < count:
+        what = rng.choices(("alone", "none", "high", "as before"), shares)[0]
+        if what == "as before":
+            made += 1
+            yield from training_chats(album, 1, rng, 1.0)
+            continue
+        alone = what == "alone"
+        scene = draw_scene(rng, 1 if alone else 3, 4 if alone else 6, colours=colours, must=must)
+        kinds = SINGLE if alone else SINGLE + OFTEN + SEVERAL * 4
+        least, most = {"alone": (1, 1), "none": (4, 8), "high": (2, 4)}[what]
+        questions = Asker(scene, rng, every).draw(kinds, rng.randint(least, most))
+        if questions and any(must in question.text + question.answer for question in questions):
+            if image := album.add(render(scene, rng)):
+                made += 1
+                yield chat(questions, [image], "high" if what == "high" else "none")
+
+
 def text_chat(rng: random.Random) -> dict:
     questions = [small_talk(rng) for _ in range(rng.randint(2, 6))]
     return chat(questions, [], rng.choice(("none", "high")))
@@ -243,7 +270,6 @@ def main() -> None:
         ("absent", n, ("absent",), {}),
         ("follow_up", n, ("follow_up",), {}),
         ("pink", n, about_shapes, pink),
-        ("pink_train", 500, about_shapes, dict(think=False, **pink)),
     ):
         write(out, name, *held_out(Album(out, name, seen), count, rng(name), kinds, **extra))
     talk = [small_talk(rng(f"text {i}")) for i in range(n // 4)]
@@ -257,11 +283,13 @@ def main() -> None:
         chats = training_chats(Album(out, name, seen), count, rng(name), begin)
         write(out, name, in_even_batches(chats, args.batch, rng(f"{name} batches")))
 
-    # A fine-tune's new questions stand alone. If all of the old ones were turns of long chats, a model would learn from
-    # both that what stands alone is about something new.
-    album, alone = Album(out, "review", seen), args.review // 2
-    chats, _ = held_out(album, alone, rng("review"), SINGLE, think=False)
-    write(out, "review", [*chats, *training_chats(album, args.review - alone, rng("review chats"), 1.0)])
+    # Pink has to be told from red and purple, which are more frequent beside it for that.
+    near = (*COLOURS, "pink", "pink", "red", "purple")
+    for name, count, shares, colours, must in (
+        ("pink_train", 500, (3, 10, 7, 0), near, "pink"),
+        ("review", args.review, (4, 5, 8, 3), tuple(COLOURS), ""),
+    ):
+        write(out, name, fine_tuning_chats(Album(out, name, seen), count, rng(name), shares, colours, must))
 
     start = os.path.join(out, "start")
     os.makedirs(start)
