@@ -14,6 +14,7 @@ from pictures import COLOURS, SHAPES, STYLES, WORDS, Scene, Style, Thing, any_st
 from PIL import Image
 from processes import ROOT, run
 from questions import CALLS, FIRST, FURTHER, NUMBERS, SEVERAL, SIDES, SINGLE, Asker
+from shapes import Album, fine_tuning_chats
 
 from chat import encode_chat
 from config import read_config
@@ -340,6 +341,21 @@ def test_the_new_colour_is_new(data):
     for name in ("train", "second", "review", "val", "calibrate", *(name for name in SETS if name != "pink")):
         assert "pink" not in json.dumps(chats(data, name))
     assert all("pink" in json.dumps(chat) for name in ("pink", "pink_train") for chat in chats(data, name))
+
+
+def test_new_examples_of_a_fine_tune_look_like_old_ones(tmp_path):
+    """Alone and in chats, with thoughts and without: nothing but pink tells them apart."""
+    rng, forms = random.Random(5), {}
+    for name, must in (("new", "pink"), ("old", "")):
+        colours = (*COLOURS, must) if must else tuple(COLOURS)
+        album = Album(str(tmp_path), name, set())
+        made = list(fine_tuning_chats(album, 60, rng, (1, 1, 1, 0), colours, must))
+        assert len(made) == album.count == 60 and all(must in json.dumps(chat) for chat in made)
+        asked = [sum(message["role"] == "user" for message in chat["messages"]) for chat in made]
+        forms[name] = {(min(count, 2), chat["reasoning_effort"]) for count, chat in zip(asked, made)}
+        thoughts = {"thinking" in json.dumps(chat) for chat in made if chat["reasoning_effort"] == "none"}
+        assert thoughts == {False}
+    assert forms["new"] == forms["old"] == {(1, "none"), (2, "none"), (2, "high")}
 
 
 def test_every_set_can_be_learned_from(data):
