@@ -141,6 +141,7 @@ def linear(
 FLOAT32_ROWS = 64  # a CPU without matrix units multiplies at least so many BF16 rows in float32
 FLOAT32_ROWS_AVX2 = 8  # one that has no BF16 instructions at all, so many
 PACKED_FLOAT32_ROWS = 256  # and so many where a packed weight has to be unpacked for it; see pack
+LEFT_ROWS = 8  # one that has matrix units takes a weight that is not packed on the left, for so many rows at most
 CACHED = 1 << 18  # elements of a weight converted to float32 at a time, so that the copy stays in the cache
 
 
@@ -189,9 +190,14 @@ class _Float32Matmul(torch.autograd.Function):
 def matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`x` (..., in), `weight` (out, in) -> (..., out)."""
     if x.dtype == torch.bfloat16 and x.device.type == "cpu":
-        enough = FLOAT32_ROWS if knows_bf16() else FLOAT32_ROWS_AVX2
-        if x.numel() >= enough * x.shape[-1] and not torch.cpu._is_amx_tile_supported():
+        rows, units = x.numel() // x.shape[-1], torch.cpu._is_amx_tile_supported()
+        if not units and rows >= (FLOAT32_ROWS if knows_bf16() else FLOAT32_ROWS_AVX2):
             return _Float32Matmul.apply(x, weight)
+        if units and 0 < rows <= LEFT_ROWS:
+            # With W on the left it is read once, as it lies in memory. On the right it would be rearranged first.
+            flat = x.reshape(rows, -1)
+            y = weight @ flat[0] if rows == 1 else (weight @ flat.t()).t().contiguous()
+            return y.reshape(*x.shape[:-1], -1)
     return F.linear(x, weight)
 
 

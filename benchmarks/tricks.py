@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from compare import Ours, Table
 
 import engine
+import fp8
 import model
 import vision
 
@@ -48,6 +49,7 @@ def main() -> None:
     for title, without, names in (
         ("weights in the kernels' layout", None, ("decode", "decode 16 rows", "prefill 1024")),
         ("norms as layer norms", (vision, "FEW_ROWS", 0), ("decode", "decode 16 rows", "prefill 16 x 20")),
+        ("the head's weight on the left", (fp8, "LEFT_ROWS", 0), ("decode",)),
         ("short prompts together", (model, "SHORT", 0), ("prefill 16 x 20",)),
         ("a chunk and what is before it apart", (model, "attend", masked), ("prefill 4000",)),
         ("chunks of 2048 instead of 1024", (engine, "CPU_CHUNK", 1024), ("prefill 4000",)),
