@@ -87,7 +87,7 @@ class Checkpoint:
     """The tensors of a directory by canonical name, and how many of their bytes were read."""
 
     def __init__(self, directory: str):
-        self.directory = find_folder(directory)
+        self.directory = self.title = find_folder(directory)  # the title is what messages call it
         self.bytes_read = 0
         self._open = {}
         files, self.native = self._files()
@@ -339,12 +339,12 @@ def check_names(checkpoint: Checkpoint, model: nn.Module) -> None:
     elsewhere = () if place.first_stage else ("embed_tokens.", "vision_tower.", "multi_modal_projector.")
     elsewhere += () if place.last_stage else ("norm.", "lm_head.")
     if missing := own - set(here):
-        raise UserError(f"{checkpoint.directory}: {len(missing)} tensors are missing: {some(missing)}")
+        raise UserError(f"{checkpoint.title}: {len(missing)} tensors are missing: {some(missing)}")
     owners = {name: re.sub(r"\.(weight_scale_inv|activation_scale)$", ".weight", name) for name in here}
     strangers = [name for name, owner in owners.items() if owner not in known and not owner.startswith(elsewhere)]
     if strangers:
         what = some(here[name].key for name in strangers)
-        raise UserError(f"{checkpoint.directory}: {len(strangers)} tensors have no place in the model: {what}")
+        raise UserError(f"{checkpoint.title}: {len(strangers)} tensors have no place in the model: {what}")
 
 
 def fill(model: nn.Module, checkpoint: Checkpoint, progress: Callable[[int, int], None] = lambda done, total: None):

@@ -212,7 +212,7 @@ def read_adapters(directory: str, checkpoint: Checkpoint) -> tuple[int, float]:
     for key in checkpoint.file(file).keys():
         name = canonical_name(key.removeprefix("base_model.model."), native=False)
         checkpoint.tensors[name.replace(".lora_", ".adapter.lora_")] = Stored(file, key)
-    checkpoint.directory += f" with {directory}"  # where a tensor is missing, or has no place, in either
+    checkpoint.title += f" with {directory}"  # where a tensor is missing, or has no place, in either
     return rank, alpha
 
 

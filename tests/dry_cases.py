@@ -46,7 +46,7 @@ class Shelf(checkpoint.Checkpoint):
     """A checkpoint of the whole model whose files are never read: their tensors have no values."""
 
     def __init__(self, config: Config, fp8: bool):
-        self.directory, self.native, self.bytes_read = "shelf", False, 0
+        self.title, self.native, self.bytes_read = "shelf", False, 0
         names = list(layers_with_slices(MistralMedium(config)))
         self.quantized = {name for name in names if fp8 and is_quantized(name)}
         names += [scale for name in self.quantized for scale in scale_names(name)]
