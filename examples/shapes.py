@@ -209,7 +209,6 @@ def held_out(
     rng: random.Random,
     kinds: tuple[str, ...],
     scale: float = 1.0,
-    think: bool = True,
     styled: bool = False,
     **scene,
 ) -> tuple[list[dict], list[str]]:
@@ -229,7 +228,7 @@ def held_out(
             if questions and scene.get("must", "") in questions[0].text + questions[0].answer:
                 image = album.add(render(drawn, rng, scale, style=style(rng)))
         offered = tuple(TOOLS) if kind in CALLS else ()
-        chats.append(chat(questions, [image], "high" if think else "none", offered))
+        chats.append(chat(questions, [image], "high", offered))
         asked.append(name or questions[-1].kind)
     return chats, asked
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from checkpoint import Checkpoint, fill, held_tensors, layers_with_slices
 from config import Config, parse_config, read_config
 from model import MistralMedium
+from parallel import Place
 
 # The rotary settings worth distinguishing. "yarn" is this model's, with Ministral 3's query scaling.
 ROPES = {
@@ -308,8 +309,10 @@ def make_checkpoint(folder, config: Config, seed: int = 0, dtype=torch.float32) 
 # ------------------------------------------------------------------------------------------------- running models
 
 
-def load(directory, dtype=torch.float32, keep_fp8: bool = False, fast: bool = False) -> MistralMedium:
-    model = MistralMedium(read_config(str(directory)), dtype=dtype, keep_fp8=keep_fp8)
+def load(
+    directory, dtype=torch.float32, keep_fp8: bool = False, fast: bool = False, place: Place = Place()
+) -> MistralMedium:
+    model = MistralMedium(read_config(str(directory)), place, dtype, keep_fp8)
     if fast:
         model.join()
     fill(model, Checkpoint(str(directory)))

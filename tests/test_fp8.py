@@ -1,5 +1,7 @@
 """FP8: every code and scale against float64, the three ways to multiply, and what stays in memory."""
 
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -246,22 +248,53 @@ def test_what_fp16_cannot_hold(largest, monkeypatch):
     assert fp8.pack(weight * (largest / weight.abs().max())) is None
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_few_rows_of_a_weight_that_is_not_packed(seed, monkeypatch):
+    """As a CPU with matrix units multiplies them, on any CPU: none, one, as many as go on the right; and gradients."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    draw = random.Random(seed)
+    shape = (
+        (0,)
+        if seed == 0
+        else draw.choice([(draw.randint(0, 2 * fp8.LEFT_ROWS),), (1, 1), (), (draw.randint(1, 3), draw.randint(1, 4))])
+    )
+    torch.manual_seed(seed)
+    x, weight = torch.randn(*shape, 37).bfloat16(), torch.randn(draw.randint(1, 90), 37).bfloat16()
+    exact, found = (
+        [t.detach().to(dtype).requires_grad_() for t in (x, weight)] for dtype in (torch.double, torch.bfloat16)
+    )
+    results = []
+    for product, (a, b) in ((F.linear, exact), (fp8.matmul, found)):
+        y = product(a, b)
+        y.square().sum().backward()
+        results.append((y.detach(), a.grad, b.grad))
+    assert results[1][0].is_contiguous()
+    for mine, theirs in zip(results[1], results[0]):
+        assert mine.shape == theirs.shape and mine.dtype == torch.bfloat16
+        torch.testing.assert_close(mine.double(), theirs, rtol=0.03, atol=0.03 * max(1, float(theirs.norm()) / 5))
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("rows", [1, 3, 16, 200])
+@pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("by_rows", [False, True])
-def test_fp8_products(rows, by_rows, device):
-    """Against float64 on the very numbers that are multiplied. Sums are float32's, but units that add up many products
-    at a time keep 14 bits of each beside the largest."""
+def test_fp8_products(seed, by_rows, device):
+    """Against float64 on the very numbers that are multiplied, one row among other numbers of them, the input's scale
+    given and not. Sums are float32's, but units that add up many products at a time keep 14 bits of each beside the
+    largest."""
     if device == "cuda" and not (torch.cuda.is_available() and fp8.has_fp8_matmul(torch.device(device, 0))):
         pytest.skip("needs a GPU with FP8 products")
     if device == "cpu" and torch.__version__ < "2.13":
         pytest.skip("multiplies no rows with scales of their own on a CPU, and many rows to NaN")
-    torch.manual_seed(rows)
-    x, weight = torch.randn(rows, 208).bfloat16(), torch.randn(176, 208).mul(100).to(fp8.E4M3)
-    scales = torch.rand(176, 1).add(0.5) if by_rows else torch.tensor(0.7)
-    act = x.abs().max().float() / 600  # so that the largest inputs are clamped
-    meant, exact = fp8.quantize(x, act).double() * act.double(), weight.double() * scales.double()
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    rows, size, out = draw.choice([1, draw.randint(2, 300)]), 16 * draw.randint(1, 20), 16 * draw.randint(1, 20)
+    x, weight = torch.randn(rows, size).bfloat16(), torch.randn(out, size).mul(100).to(fp8.E4M3)
+    scales = torch.rand(out, 1).add(0.5) if by_rows else torch.tensor(0.7)
+    act = draw.choice([None, x.abs().max().float() / 600])  # the largest inputs are clamped
+    scale = fp8.scale_of(x.abs().amax()) if act is None else act
+    meant, exact = fp8.quantize(x, scale).double() * scale.double(), weight.double() * scales.double()
     expected, sizes = meant @ exact.t(), meant.abs() @ exact.abs().t()
     product, scales = (fp8.fp8_matmul_by_rows, scales.t()) if by_rows else (fp8.fp8_matmul, scales)
-    found = product(*(t.to(device) for t in (x, weight, scales.contiguous(), act))).cpu()
+    x, weight, scales = (t.to(device) for t in (x, weight, scales.contiguous()))
+    found = product(x, weight, scales, act if act is None else act.to(device)).cpu()
     assert ((found.double() - expected).abs() <= expected.abs() * 2**-8 + sizes * 2**-12).all()

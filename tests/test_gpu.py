@@ -9,6 +9,7 @@ import torch
 from helpers import (
     Endless,
     answers,
+    load,
     make_eyes,
     random_state,
     random_tokens,
@@ -18,11 +19,11 @@ from helpers import (
     write_tekken,
 )
 from processes import run_on_ranks
+from test_engine_cache import drawn
 from train_cases import RECIPE, arguments, metrics, train_on_ranks, worst
 
 import fp8
 import train
-from checkpoint import Checkpoint, fill
 from config import read_config
 from engine import Answer, Engine, Request
 from model import MistralMedium, attend, attend_step
@@ -37,25 +38,7 @@ SIZES = dict(hidden_size=176, intermediate_size=208, num_attention_heads=6, num_
 
 
 def build(folder, device: torch.device, dtype: torch.dtype, keep_fp8: bool = False) -> MistralMedium:
-    model = MistralMedium(read_config(str(folder)), Place(device=device), dtype, keep_fp8)
-    model.join()
-    fill(model, Checkpoint(str(folder)))
-    return model
-
-
-def drawn(count: int, seed: int, vocabulary: int = 301, warm: bool = True) -> list[Request]:
-    draw = random.Random(seed)
-    return [
-        Request(
-            random_tokens(draw.randint(1, 150), vocabulary, seed=1000 * seed + i),
-            max_new_tokens=draw.randint(1, 70),
-            temperature=draw.choice([0.0, 0.7, 1.3]) if warm else 0.0,
-            top_p=draw.choice([1.0, 0.8]),
-            seed=draw.getrandbits(63),
-            logprobs=draw.random() < 0.5,
-        )
-        for i in range(count)
-    ]
+    return load(folder, dtype, keep_fp8, fast=True, place=Place(device=device))
 
 
 def generated(model: MistralMedium, requests: list[Request], chunk: int, recorded: bool = True) -> list[Answer]:
@@ -120,7 +103,7 @@ def test_attention_of_a_step(dtype):
 
 
 def test_what_is_rounded_once():
-    """Dequantizing and quantizing give the very bits of a CPU, and so does the noise of sampling."""
+    """Dequantizing and quantizing give the very bits of a CPU; the noise of sampling is as near as logarithms are."""
     weight = torch.randn(176, 208).mul(100).to(fp8.E4M3)
     x, scale = torch.randn(50, 208).bfloat16(), torch.tensor(0.0123)
     for dtype in (torch.bfloat16, torch.float32):
@@ -144,7 +127,7 @@ def test_answers(seed, chunk, tmp_path):
     """Rows that are refilled, chunks, steps that are recorded: the CPU's tokens and log-probabilities, in float32."""
     fields = text_fields("yarn, short", **SIZES)
     write_checkpoint(tmp_path, fields, random_state(fields, seed=seed))
-    requests = drawn(11, seed)
+    requests = drawn(11, seed, logprobs=True)
     expected = generated(build(tmp_path, HERE, torch.float32), requests, chunk)
     model = build(tmp_path, GPU, torch.float32)
     for recorded in (True, False):
@@ -233,7 +216,7 @@ def share_one_gpu() -> None:
 
 @pytest.mark.parametrize("tp, pp", [(2, 1), (1, 2), (2, 2), (1, 3)])
 def test_generation_over_nccl(tp, pp, tmp_path):
-    """More requests than stages and rows, a prompt of many chunks among them."""
+    """More requests than stages and rows."""
     fields = text_fields("yarn, short", **SIZES, vocab_size=write_tekken(tmp_path) + 3)
     write_checkpoint(tmp_path, fields, random_state(fields, seed=1))
     draw, lines = random.Random(tp), []
