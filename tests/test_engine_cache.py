@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import Endless, load, make_eyes, random_state, random_tokens, text_fields, write_checkpoint
 from processes import run_ranks
+from request_cases import drawn_requests
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -30,22 +31,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(folder):
     return load(folder, fast=True)
-
-
-def drawn(count: int, seed: int, **more) -> list[Request]:
-    """Greedy and sampled requests of different lengths."""
-    draw = random.Random(seed)
-    return [
-        Request(
-            random_tokens(draw.randint(1, 90), 301, seed=1000 * seed + i),
-            max_new_tokens=draw.randint(0, 70),
-            temperature=draw.choice([0.0, 0.7, 1.3]),
-            top_p=draw.choice([1.0, 0.8]),
-            seed=draw.getrandbits(63),
-            **more,
-        )
-        for i in range(count)
-    ]
 
 
 def alone(model, request: Request) -> engine_module.Answer:
@@ -133,7 +118,7 @@ def recording(model) -> Engine:
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_replayed_steps(model, seed):
     """The tokens of steps that run as they are: rows end early, the cache outgrows its size, sampling goes on."""
-    requests = drawn(7, seed) + [Request(random_tokens(60, 301, seed=seed), max_new_tokens=150)]
+    requests = drawn_requests(7, seed) + [Request(random_tokens(60, 301, seed=seed), max_new_tokens=150)]
     taped = recording(model)
     answers = taped.generate(requests)
     assert taped.replays > 100 and len(taped.taped) >= 4
@@ -205,7 +190,7 @@ def test_attention_as_two_products():
 @pytest.mark.parametrize("width", [1, 3, 16])
 def test_rows_are_refilled(model, width):
     """More requests than rows: the answers and their order are those of each alone."""
-    requests = drawn(20, 5)
+    requests = drawn_requests(20, 5)
     answers = Engine(model, Endless.eos_id, 4096).generate(requests, width=width)
     assert_same(answers, [alone(model, request) for request in requests])
 
@@ -223,12 +208,12 @@ def refilled_on_a_rank(folder: str, tp: int, pp: int) -> list:
     place = find_place(tp, pp)
     model = MistralMedium(read_config(folder), place, torch.float32)
     fill(model, Checkpoint(folder))
-    return Engine(model, Endless.eos_id, 4096).generate(drawn(13, 6), width=5)
+    return Engine(model, Endless.eos_id, 4096).generate(drawn_requests(13, 6), width=5)
 
 
 @pytest.mark.parametrize("tp, pp", [(1, 2), (2, 2), (1, 3)])
 def test_rows_are_refilled_on_every_topology(folder, model, tp, pp):
-    expected = [alone(model, request) for request in drawn(13, 6)]
+    expected = [alone(model, request) for request in drawn_requests(13, 6)]
     for answers in run_ranks(refilled_on_a_rank, tp * pp, folder, tp, pp):
         assert_same(answers, expected)
 

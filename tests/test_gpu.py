@@ -19,7 +19,7 @@ from helpers import (
     write_tekken,
 )
 from processes import run_on_ranks
-from test_engine_cache import drawn
+from request_cases import drawn_requests
 from train_cases import RECIPE, arguments, metrics, train_on_ranks, worst
 
 import fp8
@@ -127,7 +127,7 @@ def test_answers(seed, chunk, tmp_path):
     """Rows that are refilled, chunks, steps that are recorded: the CPU's tokens and log-probabilities, in float32."""
     fields = text_fields("yarn, short", **SIZES)
     write_checkpoint(tmp_path, fields, random_state(fields, seed=seed))
-    requests = drawn(11, seed, logprobs=True)
+    requests = drawn_requests(11, seed, logprobs=True)
     expected = generated(build(tmp_path, HERE, torch.float32), requests, chunk)
     model = build(tmp_path, GPU, torch.float32)
     for recorded in (True, False):
@@ -163,7 +163,7 @@ def test_recorded_steps_in_fp8(tmp_path):
     fields = text_fields("yarn, short", **SIZES)
     stored, _ = to_fp8(random_state(fields, seed=4), True)
     write_checkpoint(tmp_path, fields, stored, fp8="static")
-    model, requests = build(tmp_path, GPU, torch.bfloat16, True), drawn(9, 5)
+    model, requests = build(tmp_path, GPU, torch.bfloat16, True), drawn_requests(9, 5)
     assert all(layer.self_attn.joined and layer.mlp.joined for layer in model.layers.values())
     once, again, plain = (generated(model, requests, 100, recorded) for recorded in (True, True, False))
     assert [a.tokens for a in once] == [a.tokens for a in again]

@@ -232,7 +232,8 @@ def test_filling_holds_no_weight_twice(dtype, tmp_path):
     write_large(tmp_path, layers=2)
     (rank,) = run_ranks(load_on_a_rank, 1, str(tmp_path), 1, 1, False, dtype, 1 << 20)
     largest = 2 * 32_003 * 2048  # of the embedding, which is stored in BF16
-    assert rank["weights"] - 2e6 < rank["peak"] - rank["before"] < rank["weights"] + largest + 24e6
+    # What was there before may be given back meanwhile: some megabytes, once in many runs.
+    assert 0.95 * rank["weights"] < rank["peak"] - rank["before"] < rank["weights"] + largest + 24e6
     for file in tmp_path.glob("*.safetensors"):
         file.unlink()
 
