@@ -22,7 +22,7 @@ Shapes: B rows of a group, T tokens of each that go through the model together, 
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -30,13 +30,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import fp8
 from model import KVCache, MistralMedium, Span
-from pipeline import Channel
+from pipeline import Channel, from_last_stage
 
 CHUNK = 4096  # prompt tokens that go through the model at a time: bounds the memory of activations
 CPU_CHUNK = 2048
-LOGIT_ROWS = 64  # positions whose logits exist at the same time when a prompt is scored
+LOGIT_ROWS = 64  # positions that are scored at a time: the logits of a whole chunk would take gigabytes
 SHARED = 16  # tokens at least that a beginning must have to be copied from another row
+Piece = tuple[int, int, int, torch.Tensor | None]  # row of the cache, first position, tokens, features of images
 
 
 @dataclass
@@ -153,10 +155,10 @@ class Engine:
     def __init__(self, model: MistralMedium, eos_id: int, max_context: int):
         self.model, self.place, self.eos_id, self.max_context = model, model.place, eos_id, max_context
         self.image_token_id = model.config.vision and model.config.vision.image_token_id
-        on_gpu = self.place.device.type == "cuda"
-        self.chunk = CHUNK if on_gpu else CPU_CHUNK
-        # What makes a step replayable, see `decode`. Messages between stages are not recorded.
+        self.chunk = CHUNK if (on_gpu := self.place.device.type == "cuda") else CPU_CHUNK
+        # What replays a step: on a GPU, see `decode`; on a CPU, `layers`. Messages between stages cannot be replayed.
         self.record = record if on_gpu and self.place.pp_size == 1 else None
+        self.traced = None if on_gpu or model.keep_fp8 or self.place.world_size > 1 else fp8.Traced(model.products)
         # While decoding, a group has one message in flight; the bound is for the chunks of prompts.
         self.down = Channel(self.place, model.dtype, in_flight=2 * self.place.pp_size)
         self.groups: list[Group] = []
@@ -253,9 +255,8 @@ class Engine:
     def prefill(self, group: Group, new: list[Row]) -> None:
         """Prompts of new rows: chunk by chunk into the cache, and the first token of each sampled.
 
-        A chunk attends to the earlier ones through the cache, so that a long prompt costs the activations of one chunk,
-        not of all. Short ones share a chunk, one after the other in a row of tokens: each attends to itself, nothing is
-        padded, and the weights are read once for all of them.
+        A chunk attends to the earlier ones through the cache, so that a long prompt costs the activations of one chunk.
+        Short ones share a chunk, one after the other: nothing is padded, and the weights are read once for all of them.
         """
         first, last = len(group.rows), []
         for pieces in self.chunks(group, new):
@@ -263,16 +264,14 @@ class Engine:
         if self.place.last_stage:
             self.sample(torch.stack(last), group, slice(first, len(group.rows)), *warm_and_choosy(new))
 
-    def prefill_chunk(
-        self, group: Group, pieces: list[tuple[int, int, int, torch.Tensor | None]]
-    ) -> list[torch.Tensor]:
+    def prefill_chunk(self, group: Group, pieces: list[Piece]) -> list[torch.Tensor]:
         """The states (C,) after prompts that end here, on the last stage."""
         segments = [(i, start, size) for i, start, size, _ in pieces]
         prompts = [group.rows[i].request.prompt for i, _, _ in segments]
         tokens = [id for prompt, (_, start, size) in zip(prompts, segments) for id in prompt[start : start + size]]
         features = [part for *_, part in pieces if part is not None]
-        features = torch.cat(features) if features else None
-        hidden = self.run_stage(torch.tensor([tokens]), self.model.span(segments), group.cache, features)
+        features, span = torch.cat(features) if features else None, self.model.span(segments)
+        hidden = self.run_stage(torch.tensor([tokens]), span, group.cache, features)
         if hidden is None:
             return []
         parts, last = hidden[0].split([size for *_, size in segments]), []  # each (size, C)
@@ -284,8 +283,8 @@ class Engine:
                 last.append(part[-1].clone())  # not a view, which would keep all of them
         return last
 
-    def chunks(self, group: Group, new: list[Row]) -> Iterator[list[tuple[int, int, int, torch.Tensor | None]]]:
-        """Pieces (row of the cache, first position, tokens, features of images), `self.chunk` tokens at a time."""
+    def chunks(self, group: Group, new: list[Row]) -> Iterator[list[Piece]]:
+        """Pieces of prompts, `self.chunk` tokens at a time."""
         pieces, room = [], self.chunk
         for row in new:
             shared, pending = [common(ids, row.ids) for ids in group.held], {i for i, *_ in pieces}
@@ -362,20 +361,28 @@ class Engine:
         group.sampled[part] = self.model.lm_head.sample(self.model.logits(hidden), temperature, top_p, *noise)
 
     def run_stage(self, tokens: torch.Tensor, span: Span, cache: KVCache, features: torch.Tensor | None = None):
-        """This rank's layers over some tokens (B, T).
+        """This rank's layers over some tokens (B, T); on the first stage `features` (n, C) stand for n `[IMG]` tokens.
 
-        The hidden states (B, T, C) come from the previous stage and go to the next; the last stage returns them, the
-        others None. `features` (n, C) stand for the n `[IMG]` tokens among `tokens`, on the first stage.
+        The hidden states (B, T, C) come from the previous stage and go to the next; the last one returns them.
         """
         if self.place.first_stage:
             x = self.model.embed(tokens.to(self.place.device), features)
         else:
             x = self.down.receive((*tokens.shape, self.model.config.hidden_size))
-        x = self.model(x, span, cache)
-        if self.place.last_stage:
-            return x
-        self.down.send(x)
-        return None
+        x = self.layers(x, span, cache)
+        return x if self.place.last_stage else self.down.send(x)
+
+    def layers(self, x: torch.Tensor, span: Span, cache: KVCache) -> torch.Tensor:
+        """The model's layers; those of a step on a CPU as a graph, see `fp8.Traced`."""
+        if self.traced is None or span.positions is None or len(x) >= fp8.FLOAT32_ROWS:
+            return self.model(x, span, cache)
+        tensors = {name: value for name, value in vars(span).items() if isinstance(value, torch.Tensor)}
+
+        def step(x, tensors, seen):
+            return self.model(x, replace(span, length=0, **tensors), KVCache(seen))
+
+        seen = [layer[:, :, :, : span.length] for layer in cache.layers]
+        return self.traced((len(x) == 1, span.bias is None), step, x, tensors, seen)
 
     # --- what flows back, from the last stage to all
 
@@ -391,7 +398,7 @@ class Engine:
         All stages join at once, although they need the tokens only later: NCCL makes a communicator at its first use,
         and there the last stage would wait for the others, which wait for it to take their hidden states.
         """
-        group.work = self.broadcast(group.sampled[: len(group.rows)])
+        group.work = from_last_stage(group.sampled[: len(group.rows)], self.place)
 
     def pick_up(self, group: Group, on_piece: Callable) -> None:
         """Give the rows of the group their tokens, wherever these were sampled."""
@@ -412,21 +419,14 @@ class Engine:
         if row.request.logprobs and size > 0 and row.answer.finish_reason != "cancelled":
             # `scores` is empty but on the last stage; the others receive into new memory.
             x = torch.cat(row.scores or [torch.empty(size, dtype=torch.float64, device=self.place.device)])
-            if work := self.broadcast(x):
+            if work := from_last_stage(x, self.place):
                 work.wait()
             row.answer.prompt_logprobs += x.tolist()
-
-    def broadcast(self, x: torch.Tensor) -> dist.Work | None:
-        """`x` of the last stage into `x` of all, in the background; None where there is one stage."""
-        if self.place.answer_group is None:
-            return None
-        return dist.broadcast(x, group=self.place.answer_group, group_src=self.place.pp_size - 1, async_op=True)
 
     # --- what the last stage computes
 
     def score(self, hidden: torch.Tensor, targets: list[int]) -> list[torch.Tensor]:
-        """Log-probabilities of the N `targets` after the first N of the hidden states (T, C): float64, in pieces,
-        because the logits of a whole chunk would take T · V / tp floats, 2 GB for 131,072 tokens."""
+        """Log-probabilities of the N `targets` after the first N of the hidden states (T, C): float64, in pieces."""
         head, ids = self.model.lm_head, torch.tensor(targets, device=self.place.device)
         pieces = zip(hidden[: len(targets)].split(LOGIT_ROWS), ids.split(LOGIT_ROWS))
         return [head.log_probabilities(self.model.logits(x), y).double() for x, y in pieces if len(y)]

@@ -15,7 +15,8 @@ rewrites a checkpoint of any layout in the HF layout; `export.py` is that progra
 The second half is for speed only: how a CPU multiplies BF16 (on a GPU it is `F.linear`).
 
 - **Many rows**: CPUs without matrix units multiply BF16 at half their float32 speed or less: both sides are converted.
-- **Few rows**, decoding: the weight is laid out once the way the kernels read it (`pack`).
+- **Few rows**, decoding: the weight is laid out once the way the kernels read it (`pack`), and C++ instead of Python
+  starts a step's operations (`Traced`).
 """
 
 import os
@@ -25,7 +26,10 @@ if __name__ == "__main__":  # a signal ends the program at once, unless there is
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: os._exit(128 + number))
 
+import collections
 import functools
+import sys
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -141,7 +145,8 @@ def linear(
 FLOAT32_ROWS = 64  # a CPU without matrix units multiplies at least so many BF16 rows in float32
 FLOAT32_ROWS_AVX2 = 8  # one that has no BF16 instructions at all, so many
 PACKED_FLOAT32_ROWS = 256  # and so many where a packed weight has to be unpacked for it; see pack
-LEFT_ROWS = 8  # one that has matrix units takes a weight that is not packed on the left, for so many rows at most
+LEFT_ROWS = 32  # one that has matrix units takes a weight that is not packed on the left, for so many rows at most
+PATIENCE = 16  # steps of a kind that run as they are; making a graph takes as long as some 50 steps gain by it
 CACHED = 1 << 18  # elements of a weight converted to float32 at a time, so that the copy stays in the cache
 
 
@@ -212,9 +217,18 @@ class OneDNNWeight:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_tracing():
+            return product_in_script()(x, self.weight)
         if x.numel() >= PACKED_FLOAT32_ROWS * x.shape[-1] and not torch.cpu._is_amx_tile_supported():
             return _Float32Matmul.apply(x, self.weight.to_dense())
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+
+@functools.cache
+def product_in_script() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The product of `OneDNNWeight` as TorchScript: from Python, a trace can't take the list among its arguments."""
+    product = 'torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")'
+    return torch.jit.CompilationUnit(f"def product(x, weight):\n    return {product}\n").product
 
 
 class FBGEMMWeight:
@@ -271,13 +285,14 @@ class Joined:
             self.weight = torch.empty(shape, dtype=layer.weight.dtype, device=device)
         return self.weight.split(self.sizes)[self.layers.index(layer)]
 
-    def pack(self) -> None:
+    def pack(self) -> Callable | None:
         """Once the weights are there: see the function `pack`."""
         for layer in self.layers:  # else the weights would stay in both layouts
             layer.weight = None
         self.packed = pack(self.weight)
         if self.packed:
             self.weight = None
+        return self.packed
 
     def read_scales(self) -> None:
         """Of several scales for the input the largest counts."""
@@ -293,6 +308,34 @@ class Joined:
         if self.scales is None:
             self.read_scales()
         return fp8_matmul_by_rows(x, self.weight, self.scales, self.input_scale)
+
+
+class Traced:
+    """Decoding steps as TorchScript graphs: the same operations on the same numbers, started by C++ and not by Python.
+
+    Weights stream through a CPU's caches and sweep out what Python needs to find the next operation: a small model's
+    step waits for it a fifth of its time. A graph depends on nothing but tensors and their sizes. What else a step
+    depends on is its `kind`: each has a graph of its own. TorchScript can't hold oneDNN's layout as a constant, so the
+    packed weights are inputs of a graph, too; a trace knows a tensor by its identity.
+    """
+
+    def __init__(self, products: list[Callable | None]):
+        self.products, self.calls, self.graphs = products, collections.Counter(), {}
+
+    def __call__(self, kind: tuple, step: Callable[..., torch.Tensor], *inputs) -> torch.Tensor:
+        """`step(*inputs)`. Inputs are tensors, or lists or dictionaries of them."""
+        self.calls[kind] += 1
+        weights = [product.weight for product in self.products if isinstance(product, OneDNNWeight)]
+        packed = 0 < len(weights) == len(self.products) and sys.version_info < (3, 14)  # which has no TorchScript
+        if self.calls[kind] <= PATIENCE or not packed:
+            return step(*inputs)
+        if kind not in self.graphs:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that TorchScript is old, and that a graph has no `if`
+                run = lambda weights, *inputs: step(*inputs)  # noqa: E731
+                self.graphs[kind] = torch.jit.trace(run, (weights, *inputs), check_trace=False)
+        with torch.jit.optimized_execution(False):  # optimizing takes longer than it saves
+            return self.graphs[kind](weights, *inputs)
 
 
 if __name__ == "__main__":

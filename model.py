@@ -14,7 +14,7 @@ rank, D head_dim, C hidden_size.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -130,7 +130,7 @@ class Span:
     mask: torch.Tensor | None = None  # (T, T): whom each token sees, of short prompts on a CPU
     positions: torch.Tensor | None = None  # (B,), of a step
     rows: torch.Tensor | None = None  # (B,): 0, 1, …
-    length: int = 0
+    length: int = 0  # 0: that of the cache
     bias: torch.Tensor | None = None  # (B, 1, 1, length): 0, or -inf beyond a row's end; None: nothing lies beyond
 
 
@@ -166,12 +166,9 @@ def attend_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.T
     The one query of each head may see all S keys, so the heads of a group can stand where tokens would: (H/KV, D)
     against (S, D) reads each key once for the whole group.
     """
-    B, H, _, D = q.shape
-    KV = k.shape[1]
-    q = q.reshape(B, KV, H // KV, D)
-    if q.device.type == "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).view(B, H, 1, D)
-    return product_attention(q, k, v, bias).view(B, H, 1, D)
+    q = q.squeeze(2).unflatten(1, (k.shape[1], -1))  # (B, KV, H/KV, D)
+    attention = F.scaled_dot_product_attention if q.device.type == "cpu" else product_attention
+    return attention(q, k, v, bias).flatten(1, 2).unsqueeze(2)
 
 
 def product_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -208,7 +205,7 @@ class Attention(nn.Module):
             divide(place.tp_size, kv_heads, "tensor-parallel ranks over the key/value heads")
         self.head_dim, self.group, self.sequence = D, place.tp_group, place.sequence_parallel
         parts = min(kv_heads, place.tp_size)
-        self.kv_heads = kv_heads // parts
+        self.heads, self.kv_heads = heads // place.tp_size, kv_heads // parts
         self.q_proj = ColumnParallelLinear(C, heads * D, place, dtype, keep_fp8)
         self.k_proj = ColumnParallelLinear(C, kv_heads * D, place, dtype, keep_fp8, parts)
         self.v_proj = ColumnParallelLinear(C, kv_heads * D, place, dtype, keep_fp8, parts)
@@ -218,37 +215,36 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, span: Span, cache: torch.Tensor | None) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C). `cache`: this layer's keys and values (2, rows, KV, length, D), or None."""
         x = copy_to_group(x, self.group, self.sequence)
-        B, T, _ = x.shape
         if self.joined:
-            heads = self.joined(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 KV, T, D)
-            turned, new = heads[:, : -self.kv_heads], heads[:, -2 * self.kv_heads :]
+            heads = self.joined(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 KV, T, D)
+            turned = heads.narrow(1, 0, self.heads + self.kv_heads)
             apply_rotary(turned, span.cos, span.sin, out=turned)
-            q, new = heads[:, : -2 * self.kv_heads], new.unflatten(1, (2, -1)).transpose(0, 1)  # (2, B, KV, T, D)
-            k, v = new
+            q, new = heads.split((self.heads, 2 * self.kv_heads), dim=1)
+            new = new.unflatten(1, (2, -1)).transpose(0, 1)  # (2, B, KV, T, D)
         else:
-            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-            q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in (q, k, v))  # (B, H or KV, T, D)
+            q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))
+            q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or KV, T, D)
             q, k = apply_rotary(q, span.cos, span.sin), apply_rotary(k, span.cos, span.sin)
             new = (k, v) if cache is None else torch.stack((k, v))
         if span.query_scale is not None:
             q = q * span.query_scale
         if cache is None:
-            out = attend(q, k, v)
+            out = attend(q, *new)
         elif span.positions is not None:
             if span.bias is None:  # all at the same position
                 cache.index_copy_(3, span.positions[:1], new)
             else:  # not scatter_, which on a CPU copies the whole cache there and back
-                cache[:, span.rows, :, span.positions] = new[:, :, :, 0].transpose(0, 1)
-            out = attend_step(q, *cache[:, :, :, : span.length], span.bias)
+                cache[:, span.rows, :, span.positions] = new.squeeze(3).transpose(0, 1)
+            out = attend_step(q, *(cache[:, :, :, : span.length] if span.length else cache), span.bias)
         else:
-            out = [] if span.mask is None else [F.scaled_dot_product_attention(q, k, v, span.mask, enable_gqa=True)]
+            out = [] if span.mask is None else [F.scaled_dot_product_attention(q, *new, span.mask, enable_gqa=True)]
             parts = (x.split([size for *_, size in span.segments], dim=-2) for x in (q, new))
             for (row, start, size), query, part in zip(span.segments, *parts):
                 cache[:, row, :, start : start + size] = part[:, 0]
                 if span.mask is None:
                     out.append(attend(query, *cache[:, row : row + 1, :, : start + size]))
             out = out[0] if len(out) == 1 else torch.cat(out, dim=2)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 # ------------------------------------------------------------------------------------------------------- the model
@@ -283,6 +279,7 @@ class MistralMedium(nn.Module):
         self.config, self.place, self.dtype, self.keep_fp8 = config, place, dtype, keep_fp8
         self.activation_checkpointing = False
         self.unpacked: list[Linear | Joined] = []  # see join and pack
+        self.products: list[Callable | None] = []  # what `pack` made of them
         if place.first_stage:
             self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, place, dtype)
         stage = place.layers(config.num_hidden_layers)
@@ -407,8 +404,10 @@ class MistralMedium(nn.Module):
 
     def pack(self) -> None:
         """Before the first step, for its speed: on a CPU a second's work, for which the first token need not wait."""
+        if self.unpacked:
+            self.requires_grad_(False)  # what a graph holds may not want gradients
         while self.unpacked:
-            self.unpacked.pop().pack()
+            self.products.append(self.unpacked.pop().pack())
 
 
 # ------------------------------------------------------------------------------------------------- LoRA adapters

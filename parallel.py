@@ -282,11 +282,12 @@ class Linear(nn.Module):
             y = matmul(x, self.weight)
         return y if self.adapter is None else y + self.adapter(x)
 
-    def pack(self) -> None:
+    def pack(self) -> Callable | None:
         """For inference: see the function."""
         self.packed = pack(self.weight.data)
-        if self.packed is not None:
+        if self.packed:
             self.weight = None
+        return self.packed
 
 
 class ColumnParallelLinear(Linear):

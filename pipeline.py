@@ -98,6 +98,13 @@ class Channel:
             self.sent.popleft()[0].wait()
 
 
+def from_last_stage(x: torch.Tensor, place: Place) -> dist.Work | None:
+    """`x` of the last stage into `x` of all, in the background; None where there is one stage."""
+    if place.answer_group is None:
+        return None
+    return dist.broadcast(x, group=place.answer_group, group_src=place.pp_size - 1, async_op=True)
+
+
 class Pipeline:
     """Runs micro-batches through `run_stage`, this rank's part of the model.
 

@@ -134,7 +134,7 @@ def main(argv: list[str]) -> None:
     size = sum(map(os.path.getsize, {at.file for at in checkpoint.tensors.values()}))
     pipe = measure.start(args, spec, cut["sizes"] if size < CUT else None)
     session = Session(args, find_place(1, 1))
-    session.engine.record = None  # a replayed step calls no hooks
+    session.engine.record = session.engine.traced = None  # a replayed step calls no hooks
     limits = measure.input_limits(checkpoint, config.num_hidden_layers)
     efforts = ("high", "none") if "reasoning_effort" in (tokenizer.model_settings or {}) else (None,)
     asked = [ask(session, {**spec, "reasoning_effort": effort}, limits) for effort in efforts]

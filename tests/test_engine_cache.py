@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 
 import pytest
 import torch
@@ -140,6 +141,27 @@ def test_two_steps_are_the_same_operations(model, rows):
     made.generate([Request(random_tokens(5 + i, 301, seed=i), max_new_tokens=6, temperature=1.0) for i in range(rows)])
     assert len(tapes) == 4 and len(tapes[0]) > 50
     assert tapes[1] == tapes[2] == tapes[3]
+
+
+@pytest.mark.skipif(not fp8.knows_bf16() or sys.version_info >= (3, 14), reason="steps are not traced here")
+@pytest.mark.parametrize("seed, adapters", [(1, False), (2, False), (3, True), (4, True)])
+def test_traced_steps(seed, adapters, folder, monkeypatch):
+    """The numbers of steps that Python runs, whatever the rows and lengths were when a step was traced."""
+    monkeypatch.setattr(fp8, "PATIENCE", 2)
+    model = MistralMedium(read_config(folder), dtype=torch.bfloat16)
+    if adapters:
+        add_adapters(model, 3, 20.0)
+    model.join()
+    initialize(model, seed) if adapters else fill(model, Checkpoint(folder))
+    plain, traced = (Engine(model, Endless.eos_id, 4096) for _ in range(2))
+    plain.traced = None
+    for turn, rows in enumerate(random.Random(seed).choices((1, 2, 5, 9, 20, 70), k=6)):
+        requests = drawn_requests(rows, 10 * seed + turn)
+        for request in requests[: rows * (turn % 2)]:  # rows that are alike, and stay so
+            request.prompt, request.max_new_tokens = (requests[0].prompt * 2)[:40], 12
+        wanted, found = (made.generate(requests, width=1 + turn * 20) for made in (plain, traced))
+        assert [(x.tokens, x.logprobs) for x in found] == [(x.tokens, x.logprobs) for x in wanted]
+    assert len(traced.traced.graphs) >= 3
 
 
 def test_noise():
