@@ -56,9 +56,11 @@ def load(folder: str, dtype: torch.dtype) -> MistralMedium:
 class Ours:
     def __init__(self, folder: str, dtype: torch.dtype):
         self.model = load(folder, dtype)
+        self.engine = Engine(self.model, -1, self.model.config.max_position_embeddings)  # no answer ends early
 
     def generate(self, prompts: list[list[int]], count: int, pixels: list[torch.Tensor] = ()) -> Seconds:
-        engine = Engine(self.model, -1, self.model.config.max_position_embeddings)  # no answer ends early
+        engine = self.engine
+        engine.groups.clear()  # else it would know the prompts from the last round
         answers = engine.generate([Request(prompt, list(pixels), max_new_tokens=count) for prompt in prompts])
         assert all(len(answer.tokens) == count for answer in answers)
         self.last = [answer.tokens for answer in answers]

@@ -45,17 +45,19 @@ PROCESSES = [1, 2, 2, 2, 4, 4]
 def generation(model: MistralMedium, rounds: int) -> dict[str, list]:
     """Milliseconds per token decoded, and seconds per prompt."""
     vocab, found = model.config.vocab_size, {"decode": [], "rows": [], "prefill": []}
+    engine = Engine(model, -1, model.config.max_position_embeddings)
 
     def measure(rows: int, size: int, count: int) -> tuple[float, float]:
         figures = []
         for turn in range(rounds):
-            engine = Engine(model, -1, model.config.max_position_embeddings)
+            engine.groups.clear()  # what they hold of earlier prompts
             prompts = torch.randint(vocab, (rows, size), generator=torch.Generator().manual_seed(turn)).tolist()
             engine.generate([Request(prompt, max_new_tokens=count) for prompt in prompts])
             figures.append((engine.seconds["prefill"], engine.seconds["decode"] / (rows * (count - 1))))
         return tuple(map(statistics.median, zip(*figures)))
 
-    measure(1, 256, 8)  # warms up
+    for rows in (1, 2):  # warms up: from some steps on they are graphs
+        measure(rows, 256, 40)
     for context in CONTEXTS:
         prefill, token = measure(1, context, 17)
         found["decode"].append([context, 1000 * token])

@@ -6,6 +6,7 @@ CKPT is a text checkpoint in the HF layout; BF16. A ratio above 1 is what the tr
 """
 
 import argparse
+import copy
 from contextlib import nullcontext
 from unittest import mock
 
@@ -47,15 +48,16 @@ def main() -> None:
         return {f"{title}: {name}": rows * (count - 1) / decode if "decode" in name else rows * size / prefill}
 
     for title, without, names in (
+        ("steps as graphs", (fp8, "PATIENCE", 1 << 60), ("decode", "decode 16 rows")),
         ("weights in the kernels' layout", None, ("decode", "decode 16 rows", "prefill 1024")),
         ("norms as layer norms", (vision, "FEW_ROWS", 0), ("decode", "decode 16 rows", "prefill 16 x 20")),
         ("the head's weight on the left", (fp8, "LEFT_ROWS", 0), ("decode",)),
         ("short prompts together", (model, "SHORT", 0), ("prefill 16 x 20",)),
         ("a chunk and what is before it apart", (model, "attend", masked), ("prefill 4000",)),
-        ("chunks of 2048 instead of 1024", (engine, "CPU_CHUNK", 1024), ("prefill 4000",)),
     ):
         for name in names:
-            patch, other = (mock.patch.object(*without), packed) if without else (nullcontext(), plain)
+            patch, other = (mock.patch.object(*without), copy.copy(packed)) if without else (nullcontext(), plain)
+            other.engine = engine.Engine(other.model, -1, packed.engine.max_context)  # with graphs of its own
             runs = {"with": lambda n=name, t=title: run(packed, n, t, nullcontext())}
             runs["without"] = lambda n=name, t=title, o=other, p=patch: run(o, n, t, p)
             table.measure("tokens/s", runs)
