@@ -409,3 +409,18 @@ def test_memory_of_a_long_prompt(tmp_path):
         print(f"{length} tokens: {peak / 1e6:.0f} MB, of which the cache {cache / 1e6:.0f} MB")
     assert max(beyond.values()) < 100e6
     assert beyond[65_536] - beyond[16_384] < 30e6  # the token ids and log-probabilities themselves take 10 MB
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@torch.inference_mode()
+def test_a_step_costs_what_it_reads(model, alike):
+    """Not what the cache could hold: writing one token must not copy it."""
+    x, positions = torch.randn(3, 1, model.config.hidden_size), torch.tensor([40] * 3 if alike else [40, 7, 29])
+    span, times = model.step_span(positions, 41, alike), {64: [], 65_536: []}
+    caches = {length: model.new_cache(4, length).rows(0, 3) for length in times}  # one row waits
+    for _ in range(9):
+        for length, cache in caches.items():
+            started = time.perf_counter()
+            model(x, span, cache)
+            times[length].append(time.perf_counter() - started)
+    assert min(times[65_536]) < 3 * min(times[64])
