@@ -332,9 +332,9 @@ class Engine:
         for row, held in zip(rows, group.held):
             row.length += 1
             held.append(row.answer.tokens[-1])
-        lengths = {row.length for row in rows}
+        longest = max(row.length for row in rows)
         if self.record is None:
-            return self.step(group, len(rows), max(lengths), len(lengths) == 1, *warm_and_choosy(rows))
+            return self.step(group, len(rows), longest, len(rows) == 1, *warm_and_choosy(rows))
         kind = (power_of_two(len(rows)), group.cache.length, False, *warm_and_choosy(rows))
         for i in range(len(rows), kind[0]):
             group.held[i] = []
