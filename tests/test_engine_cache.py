@@ -157,11 +157,9 @@ def test_traced_steps(seed, adapters, folder, monkeypatch):
     plain.traced = None
     for turn, rows in enumerate(random.Random(seed).choices((1, 2, 5, 9, 20, 70), k=6)):
         requests = drawn_requests(rows, 10 * seed + turn)
-        for request in requests[: rows * (turn % 2)]:  # rows that are alike, and stay so
-            request.prompt, request.max_new_tokens = (requests[0].prompt * 2)[:40], 12
         wanted, found = (made.generate(requests, width=1 + turn * 20) for made in (plain, traced))
         assert [(x.tokens, x.logprobs) for x in found] == [(x.tokens, x.logprobs) for x in wanted]
-    assert len(traced.traced.graphs) >= 3
+    assert len(traced.traced.graphs) == 2  # of one row and of several
 
 
 def test_noise():
