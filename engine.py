@@ -35,7 +35,7 @@ from model import KVCache, MistralMedium, Span
 from pipeline import Channel, from_last_stage
 
 CHUNK = 4096  # prompt tokens that go through the model at a time: bounds the memory of activations
-CPU_CHUNK = 2048
+CPU_CHUNK = 2048  # on a CPU no slower, and half the memory
 LOGIT_ROWS = 64  # positions that are scored at a time: the logits of a whole chunk would take gigabytes
 SHARED = 16  # tokens at least that a beginning must have to be copied from another row
 Piece = tuple[int, int, int, torch.Tensor | None]  # row of the cache, first position, tokens, features of images
@@ -373,7 +373,7 @@ class Engine:
         return x if self.place.last_stage else self.down.send(x)
 
     def layers(self, x: torch.Tensor, span: Span, cache: KVCache) -> torch.Tensor:
-        """The model's layers; those of a step on a CPU as a graph, see `fp8.Traced`."""
+        """The model's layers; on a CPU as a graph, see `fp8.Traced`. From some rows on other kernels may be used."""
         if self.traced is None or span.positions is None or len(x) >= fp8.FLOAT32_ROWS:
             return self.model(x, span, cache)
         tensors = {name: value for name, value in vars(span).items() if isinstance(value, torch.Tensor)}
@@ -382,7 +382,7 @@ class Engine:
             return self.model(x, replace(span, length=0, **tensors), KVCache(seen))
 
         seen = [layer[:, :, :, : span.length] for layer in cache.layers]
-        return self.traced((len(x) == 1, span.bias is None), step, x, tensors, seen)
+        return self.traced(len(x) == 1, step, x, tensors, seen)
 
     # --- what flows back, from the last stage to all
 

@@ -315,14 +315,14 @@ class Traced:
 
     Weights stream through a CPU's caches and sweep out what Python needs to find the next operation: a small model's
     step waits for it a fifth of its time. A graph depends on nothing but tensors and their sizes. What else a step
-    depends on is its `kind`: each has a graph of its own. TorchScript can't hold oneDNN's layout as a constant, so the
-    packed weights are inputs of a graph, too; a trace knows a tensor by its identity.
+    depends on is its `kind`, whether it has one row: each has a graph of its own. TorchScript can't hold oneDNN's
+    layout as a constant, so the packed weights are inputs of a graph, too; a trace knows a tensor by its identity.
     """
 
     def __init__(self, products: list[Callable | None]):
         self.products, self.calls, self.graphs = products, collections.Counter(), {}
 
-    def __call__(self, kind: tuple, step: Callable[..., torch.Tensor], *inputs) -> torch.Tensor:
+    def __call__(self, kind: bool, step: Callable[..., torch.Tensor], *inputs) -> torch.Tensor:
         """`step(*inputs)`. Inputs are tensors, or lists or dictionaries of them."""
         self.calls[kind] += 1
         weights = [product.weight for product in self.products if isinstance(product, OneDNNWeight)]
