@@ -140,16 +140,20 @@ def linear(
     return _DequantizingLinear.apply(x, weight, weight_scale)
 
 
-# ---------------------------------------------------------------------------------------- how a CPU multiplies BF16
-
 FLOAT32_ROWS = 64  # a CPU without matrix units multiplies at least so many BF16 rows in float32
+
 FLOAT32_ROWS_AVX2 = 8  # one that has no BF16 instructions at all, so many
+
 PACKED_FLOAT32_ROWS = 256  # and so many where a packed weight has to be unpacked for it; see pack
+
 LEFT_ROWS = 32  # one that has matrix units takes a weight that is not packed on the left, for so many rows at most
+
 PATIENCE = 16  # steps of a kind that run as they are; making a graph takes as long as some 50 steps gain by it
+
 CACHED = 1 << 18  # elements of a weight converted to float32 at a time, so that the copy stays in the cache
 
 
+@functools.cache  # a trace cannot record the question
 def knows_bf16() -> bool:
     """Whether oneDNN has BF16 kernels for this CPU: from AVX-512 on."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -339,7 +343,7 @@ class Traced:
 
 
 if __name__ == "__main__":
-    from export import main
-    from launch import run_program
+    from runtime.export import main
+    from runtime.launch import run_program
 
     run_program(main)

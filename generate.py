@@ -12,29 +12,603 @@ What is asked becomes a JSON request, which a `Session` answers (`session.py`).
 """
 
 import argparse
-import contextlib
 import itertools
 import json
-import math
 import os
 import random
-import re
-import readline  # it edits whatever `input` reads in a terminal
-import select
-import shlex
-import signal
 import sys
-import termios
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import chain, islice
 
-from chat import encode_chat, image_url, opening, user_turn
-from checkpoint import writing
-from config import UserError
-from launch import COUNT, SIZE, Parser, find_place, gather_objects, number, run_program, together
-from session import NUMBERS, Session, check_utf8, note, print_calls, read_input, read_requests, stream
-from vision import grid, load_image
+import torch
+import torch.distributed as dist
 
-HISTORY = "~/.mistral_history"  # what was typed into the chat, a JSON string a line
+import fp8
+from model import CHUNK, LOGIT_ROWS, KVCache, MistralMedium, Span
+from parallel import Channel, Place, from_last_stage
+from runtime.chat import ReplyParser, encode_chat
+from runtime.checkpoint import Checkpoint, fill, weight_bytes
+from runtime.config import read_config
+from runtime.files import UserError
+from runtime.images import grid, grid_of, image_name, load_image, pixels
+from runtime.launch import COUNT, SIZE, Parser, find_place, gather_objects, number, run_program, together
+from runtime.lora import add_adapters, read_adapters
+from runtime.memory import peak_memory
+from runtime.plan import Progress, check_memory
+from runtime.requests import NUMBERS, Answer, Request, read_requests
+from runtime.terminal import interact, print_calls, stream
+from runtime.tokenizer import load_tokenizer
+from vision import build_model
+
+CPU_CHUNK = 2048  # on a CPU no slower, and half the memory
+
+
+SHARED = 16  # tokens at least that a beginning must have to be copied from another row
+
+Piece = tuple[int, int, int, torch.Tensor | None]  # row of the cache, first position, tokens, features of images
+
+
+class Row:
+    """A request, number `index` of its batch, while it is being answered."""
+
+    def __init__(self, index: int, request: Request, engine: "Engine"):
+        self.index, self.request, self.eos_id, self.answer = index, request, engine.eos_id, Answer()
+        self.length = len(request.prompt)  # tokens in the cache, once the prompt is
+        room = engine.max_context - self.length
+        self.room = room if request.max_new_tokens is None else min(request.max_new_tokens, room)
+        self.start = 0  # tokens that the cache had already
+        self.scores: list[torch.Tensor] = []  # of the prompt's tokens, on the last stage
+        # What its place in the cache depends on: ids, and at an [IMG] token which image it is of; nobody else has one
+        # that has no name.
+        images, nameless = iter([name for name, count in request.images for _ in range(count)]), object()
+        self.ids = [next(images, nameless) if id == engine.image_token_id else id for id in request.prompt]
+
+    def take(self, token: int, logprob: float) -> list[tuple[str, str]]:
+        """Append a sampled token; returns the pieces of the reply that became certain with it."""
+        self.answer.tokens.append(token)
+        self.answer.logprobs.append(logprob)
+        reader = self.request.reader
+        pieces = reader.add(token) if reader else []
+        if token == self.eos_id or (reader and reader.stopped):
+            self.answer.finish_reason = "stop"
+        return pieces + reader.finish() if reader and self.done else pieces
+
+    def cancel(self, on_piece: Callable) -> None:
+        self.answer.finish_reason = "cancelled"
+        for piece in self.request.reader.finish() if self.request.reader else ():
+            on_piece(self.index, *piece)
+
+    @property
+    def done(self) -> bool:
+        return self.answer.finish_reason != "length" or len(self.answer.tokens) >= self.room
+
+
+class Group:
+    """Up to `width` rows that decode together: rows[i] is row i of the cache and of all tensors here."""
+
+    def __init__(self, model: MistralMedium, width: int, length: int):
+        self.rows: list[Row] = []
+        self.room = width  # how many rows there may be; a GPU's steps run over a power of two
+        self.cache: KVCache = model.new_cache(width, length)
+        self.held: list[list] = [[] for _ in range(width)]  # the ids (see Row.ids) of what each row of the cache holds
+        device = model.place.device
+        self.sampled = torch.zeros(width, 2, dtype=torch.float64, device=device)  # the last token, its log-probability
+        self.positions, self.seeds = torch.zeros(2, width, dtype=torch.long, device=device)  # where that token goes
+        self.heat = torch.zeros(width, 2, device=device)  # temperature, top_p
+        self.work: dist.Work | None = None  # the broadcast of `sampled`
+        self.phase = "prefill"  # what is in flight
+        self.steps: dict[tuple, Callable | None] = {}  # see Engine.decode
+
+    def drop_finished(self) -> list[Row]:
+        """Takes out what is finished and returns it. Last rows take these places: a step runs over the first rows."""
+        finished = [row for row in self.rows if row.done]
+        for i in reversed(range(len(self.rows))):
+            if self.rows[i].done:
+                last, end = self.rows.pop(), len(self.rows)
+                if i < end:
+                    self.rows[i], self.held[i], self.held[end] = last, self.held[end], []
+                    self.cache.copy_row(end, i, last.length)
+                    for tensor in (self.sampled, self.positions, self.seeds, self.heat):
+                        tensor[i] = tensor[end]
+        return finished
+
+    def admit(self, row: Row, shared: list[int]) -> None:
+        """Make `row` the next one. It begins like each row of the cache for as many tokens as `shared` says."""
+        at, best = len(self.rows), shared.index(max(shared))
+        if not row.request.logprobs and (best == at or shared[best] >= SHARED):  # scores are of all tokens
+            row.start = min(shared[best], row.length - 1)  # something has to go through the model to sample from
+        if best != at and row.start:
+            self.cache.copy_row(best, at, row.start)
+        self.held[at] = row.ids
+        self.rows.append(row)
+        state = (self.positions[at], self.seeds[at], *self.heat[at])
+        for element, value in zip(state, (row.length, row.request.seed, row.request.temperature, row.request.top_p)):
+            element.fill_(value)  # by a kernel: a GPU copies nothing from the host
+
+
+def common(a: list, b: list) -> int:
+    """How many items two lists have in common at their beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+class Engine:
+    """Answers requests with `model` (one rank's part of it). `max_context` bounds prompt and answer together."""
+
+    def __init__(self, model: MistralMedium, eos_id: int, max_context: int):
+        self.model, self.place, self.eos_id, self.max_context = model, model.place, eos_id, max_context
+        self.image_token_id = model.config.vision and model.config.vision.image_token_id
+        self.chunk = CHUNK if (on_gpu := self.place.device.type == "cuda") else CPU_CHUNK
+        # What replays a step: on a GPU, see `decode`; on a CPU, `layers`. Messages between stages cannot be replayed.
+        self.record = record if on_gpu and self.place.pp_size == 1 else None
+        self.traced = None if on_gpu or model.keep_fp8 or self.place.world_size > 1 else fp8.Traced(model.products)
+        # While decoding, a group has one message in flight; the bound is for the chunks of prompts.
+        self.down = Channel(self.place, model.dtype, in_flight=2 * self.place.pp_size)
+        self.groups: list[Group] = []
+        self.seconds, self.tokens, self.mark = {}, {}, 0.0  # of the last call, by phase: "prefill" and "decode"
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        requests: Iterable[Request],
+        on_piece: Callable[[int, str, str], None] = lambda i, kind, text: None,
+        on_done: Callable[[int, Request, Answer], None] = lambda i, request, answer: None,
+        width: int | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> list[Answer]:
+        """Answer `requests`, at most `width` of them at the same time. All ranks call this together.
+
+        Requests are taken when there is room for them. `on_piece(i, kind, text)` gets each reply piece by piece,
+        `on_done` each answer, first come, first served. `stop`, which all ranks have to give or none, is called on rank
+        0 for every token: True ends all answers where they are, as "cancelled". Prompts must not be longer than
+        `max_context`; an answer ends there at the latest.
+        """
+        rows = (Row(i, request, self) for i, request in enumerate(requests))
+        self.seconds, self.tokens = ({"prefill": 0, "decode": 0} for _ in range(2))
+        self.mark, answers, first = time.perf_counter(), {}, list(islice(rows, width))
+        waiting = chain(first, rows)
+
+        def drop(row: Row) -> None:
+            self.share_scores(row)
+            answers[row.index] = row.answer
+            on_done(row.index, row.request, row.answer)
+
+        try:
+            self.prepare_groups(first)
+            running = True
+            while running:
+                running = False
+                for group in self.groups:
+                    self.pick_up(group, on_piece)
+                    if stop is not None and group is self.groups[0] and self.agree(stop):
+                        for row in (row for group in self.groups for row in group.rows if not row.done):
+                            row.cancel(on_piece)
+                        for row in waiting:
+                            row.cancel(on_piece)
+                            drop(row)
+                    for row in group.drop_finished():
+                        drop(row)
+                    self.advance(group, waiting)
+                    running |= bool(group.rows)
+        except BaseException:
+            self.groups.clear()  # nobody knows how much of a row is in the cache
+            raise
+        self.down.flush()
+        return [answers[i] for i in range(len(answers))]
+
+    def prepare_groups(self, rows: list[Row]) -> None:
+        """Groups for as many rows as these: those of the last call if they will do, and hold something of use."""
+        count = min(self.place.pp_size, len(rows))
+        asked = [-(-(len(rows) - i) // count) for i in range(count)]
+        widths = asked if self.record is None else [power_of_two(width) for width in asked]
+        length = KVCache.length_for(max((row.length for row in rows), default=0) + 1)
+        held = [ids for group in self.groups for ids in group.held]
+        useful = any(common(ids, row.ids) >= SHARED for row in rows for ids in held)
+        useful |= all(group.cache.length <= 2 * length for group in self.groups)
+        if not useful or [len(group.held) for group in self.groups] != widths:
+            self.groups.clear()  # first, to have their memory
+            self.groups += [Group(self.model, width, length) for width in widths]
+        for group, width in zip(self.groups, asked):
+            group.room = width
+
+    def agree(self, stop: Callable[[], bool]) -> bool:
+        """What `stop()` says on rank 0, on all ranks."""
+        said = torch.tensor(int(self.place.rank == 0 and stop()))
+        if dist.is_initialized():
+            dist.broadcast(said, src=0)
+        return bool(said)
+
+    def advance(self, group: Group, waiting: Iterator[Row]) -> None:
+        """A token for every row; and rows that wait take the places that are free, with the first token of theirs."""
+        old, new = len(group.rows), list(islice(waiting, group.room - len(group.rows)))
+        longest = max((row.length for row in (*group.rows, *new)), default=0) + 1  # with the token that goes in
+        if longest > group.cache.length:
+            group.cache.grow(KVCache.length_for(longest))
+            group.steps.clear()  # none of them will come again, and recordings take memory
+        if old:
+            self.decode(group)
+        if new:
+            self.prefill(group, new)
+        group.phase = "prefill" if new else "decode"
+        self.tokens["decode"] += old
+        self.tokens["prefill"] += sum(row.length - row.start for row in new)
+        if old or new:
+            self.post(group)
+
+    def prefill(self, group: Group, new: list[Row]) -> None:
+        """Prompts of new rows: chunk by chunk into the cache, and the first token of each sampled.
+
+        A chunk attends to the earlier ones through the cache, so that a long prompt costs the activations of one chunk.
+        Short ones share a chunk, one after the other: nothing is padded, and the weights are read once for all of them.
+        """
+        first, last = len(group.rows), []
+        for pieces in self.chunks(group, new):
+            last += self.prefill_chunk(group, pieces)
+        if self.place.last_stage:
+            self.sample(torch.stack(last), group, slice(first, len(group.rows)), *warm_and_choosy(new))
+
+    def prefill_chunk(self, group: Group, pieces: list[Piece]) -> list[torch.Tensor]:
+        """The states (C,) after prompts that end here, on the last stage."""
+        segments = [(i, start, size) for i, start, size, _ in pieces]
+        prompts = [group.rows[i].request.prompt for i, _, _ in segments]
+        tokens = [id for prompt, (_, start, size) in zip(prompts, segments) for id in prompt[start : start + size]]
+        features = [part for *_, part in pieces if part is not None]
+        features, span = torch.cat(features) if features else None, self.model.span(segments)
+        hidden = self.run_stage(torch.tensor([tokens]), span, group.cache, features)
+        if hidden is None:
+            return []
+        parts, last = hidden[0].split([size for *_, size in segments]), []  # each (size, C)
+        for part, prompt, (i, start, size) in zip(parts, prompts, segments):
+            if group.rows[i].request.logprobs:
+                # The state at a token scores the next one, so the last state needs the next chunk's first token.
+                group.rows[i].scores += self.score(part, prompt[start + 1 : start + size + 1])
+            if start + size == len(prompt):
+                last.append(part[-1].clone())  # not a view, which would keep all of them
+        return last
+
+    def chunks(self, group: Group, new: list[Row]) -> Iterator[list[Piece]]:
+        """Pieces of prompts, `self.chunk` tokens at a time."""
+        pieces, room = [], self.chunk
+        for row in new:
+            shared, pending = [common(ids, row.ids) for ids in group.held], {i for i, *_ in pieces}
+            ready = [0 if i in pending else count for i, count in enumerate(shared)]
+            if max(shared) >= max(ready) + SHARED:  # this chunk has what it needs, which has to be in the cache first
+                yield pieces
+                pieces, room, ready = [], self.chunk, shared
+            group.admit(row, ready)
+            features, start = self.features_of(row), row.start
+            while start < row.length:
+                size = min(room, row.length - start)
+                part = None
+                if features is not None:  # a chunk may end in the middle of an image: each piece takes its share
+                    count = row.request.prompt[start : start + size].count(self.image_token_id)
+                    part, features = (features[:count] if count else None), features[count:]
+                pieces.append((len(group.rows) - 1, start, size, part))
+                start, room = start + size, room - size
+                if room == 0:
+                    yield pieces
+                    pieces, room = [], self.chunk
+        if pieces:
+            yield pieces
+
+    def features_of(self, row: Row) -> torch.Tensor | None:
+        """One feature (C,) for each [IMG] token of the prompt that is not in the cache; on the first stage."""
+        request = row.request
+        if not (self.place.first_stage and request.pixels):
+            return None
+        seen, pixels = request.prompt[: row.start].count(self.image_token_id), list(request.pixels)
+        counts = [count for _, count in request.images]
+        while counts and seen >= counts[0]:  # all of this image is there
+            seen, pixels = seen - counts.pop(0), pixels[1:]
+        return self.model.vision(pixels)[seen:] if pixels else None
+
+    def decode(self, group: Group) -> None:
+        """One more token for every row of the group.
+
+        Where steps are recorded, they run over a power of two of rows and over the whole cache, and so are the same
+        operations on the same addresses until rows end or the cache grows. The first step of a kind runs as it is,
+        which also lets libraries choose their kernels; the second is recorded; from then on it is replayed. A row
+        without a request goes along, at position 0: counted on and on, it would leave the cache.
+        """
+        self.model.pack()
+        rows = group.rows
+        for row, held in zip(rows, group.held):
+            row.length += 1
+            held.append(row.answer.tokens[-1])
+        longest = max(row.length for row in rows)
+        if self.record is None:
+            return self.step(group, len(rows), longest, len(rows) == 1, *warm_and_choosy(rows))
+        kind = (power_of_two(len(rows)), group.cache.length, False, *warm_and_choosy(rows))
+        for i in range(len(rows), kind[0]):
+            group.held[i] = []
+        group.positions[len(rows) : kind[0]].zero_()
+        run = group.steps.get(kind) or partial(self.step, group, *kind)
+        if kind in group.steps and group.steps[kind] is None:
+            run = group.steps[kind] = self.record(run)
+        group.steps.setdefault(kind)
+        run()
+
+    def step(self, group: Group, count: int, length: int, alike: bool, warm: bool, choosy: bool) -> None:
+        """`sampled` of the first `count` rows -> their next ones, attending to the first `length` of the cache."""
+        positions = group.positions[:count]
+        span = self.model.step_span(positions, length, alike)
+        hidden = self.run_stage(group.sampled[:count, :1].long(), span, group.cache.rows(0, count))  # (B, 1, C)
+        positions.add_(1)
+        if hidden is not None:
+            self.sample(hidden[:, 0], group, slice(0, count), warm, choosy)
+
+    def sample(self, hidden: torch.Tensor, group: Group, part: slice, warm: bool, choosy: bool) -> None:
+        """hidden (B, C) after the last tokens of the group's rows `part` -> their next ones, in `group.sampled`."""
+        temperature, top_p = (group.heat[part, i : i + 1] if asked else None for i, asked in enumerate((warm, choosy)))
+        noise = group.seeds[part], group.positions[part]
+        group.sampled[part] = self.model.lm_head.sample(self.model.logits(hidden), temperature, top_p, *noise)
+
+    def run_stage(self, tokens: torch.Tensor, span: Span, cache: KVCache, features: torch.Tensor | None = None):
+        """This rank's layers over some tokens (B, T); on the first stage `features` (n, C) stand for n `[IMG]` tokens.
+
+        The hidden states (B, T, C) come from the previous stage and go to the next; the last one returns them.
+        """
+        if self.place.first_stage:
+            x = self.model.embed(tokens.to(self.place.device), features)
+        else:
+            x = self.down.receive((*tokens.shape, self.model.config.hidden_size))
+        x = self.layers(x, span, cache)
+        return x if self.place.last_stage else self.down.send(x)
+
+    def layers(self, x: torch.Tensor, span: Span, cache: KVCache) -> torch.Tensor:
+        """The model's layers; on a CPU as a graph, see `fp8.Traced`. From some rows on other kernels may be used."""
+        if self.traced is None or span.positions is None or len(x) >= fp8.FLOAT32_ROWS:
+            return self.model(x, span, cache)
+        tensors = {name: value for name, value in vars(span).items() if isinstance(value, torch.Tensor)}
+
+        def step(x, tensors, seen):
+            return self.model(x, replace(span, length=0, **tensors), KVCache(seen))
+
+        seen = [layer[:, :, :, : span.length] for layer in cache.layers]
+        return self.traced(len(x) == 1, step, x, tensors, seen)
+
+    # --- what flows back, from the last stage to all
+
+    # Who waits for whom: every rank visits the groups in the same order, and waits only for what others do earlier in
+    # that order. `receive` waits for the previous stage's turn with the same group, `pick_up` for the last stage's turn
+    # with it one round ago. Hidden states are sent in the background, so nobody has to be ready to take them. Hence
+    # some rank can always go on. That holds as long as the two directions do not share a communicator: NCCL runs the
+    # operations of one in the order of posting, and a broadcast would wait behind a send whose receiver waits for it.
+
+    def post(self, group: Group) -> None:
+        """Send the rows' tokens and log-probabilities on their way, in the background.
+
+        All stages join at once, although they need the tokens only later: NCCL makes a communicator at its first use,
+        and there the last stage would wait for the others, which wait for it to take their hidden states.
+        """
+        group.work = from_last_stage(group.sampled[: len(group.rows)], self.place)
+
+    def pick_up(self, group: Group, on_piece: Callable) -> None:
+        """Give the rows of the group their tokens, wherever these were sampled."""
+        if group.work is not None:
+            group.work.wait()
+            group.work = None
+        sampled = group.sampled[: len(group.rows)].tolist()  # here, and only here, a GPU is waited for
+        now = time.perf_counter()
+        self.seconds[group.phase] += now - self.mark
+        self.mark = now
+        for row, (token, logprob) in zip(group.rows, sampled):
+            for piece in row.take(int(token), logprob) if not row.done else ():
+                on_piece(row.index, *piece)
+
+    def share_scores(self, row: Row) -> None:
+        """Put the log-probabilities of the prompt's tokens after the first, if they are wanted, into the answer."""
+        size = len(row.request.prompt) - 1
+        if row.request.logprobs and size > 0 and row.answer.finish_reason != "cancelled":
+            # `scores` is empty but on the last stage; the others receive into new memory.
+            x = torch.cat(row.scores or [torch.empty(size, dtype=torch.float64, device=self.place.device)])
+            if work := from_last_stage(x, self.place):
+                work.wait()
+            row.answer.prompt_logprobs += x.tolist()
+
+    # --- what the last stage computes
+
+    def score(self, hidden: torch.Tensor, targets: list[int]) -> list[torch.Tensor]:
+        """Log-probabilities of the N `targets` after the first N of the hidden states (T, C): float64, in pieces."""
+        head, ids = self.model.lm_head, torch.tensor(targets, device=self.place.device)
+        pieces = zip(hidden[: len(targets)].split(LOGIT_ROWS), ids.split(LOGIT_ROWS))
+        return [head.log_probabilities(self.model.logits(x), y).double() for x, y in pieces if len(y)]
+
+
+def warm_and_choosy(rows: list[Row]) -> tuple[bool, bool]:
+    """Whether any of them has a temperature above 0, and a top-p below 1."""
+    return any(row.request.temperature > 0 for row in rows), any(row.request.top_p < 1 for row in rows)
+
+
+def power_of_two(count: int) -> int:
+    """The smallest that is not below `count`."""
+    return 1 << (count - 1).bit_length()
+
+
+def record(step: Callable[[], None]) -> Callable[[], None]:
+    """`step` as a CUDA graph: one launch for thousands of kernels."""
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        step()
+    return graph.replay
+
+
+TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "examples", "tiny")
+
+
+class Session:
+    """A loaded checkpoint that answers JSON requests."""
+
+    def __init__(self, args: argparse.Namespace, place: Place):
+        self.args, self.place = args, place
+        started = time.perf_counter()
+        checkpoint = together(self.read)
+        check_memory(self.config, place, args, self.keep_fp8)
+        dtype = getattr(torch, args.dtype)
+        self.model = together(lambda: build_model(self.config, place, dtype, self.keep_fp8))
+        if self.lora:
+            add_adapters(self.model, *self.lora)
+        # All ranks sample the same tokens, so they need the same seed: rank 0's, where none was given.
+        self.seed = gather_objects(random.getrandbits(32) if args.seed is None else args.seed)[0]
+        self.model.join()
+        together(lambda: fill(self.model, checkpoint, Progress(checkpoint, place)))
+        self.model.eval()
+        self.weight_bytes = weight_bytes(self.model)
+        self.engine = Engine(self.model, self.tokenizer.eos_id, self.max_context)
+        self.load_s, self.bytes_read = time.perf_counter() - started, checkpoint.bytes_read
+
+    def read(self) -> Checkpoint:
+        """Everything but the model: config, tokenizer, and which tensors there are."""
+        args = self.args
+        directory = args.ckpt or TINY
+        if not args.ckpt and not os.path.isdir(TINY):
+            raise UserError("this repository holds no checkpoint of its own; name one with --ckpt DIR")
+        checkpoint = Checkpoint(directory)
+        self.config = checkpoint.fit(read_config(directory))
+        self.lora = read_adapters(args.lora, checkpoint) if args.lora else None  # rank and alpha
+        self.tokenizer = load_tokenizer(directory, self.config)
+        longest = self.config.max_position_embeddings
+        self.max_context = min(args.max_context or longest, longest)
+        stored_fp8 = checkpoint.is_fp8()
+        if args.weights == "fp8" and not stored_fp8:
+            raise UserError(f"{directory}: its weights are not FP8; leave out --weights fp8")
+        on_gpu = self.place.device.type == "cuda"  # a CPU has no fast FP8 arithmetic
+        self.keep_fp8 = args.weights == "fp8" or (args.weights == "auto" and on_gpu and stored_fp8)
+        return checkpoint
+
+    def answer(
+        self,
+        specs: list[dict],
+        base: str = "",
+        on_piece: Callable[[int, str, str], None] = lambda i, kind, text: None,
+        on_result: Callable[[dict], None] = lambda result: None,
+        stop: Callable[[], bool] | None = None,
+    ) -> list[dict]:
+        """The requests' answers as the JSON objects that --json prints.
+
+        `on_piece` (see the engine) and `on_result`, which gets them in the order of the requests, are called on rank 0.
+        Raises UserError for a request that cannot be read, once those before it that had begun are answered.
+        """
+        first, results, early, mistakes = self.place.rank == 0, [], {}, []
+
+        def requests() -> Iterator[Request]:  # each is read, its images too, when there is room for it
+            for i, spec in enumerate(specs):
+                try:
+                    request = together(lambda: self.request(spec, base, i))
+                except UserError as mistake:
+                    if i < self.args.batch_size:  # nothing has begun; later, what has is not thrown away
+                        raise
+                    mistakes.append(mistake)
+                    return
+                yield request
+
+        def on_done(i: int, request: Request, answer: Answer) -> None:
+            early[i] = self.result(request, answer)
+            while (result := early.pop(len(results), None)) is not None:
+                results.append({**result, "stats": self.stats()})
+                if first:
+                    on_result(results[-1])
+
+        pieces = (on_piece,) if first else ()
+        self.engine.generate(requests(), *pieces, on_done=on_done, width=self.args.batch_size, stop=stop)
+        if mistakes:
+            raise mistakes[0]
+        return results
+
+    def stats(self) -> dict:
+        """Of the answers until now. All ranks call this together."""
+        engine, stats = self.engine, {"load_s": round(self.load_s, 3)}
+        for phase in ("prefill", "decode"):
+            stats[f"{phase}_tokens"], seconds = engine.tokens[phase], engine.seconds[phase]
+            stats[f"{phase}_tokens_per_s"] = round(engine.tokens[phase] / seconds, 2) if seconds else 0.0
+        every = zip(*gather_objects((peak_memory(self.place), self.weight_bytes, self.bytes_read)))
+        return stats | dict(zip(("peak_memory_bytes", "weight_bytes", "bytes_read"), map(list, every)))
+
+    def request(self, spec: dict, base: str = "", index: int = 0) -> Request:
+        """A JSON request -> token ids, pixels and settings. Raises UserError that begins with `spec["where"]`.
+
+        Requests that want no seed in particular get different ones, by their `index`: asked twice, two answers.
+        """
+        where, vision = spec["where"], self.config.vision
+        effort = spec.get("reasoning_effort", self.args.reasoning_effort)
+        images: list[torch.Tensor] = []
+        names: list[tuple[str, int]] = []
+
+        def see(url: str) -> tuple[int, int]:
+            """The chat asks for an image's size in tokens. The first stage, which has the tower, takes it at once."""
+            if self.place.first_stage:
+                image = load_image(url, base)
+                images.append(pixels(image, vision))
+                rows, columns = grid(*image.size, vision)
+            else:
+                rows, columns = grid_of(url, base, vision)
+            names.append((image_name(url, base), rows * columns))
+            return rows, columns
+
+        if isinstance(raw := spec.get("raw"), str):
+            prompt = [self.tokenizer.bos_id, *self.tokenizer.encode(raw)]
+        elif "raw" in spec:
+            raise UserError(f"{where}: raw should be a string")
+        else:
+            try:
+                messages, tools = spec["messages"], spec.get("tools")
+                prompt = encode_chat(self.tokenizer, messages, tools, effort, see if vision else None).ids
+                if answer := spec.get("answer"):  # the chat's /load goes on from it; the images are known already
+                    encode_chat(self.tokenizer, [*messages, answer], tools, None, lambda url: (1, 1), training=True)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+        if len(prompt) > self.max_context:
+            raise UserError(
+                f"{where}: {len(prompt)} tokens are more than the context of {self.max_context}; "
+                "shorten it or raise --max-context as far as the model goes"
+            )
+        stop = spec.get("stop") or []
+        stop = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
+            raise UserError(f"{where}: stop should be a string or a list of strings")
+        numbers = self.numbers(spec, effort == "high", index)
+        scored = self.args.logprobs or numbers["max_new_tokens"] == 0
+        reader = ReplyParser(self.tokenizer, prompt, stop, "raw" in spec)
+        return Request(prompt, images, **numbers, reader=reader, logprobs=scored, images=names)
+
+    def numbers(self, spec: dict, thinks: bool, index: int = 0) -> dict:
+        """max_new_tokens, temperature, top_p and seed: the request's, else the command line's, else the defaults."""
+        found = {"temperature": 0.7 if thinks else 0.0, "top_p": 0.95 if thinks else 1.0}
+        found |= {"seed": (self.seed + index) % (1 << 63), "max_new_tokens": None}  # None: what the context leaves
+        for name, parse in NUMBERS.items():
+            if spec.get(name) is not None:
+                try:
+                    found[name] = parse(repr(spec[name]))  # "1" and true are no numbers, and their repr shows it
+                except argparse.ArgumentTypeError as error:
+                    raise UserError(f"{spec['where']}: {name}: {error}") from None
+            elif getattr(self.args, name) is not None:
+                found[name] = getattr(self.args, name)
+        return found
+
+    def result(self, request: Request, answer: Answer) -> dict:
+        """What --json prints of an answer, but for `stats`."""
+        result = {"prompt_tokens": request.prompt, "tokens": answer.tokens, **vars(request.reader.reply)}
+        result["finish_reason"] = answer.finish_reason
+        if request.logprobs:
+            result |= {"prompt_logprobs": answer.prompt_logprobs, "logprobs": answer.logprobs}
+        return result
+
+
+def read_input(args: argparse.Namespace) -> tuple[bytes | None, bool]:
+    """(what standard input asks, where the command line doesn't; whether a person is to ask, in a chat). On rank 0."""
+    chat = args.interactive
+    if not (args.requests or args.prompt is not None or args.json or args.raw):
+        chat = chat or sys.stdin.isatty()
+    if chat:
+        for path in args.image:
+            load_image(path)  # its mistakes now, not once the model is loaded
+    if chat or args.prompt is not None or args.requests not in (None, "-"):
+        return None, chat
+    data = b"" if sys.stdin.isatty() and not args.requests else sys.stdin.buffer.read()
+    if not data.strip():
+        raise UserError("nothing to do: give a question, --requests FILE, or in a terminal neither, for a chat")
+    return data, False
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -79,337 +653,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if args.interactive and (args.prompt is not None or args.json or args.raw):
         raise UserError("--interactive reads turns from the terminal; leave out question, --raw and --json")
     return args
-
-
-# ---------------------------------------------------------------------------------------------------- the terminal
-
-
-class Keyboard:
-    """What a person types or pastes, on rank 0; or lines from a pipe.
-
-    In the chat the terminal sends Ctrl-C as a character, not as a signal. The signal would go to everything in the
-    foreground: under torchrun that is not the ranks but torchrun, which then ends them all.
-    """
-
-    def __init__(self, rank: int):
-        self.terminal, self.interrupted, self.reading = rank == 0 and sys.stdin.isatty(), False, False
-        self.draft = ""  # stands in the line when the next turn is read
-        self.ahead = b""  # was typed while an answer came
-        # Without stdout in the terminal too, `input` edits nothing.
-        self.readline = readline if self.terminal and sys.stdout.isatty() else None
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # see check_utf8
-        if not self.readline:
-            return
-        self.brackets = "libedit" not in (readline.__doc__ or "")  # GNU's readline knows where a paste ends
-        # Ctrl-C leaves the line with just this character in it: end of line, clear, the character quoted, return.
-        keys = r'"\C-c": "\C-e\C-u\C-v\C-c\C-m"' if self.brackets else 'bind -s "^C" "^E^U^V^C^M"'
-        readline.parse_and_bind(keys)
-        for setting in ("set enable-bracketed-paste on", "set bell-style none"):
-            readline.parse_and_bind(setting)
-        readline.set_auto_history(False)
-        with contextlib.suppress(OSError, ValueError), open(os.path.expanduser(HISTORY), encoding="utf-8") as file:
-            for line in list(file)[-1000:]:
-                readline.add_history(json.loads(line))
-
-    def interrupt(self, number: int, frame) -> None:
-        self.interrupted = True
-        if self.reading:
-            raise KeyboardInterrupt
-
-    @contextlib.contextmanager
-    def mode(self, canonical: bool) -> Iterator[None]:
-        """Ctrl-C is a character in the block; unless `canonical`, every key is there at once, and not shown."""
-        if not self.terminal:
-            yield
-            return
-        before = termios.tcgetattr(sys.stdin)
-        mode = termios.tcgetattr(sys.stdin)
-        mode[6][termios.VINTR] = os.fpathconf(sys.stdin.fileno(), "PC_VDISABLE").to_bytes(1, "little")
-        mode[3] &= ~(0 if canonical else termios.ICANON | termios.ECHO)
-        try:
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
-            yield
-        finally:
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
-
-    def stop(self) -> bool:
-        """Whether Ctrl-C was pressed while the answer came. Whatever else was typed is kept for the next turn."""
-        with contextlib.suppress(OSError):  # the terminal is gone
-            while self.terminal and select.select([sys.stdin], [], [], 0)[0]:
-                self.ahead += os.read(sys.stdin.fileno(), 4096)
-        if b"\x03" in self.ahead:
-            self.interrupted, self.ahead = True, b""
-        return self.interrupted
-
-    def read(self, prompt: str = "\n> ") -> str | None:
-        """A line, or a pasted block; "\x03" for Ctrl-C, None at the end."""
-        ahead = edited(self.ahead.decode(errors="surrogateescape"))
-        draft, self.draft, self.ahead, self.interrupted = self.draft + ahead, "", b"", False
-        if draft == ahead and ahead.find("\n") == len(ahead) - 1 >= 0:  # a line; several are a paste, to be seen first
-            print(f"{prompt}{ahead}", end="", flush=True)
-            return ahead[:-1]
-        if self.readline:
-            readline.set_startup_hook(lambda: readline.insert_text(draft.rstrip("\n")))
-        elif self.terminal:
-            print(prompt, end="", file=sys.stderr, flush=True)
-        try:
-            self.reading = True
-            line = input(prompt if self.readline else "")
-            while self.readline and not self.brackets and select.select([sys.stdin], [], [], 0.05)[0]:
-                line += f"\n{input()}"  # lines that are there already were pasted
-        except EOFError:
-            return None
-        except KeyboardInterrupt:
-            return "\x03" if self.terminal else None
-        finally:
-            self.reading = False
-        return line
-
-    def remember(self, text: str) -> None:
-        if self.readline and text.strip():
-            readline.add_history(text)
-            with contextlib.suppress(OSError):
-                path = os.open(os.path.expanduser(HISTORY), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-                with open(path, "w", encoding="utf-8") as file:
-                    file.write(json.dumps(text) + "\n")
-
-
-# What these keys erase at the end of what was typed: a character, a word with the spaces after it, a line.
-ERASED = {"\b": r".\Z", "\x7f": r".\Z", "\x17": r"\S*[^\S\n]*\Z", "\x15": r".*\Z"}
-
-
-def edited(keys: str) -> str:
-    """The text that a terminal makes of `keys`, of which those that print nothing and erase nothing are left out."""
-    text = ""
-    for part in re.split("([\b\x15\x17\x7f])", re.sub(r"\x1b\[[\d;]*[A-Za-z~]|[^\n\b\x15\x17 -\U0010ffff]", "", keys)):
-        text = re.sub(ERASED[part], "", text) if part in ERASED else text + part
-    return text
-
-
-HELP = '''\
-/image PATH        a picture for the next message; without PATH: none
-/effort none|high  whether to reason; alone: the checkpoint's default
-/system TEXT       the system prompt; alone: none
-/set NAME VALUE    temperature, top-p, max-new-tokens, seed; without VALUE: the
-                   default; /set alone shows them
-/retry             answer again
-/undo              take back the last message
-/clear             forget the conversation
-/tool RESULT       what a tool call of the answer returned
-/save FILE         the conversation as a line for --requests; /load FILE reads it
-/exit              or Ctrl-D, or Ctrl-C twice
-Ctrl-C ends an answer. A pasted block is one message; by hand, """ opens and
-closes one of several lines.'''
-
-
-class Chat:
-    """A conversation, on rank 0: messages, what was set for it, and the commands that change them."""
-
-    def __init__(self, session: Session, keyboard: Keyboard):
-        self.session, self.keyboard, self.messages = session, keyboard, []
-        self.prompt, self.images = session.args.system or None, []
-        self.typed = ""  # the last turn, as it would be typed again
-        self.options: dict = {}  # of the request: what was set here, instead of on the command line
-        for path in session.args.image:
-            self.image(path)
-
-    def run(self) -> None:
-        names = "image effort system set retry undo clear tool save load".split()
-        commands = {f"/{name}": getattr(self, name) for name in names} | {"/help": lambda rest: note(HELP)}
-        note("/help lists the commands, /exit ends")
-        pressed = False
-        while (text := self.keyboard.read()) is not None and text.strip() != "/exit":
-            before, pressed = pressed, "\x03" in text
-            if pressed and before:
-                break
-            if pressed:
-                note("Ctrl-C again ends the chat")
-            elif text.strip():
-                try:
-                    self.turn(text, commands)
-                except UserError as error:
-                    note(f"error: {error}")
-                    self.keyboard.draft = self.typed
-
-    def turn(self, text: str, commands: dict) -> None:
-        """A message, or a command."""
-        block = text.strip().startswith('"""')
-        if block:
-            text = text.strip()[3:]
-            while not text.endswith('"""'):
-                line = self.keyboard.read("... ")
-                if line is None or "\x03" in line:
-                    return note("dropped: it was not closed")
-                text += "\n" + line
-            text = text[:-3].strip("\n")
-        self.typed = f'"""{text}"""' if block else text
-        self.keyboard.remember(self.typed)
-        check_utf8(text, "this turn")
-        command, _, rest = text.strip().partition(" ")
-        if block or "\n" in text or not text.startswith("/"):
-            self.say(text)
-        elif command in commands:
-            commands[command](rest.strip())
-        else:
-            raise UserError(f"no such command: {command}; /help lists them, and after a space it is text")
-
-    # --- what is said
-
-    def ask(self, messages: list[dict], **options) -> None:
-        """Let the model answer `messages`. They become the conversation once it has: a mistake changes nothing."""
-        spec = {"messages": [*opening(self.prompt), *messages], **self.options, **options, "where": "this turn"}
-        gather_objects(spec)
-        with self.keyboard.mode(canonical=False):
-            result = stream(self.session, spec, stop=self.keyboard.stop)
-        # One cut off in its thoughts is none, and the next message continues the one that it should have answered.
-        answer = {"role": "assistant", "content": result["text"], "tool_calls": result["tool_calls"]}
-        self.messages = [*messages, *([answer] if result["text"] or result["tool_calls"] else [])]
-        used, most = len(result["prompt_tokens"]) + len(result["tokens"]), self.session.max_context
-        why = {"cancelled": "stopped", "length": "cut off where the context ends" if used >= most else "cut off"}
-        words = [why.get(result["finish_reason"], ""), "" if answer in self.messages else "no answer"]
-        if words[0] == "cut off":
-            words[0] += " by max-new-tokens (/set)"
-        words += [f"{len(result['tokens'])} tokens", f"{result['stats']['decode_tokens_per_s']:g} tokens/s"]
-        note(", ".join(filter(None, [*words, f"context {used:,} of {most:,}"])))
-        if calls := self.waiting():
-            note(f"/tool RESULT answers {'the call' if calls == 1 else f'the {calls} calls, one after the other'}")
-
-    def say(self, text: str) -> None:
-        messages = self.messages
-        if self.waiting():  # a chat with calls that have no result could not go on
-            note("the tool calls had no result and are left out")
-            messages = messages[: self.last("assistant")]
-        self.ask([*messages, user_turn(self.images, text)])
-        self.images = []
-
-    def tool(self, text: str) -> None:
-        if not self.waiting():
-            raise UserError("no tool call waits for a result")
-        call = self.messages[self.last("assistant")]["tool_calls"][-self.waiting()]
-        id = {"tool_call_id": call["id"]} if call.get("id") else {}  # the model's own calls have none but their places
-        messages = [*self.messages, {"role": "tool", "content": text, **id}]
-        if self.waiting() == 1:
-            self.ask(messages)
-        else:
-            self.messages = messages
-
-    def retry(self, rest: str) -> None:
-        messages = self.messages[:-1] if self.messages and self.messages[-1]["role"] == "assistant" else self.messages
-        if not messages:
-            raise UserError("nothing was said yet")
-        chosen = "seed" in self.options or self.session.args.seed is not None
-        self.ask(messages, **({} if chosen else {"seed": random.getrandbits(32)}))
-
-    def undo(self, rest: str) -> None:
-        """The last message goes back into the line, and its pictures to those that wait for the next one."""
-        if (at := self.last("user")) < 0:
-            raise UserError("nothing was said yet")
-        content, self.messages = self.messages[at]["content"], self.messages[:at]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        self.keyboard.draft = "\n".join(part["text"] for part in parts if part["type"] == "text")
-        self.images = [url for url in map(image_url, parts) if url]
-        note(f"taken back: {self.keyboard.draft[:60]}")
-
-    def clear(self, rest: str) -> None:
-        self.messages, self.images = [], []
-        note("forgotten")
-
-    def last(self, role: str) -> int:
-        """Where the last message of `role` stands; -1: nowhere."""
-        return max((i for i, message in enumerate(self.messages) if message["role"] == role), default=-1)
-
-    def waiting(self) -> int:
-        """How many calls of the last answer have no result yet."""
-        at = self.last("assistant")
-        if at < 0 or self.last("user") > at:
-            return 0
-        return max(0, len(self.messages[at].get("tool_calls") or []) - (len(self.messages) - 1 - at))
-
-    # --- what is set
-
-    def image(self, path: str) -> None:
-        if not path:
-            self.images = []
-            return note("no picture goes with the next message")
-        if (vision := self.session.config.vision) is None:
-            raise UserError("this checkpoint takes no images")
-        with contextlib.suppress(ValueError):  # as a shell reads it: quotes, and spaces after a backslash
-            path = path if os.path.exists(path) else " ".join(shlex.split(path))
-        path = os.path.abspath(os.path.expanduser(path))
-        size = load_image(path).size
-        self.images.append(path)
-        note("{}: {} × {} pixels, {} tokens, for the next message".format(path, *size, math.prod(grid(*size, vision))))
-
-    def effort(self, rest: str) -> None:
-        encode_chat(self.session.tokenizer, [{"role": "user", "content": "?"}], None, rest or None)  # refuses others
-        self.options["reasoning_effort"] = rest or None
-        note(f"reasoning effort {rest or 'as the checkpoint has it'}")
-
-    def system(self, rest: str) -> None:
-        self.prompt = rest or None
-        note(f"system prompt: {rest or 'none'}")
-
-    def set(self, rest: str) -> None:
-        name, _, value = rest.partition(" ")
-        key = name.replace("-", "_")
-        if rest and key not in NUMBERS:
-            raise UserError(f"no such setting: {name}; there are temperature, top-p, max-new-tokens and seed")
-        try:
-            self.options |= {key: NUMBERS[key](value)} if value else {}
-        except argparse.ArgumentTypeError as error:
-            raise UserError(f"{name}: {error}") from None
-        if not value:
-            self.options.pop(key, None)
-        thinks = self.options.get("reasoning_effort", self.session.args.reasoning_effort) == "high"
-        now = self.session.numbers({**self.options, "where": ""}, thinks)
-        note(", ".join(f"{name.replace('_', '-')} {value}" for name, value in now.items() if value is not None))
-
-    # --- files
-
-    def save(self, path: str) -> None:
-        """The last answer stands apart, since a request ends with its question."""
-        args, messages, spec = self.session.args, [*opening(self.prompt), *self.messages], {}
-        if messages and messages[-1]["role"] == "assistant":
-            spec["answer"] = messages.pop()
-        if not messages or not path:
-            raise UserError("give /save the name of a new file, once something was said")
-        names = ("reasoning_effort", *NUMBERS)
-        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-        line = json.dumps({"messages": messages, **given, **self.options, **spec}, ensure_ascii=False)
-        path = os.path.expanduser(path)
-        with writing(path), open(path, "x", encoding="utf-8", errors="backslashreplace") as file:  # JSON, see launch
-            file.write(f"{line}\n")
-        note(f"{path}: {len(messages) + len(spec)} messages")
-
-    def load(self, path: str) -> None:
-        (spec, *more), base = read_requests(argparse.Namespace(requests=os.path.expanduser(path) or "/load"))
-        if "messages" not in spec or more:
-            raise UserError(f"{path}: should hold one line, with 'messages'")
-        self.session.request({**spec}, base)  # refuses what could not be answered
-        answer, _ = spec.pop("answer", None), spec.pop("where")
-        messages = [*spec.pop("messages"), *([answer] if answer else [])]
-        lists = [message["content"] for message in messages if isinstance(message.get("content"), list)]
-        for part in itertools.chain(*lists):
-            if (url := image_url(part)) and url[:5].lower() != "data:":
-                part["image_url"] = {"url": os.path.abspath(os.path.join(base, url))}
-        self.prompt = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
-        self.messages, self.options, self.images = messages, spec, []
-        note(f"{path}: {len(messages)} messages" + ("" if answer else "; /retry answers the last"))
-
-
-def interact(session: Session) -> None:
-    """A chat. Rank 0 has the person; the others wait for what they are to answer with it."""
-    keyboard = Keyboard(session.place.rank)
-    before = signal.signal(signal.SIGINT, keyboard.interrupt)  # where a launcher sends it to the ranks
-    with keyboard.mode(canonical=True):
-        if chat := together(lambda: Chat(session, keyboard) if session.place.rank == 0 else None):
-            chat.run()
-            gather_objects(None)
-        else:
-            while (spec := gather_objects(None)[0]) is not None:
-                with contextlib.suppress(UserError):  # rank 0 has it too, and says so
-                    session.answer([spec], stop=keyboard.stop)  # which rank 0 alone will call
-    signal.signal(signal.SIGINT, before)
 
 
 def main(argv: list[str]) -> None:

@@ -14,18 +14,18 @@ rank, D head_dim, C hidden_size.
 """
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fp8
-from config import Config, RopeConfig, UserError
+from fp8 import Joined
 from parallel import (
     ColumnParallelLinear,
-    Joined,
     Linear,
     Place,
     RowParallelLinear,
@@ -37,11 +37,131 @@ from parallel import (
     join_sequence,
     split_sequence,
 )
-from vision import MLP, Projector, RMSNorm, VisionTower, apply_rotary, groups_of, rotary_tables, run_layer
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding (RoFormer, arXiv:2104.09864) and its YaRN extension (arXiv:2309.00071)."""
+
+    theta: float
+    yarn: bool = False
+    factor: float = 1.0  # YaRN: how many times longer the context became
+    original_max_position_embeddings: int = 0  # context length before YaRN; also the period of query scaling
+    # YaRN leaves a frequency as it is where it turns more than `beta_fast` times over the original context, divides it
+    # by `factor` where it turns less than `beta_slow` times, and blends the two in between, along a linear ramp.
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True  # round the ends of the ramp outwards to whole dimensions
+    attention_factor: float = 1.0  # multiplies cos and sin, so that scores grow by its square
+    query_scaling_beta: float = 0.0  # Llama 4: queries times 1 + beta * ln(1 + position // original context)
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The Pixtral tower and the projector behind it. Lengths of images are in pixels."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    patch_size: int
+    image_size: int  # longest side of an image after scaling
+    rope_theta: float
+    hidden_act: str  # of the tower's feed-forward: "silu" or "gelu"
+    num_channels: int
+    spatial_merge_size: int  # the projector merges this many patches along each side into one token
+    image_token_id: int  # the token whose positions take image features
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class Config:
+    """The decoder's sizes; `vision` is None for a text-only checkpoint."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool  # the head is the embedding's own matrix
+    rope: RopeConfig
+    vision: VisionConfig | None
+    fp8: bool  # the decoder's linears are stored as float8_e4m3fn with a scale each
+    activation_scheme: str  # of FP8: "static" has a scale for inputs in the file, "dynamic" has none
+    initializer_range: float  # standard deviation of random initial weights
+    raw: dict = field(repr=False, compare=False)  # the HF dictionary that all this was read from, for export
+
+
+LOGIT_ROWS = 64  # positions that are scored at a time: the logits of a whole chunk would take gigabytes
+CHUNK = 4096  # prompt tokens that go through the model at a time: bounds the memory of activations
 
 SHORT = 512  # tokens of several prompts up to which, on a CPU, they go into attention together, with a mask
 
-# ------------------------------------------------------------------------------------------------ rotary positions
+FEW_ROWS = 512  # see RMSNorm
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight (arXiv:1910.07467), computed in float32.
+
+    On a CPU the normalized x is rounded before it is scaled, as transformers does; the GPU's fused kernel rounds once.
+    A CPU has no such kernel, but one for layer norms, which subtract the mean and divide by the deviation: of (x, -x)
+    these are 0 and rms(x). For few rows it is faster than the eight kernels that `rms_norm` starts.
+    """
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype):
+        super().__init__()
+        self.eps = eps
+        self.slices = {"weight": Slice((size,), 0, 0, size)}
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type == "cpu":
+            size = x.shape[-1]
+            if x.numel() <= FEW_ROWS * size:
+                return self.weight * F.layer_norm(torch.cat((x, -x), -1), (2 * size,), eps=self.eps)[..., :size]
+            return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv:2002.05202): down(act(gate(x)) · up(x)). The decoder's `act` is SiLU."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, place: Place, dtype, keep_fp8=False, act=F.silu):
+        super().__init__()
+        divide(intermediate_size, place.tp_size, "rows of intermediate_size")
+        self.act, self.group, self.sequence = act, place.tp_group, place.sequence_parallel
+        self.gate_proj = ColumnParallelLinear(hidden_size, intermediate_size, place, dtype, keep_fp8)
+        self.up_proj = ColumnParallelLinear(hidden_size, intermediate_size, place, dtype, keep_fp8)
+        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, place, dtype, keep_fp8)
+        self.joined: Joined | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = copy_to_group(x, self.group, self.sequence)
+        gate, up = self.joined(x).chunk(2, dim=-1) if self.joined else (self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(self.act(gate) * up)
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor | None = None):
+    """Turn the pairs (i, i + D/2) of `x` (..., T, D) by the angles of `cos`, `sin` from `rotary_tables`.
+
+    The first of a pair becomes a cos - b sin, the second b cos + a sin: every number times its cosine, plus the other
+    one of its pair times its sine, whose sign the table has. `out` may be `x`.
+    """
+    other = x.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(torch.mul(x, cos, out=out), other, sin, out=out)
+
+
+def rotary_tables(angles: torch.Tensor, factor: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Angles (..., D/2) in radians, float32 -> cosines and signed sines (..., D) for `apply_rotary`, times `factor`."""
+    cos, sin = ((f(angles) * factor).to(dtype) for f in (torch.cos, torch.sin))
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
@@ -67,9 +187,6 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
     # 1 for the fast pairs (kept as they are), 0 for the slow ones (divided by the factor), a straight line between
     keep = 1 - ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     return 1.0 / (rope.factor * inverse) * (1 - keep) + 1.0 / inverse * keep
-
-
-# ------------------------------------------------------------------------------------------------------- attention
 
 
 class KVCache:
@@ -247,9 +364,6 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
-# ------------------------------------------------------------------------------------------------------- the model
-
-
 class DecoderLayer(nn.Module):
     def __init__(self, config: Config, place: Place, dtype: torch.dtype, keep_fp8: bool):
         super().__init__()
@@ -265,6 +379,16 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def run_layer(layer: nn.Module, recompute: bool, *inputs):
+    """`layer(*inputs)`. With `recompute` only the inputs are kept, and the backward pass computes the rest once more.
+
+    Activation checkpointing (arXiv:1604.06174). No layer draws random numbers, so no generator's state is kept.
+    """
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return layer(*inputs)
+
+
 class MistralMedium(nn.Module):
     """One rank's part of the model: a pipeline stage, and of each matrix in it a tensor-parallel slice.
 
@@ -274,7 +398,14 @@ class MistralMedium(nn.Module):
     `keep_fp8`: the layers' linears stay FP8 in memory.
     """
 
-    def __init__(self, config: Config, place: Place = Place(), dtype=torch.bfloat16, keep_fp8: bool = False):
+    def __init__(
+        self,
+        config: Config,
+        place: Place = Place(),
+        dtype=torch.bfloat16,
+        keep_fp8: bool = False,
+        vision: nn.Module | None = None,
+    ):
         super().__init__()
         self.config, self.place, self.dtype, self.keep_fp8 = config, place, dtype, keep_fp8
         self.activation_checkpointing = False
@@ -289,10 +420,7 @@ class MistralMedium(nn.Module):
             self.lm_head = VocabParallelHead(config.hidden_size, config.vocab_size, place, dtype)
             if config.tie_word_embeddings:
                 self.lm_head.tie("embed_tokens.weight", self.embed_tokens if place.first_stage else None)
-        if config.vision is not None and place.first_stage:
-            eyes = replace(place, sequence_parallel=False)  # its sequences are patches, of images of any size
-            self.vision_tower = VisionTower(config.vision, eyes, dtype)
-            self.multi_modal_projector = Projector(config, eyes, dtype)
+        self.vision = vision
         frequencies = rope_frequencies(config.rope, config.head_dim).to(place.device)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
@@ -361,22 +489,6 @@ class MistralMedium(nn.Module):
             scale = (1 + rope.query_scaling_beta * torch.log(1 + periods)).to(self.dtype)
         return cos, sin, scale
 
-    def image_features(self, images: Iterable[torch.Tensor]) -> torch.Tensor:
-        """First stage only: one or more images from `pixels` -> (tokens, C), image after image, row by row.
-
-        Given an iterator, no more images are held than go through the tower together. With gradients the activations
-        of all are kept.
-        """
-        if self.config.vision is None:
-            raise UserError("this checkpoint has no vision tower and cannot see images; leave them out")
-        p = self.config.vision.patch_size
-        features = []
-        for group in groups_of(images, p):
-            group = [image.to(self.place.device, self.dtype) for image in group]
-            grids = [(image.shape[1] // p, image.shape[2] // p) for image in group]
-            features.append(self.multi_modal_projector(self.vision_tower(group), grids))
-        return torch.cat(features)
-
     def new_cache(self, rows: int, length: int) -> KVCache:
         """An empty cache for so many rows of at most `length` tokens, in the run dtype."""
         kv_heads = max(1, self.config.num_key_value_heads // self.place.tp_size)
@@ -408,42 +520,3 @@ class MistralMedium(nn.Module):
             self.requires_grad_(False)  # what a graph holds may not want gradients
         while self.unpacked:
             self.products.append(self.unpacked.pop().pack())
-
-
-# ------------------------------------------------------------------------------------------------- LoRA adapters
-
-
-class Adapter(nn.Module):
-    """LoRA (arXiv:2106.09685): beside a frozen W, a product of two small factors learns. (..., in) -> (..., out).
-
-    The linear then computes W x + (alpha / rank) · B A x, with A (rank, in) and B (out, rank). Only A and B have
-    gradients and optimizer state, so W may stay FP8: training needs little more memory than inference.
-
-    Under tensor parallelism the factor on the side where W is cut is cut with it, and the other one is whole on every
-    rank: A beside a column-parallel W; B beside a row-parallel one, where partial sums pass through it before they are
-    added up. Either way a rank finds only its share of the whole factor's gradient, as with a shared key/value head.
-    """
-
-    def __init__(self, linear: Linear, rank: int, alpha: float, place: Place, dtype: torch.dtype):
-        super().__init__()
-        part, self.scale = linear.slices["weight"], alpha / rank
-        rows, columns = part.shape
-        down, up = Slice((rank, columns), 0, 0, rank), Slice((rows, rank), 0, 0, rows)
-        if part.dim == 0:
-            up = Slice((rows, rank), 0, part.start, part.stop)
-        else:
-            down = Slice((rank, columns), 1, part.start, part.stop)
-        self.lora_A, self.lora_B = Linear(down, dtype), Linear(up, dtype)
-        cut, whole = (self.lora_B, self.lora_A) if part.dim == 0 else (self.lora_A, self.lora_B)
-        cut.sharers, whole.sharers = getattr(linear, "sharers", 1), place.tp_size
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.lora_B(self.lora_A(x)) * self.scale
-
-
-def add_adapters(model: nn.Module, rank: int, alpha: float) -> None:
-    """Freeze `model` and put an adapter, still on `meta`, beside each of its decoder's linears."""
-    model.requires_grad_(False)
-    for layer in list(model.layers.modules()):
-        if isinstance(layer, Linear):
-            layer.adapter = Adapter(layer, rank, alpha, model.place, model.dtype)

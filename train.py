@@ -19,9 +19,15 @@ in the HF layout. With --lora-rank the model stays frozen (in FP8, if it is stor
 `adapters/` has them alone, `model/` has them merged. Defaults are those of the published fine-tune on MedPix-VQA.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # a signal ends the program at once, while torch is imported and while the model loads
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
+
 import argparse
 import math
-import os
 import shlex
 import signal
 import sys
@@ -34,29 +40,33 @@ from datetime import timedelta
 from functools import partial
 from textwrap import shorten
 
-if __name__ == "__main__":  # a signal ends the program at once, while torch is imported and while the model loads
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: os._exit(128 + number))
-
 import torch
 import torch.distributed as dist
 
-from checkpoint import FREEZABLE, Checkpoint, fill, held_tensors, initialize, initialize_adapters, is_trained
-from config import UserError, read_config
-from engine import Engine, Request
-from export import Metrics, draw_loss, export, export_adapters, finishing
-from launch import COUNT, SIZE, Parser, caught, find_place, gather_objects, number, run_program, together
-from model import MistralMedium, add_adapters
-from optimizer import Optimizer, claimed, load_state, newest_state, save_state, step_of
-from parallel import Place
-from pipeline import IGNORE, Chats, MicroBatch, Order, Pipeline, Sample, decode_images, micro_batches
-from plan import Progress, check_memory, peak_memory
-from tokenizer import load_tokenizer
+from generate import Engine
+from model import MistralMedium
+from parallel import Pipeline, Place
+from runtime.checkpoint import Checkpoint, fill, initialize
+from runtime.config import read_config
+from runtime.data import IGNORE, Chats, MicroBatch, Order, Sample, decode_images, micro_batches
+from runtime.export import export, export_adapters
+from runtime.files import UserError
+from runtime.launch import COUNT, SIZE, Parser, caught, find_place, gather_objects, number, run_program, together
+from runtime.lora import add_adapters, initialize_adapters
+from runtime.memory import peak_memory
+from runtime.optimizer import FREEZABLE, Optimizer, held_tensors, is_trained
+from runtime.plan import Progress, check_memory
+from runtime.requests import Request
+from runtime.run import Metrics, claimed, draw_loss, finishing, load_state, newest_state, save_state, step_of
+from runtime.tokenizer import load_tokenizer
+from vision import build_model
 
 Split = tuple[list[MicroBatch], list[MicroBatch], Callable[[], None]]  # see Trainer.split
 
 SAVE_SECONDS = 600  # without --save-every, the run's state is saved as often as this, and at the end
+
 SHOWN = 3  # answers of a validation
+
 VALIDATE_AT_ONCE = 8  # micro-batches per replica whose images are in memory together
 
 
@@ -138,7 +148,7 @@ class Trainer:
         args, place = self.args, self.place
         keep_fp8 = bool(args.lora_rank and self.checkpoint and self.checkpoint.is_fp8())  # frozen weights stay so
         self.planned = check_memory(self.config, place, args, keep_fp8)  # bytes
-        model = together(lambda: MistralMedium(self.config, place, getattr(torch, args.dtype), keep_fp8))
+        model = together(lambda: build_model(self.config, place, getattr(torch, args.dtype), keep_fp8))
         if self.checkpoint:
             together(lambda: fill(model, self.checkpoint, Progress(self.checkpoint, place)))
         else:
@@ -150,7 +160,7 @@ class Trainer:
             initialize_adapters(model, args.seed)
         model.activation_checkpointing = args.activation_checkpointing
         if self.config.vision is not None and place.first_stage:
-            model.vision_tower.activation_checkpointing = args.activation_checkpointing
+            model.vision.vision_tower.activation_checkpointing = args.activation_checkpointing
         return model
 
     def run(self) -> None:
@@ -281,7 +291,7 @@ class Trainer:
         """
         model, device = self.model, self.place.device
         if self.place.first_stage:
-            features = model.image_features(batch.pixels) if batch.pixels else None
+            features = model.vision(batch.pixels) if batch.pixels else None
             batch.pixels = []  # not needed again: free them
             x = model.embed(batch.tokens.to(device), features)
         x = model(x)
@@ -364,8 +374,6 @@ class Trainer:
                     self.say("  expected {!r}\n  answered {!r}".format(*map(self.spell, (expected, answer.tokens))))
         return int(over_ranks([exact])[0]) // (place.tp_size * place.pp_size)  # all ranks of a replica counted them
 
-
-# ----------------------------------------------------------------------------------------------- the command line
 
 RATE, BETA, POSITIVE = number(float, 0, 1e9), number(float, 0, 1), number(float, 1e-30, 1e9)
 

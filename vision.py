@@ -15,209 +15,19 @@ through the fused kernel, and no mask is ever built. Images go through the tower
 Shapes: N patches of this call, H heads of this rank, D head_dim, C the tower's hidden_size.
 """
 
-import base64
-import contextlib
-import hashlib
-import io
-import os
-import re
-import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from config import Config, UserError, VisionConfig, read_file, reading
-from parallel import ColumnParallelLinear, Joined, Place, RowParallelLinear, Slice, copy_to_group, divide
+from model import MLP, Config, MistralMedium, RMSNorm, VisionConfig, apply_rotary, rotary_tables, run_layer
+from parallel import ColumnParallelLinear, Place, RowParallelLinear, Slice, copy_to_group, divide
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green, blue in CLIP's training images (arXiv:2103.00020)
-
-
-STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-FEW_ROWS = 512  # see RMSNorm
 PATCHES_AT_ONCE = 1 << 14  # images share a pass through the tower up to this many patches; bounds its activations
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
-
-
-# ------------------------------------------------------------------------------------------------- image files
-
-
-def image_size(url: str, base: str = "") -> tuple[int, int]:
-    """(width, height) in pixels, from the header alone. Arguments and errors as `load_image`."""
-    with _opened(url, base) as image:
-        return image.size
-
-
-def image_name(url: str, base: str = "") -> str:
-    """A name that images with other content do not have: its hash. Arguments and errors as `load_image`."""
-    if url[:5].lower() == "data:":
-        return hashlib.sha256(url.encode()).hexdigest()
-    return hashlib.sha256(read_file(os.path.join(base, url), 1 << 40)).hexdigest()
-
-
-def load_image(url: str, base: str = "") -> Image.Image:
-    """The image at `url`, a path (relative to the folder `base`) or a base64 `data:` URL, in mode RGB.
-
-    As mistral-common: transparent becomes white, the first frame stands for an animation, the orientation in EXIF is
-    ignored. Unlike it, 16-bit grey is scaled to 8 bits, where Pillow's conversion would clip it to white.
-    Raises UserError for anything that is not a whole image, and for all other URLs: nothing is ever fetched.
-    """
-    with _opened(url, base) as image:
-        if image.mode.startswith("I"):  # 16-bit grey; older Pillows call it "I"
-            grey = np.asarray(image).clip(0, 65535) / 257
-            return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
-        if image.mode == "RGB":
-            return image.copy()
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "WHITE")
-        white.paste(image, (0, 0), image)
-        return white.convert("RGB")
-
-
-@contextlib.contextmanager
-def _opened(url: str, base: str) -> Iterator[Image.Image]:
-    """Open `url`, and turn whatever goes wrong with it, then or while it is used, into a UserError."""
-    if url[:5].lower() == "data:":
-        name = url if len(url) <= 48 else url[:48] + "…"
-        header, _, payload = url.partition(",")
-        if not header.lower().endswith(";base64"):
-            raise UserError(f"image {name!r}: a data: URL must read data:image/…;base64,…")
-        try:
-            source = io.BytesIO(base64.b64decode("".join(payload.split()), validate=True))
-        except ValueError as error:
-            raise UserError(f"image {name!r}: the data: URL is not valid base64 ({error})") from None
-    else:
-        if re.match(r"[a-z][a-z0-9+.-]*://|(https?|ftp|file|blob):", url, re.IGNORECASE):
-            raise UserError(f"image {url!r}: nothing is fetched from the network; give a path or a base64 data: URL")
-        name = source = os.path.join(base, url)
-        read_file(source)  # refuses a pipe or a device, which could block for ever
-    # A broken file can make Pillow's decoders raise anything.
-    with reading(f"image {name!r}", "image; it may be cut off or damaged"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            with Image.open(source) as image:
-                if image.format == "EPS":  # Pillow would hand it to Ghostscript, which runs the file as a program
-                    raise UserError("PostScript is not supported; convert it to PNG")
-                yield image
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-            raise UserError(f"has more than {Image.MAX_IMAGE_PIXELS} pixels; scale it down first") from None
-        except UnidentifiedImageError:
-            raise UserError("not an image in a format that Pillow reads") from None
-
-
-# ------------------------------------------------------------------------------------------------------ pixels
-
-
-def grid(width: int, height: int, vision: VisionConfig) -> tuple[int, int]:
-    """(rows, columns) of `[IMG]` tokens for an image of so many pixels: mistral-common's `ImageEncoder`."""
-    ratio = max(height / vision.image_size, width / vision.image_size)
-    if ratio > 1:
-        width, height = max(round(width / ratio), 1), max(round(height / ratio), 1)
-    cell = vision.patch_size * vision.spatial_merge_size
-    return (height - 1) // cell + 1, (width - 1) // cell + 1
-
-
-def grid_of(url: str, base: str, vision: VisionConfig) -> tuple[int, int]:
-    """`grid` of an image file, of which just the header is read. Arguments and errors as `load_image`."""
-    return grid(*image_size(url, base), vision)
-
-
-def pixels(image: Image.Image, vision: VisionConfig) -> torch.Tensor:
-    """An RGB image -> (3, rows · cell, columns · cell) float32, where cell = patch · merge: resized and normalized.
-
-    Bicubic without antialiasing (a = -0.75), as OpenCV's INTER_CUBIC. Pillow's antialiases and differs by whole grey
-    levels. In float64, because float32 misplaces the samples of a side of thousands of pixels by up to 0.1 grey
-    levels; channel by channel, because a photo of 4000 × 4000 is already 128 MB that way.
-    """
-    cell = vision.patch_size * vision.spatial_merge_size
-    rows, columns = grid(*image.size, vision)
-    out = torch.empty(3, rows * cell, columns * cell)
-    for i, channel in enumerate(image.split()):
-        x = torch.from_numpy(np.array(channel)).double()[None, None]
-        x = F.interpolate(x, out.shape[1:], mode="bicubic", align_corners=False)
-        out[i] = (x[0, 0] / 255 - MEAN[i]) / STD[i]
-    return out
-
-
-# --------------------------------------------------------------------------------- what decoder and tower share
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight (arXiv:1910.07467), computed in float32.
-
-    On a CPU the normalized x is rounded before it is scaled, as transformers does; the GPU's fused kernel rounds once.
-    A CPU has no such kernel, but one for layer norms, which subtract the mean and divide by the deviation: of (x, -x)
-    these are 0 and rms(x). For few rows it is faster than the eight kernels that `rms_norm` starts.
-    """
-
-    def __init__(self, size: int, eps: float, dtype: torch.dtype):
-        super().__init__()
-        self.eps = eps
-        self.slices = {"weight": Slice((size,), 0, 0, size)}
-        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type == "cpu":
-            size = x.shape[-1]
-            if x.numel() <= FEW_ROWS * size:
-                return self.weight * F.layer_norm(torch.cat((x, -x), -1), (2 * size,), eps=self.eps)[..., :size]
-            return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-class MLP(nn.Module):
-    """SwiGLU (arXiv:2002.05202): down(act(gate(x)) · up(x)). The decoder's `act` is SiLU."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int, place: Place, dtype, keep_fp8=False, act=F.silu):
-        super().__init__()
-        divide(intermediate_size, place.tp_size, "rows of intermediate_size")
-        self.act, self.group, self.sequence = act, place.tp_group, place.sequence_parallel
-        self.gate_proj = ColumnParallelLinear(hidden_size, intermediate_size, place, dtype, keep_fp8)
-        self.up_proj = ColumnParallelLinear(hidden_size, intermediate_size, place, dtype, keep_fp8)
-        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, place, dtype, keep_fp8)
-        self.joined: Joined | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = copy_to_group(x, self.group, self.sequence)
-        gate, up = self.joined(x).chunk(2, dim=-1) if self.joined else (self.gate_proj(x), self.up_proj(x))
-        return self.down_proj(self.act(gate) * up)
-
-
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor | None = None):
-    """Turn the pairs (i, i + D/2) of `x` (..., T, D) by the angles of `cos`, `sin` from `rotary_tables`.
-
-    The first of a pair becomes a cos - b sin, the second b cos + a sin: every number times its cosine, plus the other
-    one of its pair times its sine, whose sign the table has. `out` may be `x`.
-    """
-    other = x.roll(x.shape[-1] // 2, -1)
-    return torch.addcmul(torch.mul(x, cos, out=out), other, sin, out=out)
-
-
-def rotary_tables(angles: torch.Tensor, factor: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Angles (..., D/2) in radians, float32 -> cosines and signed sines (..., D) for `apply_rotary`, times `factor`."""
-    cos, sin = ((f(angles) * factor).to(dtype) for f in (torch.cos, torch.sin))
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def run_layer(layer: nn.Module, recompute: bool, *inputs):
-    """`layer(*inputs)`. With `recompute` only the inputs are kept, and the backward pass computes the rest once more.
-
-    Activation checkpointing (arXiv:1604.06174). No layer draws random numbers, so no generator's state is kept.
-    """
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return layer(*inputs)
-
-
-# --------------------------------------------------------------------------------------------------- the tower
 
 
 class PatchConv(nn.Module):
@@ -318,9 +128,6 @@ class VisionTower(nn.Module):
         return x
 
 
-# ----------------------------------------------------------------------------------------------- the projector
-
-
 class PatchMerger(nn.Module):
     """One linear over the patches of a cell: (rows · columns, C) -> (rows · columns / merge², C)."""
 
@@ -370,3 +177,36 @@ def groups_of(images: Iterable[torch.Tensor], patch_size: int) -> Iterator[list[
         patches += count
     if group:
         yield group
+
+
+# ------------------------------------------------------------------------------------- what the model is handed
+
+
+class VisionEncoder(nn.Module):
+    """Tower and projector: what turns images into the features that stand at `[IMG]` tokens."""
+
+    def __init__(self, config: Config, place: Place, dtype: torch.dtype):
+        super().__init__()
+        place = replace(place, sequence_parallel=False)  # its sequences are patches, of images of any size
+        self.vision_tower = VisionTower(config.vision, place, dtype)
+        self.multi_modal_projector = Projector(config, place, dtype)
+        self.device, self.dtype, self.patch_size = place.device, dtype, config.vision.patch_size
+
+    def forward(self, images: Iterable[torch.Tensor]) -> torch.Tensor:
+        """One or more images (3, height, width) in whole cells -> (tokens, C), image after image, row by row.
+
+        Given an iterator, no more images are held than go through the tower together. With gradients the activations
+        of all are kept.
+        """
+        features, p = [], self.patch_size
+        for group in groups_of(images, p):
+            group = [image.to(self.device, self.dtype) for image in group]
+            grids = [(image.shape[1] // p, image.shape[2] // p) for image in group]
+            features.append(self.multi_modal_projector(self.vision_tower(group), grids))
+        return torch.cat(features)
+
+
+def build_model(config: Config, place: Place = Place(), dtype=torch.bfloat16, keep_fp8: bool = False) -> MistralMedium:
+    """One rank's part of the model, on `meta`, with the vision encoder where the config has one: on the first stage."""
+    sees = config.vision is not None and place.first_stage
+    return MistralMedium(config, place, dtype, keep_fp8, VisionEncoder(config, place, dtype) if sees else None)

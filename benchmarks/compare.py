@@ -29,12 +29,14 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "tests"), os.path.join(ROOT, "examples"
 from helpers import write_tekken  # noqa: E402
 
 import train  # noqa: E402
-from checkpoint import Checkpoint, fill  # noqa: E402
-from config import read_config  # noqa: E402
-from engine import Engine, Request  # noqa: E402
-from launch import find_place  # noqa: E402
+from generate import Engine  # noqa: E402
 from model import MistralMedium  # noqa: E402
-from pipeline import IGNORE  # noqa: E402
+from runtime.checkpoint import Checkpoint, fill  # noqa: E402
+from runtime.config import read_config  # noqa: E402
+from runtime.data import IGNORE  # noqa: E402
+from runtime.launch import find_place  # noqa: E402
+from runtime.requests import Request  # noqa: E402
+from vision import build_model  # noqa: E402
 
 TINY = os.path.join(ROOT, "examples", "tiny")
 PICTURE = os.path.join(TINY, "picture.png")
@@ -47,7 +49,7 @@ Seconds = tuple[float, float]  # of a call: before the first token, and from the
 def load(folder: str, dtype: torch.dtype) -> MistralMedium:
     """The model as generate.py loads it."""
     checkpoint = Checkpoint(folder)
-    model = MistralMedium(checkpoint.fit(read_config(folder)), dtype=dtype)
+    model = build_model(checkpoint.fit(read_config(folder)), dtype=dtype)
     model.join()
     fill(model, checkpoint)
     return model

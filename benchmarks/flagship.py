@@ -21,13 +21,16 @@ sys.path[:0] = [ROOT]
 import torch
 from torch import nn
 
-from checkpoint import held_tensors
-from config import Config, read_config
-from engine import Engine, Request
 from fp8 import E4M3, has_fp8_matmul
-from launch import find_place, gather_objects, run_program
-from model import MistralMedium, add_adapters
+from generate import Engine
+from model import Config, MistralMedium
 from parallel import Linear, Place
+from runtime.config import read_config
+from runtime.launch import find_place, gather_objects, run_program
+from runtime.lora import add_adapters
+from runtime.optimizer import held_tensors
+from runtime.requests import Request
+from vision import build_model
 
 SPARE = 12_000_000_000  # bytes left for the cache, activations and the libraries when layers are counted
 SMALL = dict(vocab_size=512, hidden_size=256, intermediate_size=512, num_attention_heads=8, num_key_value_heads=2)
@@ -79,7 +82,7 @@ def layers_that_fit(config: Config, place: Place) -> int:
     free = torch.cuda.mem_get_info(place.device)[0]
     sizes = []
     for layers in (1, 2):
-        model = MistralMedium(replace(config, num_hidden_layers=layers), place, torch.bfloat16, True)
+        model = build_model(replace(config, num_hidden_layers=layers), place, torch.bfloat16, True)
         sizes.append(sum(x.nbytes for x in model.parameters()))
     one, each = sizes[0], sizes[1] - sizes[0]
     return min(config.num_hidden_layers, 1 + int((free - SPARE - one) // each))
@@ -88,7 +91,7 @@ def layers_that_fit(config: Config, place: Place) -> int:
 def build(config: Config, place: Place, fast: bool = False) -> MistralMedium:
     """The model with random FP8 weights, drawn on the device itself, and scales that keep activations near 1; `fast`:
     as for inference."""
-    model = MistralMedium(config, place, torch.bfloat16, keep_fp8=True)
+    model = build_model(config, place, torch.bfloat16, keep_fp8=True)
     if fast:
         model.join()
     fill_at_random(model, place.device)

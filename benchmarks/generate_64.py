@@ -21,10 +21,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 from helpers import ROPES, layout_config, text_fields, vision_fields, write_tekken
 
-from checkpoint import initialize, layers_with_slices
-from config import parse_config
-from export import save
-from model import MistralMedium
+from runtime.checkpoint import initialize, layers_with_slices
+from runtime.config import parse_config
+from runtime.export import save
+from vision import build_model
 
 TOWER = vision_fields(
     hidden_size=96, intermediate_size=480, num_hidden_layers=6, num_attention_heads=16, patch_size=14, image_size=1540
@@ -40,7 +40,7 @@ def make_checkpoint(directory: str) -> None:
     """Random weights in the HF layout, the decoder's linears in FP8 with scales for weights and inputs."""
     fields = text_fields(vocab_size=write_tekken(directory) + 3, **SIZES)
     config = parse_config(layout_config(fields, "new", "static")[1])
-    model = MistralMedium(config, dtype=torch.bfloat16)
+    model = build_model(config, dtype=torch.bfloat16)
     initialize(model, seed=1)
     layers = layers_with_slices(model)
     shapes = {name: part.shape for name, (_, part) in layers.items()}

@@ -24,10 +24,12 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 from helpers import make_checkpoint, text_fields  # noqa: E402
 from train_cases import make_chats  # noqa: E402
 
-from checkpoint import Checkpoint, fill  # noqa: E402
-from config import parse_config, read_config  # noqa: E402
-from engine import Engine, Request  # noqa: E402
+from generate import Engine  # noqa: E402
 from model import MistralMedium  # noqa: E402
+from runtime.checkpoint import Checkpoint, fill  # noqa: E402
+from runtime.config import parse_config, read_config  # noqa: E402
+from runtime.requests import Request  # noqa: E402
+from vision import build_model  # noqa: E402
 
 SIZES = dict(
     vocab_size=4096, hidden_size=576, intermediate_size=1536, num_attention_heads=8, num_key_value_heads=4,
@@ -130,7 +132,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = parse_config(text_fields(num_hidden_layers=args.layers, **SIZES))
         ckpt = make_checkpoint(os.path.join(folder, "ckpt"), config)
-        model = MistralMedium(read_config(ckpt))
+        model = build_model(read_config(ckpt))
         model.join()
         fill(model, Checkpoint(ckpt))
         found = generation(model, args.rounds)

@@ -8,8 +8,9 @@ import llama_cpp
 import torch
 from safetensors import safe_open
 
-from checkpoint import Checkpoint
-from config import Config, read_config
+from model import Config
+from runtime.checkpoint import Checkpoint
+from runtime.config import read_config
 
 
 class LlamaCpp:

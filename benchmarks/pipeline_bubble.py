@@ -22,11 +22,12 @@ import torch
 import torch.distributed as dist
 from helpers import text_fields
 
-from checkpoint import initialize
-from config import parse_config
-from launch import find_place
 from model import MistralMedium
-from pipeline import Pipeline
+from parallel import Pipeline
+from runtime.checkpoint import initialize
+from runtime.config import parse_config
+from runtime.launch import find_place
+from vision import build_model
 
 COUNTS = (1, 2, 4, 8, 16)  # micro-batches
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "head_dim": 16, "num_attention_heads": 4}
@@ -121,7 +122,7 @@ def work(rank: int, stages: int, seconds: float, port: int) -> None:
             print(f"{stages} stages, {count:2} micro-batches: bubble {float(idle) / stages:.3f}, theory {share:.3f}")
     fields = text_fields("plain", vocab_size=97, num_hidden_layers=2 * stages, num_key_value_heads=2, **SIZES)
     config = parse_config(fields)
-    model = MistralMedium(config, place, torch.float32)
+    model = build_model(config, place, torch.float32)
     initialize(model, 0)
     one, _ = most_saved(place, model, 1)
     for count in COUNTS[-2:]:

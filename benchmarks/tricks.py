@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from compare import Ours, Table
 
-import engine
 import fp8
+import generate
 import model
 import vision
 
@@ -57,7 +57,7 @@ def main() -> None:
     ):
         for name in names:
             patch, other = (mock.patch.object(*without), copy.copy(packed)) if without else (nullcontext(), plain)
-            other.engine = engine.Engine(other.model, -1, packed.engine.max_context)  # with graphs of its own
+            other.engine = generate.Engine(other.model, -1, packed.engine.max_context)  # with graphs of its own
             runs = {"with": lambda n=name, t=title: run(packed, n, t, nullcontext())}
             runs["without"] = lambda n=name, t=title, o=other, p=patch: run(o, n, t, p)
             table.measure("tokens/s", runs)

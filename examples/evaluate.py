@@ -14,9 +14,9 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import generate
-from config import UserError
-from launch import SIZE, Parser, find_place, run_program, together
 from parallel import Place
+from runtime.files import UserError
+from runtime.launch import SIZE, Parser, find_place, run_program, together
 
 BOTH = ("none", "high")
 SETS = {  # name: (what it is, the reasoning efforts it is asked with)

@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator
 
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from config import UserError, reading  # noqa: E402
-from launch import run_program  # noqa: E402
+from runtime.files import UserError, reading  # noqa: E402
+from runtime.launch import run_program  # noqa: E402
 
 COLUMNS = ("image_id", "mode", "case_id", "question", "answer")
 SUFFIXES = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"BM": ".bmp", b"RIFF": ".webp"}

@@ -26,12 +26,14 @@ import tour_measure as measure
 from PIL import Image
 
 import generate
-from checkpoint import Checkpoint, writing
-from config import UserError, read_config, read_file
-from launch import SIZE, Parser, find_place, run_program
-from session import TINY, Session, command_line_request
-from tokenizer import Tekken, load_tokenizer
-from vision import MEAN, STD, grid, load_image
+from generate import TINY, Session
+from runtime.checkpoint import Checkpoint
+from runtime.config import read_config
+from runtime.files import UserError, read_file, writing
+from runtime.images import MEAN, STD, grid, load_image
+from runtime.launch import SIZE, Parser, find_place, run_program
+from runtime.requests import command_line_request
+from runtime.tokenizer import Tekken, load_tokenizer
 
 CUT = 1 << 30  # bytes of a checkpoint up to which four processes load it once more
 LARGE = os.path.join(ROOT, "tests", "data", "config.json")  # of the 128B

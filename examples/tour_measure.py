@@ -26,16 +26,16 @@ import torch.nn.functional as F
 
 import fp8
 import model as decoder
-import tokenizer as tokenizers
-from checkpoint import Checkpoint, hf_name, layers_with_slices, scale_names
-from config import Config, TopologyError, UserError
-from engine import Request
-from launch import find_place, gather_objects
-from model import MistralMedium, rope_frequencies
-from parallel import Place, Slice, nucleus
-from pipeline import Pipeline
-from plan import parse_args, places, plan_rank
-from session import Session
+from generate import Session
+from model import Config, MistralMedium, rope_frequencies
+from parallel import Pipeline, Place, Slice, TopologyError, nucleus
+from runtime import tokenizer as tokenizer_module
+from runtime.checkpoint import Checkpoint, hf_name, layers_with_slices, scale_names
+from runtime.files import UserError
+from runtime.launch import find_place, gather_objects
+from runtime.plan import parse_args, places, plan_rank
+from runtime.requests import Request
+from vision import build_model
 
 LAYERS, HEADS = 6, 6  # at most so many of each have their attention shown
 MAPS = 250_000  # attention weights in the page, of tower and decoder each: large pictures have fewer patches shown
@@ -76,7 +76,11 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        hooks = [m.register_forward_hook(partial(self.done, name)) for name, m in self.model.named_modules() if name]
+        hooks = [
+            m.register_forward_hook(partial(self.done, name.removeprefix("vision.")))
+            for name, m in self.model.named_modules()
+            if name
+        ]
         with ExitStack() as stack:
             for hook in hooks:
                 stack.callback(hook.remove)
@@ -152,7 +156,7 @@ def tower_maps(tower: list[tuple[torch.Tensor, torch.Tensor]]) -> dict:
     return {"layers": layers, "heads": heads, "patches": chosen, "maps": torch.stack(maps)}
 
 
-def merges(tokenizer: tokenizers.Tekken, text: str) -> list[dict]:
+def merges(tokenizer: tokenizer_module.Tekken, text: str) -> list[dict]:
     """Of each different word of `text`, what `Tekken._merge` does to it: where the pieces end after every merge."""
     words, taken = {}, []
 
@@ -167,7 +171,7 @@ def merges(tokenizer: tokenizers.Tekken, text: str) -> list[dict]:
         return ids
 
     spy = SimpleNamespace(**{**vars(heapq), "heappop": lambda heap: taken.append(heapq.heappop(heap)) or taken[-1]})
-    with patch.object(tokenizers, "heapq", spy), patch.object(tokenizer, "_merge_cached", merge):
+    with patch.object(tokenizer_module, "heapq", spy), patch.object(tokenizer, "_merge_cached", merge):
         tokenizer.encode(text)
     return list(words.values())
 
@@ -183,7 +187,7 @@ def positions(model: MistralMedium, request: Request, tokens: list[int]) -> dict
         return found
     picture = model.config.vision.image_token_id if request.pixels else None
     cut = max((i + 1 for i, id in enumerate(request.prompt) if id == picture), default=len(request.prompt) // 2)
-    features = model.image_features(request.pixels) if request.pixels else None
+    features = model.vision(request.pixels) if request.pixels else None
     x, y = model.embed(torch.tensor([ids], device=usual.device), features), torch.tensor(tokens, device=usual.device)
     for i in range(GAPS):
         gap = round((size - len(ids)) ** (i / (GAPS - 1))) if i else 0
@@ -243,7 +247,7 @@ def held(config: Config, *topologies: tuple[int, int]) -> dict:
                 plan, _ = plan_rank(config, place, args, False, activations=False)
                 rank = {"tp": place.tp_rank, "pp": place.pp_rank, "layers": plan.layers, "parameters": plan.parameters}
                 rank |= {"memory": [plan.weight_bytes, plan.gradient_bytes, plan.optimizer_bytes], "slices": []}
-                for name, (_, part) in layers_with_slices(MistralMedium(one, place)).items():
+                for name, (_, part) in layers_with_slices(build_model(one, place)).items():
                     name = name.replace(f"layers.{place.pp_rank}.", f"layers.{plan.layers[0]}.")
                     rank["slices"].append((name, part.dim, part.start, part.start + part.length, part.shape))
                 ranks.append(rank)
@@ -317,7 +321,10 @@ def timetable(place: Place) -> list[tuple[str, int, float, float]]:
 
 def record(messages: list, session: Session) -> None:
     """From here on note every message: (what, among whom, bytes, whose, while, file, line)."""
-    place, names = session.place, {module: name for name, module in session.model.named_modules()}
+    place, names = (
+        session.place,
+        {module: name.removeprefix("vision.") for name, module in session.model.named_modules()},
+    )
     groups = {place.answer_group: "answer", place.pp_group: "pp", place.tp_group: "tp"}
 
     def watched(name: str, call: Callable, x, *rest, **options):

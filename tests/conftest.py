@@ -12,7 +12,7 @@ from helpers import make_checkpoint, random_state, text_fields, write_checkpoint
 from train_cases import IMAGES, TEXT, make_chats
 
 import generate
-import launch
+from runtime import launch
 
 torch.set_num_threads(1)  # the tests' tensors are so small that threads only cost time
 TIME_LIMIT = 120  # seconds; @pytest.mark.time_limit(n) gives a test its own

@@ -18,19 +18,21 @@ from dry_run import Watch, world
 from processes import ROOT, read
 from torch.nn.attention.bias import causal_lower_right
 
-import checkpoint
-import engine as engine_module
+import generate
 import train
-from checkpoint import Stored, fill, is_quantized, layers_with_slices, scale_names
-from config import Config, read_config
-from engine import Engine, Request
-from model import MistralMedium
-from optimizer import Optimizer
-from parallel import Place, Slice
-from pipeline import MicroBatch, Pipeline
+from generate import Engine
+from model import Config
+from parallel import Pipeline, Place, Slice
+from runtime import checkpoint
+from runtime.checkpoint import Stored, fill, is_quantized, layers_with_slices, scale_names
+from runtime.config import read_config
+from runtime.data import MicroBatch
+from runtime.optimizer import Optimizer
+from runtime.requests import Request
+from vision import build_model
 
 sys.path.append(os.path.join(ROOT, "benchmarks"))
-engine_module.record = lambda step: step  # there are no CUDA graphs here; what one would replay is counted
+generate.record = lambda step: step  # there are no CUDA graphs here; what one would replay is counted
 CONFIG = os.path.join(ROOT, "tests", "data", "config.json")
 
 
@@ -47,7 +49,7 @@ class Shelf(checkpoint.Checkpoint):
 
     def __init__(self, config: Config, fp8: bool):
         self.title, self.native, self.bytes_read = "shelf", False, 0
-        names = list(layers_with_slices(MistralMedium(config)))
+        names = list(layers_with_slices(build_model(config)))
         self.quantized = {name for name in names if fp8 and is_quantized(name)}
         names += [scale for name in self.quantized for scale in scale_names(name)]
         self.tensors = {name: Stored(self.shard(name), name) for name in names}
@@ -79,7 +81,7 @@ def filling(watch: Watch, rank: int = 0, tp: int = 1, pp: int = 1, layers: int |
     config = real_config(layers)
     with world(rank, tp, pp) as place, watch:
         watch.forget()
-        model = MistralMedium(config, place, torch.bfloat16, keep_fp8)
+        model = build_model(config, place, torch.bfloat16, keep_fp8)
         model.join()
         fill(model, Shelf(config, fp8=True))
         return watch.report()
@@ -166,7 +168,7 @@ def answering(
     """
     config, seen = real_config(layers), []
     with world(rank, tp, pp) as place, watch:
-        model = MistralMedium(config, place, torch.bfloat16, keep_fp8)
+        model = build_model(config, place, torch.bfloat16, keep_fp8)
         model.join()
         fill(model, Shelf(config, fp8=keep_fp8))
         model.eval()

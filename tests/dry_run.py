@@ -41,8 +41,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from launch import find_place
 from parallel import Place
+from runtime.launch import find_place
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PAGE = 512  # the caching allocator rounds up to this

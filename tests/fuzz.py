@@ -28,7 +28,7 @@ sys.path[:0] = [os.path.dirname(HERE), HERE]
 import torch  # noqa: E402
 from hostile import KINDS, Kind  # noqa: E402
 
-from config import UserError  # noqa: E402
+from runtime.files import UserError  # noqa: E402
 
 SECONDS, MEMORY = 10, 3 << 30  # what a case may take; address space beyond what the parent has
 

@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from checkpoint import Checkpoint, fill, held_tensors, layers_with_slices
-from config import Config, parse_config, read_config
-from model import MistralMedium
+from model import Config, MistralMedium
 from parallel import Place
+from runtime.checkpoint import Checkpoint, fill, layers_with_slices
+from runtime.config import parse_config, read_config
+from runtime.optimizer import held_tensors
+from vision import build_model
 
 # The rotary settings worth distinguishing. "yarn" is this model's, with Ministral 3's query scaling.
 ROPES = {
@@ -81,7 +83,7 @@ def random_state(fields: dict, seed: int = 0) -> dict[str, torch.Tensor]:
 def whole_state(fields: dict, seed: int = 0) -> dict[str, torch.Tensor]:
     """The same with the tower and the projector that `fields["vision_config"]` asks for."""
     draw, config = torch.Generator().manual_seed(seed), parse_config(layout_config(fields, "new")[1])
-    parts = {name: part.shape for name, (_, part) in layers_with_slices(MistralMedium(config)).items()}
+    parts = {name: part.shape for name, (_, part) in layers_with_slices(build_model(config)).items()}
     return {name: randomize(name, torch.empty(shape), draw) for name, shape in parts.items()}
 
 
@@ -296,7 +298,7 @@ def make_checkpoint(folder, config: Config, seed: int = 0, dtype=torch.float32) 
     """Random weights with norms that are not 1, with a tokenizer, for training."""
     torch.manual_seed(seed)
     state = {}
-    for tensor in held_tensors(MistralMedium(config)):
+    for tensor in held_tensors(build_model(config)):
         noise = torch.randn(tensor.part.shape)
         weight = 1 + 0.3 * noise if noise.dim() == 1 else noise / noise[0].numel() ** 0.5
         state[tensor.name] = weight.to(dtype)
@@ -312,7 +314,7 @@ def make_checkpoint(folder, config: Config, seed: int = 0, dtype=torch.float32) 
 def load(
     directory, dtype=torch.float32, keep_fp8: bool = False, fast: bool = False, place: Place = Place()
 ) -> MistralMedium:
-    model = MistralMedium(read_config(str(directory)), place, dtype, keep_fp8)
+    model = build_model(read_config(str(directory)), place, dtype, keep_fp8)
     if fast:
         model.join()
     fill(model, Checkpoint(str(directory)))
@@ -443,3 +445,18 @@ def formula(fields: dict, state: dict, tokens: list[int]) -> np.ndarray:
     logits = norm(x, W["norm.weight"]) @ head.T
     top = logits.max(1, keepdims=True)
     return logits - top - np.log(np.exp(logits - top).sum(1, keepdims=True))
+
+
+def set_weights(model: MistralMedium, tensors: dict[str, torch.Tensor]) -> MistralMedium:
+    """Give a model of one process exactly these whole tensors, by canonical name."""
+    layers = layers_with_slices(model)
+    assert sorted(layers) == sorted(tensors)
+    for name, (layer, _) in layers.items():
+        assert layer.weight.shape == tensors[name].shape, name
+        layer.weight = torch.nn.Parameter(tensors[name].to(layer.weight.dtype).clone())
+    return model
+
+
+def whole(model: MistralMedium) -> dict[str, torch.Tensor]:
+    """The parameters of a model of one process by canonical name."""
+    return {name: layer.weight for name, (layer, _) in layers_with_slices(model).items()}

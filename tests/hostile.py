@@ -16,19 +16,16 @@ from helpers import write_tekken as write_small_tekken
 from PIL import Image
 from train_cases import IMAGES, make_chats
 
-import chat
-import export
 import generate
-import launch
-import optimizer
-import pipeline
 import train
-import vision
-from checkpoint import Checkpoint, fill, initialize, initialize_adapters
-from config import UserError, parse_config, read_config
-from model import MistralMedium, add_adapters
 from parallel import Place
-from tokenizer import load_tokenizer
+from runtime import chat, data, export, images, launch, optimizer, run, terminal
+from runtime.checkpoint import Checkpoint, fill, initialize
+from runtime.config import parse_config, read_config
+from runtime.files import UserError
+from runtime.lora import add_adapters, initialize_adapters
+from runtime.tokenizer import load_tokenizer
+from vision import build_model
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -44,7 +41,7 @@ class Kind:
 
 def load(folder: str) -> None:
     checkpoint = Checkpoint(folder)
-    model = MistralMedium(checkpoint.fit(read_config(folder)), dtype=torch.float32)
+    model = build_model(checkpoint.fit(read_config(folder)), dtype=torch.float32)
     fill(model, checkpoint)
 
 
@@ -148,12 +145,12 @@ def kind_saved(folder: str) -> Kind:
         file.write(json.dumps(line))
 
     def read() -> None:
-        generate.note = generate.gather_objects = lambda said: None
-        generate.stream = lambda session, spec, stop: session.request(spec) and answered
+        terminal.note = terminal.gather_objects = lambda said: None
+        terminal.stream = lambda session, spec, stop: session.request(spec) and answered
         answered = {"text": "a", "tool_calls": [], "finish_reason": "stop", "prompt_tokens": [], "tokens": []}
         answered["stats"] = {"decode_tokens_per_s": 1}
         keyboard = argparse.Namespace(mode=lambda canonical: contextlib.nullcontext(), stop=None, draft="")
-        talk = generate.Chat(session, keyboard)
+        talk = terminal.Chat(session, keyboard)
         talk.load(path)
         for command, text in ((talk.tool, "4"), (talk.retry, ""), (talk.say, "on"), (talk.undo, ""), (talk.set, "")):
             with contextlib.suppress(UserError):  # whose errors name the turn
@@ -166,7 +163,7 @@ def kind_saved(folder: str) -> Kind:
 
 def kind_adapters(folder: str) -> Kind:
     ckpt = small_session(folder).args.ckpt
-    model = MistralMedium(Checkpoint(ckpt).fit(read_config(ckpt)), dtype=torch.float32)
+    model = build_model(Checkpoint(ckpt).fit(read_config(ckpt)), dtype=torch.float32)
     add_adapters(model, 2, 4.0)
     initialize_adapters(model, 0)
     export.export_adapters(folder, model, 2, 4.0, ckpt)
@@ -179,7 +176,7 @@ def kind_chats(folder: str) -> Kind:
     os.makedirs(tokenizer := os.path.join(os.path.dirname(folder), "tokenizer"), exist_ok=True)
     write_small_tekken(tokenizer)
     tokenizer, path = load_tokenizer(tokenizer), make_chats(folder, True)
-    read = lambda: pipeline.Chats(str(path), tokenizer, IMAGES, 10_000, Place())  # noqa: E731
+    read = lambda: data.Chats(str(path), tokenizer, IMAGES, 10_000, Place())  # noqa: E731
     return Kind(folder, [os.path.basename(path)], read)
 
 
@@ -191,23 +188,23 @@ def kind_images(folder: str) -> Kind:
 
     def read() -> None:
         for name in names:
-            vision.image_size(name, folder)
-            vision.pixels(vision.load_image(name, folder), IMAGES.vision)
+            images.image_size(name, folder)
+            images.pixels(images.load_image(name, folder), IMAGES.vision)
 
     return Kind(folder, names, read)
 
 
 def trained() -> optimizer.Optimizer:
-    model = MistralMedium(parse_config(text_fields(num_hidden_layers=1)), dtype=torch.float32)
+    model = build_model(parse_config(text_fields(num_hidden_layers=1)), dtype=torch.float32)
     initialize(model, 0)
     return optimizer.Optimizer(model, (0.9, 0.99), 1e-8, 0.0, False)
 
 
 def kind_state(folder: str) -> Kind:
     adam, settings = trained(), {"seed": 1, "shuffle": True, "data": "0123", "freeze": [], "lora": [None, 0.0]}
-    optimizer.save_state(folder, 3, adam, settings, keep=2)
+    run.save_state(folder, 3, adam, settings, keep=2)
     path = f"{folder}/step-3"
-    return Kind(path, sorted(os.listdir(path)), lambda: optimizer.load_state(path, adam, settings, "chats.jsonl"))
+    return Kind(path, sorted(os.listdir(path)), lambda: run.load_state(path, adam, settings, "chats.jsonl"))
 
 
 def kind_run(folder: str) -> Kind:
@@ -215,11 +212,11 @@ def kind_run(folder: str) -> Kind:
     out, decides = f"{folder}/out", {"seed": 1, "freeze": [], "data": "chats.jsonl"}
     os.makedirs(f"{out}/checkpoints/step-3")
     os.makedirs(f"{out}/model")
-    optimizer.write_record(out, decides | {"step": 3})
+    run.write_record(out, decides | {"step": 3})
     options = dict.fromkeys(("ckpt", "init", "tokenizer", "data", "val")) | {"out": out, "resume": True}
 
     def read() -> None:
-        with optimizer.claimed(argparse.Namespace(**options), decides, 0):
+        with run.claimed(argparse.Namespace(**options), decides, 0):
             pass
 
     return Kind(folder, ["out/run.json"], read)

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch._dynamo  # the first tensor under a __torch_dispatch__ imports it
 
 import generate
-import tokenizer
 import train
+from runtime import tokenizer
 
 tokenizer.python_pattern(r"\p{L}")  # reads Unicode's tables

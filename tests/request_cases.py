@@ -4,7 +4,7 @@ import random
 
 from helpers import random_tokens
 
-from engine import Request
+from runtime.requests import Request
 
 
 def drawn_requests(count: int, seed: int, **more) -> list[Request]:

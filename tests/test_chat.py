@@ -19,9 +19,9 @@ from chat_cases import (
     write_tekken,
 )
 
-from chat import encode_chat
-from config import UserError
-from tokenizer import load_tokenizer
+from runtime.chat import encode_chat
+from runtime.files import UserError
+from runtime.tokenizer import load_tokenizer
 
 GOLDEN = os.path.join(os.path.dirname(__file__), "golden")
 NAMES = [*(f"tekken-{version}" for version in TEKKEN_VERSIONS), "spm-v3", "spm-v7", "spm-v7m1"]

@@ -18,11 +18,13 @@ from helpers import (
 from processes import run
 from safetensors.torch import save_file
 
-import checkpoint
-from checkpoint import Checkpoint, canonical_name, fill, held_tensors
-from config import UserError, read_config
-from model import MistralMedium
 from parallel import Place, Slice
+from runtime import checkpoint, native
+from runtime.checkpoint import Checkpoint, canonical_name, fill
+from runtime.config import read_config
+from runtime.files import UserError
+from runtime.optimizer import held_tensors
+from vision import build_model
 
 LAYOUTS = ("text", "new", "old", "native")
 
@@ -63,7 +65,7 @@ def test_every_rank_reads_its_part(tp, pp, layout, tmp_path):
     for pp_rank in range(pp):
         for tp_rank in range(tp):
             place = Place(tp_rank=tp_rank, tp_size=tp, pp_rank=pp_rank, pp_size=pp)
-            model, opened, seen = MistralMedium(config, place, torch.float32), Checkpoint(directory), []
+            model, opened, seen = build_model(config, place, torch.float32), Checkpoint(directory), []
             fill(model, opened, lambda done, total: seen.append((done, total)))
             expected_bytes = 0
             for name, parameter in model.named_parameters():
@@ -85,13 +87,13 @@ def test_tied(tmp_path):
     state = random_state(fields)
     directory = write_checkpoint(tmp_path, fields, state)
     config = read_config(directory)
-    opened, model = Checkpoint(directory), MistralMedium(config, dtype=torch.float32)
+    opened, model = Checkpoint(directory), build_model(config, dtype=torch.float32)
     assert model.lm_head.weight is None  # parameters count once
     fill(model, opened)
     x = torch.randn(5, fields["hidden_size"])
     assert torch.equal(model.lm_head(x), x @ model.embed_tokens.weight.t())
     assert opened.bytes_read == sum(4 * t.numel() for t in state.values())
-    last = MistralMedium(config, Place(pp_rank=1, pp_size=2), torch.float32)
+    last = build_model(config, Place(pp_rank=1, pp_size=2), torch.float32)
     fill(last, Checkpoint(directory))
     assert torch.equal(last.lm_head.weight, state["embed_tokens.weight"])
     assert not hasattr(last, "embed_tokens")
@@ -106,7 +108,7 @@ def test_fp8_bytes(tmp_path):
     directory = write_checkpoint(tmp_path, fields, stored, fp8="static")
     for keep_fp8 in (False, True):
         opened = Checkpoint(directory)
-        fill(MistralMedium(read_config(directory), dtype=torch.bfloat16, keep_fp8=keep_fp8), opened)
+        fill(build_model(read_config(directory), dtype=torch.bfloat16, keep_fp8=keep_fp8), opened)
         scales = sum(not t.dim() for t in stored.values()) // (1 if keep_fp8 else 2)  # inputs' scales: only if kept
         assert opened.bytes_read == sum(t.numel() * t.element_size() for t in stored.values() if t.dim()) + 4 * scales
 
@@ -117,7 +119,7 @@ def test_a_file_is_opened_anew(most, tmp_path, monkeypatch):
     fields = text_fields(num_hidden_layers=2)
     state = random_state(fields)
     directory, opened, read = write_checkpoint(tmp_path, fields, state), [], [0]
-    real, model = checkpoint.safe_open, MistralMedium(read_config(directory), dtype=torch.float32)
+    real, model = checkpoint.safe_open, build_model(read_config(directory), dtype=torch.float32)
     monkeypatch.setattr(checkpoint, "safe_open", lambda *a, **k: opened.append(read[0]) or real(*a, **k))
     monkeypatch.setattr(checkpoint, "MAPPED", most)
     file = Checkpoint(directory)
@@ -146,7 +148,7 @@ def test_read(tmp_path):
 
 def test_half_split():
     weight = torch.randn(6 * 14, 11)
-    assert torch.equal(checkpoint.half_split(interleaved(weight, 14), 14), weight)
+    assert torch.equal(native.half_split(interleaved(weight, 14), 14), weight)
     assert not torch.equal(interleaved(weight, 14), weight)
 
 
@@ -155,8 +157,8 @@ def test_half_split():
 LOADER = """
     import sys, threading, time
     import torch
-    from checkpoint import Checkpoint, fill
-    from config import read_config
+    from runtime.checkpoint import Checkpoint, fill
+    from runtime.config import read_config
     from model import MistralMedium
 
     def anonymous():
@@ -172,7 +174,7 @@ LOADER = """
 
     thread = threading.Thread(target=watch)
     thread.start()
-    model = MistralMedium(read_config(sys.argv[1]), dtype=getattr(torch, sys.argv[2]), keep_fp8=sys.argv[3] == "kept")
+    model = build_model(read_config(sys.argv[1]), dtype=getattr(torch, sys.argv[2]), keep_fp8=sys.argv[3] == "kept")
     fill(model, Checkpoint(sys.argv[1]))
     stop = True
     thread.join()
@@ -190,7 +192,7 @@ def large(tmp_path_factory):
         num_key_value_heads=4, head_dim=64, num_hidden_layers=30,
     )  # fmt: skip
     tiny = random_state(text_fields("yarn", num_hidden_layers=30))
-    model = MistralMedium(read_config(write_checkpoint(root / "shape", fields, {"x": torch.zeros(1)})))
+    model = build_model(read_config(write_checkpoint(root / "shape", fields, {"x": torch.zeros(1)})))
     state = {}
     for name in tiny:
         shape = model.get_parameter(name).shape

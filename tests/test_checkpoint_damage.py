@@ -22,11 +22,12 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 
-from checkpoint import Checkpoint, fill
-from config import UserError, parse_config, read_config
-from export import to_hf
-from model import MistralMedium
 from parallel import Place
+from runtime.checkpoint import Checkpoint, fill
+from runtime.config import parse_config, read_config
+from runtime.export import to_hf
+from runtime.files import UserError
+from vision import build_model
 
 LAYOUTS = ("text", "new", "old", "native")
 
@@ -115,7 +116,7 @@ def test_every_stray_tensor_is_seen_by_some_stage(tied, tmp_path):
         directory, said = write_checkpoint(tmp_path / "ckpt", fields, state), []
         for pp_rank in range(3):
             try:
-                fill(MistralMedium(read_config(directory), Place(pp_rank=pp_rank, pp_size=3)), Checkpoint(directory))
+                fill(build_model(read_config(directory), Place(pp_rank=pp_rank, pp_size=3)), Checkpoint(directory))
             except UserError as error:
                 said.append(str(error))
         shutil.rmtree(directory)
@@ -261,7 +262,7 @@ def test_a_stranger_in_a_shard_that_this_rank_does_not_need(good):
     path = f"{directory}/model-00002-of-00002.safetensors"
     save_file(load_file(path) | {"stranger": torch.zeros(2)}, path)
     with pytest.raises(UserError, match="stranger"):
-        fill(MistralMedium(read_config(directory)), Checkpoint(directory))
+        fill(build_model(read_config(directory)), Checkpoint(directory))
 
 
 @pytest.mark.parametrize("layout", ["text", "native"])
@@ -301,7 +302,7 @@ def test_the_file_decides_whether_the_head_is_tied(layout, good, capsys):
         assert fitted.tie_word_embeddings == expected
         assert (said.count("\n") == 1 and "tie_word_embeddings" in said) if tied and own_head else said == ""
         assert to_hf(fitted)["tie_word_embeddings"] == expected and parse_config(to_hf(fitted)) == fitted
-        model = MistralMedium(fitted, dtype=torch.float32)
+        model = build_model(fitted, dtype=torch.float32)
         fill(model, Checkpoint(directory))
     if layout == "new":  # no flag at all: transformers' default is tied, and there is nothing to warn of
         write_checkpoint(directory, fields, state, layout)

@@ -11,21 +11,12 @@ import pytest
 import torch
 from helpers import ROPES, layout_config, text_fields, write_json
 
-from config import (
-    LARGEST,
-    LARGEST_SIZE,
-    MEGABYTE,
-    RopeConfig,
-    UserError,
-    parse_config,
-    read_config,
-    read_file,
-    read_lines,
-    reading,
-    translate_params,
-)
-from export import to_hf
-from model import MistralMedium
+from model import RopeConfig
+from runtime.config import parse_config, read_config
+from runtime.export import to_hf
+from runtime.files import LARGEST, LARGEST_SIZE, MEGABYTE, UserError, read_file, read_lines, reading
+from runtime.native import translate_params
+from vision import build_model
 
 DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
 
@@ -68,11 +59,11 @@ def test_the_model():
     assert hf.fp8 and hf.activation_scheme == "static" and not hf.tie_word_embeddings
     assert hf.rope.yarn and hf.rope.attention_factor == pytest.approx(1.4158883)
     assert read_config(DATA) == hf  # config.json goes before params.json
-    model = MistralMedium(hf)
+    model = build_model(hf)
     assert sum(p.numel() for p in model.parameters()) == 127_704_210_176
     assert sum(p.numel() for p in model.layers["87"].parameters()) == 1_384_144_896
-    assert sum(p.numel() for p in model.vision_tower.parameters()) == 2_495_702_144
-    assert sum(p.numel() for p in model.multi_modal_projector.parameters()) == 182_519_424
+    assert sum(p.numel() for p in model.vision.vision_tower.parameters()) == 2_495_702_144
+    assert sum(p.numel() for p in model.vision.multi_modal_projector.parameters()) == 182_519_424
     assert all(p.is_meta for p in model.parameters())
 
 
@@ -270,7 +261,7 @@ def test_nothing_large_is_built(name, tmp_path):
         assert name in one_line(error)
     layers = {} if name == "num_hidden_layers" else {"num_hidden_layers": 1}
     fields = text_fields(**layers | {name: LARGEST.get(name, LARGEST_SIZE)})
-    model = MistralMedium(parse_config(fields))
+    model = build_model(parse_config(fields))
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
@@ -289,7 +280,7 @@ def test_numbers_that_would_overflow(tmp_path):
             fields["rope_parameters"] |= dict(mscale_all_dim=-1.0) | {name: "X"}
             (tmp_path / "config.json").write_text(json.dumps(fields).replace('"X"', value))
             try:
-                MistralMedium(read_config(str(tmp_path)))
+                build_model(read_config(str(tmp_path)))
             except UserError as error:
                 assert name in str(error)
             else:

@@ -9,12 +9,12 @@ from helpers import write_tekken
 from PIL import Image
 from train_cases import IMAGES, TEXT, make_chats
 
-from chat import encode_chat
-from config import UserError
 from parallel import Place
-from pipeline import IGNORE, Chats, Order, decode_images, micro_batches
-from tokenizer import load_tokenizer
-from vision import load_image, pixels
+from runtime.chat import encode_chat
+from runtime.data import IGNORE, Chats, Order, decode_images, micro_batches
+from runtime.files import UserError
+from runtime.images import load_image, pixels
+from runtime.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

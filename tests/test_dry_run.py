@@ -89,7 +89,7 @@ def training_syncs(micro_batches: int) -> dict[tuple[str, str], int]:
         # Per micro-batch: what the data says goes to the GPU. The GPU has the backward pass of the micro-batch before
         # still in its queue, hence does not run dry.
         ("copy to the GPU", "train.py forward"): micro_batches,  # token ids, or where the targets are
-        ("copy to the GPU", "model.py image_features"): micro_batches,  # pixels
+        ("copy to the GPU", "vision.py forward"): micro_batches,  # pixels
         ("copy to the GPU", "model.py span"): micro_batches,  # where the rows start
         # Per step: nobody may go on before it is known that no gradient is NaN, and how long they are together.
         ("item", "train.py step"): 1,
@@ -144,11 +144,11 @@ def test_the_memory_of_a_whole_step(dry, rank, beyond):
 # Where the host may wait, in a prefill, in a step and between them.
 ANSWERING = {
     "prefill": {
-        ("copy to the GPU", "engine.py run_stage"),  # token ids
-        ("copy to the GPU", "model.py image_features"),  # pixels
+        ("copy to the GPU", "generate.py run_stage"),  # token ids
+        ("copy to the GPU", "vision.py forward"),  # pixels
     },
     "decode": set(),
-    "rest": {("item", "engine.py pick_up")},  # sampled tokens, for whoever asked
+    "rest": {("item", "generate.py pick_up")},  # sampled tokens, for whoever asked
 }
 
 

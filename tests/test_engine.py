@@ -21,9 +21,10 @@ from helpers import (
 )
 from processes import ENVIRONMENT, run
 
-from engine import Engine, Request
+from generate import Engine
 from parallel import nucleus
-from session import ReplyParser
+from runtime.chat import ReplyParser
+from runtime.requests import Request
 
 END = 2
 
@@ -73,7 +74,7 @@ def sixteen() -> list[Request]:
 @pytest.mark.parametrize("chunk", [1024, 7])
 def test_a_batch_equals_single_runs(chunk, model, monkeypatch):
     """16 requests together, alone, and by the plainest loop: exactly the same tokens."""
-    monkeypatch.setattr("engine.CPU_CHUNK", chunk)
+    monkeypatch.setattr("generate.CPU_CHUNK", chunk)
     requests, engine = sixteen(), Engine(model, Letters.eos_id, 4096)
     together = engine.generate(requests)
     for request, answer in zip(requests, together):
@@ -322,8 +323,8 @@ def test_the_end_of_the_context(model):
 @pytest.mark.parametrize("chunk, rows", [(1024, 64), (10, 4), (7, 100), (1, 1)])
 def test_prompt_log_probabilities(chunk, rows, model, monkeypatch):
     """Of every prompt token after the first, across the borders of chunks and of logit blocks."""
-    monkeypatch.setattr("engine.CPU_CHUNK", chunk)
-    monkeypatch.setattr("engine.LOGIT_ROWS", rows)
+    monkeypatch.setattr("generate.CPU_CHUNK", chunk)
+    monkeypatch.setattr("model.LOGIT_ROWS", rows)
     requests = [
         Request(random_tokens(n, 301, seed=n), max_new_tokens=2, logprobs=n != 21) for n in (1, 2, 7, 8, 10, 11, 21, 70)
     ]
@@ -357,9 +358,10 @@ def test_on_piece(model):
 LONG_PROMPT = """
     import json, sys, threading, time
     import torch
-    from checkpoint import Checkpoint, fill
-    from config import read_config
-    from engine import Engine, Request
+    from runtime.checkpoint import Checkpoint, fill
+    from runtime.config import read_config
+    from generate import Engine
+    from runtime.requests import Request
     from helpers import Letters
     from model import MistralMedium
 
@@ -375,7 +377,7 @@ LONG_PROMPT = """
             time.sleep(0.002)
 
     length = int(sys.argv[2])
-    model = MistralMedium(read_config(sys.argv[1]), dtype=torch.float32)
+    model = build_model(read_config(sys.argv[1]), dtype=torch.float32)
     fill(model, Checkpoint(sys.argv[1]))
     engine = Engine(model, Letters.eos_id, 1 << 20)
     engine.generate([Request([5] * 3000, max_new_tokens=2, logprobs=True)])  # what is allocated once, is

@@ -12,15 +12,18 @@ from request_cases import drawn_requests
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import engine as engine_module
 import fp8
-from checkpoint import Checkpoint, fill, initialize
-from config import read_config
-from engine import Engine, Request
-from launch import find_place
-from model import KVCache, MistralMedium, add_adapters, attend_step, product_attention
+from generate import Engine
+from model import KVCache, MistralMedium, attend_step, product_attention
 from parallel import Linear, Place, VocabParallelHead, gumbel, nucleus
-from session import ReplyParser
+from runtime import requests
+from runtime.chat import ReplyParser
+from runtime.checkpoint import Checkpoint, fill, initialize
+from runtime.config import read_config
+from runtime.launch import find_place
+from runtime.lora import add_adapters
+from runtime.requests import Request
+from vision import build_model
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def model(folder):
     return load(folder, fast=True)
 
 
-def alone(model, request: Request) -> engine_module.Answer:
+def alone(model, request: Request) -> requests.Answer:
     return Engine(model, Endless.eos_id, 4096).generate([request])[0]
 
 
@@ -150,7 +153,7 @@ def test_traced_steps(seed, adapters, folder, monkeypatch):
     monkeypatch.setattr(fp8, "PATIENCE", 2)
     call, sizes = fp8.Traced.__call__, set()
     monkeypatch.setattr(fp8.Traced, "__call__", lambda self, *given: sizes.add(len(given[2])) or call(self, *given))
-    model = MistralMedium(read_config(folder), dtype=torch.bfloat16)
+    model = build_model(read_config(folder), dtype=torch.bfloat16)
     if adapters:
         add_adapters(model, 3, 20.0)
     model.join()
@@ -228,7 +231,7 @@ def test_refilled_rows_take_fewer_steps(model, monkeypatch):
 
 def refilled_on_a_rank(folder: str, tp: int, pp: int) -> list:
     place = find_place(tp, pp)
-    model = MistralMedium(read_config(folder), place, torch.float32)
+    model = build_model(read_config(folder), place, torch.float32)
     fill(model, Checkpoint(folder))
     return Engine(model, Endless.eos_id, 4096).generate(drawn_requests(13, 6), width=5)
 
@@ -346,8 +349,8 @@ def test_images_that_are_known(tmp_path):
     cell = vision.patch_size * vision.spatial_merge_size
     draw = torch.Generator().manual_seed(1)
     pictures = {name: torch.randn(3, 2 * cell, 3 * cell, generator=draw) for name in "abc"}
-    seen, features = [], model.image_features
-    model.image_features = lambda images: seen.append(len(images)) or features(images)
+    seen, features = [], model.vision.forward
+    model.vision.forward = lambda images: seen.append(len(images)) or features(images)
 
     def ask(names: str, made: Engine, named: bool = True):
         prompt = [1]
@@ -381,7 +384,7 @@ def test_short_prompts_share_a_chunk(model, monkeypatch):
 
 def stopped_on_a_rank(folder: str, tp: int, pp: int) -> list:
     place, calls = find_place(tp, pp), []
-    model = MistralMedium(read_config(folder), place, torch.float32)
+    model = build_model(read_config(folder), place, torch.float32)
     fill(model, Checkpoint(folder))
     requests = [Request([5, i], max_new_tokens=30) for i in range(5)]
     made = Engine(model, Endless.eos_id, 4096)
@@ -404,7 +407,7 @@ def test_packed_before_the_first_step(adapters, tied, tmp_path):
     """Not before the first token, and only a model that was made for inference; BF16 answers stay what they were."""
     fields = text_fields("yarn, short", tie_word_embeddings=tied)
     folder = write_checkpoint(tmp_path, fields, random_state(fields, seed=8))
-    plain, fast = (MistralMedium(read_config(folder), dtype=torch.bfloat16) for _ in range(2))
+    plain, fast = (build_model(read_config(folder), dtype=torch.bfloat16) for _ in range(2))
     for model in (plain, fast):
         if adapters:
             add_adapters(model, 3, 6.0)

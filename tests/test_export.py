@@ -9,12 +9,10 @@ import torch
 from helpers import PROJECTIONS, load, random_state, text_fields, to_fp8, write_checkpoint, write_json, write_tekken
 from safetensors.torch import load_file
 
-import export
-import pipeline
-from checkpoint import canonical_name
-from config import UserError
-from export import main, save
-from pipeline import measure_inputs
+from runtime import export, launch
+from runtime.checkpoint import canonical_name
+from runtime.export import main, measure_inputs, save
+from runtime.files import UserError
 
 LINEARS = [f"layers.{i}.{name}.weight" for i in range(3) for name in PROJECTIONS]
 
@@ -91,8 +89,8 @@ def write_chats(folder) -> str:
 
 
 def chat_ids(folder, path: str) -> list[list[int]]:
-    from chat import encode_chat
-    from tokenizer import load_tokenizer
+    from runtime.chat import encode_chat
+    from runtime.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(folder))
     chats = [json.loads(line)["messages"] for line in open(path)]
@@ -181,8 +179,8 @@ def test_refused_before_the_model_runs(tmp_path, source, monkeypatch):
         for target in ("full", "full/file/out"):
             with pytest.raises(UserError, match="already exists|cannot be written"):
                 main([command[0], str(tmp_path / target), *command[2:]])
-    monkeypatch.setattr(pipeline, "cpu_memory", lambda: 1e4)
-    monkeypatch.setattr(pipeline, "fill", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(export, "cpu_memory", lambda: 1e4)
+    monkeypatch.setattr(export, "fill", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(UserError, match=r"the weights take 0\.\d GB, but 0\.0 GB are free"):
         main([command[0], str(tmp_path / "out"), *command[2:]])
     assert sorted(os.listdir(tmp_path)) == ["chats.jsonl", "full", "in"]
@@ -193,7 +191,7 @@ def test_a_leftover_of_another_process(source, tmp_path, monkeypatch):
     names, make = [], os.makedirs
     write_checkpoint(tmp_path / "in", *source)
     monkeypatch.setattr(os, "makedirs", lambda path, *more, **other: names.append(path) or make(path, *more, **other))
-    with pytest.raises(FileExistsError), export.new_folder(str(tmp_path)):
+    with pytest.raises(FileExistsError), launch.new_folder(str(tmp_path)):
         pass
     assert os.path.isdir(tmp_path)
     for number in (1, 2):

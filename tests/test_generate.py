@@ -24,8 +24,8 @@ from helpers import (
 from processes import run, run_ranks, start
 
 import generate
-from launch import find_place
-from tokenizer import load_tokenizer
+from runtime.launch import find_place
+from runtime.tokenizer import load_tokenizer
 
 KEYS = ["prompt_tokens", "tokens", "text", "reasoning", "tool_calls", "finish_reason", "stats"]
 STATS = {
@@ -85,7 +85,7 @@ def test_weights_and_dtype(ckpt, program, tmp_path):
 
 def test_chat(ckpt, program):
     """A turn is the chat template's tokens; log-probabilities are those of the model."""
-    from chat import encode_chat
+    from runtime.chat import encode_chat
 
     tokenizer, model = load_tokenizer(ckpt), load(ckpt)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "the thing"}]
@@ -236,7 +236,7 @@ def test_a_pipe_over_ranks():
     assert run_ranks(from_a_pipe, 2) == 2 * [([{"role": "user", "content": "hello"}], False)]
 
 
-@pytest.mark.parametrize("name", ["generate", "train", "export", "plan"])
+@pytest.mark.parametrize("name", ["generate", "train", "runtime.export", "runtime.plan"])
 def test_help(name, capsys):
     """Readable at 80 columns: groups, an example, and the default of every option that takes a value."""
     with pytest.raises(SystemExit) as end:

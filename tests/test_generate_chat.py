@@ -16,7 +16,7 @@ from processes import run
 from terminal import Terminal
 
 import generate
-import session
+from runtime import chat, requests, terminal
 
 PASTE = "\x1b[200~{}\x1b[201~"
 ENDLESS = ("--temperature", 90, "--seed", 0)  # tokens at random, and with this seed a thousand without </s>
@@ -25,13 +25,13 @@ ENDLESS = ("--temperature", 90, "--seed", 0)  # tokens at random, and with this 
 @pytest.fixture
 def asked(monkeypatch) -> list[dict]:
     """What the session was asked, request by request."""
-    asked, request = [], session.Session.request
+    asked, request = [], generate.Session.request
 
     def record(self, spec, *more):
         asked.append(spec)
         return request(self, spec, *more)
 
-    monkeypatch.setattr(session.Session, "request", record)
+    monkeypatch.setattr(generate.Session, "request", record)
     return asked
 
 
@@ -82,7 +82,7 @@ def test_settings(ckpt, program, asked):
     typed = ["/set temperature 0.5", "/set top-p 0.9", "/set max-new-tokens 3", "/set seed 7", "a", "/set seed", "a"]
     wrong = ["/set", "/set temperature hot", "/set top-p 3", "/set colour red"]
     status, _, err = program("--ckpt", ckpt, "--interactive", "--max-new-tokens", 2, stdin=lines(*typed, *wrong, "b"))
-    chosen = [{name: spec.get(name) for name in session.NUMBERS} for spec in asked]
+    chosen = [{name: spec.get(name) for name in requests.NUMBERS} for spec in asked]
     assert chosen[0] == {"max_new_tokens": 3, "temperature": 0.5, "top_p": 0.9, "seed": 7}
     assert chosen[1] == chosen[2] == {**chosen[0], "seed": None}
     said = errors(err)
@@ -133,7 +133,7 @@ def save(path, **spec) -> str:
 def seeing(tmp_path) -> str:
     """The small checkpoint of the repository, and a picture whose name has a space."""
     Image.new("RGB", (60, 40), "red").save(tmp_path / "a b.png")
-    return session.TINY
+    return generate.TINY
 
 
 def test_tools(seeing, program, asked, tmp_path):
@@ -222,7 +222,7 @@ def test_pictures(seeing, program, asked, tmp_path, monkeypatch):
     ]
     status, _, err = program("--interactive", "--ckpt", seeing, "--max-new-tokens", 1, stdin=lines(*typed))
     assert status == 0 and len(errors(err)) == 1 and "none.png" in errors(err)[0]
-    urls = [[generate.image_url(part) for part in m["content"]] for m in asked[0]["messages"]]
+    urls = [[chat.image_url(part) for part in m["content"]] for m in asked[0]["messages"]]
     assert urls == [[*4 * [str(tmp_path / "a b.png")], str(tmp_path / "c.png"), None]]
     assert err.count("60 × 40 pixels, 6 tokens") == 6
     assert [type(m["content"]) for m in asked[-1]["messages"]] == [list, str, str, str, str]
@@ -231,7 +231,7 @@ def test_pictures(seeing, program, asked, tmp_path, monkeypatch):
 def test_a_picture_on_the_command_line(seeing, program, asked, tmp_path):
     path = tmp_path / "a b.png"
     status, _, err = program("--ckpt", seeing, "--interactive", "--image", path, stdin="what?\n")
-    assert status == 0 and generate.image_url(asked[0]["messages"][0]["content"][0]) == str(path)
+    assert status == 0 and chat.image_url(asked[0]["messages"][0]["content"][0]) == str(path)
     status, out, err = program("--ckpt", seeing, "--interactive", "--image", "none.png", stdin="what?\n")
     assert status == 2 and err.count("\n") == 1 and "none.png" in err
 
@@ -315,9 +315,9 @@ def test_erasing_as_a_terminal_does():
     draw = random.Random(6)
     for _ in range(300):
         keys = "".join(draw.choices("ab é\x7f\x17\x15\n", (5, 3, 4, 2, 4, 2, 0.4, 1), k=draw.randint(0, 30)))
-        assert generate.edited(keys) == terminals(keys), keys
-        assert generate.edited(keys.replace("\x7f", "\b")) == terminals(keys), keys
-    assert generate.edited("a\x1b[1;5Db\x00\x1b[A\tc") == "abc"
+        assert terminal.edited(keys) == terminals(keys), keys
+        assert terminal.edited(keys.replace("\x7f", "\b")) == terminals(keys), keys
+    assert terminal.edited("a\x1b[1;5Db\x00\x1b[A\tc") == "abc"
 
 
 def test_a_failed_block_stands_in_the_line_again(ckpt, tmp_path):

@@ -11,13 +11,11 @@ from helpers import answers, random_state, text_fields, whole_state, write_check
 from PIL import Image
 from processes import ROOT
 
-import engine
 import generate
-import session
-from config import parse_config
-from model import MistralMedium
 from parallel import Place
-from vision import grid, load_image, pixels
+from runtime.config import parse_config
+from runtime.images import grid, load_image, pixels
+from vision import build_model
 
 SIZES = [(40, 61), (100, 30), (9, 9), (75, 84), (57, 29)]
 
@@ -80,7 +78,7 @@ def score(program, root: str, specs: list[dict], *options) -> list[dict]:
 def test_together_as_alone_and_in_small_chunks(ckpt, program, monkeypatch):
     specs = chats(ckpt)
     together = score(program, ckpt, specs)
-    monkeypatch.setattr(engine, "CPU_CHUNK", 7)  # cuts images in the middle of a row
+    monkeypatch.setattr(generate, "CPU_CHUNK", 7)  # cuts images in the middle of a row
     for spec, answer in zip(specs, together):
         (alone,) = score(program, ckpt, [spec])
         assert alone["prompt_tokens"] == answer["prompt_tokens"]
@@ -91,7 +89,7 @@ def test_log_probabilities_equal_transformers(ckpt, program):
     """1 to 5 images in one turn and across turns, from the file to the log-probability."""
     transformers = pytest.importorskip("transformers")
     theirs = transformers.Mistral3ForConditionalGeneration.from_pretrained(ckpt, dtype=torch.float32)
-    vision = MistralMedium(parse_config(json.load(open(f"{ckpt}/config.json")))).config.vision
+    vision = build_model(parse_config(json.load(open(f"{ckpt}/config.json")))).config.vision
     specs = chats(ckpt)
     for spec, answer in zip(specs, score(program, ckpt, specs)):
         urls = [
@@ -125,7 +123,7 @@ def test_the_option(ckpt, program):
     common = ("--ckpt", ckpt, "--dtype", "float32", "--max-new-tokens", 4)
     images = ("--image", f"{ckpt}/0.png", "--image", f"{ckpt}/4.png")
     (answer,) = answers(program(*common, *images, "--prompt", "hat", "--json"))
-    vision = MistralMedium(parse_config(json.load(open(f"{ckpt}/config.json")))).config.vision
+    vision = build_model(parse_config(json.load(open(f"{ckpt}/config.json")))).config.vision
     expected = sum(rows * columns for rows, columns in (grid(*SIZES[i], vision) for i in (0, 4)))
     prompt = answer["prompt_tokens"]
     assert prompt.count(10) == expected and prompt.count(13) == 2
@@ -173,13 +171,13 @@ def test_a_chat_is_computed_once(tmp_path):
     pictures = {0: part(picture), 6: part(str(tmp_path / "other.png"))}
     questions = ["What is right of the blue star?", "How many stars are there?", "Is there a red circle?"]
 
-    def start() -> tuple[session.Session, list[int]]:
-        made = session.Session(generate.parse_args(["--dtype", "float32", "?"]), Place())
-        features, seen = made.model.image_features, []
-        made.model.image_features = lambda images: seen.append(len(images)) or features(images)
+    def start() -> tuple[generate.Session, list[int]]:
+        made = generate.Session(generate.parse_args(["--dtype", "float32", "?"]), Place())
+        features, seen = made.model.vision.forward, []
+        made.model.vision.forward = lambda images: seen.append(len(images)) or features(images)
         return made, seen
 
-    def ask(made: session.Session, messages: list[dict]) -> dict:
+    def ask(made: generate.Session, messages: list[dict]) -> dict:
         return made.answer([{"messages": messages, "max_new_tokens": 30, "where": "a turn"}])[0]
 
     (chat, seen), messages, turns = start(), [], []

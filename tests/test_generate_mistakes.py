@@ -14,9 +14,9 @@ from processes import run, run_on_ranks
 from train_cases import arguments
 
 import generate
-import plan
 import train
-from config import UserError
+from runtime import plan
+from runtime.files import UserError
 
 
 def refused(result, *named: str) -> str:
@@ -55,7 +55,7 @@ EMPTY = {generate: "ckpt lora image requests", train: "ckpt init tokenizer data 
 @pytest.mark.parametrize("module, name", [(module, name) for module in EMPTY for name in EMPTY[module].split()])
 def test_an_empty_name(module, name):
     """What an unset variable of the shell leaves."""
-    needed = {"generate": [], "train": ["--data", "x", "--out", "x"], "plan": ["--plan", "--config", "x"]}
+    needed = {"generate": [], "train": ["--data", "x", "--out", "x"], "runtime.plan": ["--plan", "--config", "x"]}
     with pytest.raises(UserError, match=f"{name} is empty"):
         module.parse_args([*needed[module.__name__], f"--{name}", ""])
 

@@ -24,10 +24,11 @@ from train_cases import RECIPE, arguments, metrics, train_on_ranks, worst
 
 import fp8
 import train
-from config import read_config
-from engine import Answer, Engine, Request
+from generate import Engine
 from model import MistralMedium, attend, attend_step
 from parallel import Place, gumbel
+from runtime.config import read_config
+from runtime.requests import Answer, Request
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 HERE = torch.device("cpu")
@@ -179,8 +180,8 @@ def test_pictures(tmp_path):
     side = 2 * read_config(folder).vision.patch_size
     pixels = [torch.randn(3, h * side, w * side) for h, w in ((1, 1), (2, 1), (1, 3))]
     with torch.inference_mode():
-        expected, found = (build(folder, device, torch.float32).image_features(pixels).cpu() for device in (HERE, GPU))
-        low = build(folder, GPU, torch.bfloat16).image_features(pixels).cpu()
+        expected, found = (build(folder, device, torch.float32).vision(pixels).cpu() for device in (HERE, GPU))
+        low = build(folder, GPU, torch.bfloat16).vision(pixels).cpu()
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert (low.float() - expected).norm() < 0.03 * expected.norm()
 

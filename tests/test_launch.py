@@ -14,8 +14,8 @@ import pytest
 from helpers import EYES, make_eyes, random_state, text_fields, write_checkpoint, write_tekken
 from processes import ROOT, run, run_on_ranks, run_ranks, start
 
-from config import UserError
-from launch import WHAT_TO_DO, find_place, start_world
+from runtime.files import UserError
+from runtime.launch import WHAT_TO_DO, find_place, start_world
 
 ASK = ("--raw", "--prompt", "the", "--json", "--dtype", "float32", "--temperature", "0")
 
@@ -117,7 +117,8 @@ def test_only_the_first_stage_has_a_tower(tmp_path):
 
 FAIL = """
     import os, signal, subprocess, sys, time
-    import config, engine, generate, launch
+    import generate
+    from runtime import files, launch
     what, place, bad = sys.argv[1], sys.argv[2], os.environ["RANK"] == os.environ.get("BAD", "1")
 
     def fail():
@@ -135,10 +136,10 @@ FAIL = """
         if what == "slow":
             return time.sleep(12)
         if what == "mistake":
-            raise config.UserError("only this rank thinks so")
+            raise files.UserError("only this rank thinks so")
         raise RuntimeError("the oven\\nis hot")
 
-    real = getattr(engine.Engine, place)
+    real = getattr(generate.Engine, place)
     calls = 0
     def instead(self, *arguments):
         global calls
@@ -147,7 +148,7 @@ FAIL = """
             fail()
         return real(self, *arguments)
 
-    setattr(engine.Engine, place, instead)
+    setattr(generate.Engine, place, instead)
     sys.argv = ["", *sys.argv[3:]]
     launch.run_program(generate.main)
 """
@@ -168,7 +169,7 @@ def test_an_exception_on_one_rank(place, options, ckpt, failing):
     """Under torchrun: the rank that failed says why, the other one says nothing."""
     ended = run(*failing(ckpt, "raise", place, *options), ranks=2, seconds=30 + 20)  # 20 to start up
     assert ended.status == 1 and ended.out == ""
-    assert ended.errors == ["error: rank 1: RuntimeError: the oven is hot (failing.py line 23)"]
+    assert ended.errors == ["error: rank 1: RuntimeError: the oven is hot (failing.py line 24)"]
 
 
 @pytest.mark.slow
@@ -178,7 +179,7 @@ def test_an_exception_without_a_launcher(ckpt, failing):
     ranks = run_on_ranks(4, *failing(ckpt, "raise", "decode", "--tp", "2", "--pp", "2"))
     assert [status for status, _, _ in ranks] == [1] * 4 and time.monotonic() - started < 60
     said = [line for _, _, err in ranks for line in err.splitlines() if line.startswith("error:")]
-    assert said.count("error: rank 1: RuntimeError: the oven is hot (failing.py line 23)") == 1
+    assert said.count("error: rank 1: RuntimeError: the oven is hot (failing.py line 24)") == 1
     assert not any("error:" in err for rank, (_, _, err) in enumerate(ranks) if rank == 0)
     assert not any("Traceback" in err for _, _, err in ranks)
 
@@ -262,14 +263,15 @@ def test_a_mistake_that_one_rank_alone_finds(ckpt, failing):
 
 
 def test_one_process_shows_the_traceback():
-    ended = run("-c", "import launch; launch.run_program(lambda argv: 1 // 0)")
+    ended = run("-c", "from runtime import launch; launch.run_program(lambda argv: 1 // 0)")
     assert ended.status == 1 and "ZeroDivisionError" in ended.err and "Traceback" in ended.err
 
 
 # ------------------------------------------------------------------------------- what the system gives to a program
 
 SHOW = """
-    import sys, launch
+    import sys
+    from runtime import launch
     launch.run_program(lambda argv: [print(f"é {chr(0xd800)} {i}", flush=True) for i in range(20)])
 """
 
@@ -337,13 +339,17 @@ def test_a_closed_pipe(ckpt, tmp_path):
 
 @pytest.mark.parametrize("work", ["bytearray(1 << 60)", "torch.empty(1 << 50)", "open('/nowhere/x')"])
 def test_what_the_machine_refuses(work, script):
-    (ended,) = run_on_ranks(1, script(f"import launch, torch\nlaunch.run_program(lambda argv: {work})"))
+    (ended,) = run_on_ranks(
+        1, script(f"import torch\nfrom runtime import launch\nlaunch.run_program(lambda argv: {work})")
+    )
     says = "/nowhere/x: No such file" if "open" in work else "out of memory; use more processes"
     assert ended.status == 2 and ended.err.startswith(f"error: {says}") and ended.err.count("\n") == 1
 
 
 def test_long_and_unprintable_messages(script):
-    program = "import config, launch\ndef main(argv):\n    raise config.UserError('a\\n\\x1b[31m' + 'b' * 9999)\n"
+    program = (
+        "from runtime import files, launch\ndef main(argv):\n    raise files.UserError('a\\n\\x1b[31m' + 'b' * 9999)\n"
+    )
     (ended,) = run_on_ranks(1, script(program + "launch.run_program(main)"))
     assert ended.err.count("\n") == 1 and len(ended.err) <= 501 and ended.err.strip("\n").isprintable()
 
@@ -364,7 +370,7 @@ BAD = {
 
 def test_garbage_in_the_environment(script):
     """As a program: one bad value of each variable. The next test has all of them."""
-    path, rng = script("import launch\nlaunch.run_program(lambda argv: None)"), random.Random(7)
+    path, rng = script("from runtime import launch\nlaunch.run_program(lambda argv: None)"), random.Random(7)
     for name, values in BAD.items():
         value = rng.choice(values)
         (ended,) = run_on_ranks(1, path, prepare=partial(environment, {**GOOD, name: value}))

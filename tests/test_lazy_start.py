@@ -15,7 +15,7 @@ import torch.distributed as dist
 from processes import run_on_ranks, run_ranks
 from train_cases import arguments, metrics, train_on_ranks
 
-import launch
+from runtime import launch
 
 SECONDS = 40  # a run takes three; one that is stuck is ended then
 COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "reduce_scatter")

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from train_cases import IMAGES, arguments, metrics, train_on_ranks, trainer, worst
 
 import train
-from config import UserError
-from export import main as convert
-from export import merged
+from runtime.export import main as convert
+from runtime.files import UserError
+from runtime.lora import merged
 
 OPTIONS = {"lora_rank": 3, "lora_alpha": 10.0, "lr": 1e-2, "micro_batch_size": 2, "max_steps": 6}
 

@@ -15,7 +15,7 @@ from processes import ROOT
 from train_cases import arguments, metrics
 
 import train
-from config import UserError
+from runtime.files import UserError
 
 sys.path.append(os.path.join(ROOT, "examples"))
 import medpix  # noqa: E402

@@ -25,8 +25,8 @@ from helpers import (
 )
 from safetensors import safe_open
 
-from config import read_config
 from model import attend, rope_frequencies
+from runtime.config import read_config
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 GOLDEN = os.path.join(HERE, "golden", "decoder.safetensors")

@@ -18,11 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from train_cases import arguments, on, trained, trainer
 
-import export
-import optimizer
 import train
-from config import UserError
-from optimizer import claimed, load_state
+from runtime import export, launch, run
+from runtime.files import UserError
+from runtime.run import claimed, load_state
 
 SHORT = {"max_steps": 3, "global_batch_size": 2}
 
@@ -211,7 +210,7 @@ def test_a_signal_to_one_rank_stops_all(text, tmp_path):
 
 def blind(rank: str) -> None:
     if os.environ.get("RANK") == rank:
-        optimizer.newest_state = lambda directory: None
+        run.newest_state = lambda directory: None
 
 
 @pytest.mark.parametrize("rank", "01")
@@ -229,7 +228,7 @@ def test_a_signal_while_a_folder_is_written(tmp_path):
     seen = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(os.listdir(tmp_path)))
     try:
-        with export.new_folder(str(tmp_path / "new")):
+        with launch.new_folder(str(tmp_path / "new")):
             assert os.listdir(tmp_path) == ["new"]
             os.kill(os.getpid(), signal.SIGTERM)
     finally:
@@ -314,10 +313,10 @@ def test_damaged_metrics(text_, words, out, text):  # fmt: skip
 
 def test_losses_that_cannot_be_drawn(tmp_path):
     strange = [{"step": 1}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": "a"}, {"step": 4, "val_loss": None}]
-    export.draw_loss(str(tmp_path / "loss.png"), [*strange, {"step": 5, "loss": 10**400}])
-    export.draw_loss(str(tmp_path / "loss.png"), [])
+    run.draw_loss(str(tmp_path / "loss.png"), [*strange, {"step": 5, "loss": 10**400}])
+    run.draw_loss(str(tmp_path / "loss.png"), [])
     with pytest.raises(UserError, match="nowhere/loss.png: cannot be written"):
-        export.draw_loss(str(tmp_path / "nowhere" / "loss.png"), [])
+        run.draw_loss(str(tmp_path / "nowhere" / "loss.png"), [])
 
 
 # ------------------------------------------------------------------------------------------------------- slow

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from helpers import whole
 from processes import kill, run, start
 from train_cases import (
     RECIPE,
@@ -24,9 +25,9 @@ from train_cases import (
 )
 
 import train
-from config import UserError
-from optimizer import newest_state
-from vision import run_layer
+from model import run_layer
+from runtime.files import UserError
+from runtime.run import newest_state
 
 # ------------------------------------------------------------------------------------------------- what is trained
 
@@ -34,7 +35,7 @@ from vision import run_layer
 def test_frozen_weights_cost_nothing(cases, tmp_path, monkeypatch):
     """No gradient, no optimizer state, no change, and no graph through the tower."""
     run = trainer(cases["images"], tmp_path, max_steps=2, **RECIPE)
-    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in whole(run.model).items()}
     graphs = []
 
     def watched(layer, recompute, *inputs):
@@ -47,7 +48,7 @@ def test_frozen_weights_cost_nothing(cases, tmp_path, monkeypatch):
         run.step(step, run.upcoming(step))
     assert graphs and not any(graphs)
     trained = {t.name for bucket in run.optimizer.buckets for t in bucket.tensors}
-    for name, parameter in run.model.named_parameters():
+    for name, parameter in whole(run.model).items():
         frozen = name.startswith(("vision_tower.", "multi_modal_projector.", "embed_tokens."))
         assert frozen == torch.equal(parameter, before[name]) == (name not in trained), name
         assert parameter.grad is None

@@ -5,13 +5,14 @@ import torch
 from helpers import EYES, Tokens, make_eyes, random_tokens
 from processes import run_ranks
 
-import engine
-from checkpoint import Checkpoint, fill
-from config import read_config
-from engine import Engine, Request
-from launch import find_place
-from model import MistralMedium
+import generate
+from generate import Engine
 from parallel import Place
+from runtime.checkpoint import Checkpoint, fill
+from runtime.config import read_config
+from runtime.launch import find_place
+from runtime.requests import Request
+from vision import build_model
 
 TOPOLOGIES = [(1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1)]
 # name -> layout, FP8 scheme on disk, whether the weights stay FP8, whether the fields differ from SIZES
@@ -64,7 +65,7 @@ def answer(cases: list[tuple[str, bool, bool]], place: Place) -> list:
     answers = []
     for directory, keep_fp8, images in cases:
         config = read_config(directory)
-        model = MistralMedium(config, place, torch.float32, keep_fp8)
+        model = build_model(config, place, torch.float32, keep_fp8)
         fill(model, Checkpoint(directory))
         batches = requests(config.vocab_size, images)
         results = [Engine(model, Tokens.eos_id, 64).generate(batch) for batch in batches]
@@ -73,7 +74,7 @@ def answer(cases: list[tuple[str, bool, bool]], place: Place) -> list:
 
 
 def answer_on_a_rank(cases, tp: int, pp: int) -> list:
-    engine.CPU_CHUNK = 7  # so that chunks cut prompts and images
+    generate.CPU_CHUNK = 7  # so that chunks cut prompts and images
     return answer(cases, find_place(tp, pp))
 
 

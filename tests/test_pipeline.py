@@ -6,8 +6,8 @@ import pytest
 import torch
 from processes import run_ranks
 
-from launch import find_place
-from pipeline import Pipeline
+from parallel import Pipeline
+from runtime.launch import find_place
 
 SIZE = 6
 

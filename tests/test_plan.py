@@ -18,16 +18,15 @@ from torch.utils._pytree import tree_leaves
 
 import fp8
 import generate
-import launch
-import meter
-import plan
+import model as decoder
 import train
-import vision
-from checkpoint import Checkpoint, fill
-from config import UserError, read_config
-from launch import find_place
-from model import MistralMedium
 from parallel import Place
+from runtime import launch, meter, plan
+from runtime.checkpoint import Checkpoint, fill
+from runtime.config import read_config
+from runtime.files import UserError
+from runtime.launch import find_place
+from vision import build_model
 
 MEDIUM = dict(
     vocab_size=131072, hidden_size=12288, intermediate_size=28672, num_hidden_layers=88, num_attention_heads=96,
@@ -146,7 +145,7 @@ def test_layers_that_are_not_built(options, tp, pp, tmp_path, monkeypatch):
     write_json(config, layout_config(text_fields("yarn", **sizes, num_hidden_layers=6 * pp), "new")[1])
     options = ("--tp", tp, "--pp", pp, "--max-length", 64, *options, "--global-batch-size", 6)
     few = [stage["activation_bytes"] for stage in planned(config, *options)["stages"]]
-    small = plan.small
+    small = meter.small
     monkeypatch.setattr(plan, "small", lambda config, place, layers=2: small(config, place, 6))
     assert few == [stage["activation_bytes"] for stage in planned(config, *options)["stages"]]
 
@@ -204,7 +203,7 @@ def nbytes(tensors) -> int:
 def train_on_a_rank(argv: list[str]) -> dict:
     """A step of train.py: what lasts, and the most that comes and goes during the passes and during Adam's step."""
     fp8.FLOAT32_ROWS = fp8.FLOAT32_ROWS_AVX2 = 1 << 60  # BF16 products as a GPU forms them, without copies in float32
-    vision.RMSNorm.forward = lambda norm, x: meter.FusedNorm.apply(x, norm.weight)  # a GPU has one kernel for it
+    decoder.RMSNorm.forward = lambda norm, x: meter.FusedNorm.apply(x, norm.weight)  # a GPU has one kernel for it
     args = train.parse_args(argv)
     trainer = train.Trainer(args, find_place(args.tp, args.pp))
     model, optimizer = trainer.model, trainer.optimizer
@@ -278,7 +277,7 @@ def test_a_training_step(tp, pp, options, image, tmp_path):
 
 
 def loaded_bytes(directory: str, tp: int, pp: int, dtype: torch.dtype, keep_fp8: bool) -> tuple[int, int]:
-    model = MistralMedium(read_config(directory), find_place(tp, pp), dtype, keep_fp8)
+    model = build_model(read_config(directory), find_place(tp, pp), dtype, keep_fp8)
     fill(model, Checkpoint(directory))
     cache = model.new_cache(1, 77)
     return nbytes([*model.parameters(), *model.buffers()]), cache.nbytes
@@ -311,7 +310,10 @@ def test_the_program(medium, capsys):
 @pytest.mark.parametrize(
     "options, says",
     [
-        (("--tp", "5"), "tensor-parallel size 5 does not divide the 96 attention heads; choose other --tp"),
+        (
+            ("--tp", "5"),
+            "tensor-parallel size 5 does not divide the 16 attention heads of the vision tower; choose other --tp",
+        ),
         (("--tp", "32"), "attention heads of the vision tower"),
         (("--pp", "89"), "pipeline-parallel size 89 is more than the 88 layers; choose other --tp and --pp"),
         (("--tp", "0"), "--tp"),

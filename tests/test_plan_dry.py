@@ -8,8 +8,8 @@ import pytest
 from dry_cases import real_config, recipe
 from dry_run import Process, why_not
 
-import plan
 import train
+from runtime import plan
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 

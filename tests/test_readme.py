@@ -14,9 +14,9 @@ import torch
 from helpers import answers
 from processes import ENVIRONMENT, ROOT
 
-import session
+import generate
 
-pytestmark = pytest.mark.skipif(not os.path.isdir(session.TINY), reason="the repository holds no checkpoint yet")
+pytestmark = pytest.mark.skipif(not os.path.isdir(generate.TINY), reason="the repository holds no checkpoint yet")
 
 SET_UP = "pip install -r requirements.txt && "
 SPEEDS = r"[\d.]+(?= (s|tokens/s|prompt tokens/s|new tokens/s)\b)"  # the only numbers that depend on the machine

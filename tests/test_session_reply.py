@@ -8,9 +8,8 @@ import re
 import pytest
 from chat_cases import TEKKEN_VERSIONS, copy_spm, write_tekken
 
-from chat import encode_chat
-from session import Reply, ReplyParser
-from tokenizer import load_tokenizer
+from runtime.chat import Reply, ReplyParser, encode_chat
+from runtime.tokenizer import load_tokenizer
 
 GOLDEN = os.path.join(os.path.dirname(__file__), "golden")
 NAMES = [*(f"tekken-{version}" for version in TEKKEN_VERSIONS), "spm-v3", "spm-v7"]

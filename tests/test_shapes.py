@@ -16,12 +16,12 @@ from processes import ROOT, run
 from questions import CALLS, FIRST, FURTHER, NUMBERS, SEVERAL, SIDES, SINGLE, Asker
 from shapes import Album, fine_tuning_chats
 
-from chat import encode_chat
-from config import read_config
-from model import MistralMedium
 from parallel import Place
-from pipeline import Chats
-from tokenizer import load_tokenizer
+from runtime.chat import encode_chat
+from runtime.config import read_config
+from runtime.data import Chats
+from runtime.tokenizer import load_tokenizer
+from vision import build_model
 
 EXAMPLES = os.path.join(ROOT, "examples")
 
@@ -387,7 +387,7 @@ def test_the_model_is_this_model():
     assert config.num_attention_heads > config.num_key_value_heads and not config.tie_word_embeddings
     assert config.rope.yarn and config.rope.factor == 64 and abs(config.rope.attention_factor - 1.41589) < 1e-5
     assert config.vision.spatial_merge_size == 2 and config.vision.patch_size == 14
-    sizes = {name: parameter.numel() for name, parameter in MistralMedium(config).named_parameters()}
+    sizes = {name: parameter.numel() for name, parameter in build_model(config).named_parameters()}
     fp8 = sum(size for name, size in sizes.items() if re.match(r"layers\..*proj", name))
     assert fp8 + 2 * (sum(sizes.values()) - fp8) < 7.5e6
 

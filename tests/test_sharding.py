@@ -13,12 +13,14 @@ from processes import run_ranks
 from safetensors.torch import save_file
 
 import fp8
-from checkpoint import Checkpoint, fill, held_tensors
-from config import read_config
-from engine import Engine, Request
-from launch import find_place
-from model import MistralMedium
+from generate import Engine
 from parallel import Place
+from runtime.checkpoint import Checkpoint, fill
+from runtime.config import read_config
+from runtime.launch import find_place
+from runtime.optimizer import held_tensors
+from runtime.requests import Request
+from vision import build_model
 
 # ------------------------------------------------------------------------------------------------------ gradients
 
@@ -26,11 +28,11 @@ from parallel import Place
 def gradients(directory: str, place: Place) -> dict:
     """The features of two images, the losses of the text around them, and every parameter's gradient with its part."""
     config = read_config(directory)
-    model = MistralMedium(config, place, torch.float32)
+    model = build_model(config, place, torch.float32)
     fill(model, Checkpoint(directory))
     draw = torch.Generator().manual_seed(2)
     images = [torch.randn(3, rows * 6, columns * 6, generator=draw) for rows, columns in ((2, 3), (1, 2))]
-    features = model.image_features(images)
+    features = model.vision(images)
     tokens = torch.tensor([[20, *[10] * 6, 30, 40, *[10] * 2, 50, 60]])
     x = model(model.embed(tokens, features))
     losses = model.lm_head.cross_entropy(model.logits(x[0]), (tokens[0] * 7 + 3) % config.vocab_size)
@@ -81,7 +83,7 @@ def conversation(directory: str, tp: int, pp: int, prompt: list[int], count: int
     """(what, bytes) of every message of a request, in the order in which this rank sends or joins them."""
     place, said = find_place(tp, pp), []
     config = read_config(directory)
-    model = MistralMedium(config, place, torch.float32)
+    model = build_model(config, place, torch.float32)
     fill(model, Checkpoint(directory))
 
     def listen(name: str) -> None:
@@ -156,7 +158,7 @@ def load_on_a_rank(directory: str, tp: int, pp: int, keep_fp8: bool, dtype=torch
     before = anonymous()
     thread.start()
     checkpoint = Checkpoint(directory)
-    model = MistralMedium(read_config(directory), place, dtype, keep_fp8)
+    model = build_model(read_config(directory), place, dtype, keep_fp8)
     fill(model, checkpoint)
     done = True
     thread.join()
@@ -250,5 +252,5 @@ def files_of_a_rank(directory: str, tp: int, pp: int) -> list[str]:
     checkpoint = Checkpoint(directory)
     real = checkpoint.file
     checkpoint.file = lambda path: (opened.append(os.path.basename(path)), real(path))[1]
-    fill(MistralMedium(read_config(directory), place, torch.float32), checkpoint)
+    fill(build_model(read_config(directory), place, torch.float32), checkpoint)
     return sorted(set(opened))

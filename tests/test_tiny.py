@@ -9,9 +9,9 @@ import sys
 import pytest
 from processes import ROOT, run, run_on_ranks
 
-from checkpoint import Checkpoint
-from config import read_config
-from tokenizer import load_tokenizer
+from runtime.checkpoint import Checkpoint
+from runtime.config import read_config
+from runtime.tokenizer import load_tokenizer
 
 TINY = os.path.join(ROOT, "examples", "tiny")
 committed = pytest.mark.skipif(not os.path.isdir(TINY), reason="the repository holds no checkpoint yet")

@@ -14,8 +14,9 @@ import pytest
 from chat_cases import TEXTS, write_tekken
 from helpers import layout_config, text_fields, vision_fields
 
-from config import UserError, parse_config
-from tokenizer import LAST_BMP, SentencePiece, StreamDecoder, Tekken, load_tokenizer, python_pattern
+from runtime.config import parse_config
+from runtime.files import UserError
+from runtime.tokenizer import LAST_BMP, SentencePiece, StreamDecoder, Tekken, load_tokenizer, python_pattern
 
 GOLDEN = os.path.join(os.path.dirname(__file__), "golden")
 SMALL_TEKKEN = os.path.join(GOLDEN, "tokenizer_tekken.json")

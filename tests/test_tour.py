@@ -18,15 +18,17 @@ import tour
 from processes import ROOT, run
 from safetensors import safe_open
 
-import launch
-import session
-from checkpoint import Checkpoint, fill, hf_name
-from config import read_config
-from engine import Engine, Request
+import generate
+from generate import Engine
 from model import MistralMedium
-from vision import load_image, pixels
+from runtime import launch
+from runtime.checkpoint import Checkpoint, fill, hf_name
+from runtime.config import read_config
+from runtime.images import load_image, pixels
+from runtime.requests import Request
+from vision import build_model
 
-TINY, PICTURE = session.TINY, os.path.join(session.TINY, "picture.png")
+TINY, PICTURE = generate.TINY, os.path.join(generate.TINY, "picture.png")
 LISTED = "red circles: a1 yellow star 0, a3 blue star 0, b3 blue star 0."
 QUESTION = "Is there a red circle?"
 pytestmark = pytest.mark.skipif(not os.path.isdir(TINY), reason="the repository holds no checkpoint yet")
@@ -55,7 +57,7 @@ def data(tiny) -> dict:
 
 
 def load(folder: str) -> MistralMedium:
-    model = MistralMedium(Checkpoint(folder).fit(read_config(folder)), dtype=torch.float32)
+    model = build_model(Checkpoint(folder).fit(read_config(folder)), dtype=torch.float32)
     fill(model, Checkpoint(folder))
     return model
 
@@ -72,12 +74,12 @@ def plain(data) -> dict:
         for name, reader in readers.items():
             part = layer.get_submodule(reader)
             part.register_forward_pre_hook(lambda m, x, key=f"layers.{i}.{name}": found["inputs"].update({key: x[0]}))
-    for layer in model.vision_tower.transformer["layers"]:
+    for layer in model.vision.vision_tower.transformer["layers"]:
         layer.register_forward_pre_hook(lambda m, inputs: found["tower"].append((m, *inputs)))
     answer = data["answers"][0]
     ids = torch.tensor([answer["prompt_tokens"] + answer["tokens"][:-1]])
     with torch.no_grad():
-        features = model.image_features([pixels(load_image(PICTURE), model.config.vision)])
+        features = model.vision([pixels(load_image(PICTURE), model.config.vision)])
         states = model(model.embed(ids, features))
         found |= {"model": model, "ids": ids[0], "logits": model.logits(states)[0].double()}
     found["states"].append(states[0])
@@ -99,7 +101,8 @@ def test_every_part_links_to_the_line_that_does_it(tiny):
     for part in re.findall(r"<section.*?</section>", page, re.S):
         assert 'class="source"' in part
     for path, line, name, file, shown in links:
-        with open(os.path.join(ROOT, file), encoding="utf-8") as source:
+        folder = "runtime" if name.startswith("runtime.") else ""
+        with open(os.path.join(ROOT, folder, file), encoding="utf-8") as source:
             code = source.readlines()[int(line) - 1 :][:3]
         assert line == shown and os.path.basename(unquote(unescape(path))) == file
         assert re.search(rf"(def|class) {name.split('.')[-1]}\b", "".join(code)), (name, code)

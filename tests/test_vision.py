@@ -7,16 +7,18 @@ import random
 
 import pytest
 import torch
-from helpers import layout_config, text_fields, vision_fields
+from helpers import layout_config, set_weights, text_fields, vision_fields, whole
 from processes import ROOT
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import model
 import vision
-from checkpoint import Checkpoint, fill
-from config import Config, UserError, parse_config, read_config
-from model import MistralMedium
+from model import Config, MistralMedium
 from parallel import Place
+from runtime.checkpoint import Checkpoint, fill
+from runtime.config import parse_config, read_config
+from vision import build_model
 
 GOLDEN = os.path.join(ROOT, "tests", "golden", "vision.safetensors")
 
@@ -57,20 +59,19 @@ def draw_config(draw: random.Random, **changes) -> Config:
 
 def build(config: Config, tensors: dict[str, torch.Tensor], place: Place = Place()) -> MistralMedium:
     """The model in float32 with the weights of a transformers state_dict, whose names are ours after a prefix."""
-    model = MistralMedium(config, place, torch.float32)
+    model = build_model(config, place, torch.float32)
     named = {n.removeprefix("model.").removeprefix("language_model."): t.float() for n, t in tensors.items()}
     if config.tie_word_embeddings:
         named.pop("lm_head.weight", None)
-    model.load_state_dict(named, strict=True, assign=True)
-    return model
+    return set_weights(model, named)
 
 
 def draw_weights(config: Config) -> dict[str, torch.Tensor]:
     """Random weights for `config`, norms included, under our own names."""
-    model = MistralMedium(config, dtype=torch.float32)
+    model = build_model(config, dtype=torch.float32)
     return {
         name: 1 + 0.3 * torch.randn(p.shape) if p.dim() == 1 else torch.randn(p.shape) / p.shape[-1] ** 0.5
-        for name, p in model.state_dict().items()
+        for name, p in whole(model).items()
     }
 
 
@@ -108,7 +109,7 @@ def test_stored_answers_of_transformers(case):
         config = parse_config(json.loads(file.metadata()["configs"])[case])
     weights = {n.removeprefix("weights."): t for n, t in tensors.items() if n.startswith("weights.")}
     model = build(config, weights)
-    features = model.image_features([tensors[f"image.{i}"].float() for i in range(3)])
+    features = model.vision([tensors[f"image.{i}"].float() for i in range(3)])
     torch.testing.assert_close(features, tensors["features"], atol=1e-5, rtol=1e-5)
     ids = tensors["tokens"]
     scores = logprobs(model, [ids.tolist()], features)[0, :-1].gather(1, ids[1:, None])[:, 0]
@@ -174,9 +175,9 @@ def test_every_layout_gives_the_same_features(layout, tmp_path):
         params, files = raw, ("config.json", "model.safetensors")
     (tmp_path / files[0]).write_text(json.dumps(params))
     save_file({name: weight.contiguous() for name, weight in weights.items()}, tmp_path / files[1])
-    model = MistralMedium(read_config(str(tmp_path)), dtype=torch.float32)
+    model = build_model(read_config(str(tmp_path)), dtype=torch.float32)
     fill(model, Checkpoint(str(tmp_path)))
-    features = model.image_features([tensors[f"image.{i}"].float() for i in range(3)])
+    features = model.vision([tensors[f"image.{i}"].float() for i in range(3)])
     torch.testing.assert_close(features, tensors["features"], atol=1e-5, rtol=1e-5)
     ids = tensors["tokens"]
     scores = logprobs(model, [ids.tolist()], features)[0, :-1].gather(1, ids[1:, None])[:, 0]
@@ -226,7 +227,7 @@ def test_random_models_equal_transformers(turns):
             grids = [(1, 2)]
         images, ids = draw_images(config, grids), request(config, grids, turns)
         batch, sizes = padded(images)
-        features = model.image_features(images)
+        features = model.vision(images)
         expected = torch.cat(reference.get_image_features(batch, sizes).pooler_output)
         assert (features - expected).abs().max() < 1e-5 * expected.abs().max() + 1e-5, seed
         expected = reference(input_ids=torch.tensor([ids]), pixel_values=batch, image_sizes=sizes).logits.log_softmax(
@@ -249,7 +250,7 @@ def test_a_batch_that_mixes_images_and_text_equals_transformers():
     rows = [row + [17] * (length - len(row)) for row in rows]
     batch, sizes = padded(images)
     expected = reference(input_ids=torch.tensor(rows), pixel_values=batch, image_sizes=sizes).logits.log_softmax(-1)
-    assert (logprobs(model, rows, model.image_features(images)) - expected).abs().max() < 1e-4, seed
+    assert (logprobs(model, rows, model.vision(images)) - expected).abs().max() < 1e-4, seed
 
 
 def test_gradients_equal_transformers():
@@ -262,13 +263,13 @@ def test_gradients_equal_transformers():
     images, ids = draw_images(config, grids), torch.tensor([request(config, grids, [1, 1])])
     batch, sizes = padded(images)
     reference(input_ids=ids, pixel_values=batch, image_sizes=sizes, labels=ids).loss.backward()
-    logits = model.logits(model(model.embed(ids, model.image_features(images))))
+    logits = model.logits(model(model.embed(ids, model.vision(images))))
     torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).backward()
     expected = {
         name.removeprefix("model.").removeprefix("language_model."): parameter.grad
         for name, parameter in reference.named_parameters()
     }
-    for name, parameter in model.named_parameters():
+    for name, parameter in whole(model).items():
         scale = expected[name].abs().max()
         assert (parameter.grad - expected[name]).abs().max() < 1e-4 * scale + 1e-7, (seed, name)
 
@@ -294,12 +295,12 @@ def test_an_image_sees_no_other_image(monkeypatch):
     config = SMALL
     model = build(config, draw_weights(config))
     images = draw_images(config, [(3, 2), (1, 5), (2, 2)])
-    alone = torch.cat([model.image_features([image]) for image in images])
-    torch.testing.assert_close(model.image_features(images), alone, atol=1e-5, rtol=1e-5)
+    alone = torch.cat([model.vision([image]) for image in images])
+    torch.testing.assert_close(model.vision(images), alone, atol=1e-5, rtol=1e-5)
     calls = []
-    model.vision_tower.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    model.vision.vision_tower.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
     monkeypatch.setattr(vision, "PATCHES_AT_ONCE", 44)  # the images have 24, 20 and 16
-    torch.testing.assert_close(model.image_features(iter(images)), alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.vision(iter(images)), alone, atol=1e-5, rtol=1e-5)
     assert calls == [2, 1]
 
 
@@ -308,7 +309,7 @@ def test_prefill_in_chunks_that_cut_an_image():
     config = SMALL
     model = build(config, draw_weights(config))
     grids = [(2, 3), (3, 2)]
-    ids, features = request(config, grids, [1, 1]), model.image_features(draw_images(config, grids))
+    ids, features = request(config, grids, [1, 1]), model.vision(draw_images(config, grids))
     whole = logprobs(model, [ids], features)
     cache, outs, seen = model.new_cache(1, len(ids)), [], 0
     for start in range(0, len(ids), 4):
@@ -326,15 +327,16 @@ def test_gradients_equal_finite_differences(monkeypatch):
     config = SMALL
     model = build(config, draw_weights(config)).double()
     model.dtype = torch.float64
+    model.vision.dtype = torch.float64
     images = [image.double() for image in draw_images(config, [(1, 2), (2, 1)])]
     ids = torch.tensor([request(config, [(1, 2), (2, 1)], [2])])
 
     def loss() -> torch.Tensor:
-        logits = model.logits(model(model.embed(ids, model.image_features(images))))
+        logits = model.logits(model(model.embed(ids, model.vision(images))))
         return torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
 
     loss().backward()
-    tower, projector = model.vision_tower, model.multi_modal_projector
+    tower, projector = model.vision.vision_tower, model.vision.multi_modal_projector
     layer = tower.transformer["layers"][0]
     for weight in [
         tower.patch_conv.weight,
@@ -367,32 +369,31 @@ def test_text_does_not_run_the_tower():
     model = build(config, weights)
     ids = [[1, 14, 15, 16]]
     expected = logprobs(model, ids, None)
-    model.vision_tower.to("meta"), model.multi_modal_projector.to("meta")
+    model.vision.vision_tower.to("meta"), model.vision.multi_modal_projector.to("meta")
     assert torch.equal(logprobs(model, ids, None), expected)
     assert torch.equal(logprobs(model, ids, torch.empty(0, config.hidden_size)), expected)
 
 
 def test_mistakes():
     config = SMALL
-    text = MistralMedium(dataclasses.replace(config, vision=None))
+    text = build_model(dataclasses.replace(config, vision=None))
     assert not any("vision" in name or "multi_modal" in name for name, _ in text.named_parameters())
-    with pytest.raises(UserError, match="no vision tower"):
-        text.image_features(draw_images(config, [(1, 2)]))
-    with pytest.raises(UserError, match="size 5 does not divide the 2 attention heads of the vision tower"):
+    assert text.vision is None
+    with pytest.raises(ValueError, match="size 5 does not divide the 2 attention heads of the vision tower"):
         vision.VisionTower(config.vision, Place(tp_size=5), torch.float32)
-    with pytest.raises(UserError, match="size 3 does not divide the 20 dimensions of hidden_size"):
+    with pytest.raises(ValueError, match="size 3 does not divide the 20 dimensions of hidden_size"):
         vision.Projector(dataclasses.replace(config, hidden_size=20), Place(tp_size=3), torch.float32)
 
 
 def test_only_the_first_stage_has_eyes():
-    names = {name for name, _ in MistralMedium(SMALL, Place(pp_rank=1, pp_size=2)).named_parameters()}
+    names = {name for name, _ in build_model(SMALL, Place(pp_rank=1, pp_size=2)).named_parameters()}
     assert names and not any("vision" in name or "multi_modal" in name for name in names)
 
 
 def test_every_parameter_knows_its_slice():
     """On `meta`; the parts of two ranks are disjoint and together the whole, or both are the whole."""
-    whole = MistralMedium(SMALL)
-    ranks = [dict(MistralMedium(SMALL, Place(tp_rank=r, tp_size=2)).named_modules()) for r in range(2)]
+    whole = build_model(SMALL)
+    ranks = [dict(build_model(SMALL, Place(tp_rank=r, tp_size=2)).named_modules()) for r in range(2)]
     replicated = set()
     for name, parameter in whole.named_parameters():
         module, leaf = name.rsplit(".", 1)
@@ -414,7 +415,7 @@ def test_every_parameter_knows_its_slice():
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 37])
 def test_rms_norm(dtype, rows):
     """Few rows and many, small and large, against the formula in float64."""
-    norm = vision.RMSNorm(451, 3e-5, dtype)
+    norm = model.RMSNorm(451, 3e-5, dtype)
     generator = torch.Generator().manual_seed(rows)
     norm.weight = torch.nn.Parameter(torch.randn(451, generator=generator).to(dtype))
     for size in (1e-4, 1e-2, 1.0, 1e4):  # eps decides below 5e-3

@@ -15,8 +15,10 @@ from helpers import layout_config, text_fields, vision_fields
 from PIL import Image
 from processes import run
 
-from config import UserError, VisionConfig, parse_config
-from vision import MEAN, STD, grid, image_size, load_image, pixels
+from model import VisionConfig
+from runtime.config import parse_config
+from runtime.files import UserError
+from runtime.images import MEAN, STD, grid, image_size, load_image, pixels
 
 GOLDEN = os.path.join(os.path.dirname(__file__), "golden", "images.json")
 
@@ -243,10 +245,10 @@ MEASURE = """
 import resource, sys
 sys.path.append("tests")
 import torch
-from config import parse_config
+from runtime.config import parse_config
 from helpers import layout_config, text_fields, vision_fields
-from model import MistralMedium
-from vision import load_image, pixels
+from vision import build_model
+from runtime.images import load_image, pixels
 
 torch.set_num_threads(2)
 path, count = sys.argv[1], int(sys.argv[2])
@@ -255,10 +257,10 @@ tower = vision_fields(
 )
 fields = text_fields("plain", vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8)
 config = parse_config(layout_config(fields | {"vision_config": tower}, "new")[1])
-model = MistralMedium(config, dtype=torch.float32).to_empty(device="cpu")
+model = build_model(config, dtype=torch.float32).to_empty(device="cpu")
 with torch.no_grad():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    features = model.image_features(pixels(load_image(path), config.vision) for _ in range(count))
+    features = model.vision(pixels(load_image(path), config.vision) for _ in range(count))
     assert features.shape == (count * 55 * 55, 16)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """

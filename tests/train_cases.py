@@ -10,7 +10,7 @@ from PIL import Image
 from processes import run_on_ranks
 
 import train
-from config import parse_config
+from runtime.config import parse_config
 
 VOCABULARY = 307  # odd, so that a head split over ranks is padded
 SIZES = dict(

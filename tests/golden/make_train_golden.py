@@ -15,12 +15,12 @@ import torch  # noqa: E402
 from helpers import make_checkpoint  # noqa: E402
 from train_cases import IMAGES, TEXT, make_chats  # noqa: E402
 
-from chat import encode_chat  # noqa: E402
-from checkpoint import draw  # noqa: E402
-from config import read_config  # noqa: E402
 from parallel import Slice  # noqa: E402
-from tokenizer import load_tokenizer  # noqa: E402
-from vision import grid, image_size, load_image, pixels  # noqa: E402
+from runtime.chat import encode_chat  # noqa: E402
+from runtime.checkpoint import draw  # noqa: E402
+from runtime.config import read_config  # noqa: E402
+from runtime.images import grid, image_size, load_image, pixels  # noqa: E402
+from runtime.tokenizer import load_tokenizer  # noqa: E402
 
 CASES = {  # name -> (config, options of train.py)
     "text": (TEXT, {}),

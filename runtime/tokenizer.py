@@ -23,9 +23,11 @@ from itertools import groupby
 
 import sentencepiece
 
-from config import MEGABYTE, Config, UserError, find_folder, read_file, read_json, reading
+from model import Config
+from runtime.files import MEGABYTE, UserError, find_folder, read_file, read_json, reading
 
 LARGEST_FILE = 1024 * MEGABYTE
+
 MOST_SPECIAL, LONGEST_PATTERN = 1 << 16, 2000  # files have 1,000 special tokens, and patterns of 300 characters
 
 VERSIONS = ("v1", "v2", "v3", "v7", "v11", "v13", "v15")  # each has its own chat format
@@ -287,12 +289,6 @@ def _decode(tokenizer: Tekken | SentencePiece, ids: list[int]) -> str:
     stream = StreamDecoder(tokenizer)
     return "".join(map(stream.add, ids)) + stream.flush()
 
-
-# ---- cutting text into words
-
-# Tekken's pattern is made of Unicode categories (`\p{Lu}`: upper-case letters), which Python's `re` does not know, and
-# of `\s`, which it takes to mean something else. So both are spelled out as ranges of characters, from the tables of
-# `unicodedata`. A word cut differently would be merged differently: the ids would not be those of the training.
 
 LAST_BMP, LAST_UNICODE = 0xFFFF, 0x10FFFF  # code points; the Basic Multilingual Plane holds nearly all living scripts
 

@@ -12,38 +12,29 @@ import glob
 import json
 import math
 import os
-import re
 import secrets
 import shutil
-import signal
-import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from datetime import datetime, timedelta
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from torch import nn
 
 import fp8
-from checkpoint import (
-    Checkpoint,
-    check_names,
-    held_tensors,
-    hf_name,
-    is_quantized,
-    layers_with_slices,
-    scale_names,
-    writing,
-)
-from config import Config, UserError, parse_line, read_config, read_lines, write_json
-from launch import Parser, caught, gather_objects, together
-from model import MistralMedium
-from optimizer import RECORD, STAGED, write_record
-from pipeline import calibrate
+from model import Config, MistralMedium
+from parallel import Place
+from runtime.checkpoint import Checkpoint, check_names, fill, hf_name, is_quantized, layers_with_slices, scale_names
+from runtime.config import read_config
+from runtime.data import Chats, MicroBatch, decode_images, micro_batches
+from runtime.files import UserError, write_json, writing
+from runtime.launch import Parser, gather_objects, new_folder, together
+from runtime.lora import merged
+from runtime.memory import cpu_memory
+from runtime.optimizer import held_tensors
+from runtime.tokenizer import load_tokenizer
+from vision import build_model
 
 SHARD_BYTES = 4_000_000_000  # a file written is at most about this large
 
@@ -90,25 +81,6 @@ def save(directory: str, config: Config, shapes: dict[str, tuple], weights: Iter
         os.rename(partial, directory)
 
 
-@contextmanager
-def new_folder(path: str) -> Iterator[None]:
-    """A folder for the block to fill and to rename. Whatever ends the block early, a signal too, removes it again."""
-
-    def remove(number: int, frame) -> None:
-        shutil.rmtree(path, ignore_errors=True)
-        if not callable(before[number]):
-            os._exit(128 + number)
-        signal.signal(number, before[number])
-        signal.raise_signal(number)
-
-    with caught(remove) as before:
-        os.makedirs(path)
-        try:
-            yield
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def stored(config: Config, name: str, weight: torch.Tensor, scale=None, input_scale=None) -> dict[str, torch.Tensor]:
     """What a weight becomes in the file, by canonical name: one tensor in BF16, or E4M3 with its scales.
 
@@ -148,9 +120,6 @@ def to_hf(config: Config) -> dict:
             modules_to_not_convert=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
         )
     return raw
-
-
-# ---------------------------------------------------------------------------------------- gathered from ranks
 
 
 def export(directory: str, model: nn.Module, precision: str, source: str) -> None:
@@ -204,22 +173,6 @@ def collect(model: nn.Module, adapters: bool) -> tuple[dict[str, tuple], Iterato
     return shapes, iter(())
 
 
-# ------------------------------------------------------------------------------------------------- adapters
-
-
-@torch.no_grad()
-def merged(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """The weight of `layer` with its adapter added, if it has one: summed in float32, rounded once to `dtype`."""
-    adapter, scale, weight = getattr(layer, "adapter", None), getattr(layer, "weight_scale", None), layer.weight.data
-    if scale is not None:
-        weight = fp8.dequantize(weight, scale, torch.float32 if adapter else dtype)
-    if adapter is None:
-        return weight
-    return torch.addmm(
-        weight.float(), adapter.lora_B.weight.float(), adapter.lora_A.weight.float(), alpha=adapter.scale
-    ).to(dtype)
-
-
 def export_adapters(directory: str, model: nn.Module, rank: int, alpha: float, base: str) -> None:
     """Write the adapters in the form that the peft library reads: adapter_model.safetensors and its config.
 
@@ -244,175 +197,6 @@ def export_adapters(directory: str, model: nn.Module, rank: int, alpha: float, b
     together(write if model.place.rank == 0 else lambda: None)
 
 
-# ------------------------------------------------------------------------------- what a run leaves in its folder
-
-WEIGHTS = r"(model|adapter_model)(-\d+-of-\d+)?\.safetensors"
-
-
-@contextmanager
-def finishing(out: str, finished: dict, rank: int) -> Iterator[str]:
-    """Yields a folder for what a run leaves in `out` at its end, which takes its place there when all of it is whole.
-
-    All ranks come here. What an earlier end of the run left is replaced; a folder with files that this program does not
-    write is kept under another name.
-    """
-    staged = os.path.join(out, STAGED)
-
-    def put() -> None:
-        for name in os.listdir(staged):
-            new, final = os.path.join(staged, name), os.path.join(out, name)
-            if os.path.isdir(final):
-                own = {*os.listdir(new), *(name for name in os.listdir(final) if re.fullmatch(WEIGHTS, name))}
-                strange = set(os.listdir(final)) - own
-                os.rename(final, f"{final}.old" if strange else os.path.join(staged, f"old {name}"))
-        write_record(out, finished)  # whoever is killed before the next line left no model, and --resume writes it anew
-        for name in sorted(os.listdir(staged), key=lambda name: name == "model"):  # last: with it all is in place
-            if not name.startswith("old "):
-                os.rename(os.path.join(staged, name), os.path.join(out, name))
-
-    def guarded(action) -> None:
-        with writing(out, "make room, then --resume"):
-            action()
-
-    with ExitStack() as stack:
-        together(lambda: guarded(lambda: stack.enter_context(new_folder(staged))) if rank == 0 else None)
-        yield staged
-        with caught(lambda number, frame: None):  # the last moment: a signal has nothing left to stop
-            together(lambda: guarded(put) if rank == 0 else None)
-
-
-LINE = "step {step}/{total}  loss {loss:.4f}  gradient norm {grad_norm:.4g}  {tokens_per_s:.0f} tokens/s  {left} left"
-
-
-class Metrics:
-    """`metrics.jsonl` in the folder `out`, one JSON object per line, and each line for people on stderr.
-
-    In a terminal the line of a step takes the place of the last one's.
-    """
-
-    def __init__(self, out: str, after_step: int, total: int):
-        """Keeps what an earlier run wrote, up to `after_step`: the steps after it will be taken again."""
-        self.path, self.total = os.path.join(out, "metrics.jsonl"), total
-        lines = read_lines(self.path) if os.path.exists(self.path) else []
-        if lines and not lines[-1][1].endswith(b"}"):
-            lines.pop()  # cut off when its process was killed
-        self.lines = []
-        for number, text in lines:
-            line = parse_line(text, where := f"{self.path} line {number}")
-            if type(line.get("step")) is not int:
-                raise UserError(f"{where}: has no step; remove this line, or the file, to resume")
-            if line["step"] <= after_step:
-                self.lines.append(line)
-        if not os.path.exists(os.path.join(out, RECORD)):
-            write_record(out)  # the first file of a run: the folder is one from here on
-        with writing(self.path):
-            with open(f"{self.path}.partial", "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in self.lines)
-            os.replace(f"{self.path}.partial", self.path)
-        self.seconds: list[float] = []  # of the steps taken here, at most 20
-        self.open = False  # the last line shown is to be replaced
-
-    def write(self, line: dict) -> None:
-        self.lines.append(line)
-        with writing(self.path, "make room, then --resume"), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        if "val_loss" in line:
-            shown = [f"{name} {value:.4f}" for name, value in line.items() if name != "step"]
-            return self.say(f"step {line['step']}: {', '.join(shown)}")
-        self.seconds = [*self.seconds[-19:], line["step_s"]]
-        seconds = sum(self.seconds) / len(self.seconds) * (self.total - line["step"])
-        left = timedelta(seconds=round(min(seconds, 1e9)))  # 30 years: no calendar goes on for ever
-        text = LINE.format(**line, total=self.total, left=left)
-        if not sys.stderr.isatty():
-            self.say(text)
-        else:
-            text = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps could not be replaced
-            print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
-            self.open = True
-        if len(self.seconds) == 10 and line["step"] < self.total:
-            end = datetime.now() + left
-            self.say(f"after ten steps: {left} left, which is until {end:%H:%M} on {end:%d %B}")
-
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        print("\n" * self.open + text, file=sys.stderr, flush=True)
-        self.open = False
-
-    def __enter__(self) -> "Metrics":
-        return self
-
-    def __exit__(self, *error) -> None:
-        """What is said next, an error perhaps, gets a line of its own."""
-        print("\n" * self.open, end="", file=sys.stderr, flush=True)
-        self.open = False
-
-    def summary(self) -> str:
-        """How the loss went, over tenths of the run, since single steps are noise."""
-        losses = [line["loss"] for line in self.lines if is_loss(line.get("loss"))] or [math.nan]
-        some = max(1, len(losses) // 10)
-        first, last = sum(losses[:some]) / some, sum(losses[-some:]) / some
-        return f"loss {first:.4f} in the first {some} steps, {last:.4f} in the last {some}"
-
-
-WIDTH, HEIGHT, MARGIN = 900, 500, 60  # of loss.png, in pixels
-SMOOTHING = 0.9  # of the curve over the noise: each step's share in it shrinks by this with every later one
-
-
-def draw_loss(path: str, lines: list[dict]) -> None:
-    """A picture of the loss by step (pale), smoothed (blue), the validation loss (orange), the learning rate (grey)."""
-    names = ("lr", "loss", "val_loss")
-    found = {name: [(line["step"], line[name]) for line in lines if is_loss(line.get(name))] for name in names}
-    smooth, mean, weight = [], 0.0, 0.0
-    for step, loss in found["loss"]:
-        mean, weight = SMOOTHING * mean + (1 - SMOOTHING) * loss, SMOOTHING * weight + 1 - SMOOTHING
-        smooth.append((step, mean / weight))  # over what there was: the first steps don't lean to 0
-    steps, losses = zip(*(found["loss"] + found["val_loss"] or [(1, 0.0)]))
-    last, low, high = max(2, *steps), min(losses), max(losses)
-    high = max(high, low + 1e-3 * max(1, abs(low)))
-    largest = max((rate for _, rate in found["lr"]), default=0) or 1
-    rates = [(step, low + rate / largest * (high - low)) for step, rate in found["lr"]]
-
-    def at(step: float, loss: float) -> tuple[float, float]:
-        x = MARGIN + (step - 1) / (last - 1) * (WIDTH - 2 * MARGIN)
-        return x, HEIGHT - MARGIN - (loss - low) / (high - low) * (HEIGHT - 2 * MARGIN)
-
-    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
-    draw = ImageDraw.Draw(image)
-    for loss in round_numbers(low, high):
-        left, y = at(1, loss)
-        draw.line((left, y, WIDTH - MARGIN, y), fill="#dddddd")
-        draw.text((left - 8, y), f"{loss:.6g}", fill="black", anchor="rm")
-    for step in sorted({max(1, round(step)) for step in round_numbers(1, last)}):
-        x, y = at(step, low)
-        draw.line((x, y, x, y + 5), fill="black")
-        draw.text((x, y + 8), str(step), fill="black", anchor="mt")
-    draw.text((WIDTH / 2, HEIGHT - 20), "step", fill="black", anchor="mm")
-    curves = [("#bbbbbb", rates, f"learning rate, 0 to {largest:.3g}"), ("#b5d3ea", found["loss"], "loss")]
-    curves += [("#1f77b4", smooth, "loss, smoothed"), ("#ff7f0e", found["val_loss"], "validation loss")]
-    for i, (color, points, name) in enumerate(curves):
-        if xy := [at(*point) for point in points]:
-            draw.line(xy, fill=color, width=2)
-            for x, y in xy if len(xy) == 1 or points is found["val_loss"] else ():
-                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
-            draw.text((WIDTH - MARGIN, 12 + 14 * i), name, fill=color, anchor="rm")
-    with writing(path):
-        image.save(path)
-
-
-def round_numbers(low: float, high: float) -> list[float]:
-    """At most nine from `low` to `high`: 1, 2 or 5 times a power of ten apart."""
-    power = 10.0 ** math.floor(math.log10((high - low) / 8))
-    apart = next(n * power for n in (1, 2, 5, 10, 20) if (high - low) / (n * power) <= 8)
-    return [i * apart for i in range(math.ceil(low / apart), math.floor(high / apart) + 1)]
-
-
-def is_loss(value) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e30
-
-
-# ----------------------------------------------------------------------------------------------- conversion
-
-
 def convert(source: str, target: str, to_fp8: bool, chats: str | None) -> None:
     """Rewrite the checkpoint in `source` as `target`, in the HF layout; one shard is in memory at a time.
 
@@ -421,7 +205,7 @@ def convert(source: str, target: str, to_fp8: bool, chats: str | None) -> None:
     """
     checkpoint = Checkpoint(source)
     config = checkpoint.fit(read_config(source))
-    model = MistralMedium(config)
+    model = build_model(config)
     check_names(checkpoint, model)
     parts = {name: part for name, (_, part) in layers_with_slices(model).items()}
     quantized = [name for name in parts if to_fp8 and is_quantized(name)]
@@ -436,6 +220,49 @@ def convert(source: str, target: str, to_fp8: bool, chats: str | None) -> None:
 
     written = export_config(config, to_fp8, "static" if chats or inputs else "dynamic")
     save(target, written, {name: part.shape for name, part in parts.items()}, weights(), source)
+
+
+def measure_inputs(model: MistralMedium, batches: Iterable[MicroBatch]) -> dict[str, torch.Tensor]:
+    """Static activation scales: the largest input of every decoder linear over `batches`, over 448. By weight name."""
+    largest: dict[str, torch.Tensor] = {}
+
+    def watch(name: str):
+        def hook(module, inputs):
+            amax = inputs[0].abs().amax().float()
+            largest[name] = torch.maximum(largest.get(name, amax), amax)
+
+        return hook
+
+    handles = [
+        layer.register_forward_pre_hook(watch(f"{name}.weight"))
+        for name, layer in model.named_modules()
+        if is_quantized(f"{name}.weight")
+    ]
+    with torch.inference_mode():
+        for batch in batches:
+            features = model.vision(batch.pixels) if batch.pixels else None
+            model(model.embed(batch.tokens, features))
+    for handle in handles:
+        handle.remove()
+    return {name: fp8.scale_of(amax) for name, amax in largest.items()}
+
+
+def calibrate(directory: str, chats_file: str, config: Config, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Run the checkpoint, dequantized to BF16, over the chats of a file; see `measure_inputs`."""
+    model = build_model(config)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    if size > (room := cpu_memory()):
+        raise UserError(f"the weights take {size / 1e9:.1f} GB, but {room / 1e9:.1f} GB are free: no --calibrate here")
+    chats = Chats(chats_file, load_tokenizer(directory, config), config, config.max_position_embeddings, Place())
+    fill(model, checkpoint)
+
+    def decoded() -> Iterator:
+        for batch in micro_batches(chats.samples, 1, 0):
+            decode_images([batch], chats.base, config.vision, torch.bfloat16)
+            yield batch
+            batch.pixels = []
+
+    return measure_inputs(model, decoded())
 
 
 def main(argv: list[str]) -> None:

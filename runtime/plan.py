@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import json
 import math
-import resource
 import socket
 import sys
 import time
@@ -33,22 +32,23 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from checkpoint import FREEZABLE, Held, held_tensors, is_trained
-from config import Config, TopologyError, UserError, read_config
-from engine import CHUNK
-from launch import SIZE, Parser, gather_objects, number, together
-from meter import COPIES, GPUS, LINKS, Gpu, Meter, infer_on_shapes, small, train_on_shapes
-from model import MistralMedium, add_adapters
-from optimizer import BUCKET
-from parallel import Place
-from pipeline import cpu_memory
-from vision import PATCHES_AT_ONCE
+from model import CHUNK, Config
+from parallel import Place, TopologyError
+from runtime.config import read_config
+from runtime.files import UserError
+from runtime.launch import SIZE, Parser, gather_objects, number, together
+from runtime.lora import add_adapters
+from runtime.memory import cpu_memory
+from runtime.meter import COPIES, GPUS, LINKS, Gpu, Meter, infer_on_shapes, small, train_on_shapes
+from runtime.optimizer import BUCKET, FREEZABLE, Held, held_tensors, is_trained
+from vision import PATCHES_AT_ONCE, build_model
 
 MOST_RANKS = 1024  # a smallest topology is looked for up to here
 
 RESERVE = 2_000_000_000  # bytes per GPU: CUDA context, libraries' workspaces, NCCL's buffers, what the allocator wastes
 
 FP32 = 4  # bytes per number
+
 IDS = 16  # bytes per token of what has a number for each: ids, targets, losses, log-probabilities
 
 
@@ -133,7 +133,7 @@ def plan_rank(
     Raises TopologyError where the topology does not divide the model.
     """
     layers, (few, here) = place.layers(config.num_hidden_layers), small(config, place)
-    model = MistralMedium(few, replace(here, rank=place.rank, tp_rank=place.tp_rank), dtype, keep_fp8)
+    model = build_model(few, replace(here, rank=place.rank, tp_rank=place.tp_rank), dtype, keep_fp8)
     if args.lora_rank:
         add_adapters(model, args.lora_rank, 1.0)
     # The last of the layers that are built stands for those that are not.
@@ -144,7 +144,7 @@ def plan_rank(
         repeats[f"vision_tower.transformer.layers.{few.vision.num_hidden_layers - 1}."] = unbuilt[1] + 1
 
     def times(name: str) -> int:  # how many tensors the one of this name stands for
-        return next((count for prefix, count in repeats.items() if name.startswith(prefix)), 1)
+        return next((count for prefix, count in repeats.items() if name.removeprefix("vision.").startswith(prefix)), 1)
 
     weights = sum(times(name) * x.nbytes for name, x in [*model.named_parameters(), *model.named_buffers()])
     if config.activation_scheme == "static":  # the loader adds the scales of activations
@@ -192,9 +192,8 @@ def kind_of(tensor: Held) -> str:
     return "key/value heads" if tensor.sharers > 1 else "patch_conv"
 
 
-# ------------------------------------------------------------------------------------------------ time on paper
-
 ADAM_BYTES = 82  # that a step of optimizer.py reads and writes per trained weight
+
 RECIPE_STEPS, MEDPIX = 100, 20_500  # of the published fine-tune; samples of its data
 
 
@@ -235,9 +234,6 @@ def make_times(config: Config, args: argparse.Namespace, keep_fp8: bool, trained
         times[f"{RECIPE_STEPS} steps (the published fine-tune)"] = RECIPE_STEPS * step
         times[f"an epoch of MedPix ({MEDPIX:,} samples)"] = math.ceil(MEDPIX / args.global_batch_size) * step
     return {name: value.tolist() for name, value in times.items()}
-
-
-# ---------------------------------------------------------------------------------------- before a model is built
 
 
 def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp8: bool) -> int:
@@ -331,16 +327,6 @@ class Progress:
             self.last, read = now, self.checkpoint.bytes_read / 1e9
             rate = read / (now - self.started)
             print(f"loading: {100 * done // total} %, {read:.1f} GB read, {rate:.2f} GB/s", file=sys.stderr)
-
-
-def peak_memory(place: Place) -> int:
-    """Bytes: the most that tensors took on the GPU, or that the process took on a CPU."""
-    if place.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(place.device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-# ----------------------------------------------------------------------------------------------- the program
 
 
 def show(plan: dict, args: argparse.Namespace) -> str:

@@ -13,17 +13,18 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 import fp8
-from config import Config, UserError, find_folder, read_file, read_json, reading, warn
+from model import Config
 from parallel import Linear, Slice
+from runtime.files import UserError, find_folder, read_file, read_json, reading, warn
+from runtime.native import NATIVE_NAMES, half_split
 
 DTYPES = ("BF16", "F16", "F32", "F8_E4M3")  # those that a tensor may be stored in, in safetensors' words
 
@@ -37,26 +38,6 @@ PASSED_OVER = re.compile(r"\.[kv]_scale$|fake_quantizer\.qscale_act$")
 # The three HF spellings in use put different prefixes before the same names: model.layers.…, model.language_model.… or
 # language_model.model.…; model.vision_tower.… or vision_tower.…; lm_head.… or language_model.lm_head.…
 HF_NAMES = [(r"^(model\.|language_model\.)+", "")]
-
-NATIVE_NAMES = [
-    (r"^tok_embeddings\.", "embed_tokens."),
-    (r"^output\.", "lm_head."),
-    (r"^vision_encoder\.", "vision_tower."),
-    (r"^patch_merger\.", "multi_modal_projector.patch_merger."),
-    (r"^pre_mm_projector_norm\.", "multi_modal_projector.norm."),
-    (r"^vision_language_adapter\.w_in\.", "multi_modal_projector.linear_1."),
-    (r"^vision_language_adapter\.w_out\.", "multi_modal_projector.linear_2."),
-    (r"^layers\.(\d+)\.attention\.", r"layers.\1.self_attn."),
-    (r"^layers\.(\d+)\.feed_forward\.", r"layers.\1.mlp."),
-    (r"^layers\.(\d+)\.attention_norm\.", r"layers.\1.input_layernorm."),
-    (r"^layers\.(\d+)\.ffn_norm\.", r"layers.\1.post_attention_layernorm."),
-    (r"\.w([qkvo])\.", r".\1_proj."),
-    (r"\.w1\.", ".gate_proj."),
-    (r"\.w2\.", ".down_proj."),
-    (r"\.w3\.", ".up_proj."),
-    (r"\.qscale_weight$", ".weight_scale_inv"),
-    (r"\.qscale_act$", ".activation_scale"),
-]
 
 
 def canonical_name(name: str, native: bool) -> str:
@@ -237,83 +218,16 @@ def scale_names(name: str) -> tuple[str, str]:
     return name.replace(".weight", ".weight_scale_inv"), name.replace(".weight", ".activation_scale")
 
 
-def half_split(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows of a native q or k projection (heads · D, in), rotary pairs (2i, 2i+1), to the HF order (i, i + D/2)."""
-    return weight.view(-1, head_dim // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-
-
-# ------------------------------------------------------------------------------------------ from files to a model
-
-
 def layers_with_slices(model: nn.Module) -> dict[str, tuple[nn.Module, Slice]]:
     """Canonical tensor name -> (the layer that holds a part of it, that part), for every parameter of `model`.
 
     A layer that holds a copy of a tensor from another stage (`copy_of`: a tied head) has that tensor's name.
     """
     return {
-        getattr(layer, "copy_of", f"{prefix}.{name}"): (layer, part)
+        getattr(layer, "copy_of", f"{prefix}.{name}".removeprefix("vision.")): (layer, part)
         for prefix, layer in model.named_modules()
         for name, part in getattr(layer, "slices", {}).items()
     }
-
-
-@contextmanager
-def writing(path: str, advice: str = "make room, or choose another place") -> Iterator[None]:
-    """What goes wrong in the block, where `path` is written, becomes a UserError."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be written ({reason}); {advice}") from None
-
-
-# ------------------------------------------------------------------------------------------- what a rank holds
-
-FREEZABLE = {  # --freeze NAME -> how its parameters' names begin
-    "vision_tower": ("vision_tower.",),
-    "projector": ("multi_modal_projector.",),
-    "embeddings": ("embed_tokens.",),
-    "language_model": ("embed_tokens.", "layers.", "norm.", "lm_head."),
-}
-
-
-def is_trained(name: str, freeze: Iterable[str]) -> bool:
-    """Whether the tensor `name` (not of an adapter) is trained when the parts `freeze` of the model are frozen."""
-    return not name.startswith(tuple(prefix for part in freeze for prefix in FREEZABLE[part]))
-
-
-@dataclass
-class Held:
-    """A parameter of this rank: its part of a tensor of the whole model."""
-
-    name: str  # canonical, of the whole tensor
-    parameter: nn.Parameter
-    part: Slice
-    sharers: int  # tensor-parallel neighbours that hold the same part and find a share of its gradient each
-    owner: bool  # of all the ranks (of one replica) that hold the same part, one owns it: counts it, and saves it
-
-
-def held_tensors(model: nn.Module) -> list[Held]:
-    """Every parameter of this rank's `model` once, trained or not, in the order of the model.
-
-    Three ways to hold a part, and who owns it:
-
-    - A part of a cut matrix, held by this rank alone: it is the owner.
-    - A whole tensor on every tensor-parallel rank (norms, the patch convolution). All see the same inputs and find the
-      same gradient, so nothing has to be summed, and rank 0 owns it.
-    - A part with `sharers`, of which each finds only a share of the gradient: key/value heads fewer than the ranks, of
-      which neighbours hold the same one; norms under sequence parallelism; the whole factor of an adapter. The first
-      of the sharers owns it.
-
-    The copy of a tensor that another stage has (a tied head) is owned there.
-    """
-    place, held = model.place, []
-    for name, (layer, part) in layers_with_slices(model).items():
-        sharers, whole = getattr(layer, "sharers", 1), part.local_shape == part.shape
-        alike = sharers if sharers > 1 else place.tp_size if whole else 1  # neighbours that hold this same part
-        owner = place.tp_rank % alike == 0 and not hasattr(layer, "copy_of")
-        held.append(Held(name, layer.weight, part, sharers, owner))
-    return held
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -408,24 +322,12 @@ def read_parameter(checkpoint: Checkpoint, name: str, layer: nn.Module, part: Sl
     return out
 
 
-# -------------------------------------------------------------------------------------------------- random values
-
-
 def initialize(model: nn.Module, seed: int) -> None:
     """Give every parameter of `model` random values: norms are 1, all else is normal with the config's deviation."""
     for name, (layer, part) in layers_with_slices(model).items():
         norm = len(part.shape) == 1
         weight = torch.ones(part.local_shape) if norm else draw(name, part, seed, model.config.initializer_range)
         layer.weight = nn.Parameter(weight.to(model.place.device, layer.weight.dtype))
-
-
-def initialize_adapters(model: nn.Module, seed: int) -> None:
-    """A is random, with the deviation of PyTorch's own linears, and B zero: at first the adapters change nothing."""
-    for name, (layer, part) in layers_with_slices(model).items():
-        if ".adapter." in name:
-            a = name.endswith("lora_A.weight")
-            weight = draw(name, part, seed, (3 * part.shape[1]) ** -0.5) if a else torch.zeros(part.local_shape)
-            layer.weight = nn.Parameter(weight.to(model.place.device, layer.weight.dtype))
 
 
 def draw(name: str, part: Slice, seed: int, deviation: float) -> torch.Tensor:

@@ -21,13 +21,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import fp8
-from checkpoint import held_tensors, is_trained
-from config import Config
-from engine import LOGIT_ROWS
-from model import MistralMedium, add_adapters
-from parallel import Place
-from pipeline import Pipeline
-from vision import PATCHES_AT_ONCE
+from model import LOGIT_ROWS, Config
+from parallel import Pipeline, Place
+from runtime.lora import add_adapters
+from runtime.optimizer import held_tensors, is_trained
+from vision import PATCHES_AT_ONCE, build_model
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,9 @@ GPUS = {
     "h100": Gpu(989e12, 1979e12, 3.35e12, 450e9, 50e9, 80),
     "h200": Gpu(989e12, 1979e12, 4.8e12, 450e9, 50e9, 141),
 }
+
 PRODUCTS, COPIES, LINKS = 0.7, 0.8, 0.7  # what is reached of them
+
 KERNEL, MESSAGE = 3e-6, 15e-6  # seconds that each takes at least
 
 
@@ -200,9 +200,6 @@ class FusedNorm(torch.autograd.Function):
         return FusedNorm.apply(x, weight)
 
 
-# ------------------------------------------------------------------------------------------- what a rank runs
-
-
 class _Unbuilt(torch.autograd.Function):
     """x, and what layers that were not built would keep for the backward pass: `nbytes`, as long as the graph lives."""
 
@@ -238,7 +235,7 @@ def train_on_shapes(
     """
     (B, T), device = rows, place.device
     with Meter(place.tp_size, timed=timed) as meter:
-        model = MistralMedium(config, place, dtype, keep_fp8)
+        model = build_model(config, place, dtype, keep_fp8)
         for tensor in held_tensors(model):
             tensor.parameter.requires_grad_(is_trained(tensor.name, freeze))
         if lora_rank:
@@ -256,8 +253,8 @@ def train_on_shapes(
 
         [*model.layers.values()][-1].register_forward_pre_hook(begin)
         if sees := config.vision is not None and place.first_stage and not timed:
-            model.vision_tower.activation_checkpointing = checkpointing
-            layers = model.vision_tower.transformer["layers"]
+            model.vision.vision_tower.activation_checkpointing = checkpointing
+            layers = model.vision.vision_tower.transformer["layers"]
             layers[0].register_forward_pre_hook(lambda *_: begun.update(tower=meter.now))
             # Once for every group of images:
             layers[-1].register_forward_pre_hook(lambda *_: kept.update(tower=meter.now - begun["tower"]))
@@ -267,7 +264,7 @@ def train_on_shapes(
             marks.append(meter.now)
             kept.clear(), begun.clear()
             if place.first_stage:
-                features = model.image_features([picture(config, T)] * B) if sees else None
+                features = model.vision([picture(config, T)] * B) if sees else None
                 if sees and features.requires_grad:
                     features = _Unbuilt.apply(features, unbuilt[1] * kept["tower"])
                 x = model.embed(torch.empty(B, T, dtype=torch.long, device=device), features)
@@ -309,7 +306,7 @@ def infer_on_shapes(
     where time is counted, none. Returns what was counted, and the bytes at the worst moment.
     """
     with Meter(place.tp_size, fp8_products, timed) as meter, torch.no_grad():
-        model = MistralMedium(config, place, dtype, keep_fp8)
+        model = build_model(config, place, dtype, keep_fp8)
         model.join()
         static = torch.empty((), device="meta") if config.activation_scheme == "static" else None
         for layer in model.modules():
@@ -328,7 +325,7 @@ def infer_on_shapes(
             if config.vision is not None and not timed:
                 v = config.vision
                 most = max(PATCHES_AT_ONCE, (v.image_size // v.patch_size) ** 2) // v.spatial_merge_size**2
-                features = model.image_features([picture(config, min(start + tokens, most))])
+                features = model.vision([picture(config, min(start + tokens, most))])
             x = model.embed(torch.empty(1, tokens, dtype=torch.long, device="meta"), features)
         else:
             x = torch.empty(1, tokens, config.hidden_size, dtype=dtype, device="meta")

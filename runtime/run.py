@@ -1,19 +1,4 @@
-"""Adam in mixed precision: BF16 weights for the model, everything that adds up in FP32.
-
-A BF16 number has 8 bits of mantissa: an update of 0.001 to a weight of 1 is rounded away. The optimizer therefore keeps
-an FP32 *master* of every trained weight and rounds it to the model's BF16 copy after each step. Gradients of many
-micro-batches are summed in FP32 for the same reason, and BF16 gradients never exist for more than a layer or so. That
-takes a hook, the only kind in training: autograd calls it with each parameter's gradient, and it moves the gradient
-into its FP32 sum at once. The forward pass and the model know nothing of it.
-
-Parameters live in *buckets*: one flat tensor each for masters, gradients and the two moments. A bucket is what
-data-parallel replicas all-reduce in one go, as soon as the last micro-batch's backward pass has filled it, and what
-Adam updates with a handful of kernels. A rank's memory is 2 + 4·4 = 18 bytes for each of its trained weights (16 in
-float32, where the model's weights are views of the masters).
-
-What tensor and pipeline parallelism add: key/value heads shared by several ranks, whose gradients must be summed; an
-embedding of which the last stage has a copy; and a norm over all ranks that counts each parameter once.
-"""
+"""A training run on disk: its folder, metrics, loss curve, and saved state."""
 
 import argparse
 import fcntl
@@ -23,195 +8,19 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime, timedelta
 
 import torch
-import torch.distributed as dist
+from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
 
-from checkpoint import Held, held_tensors, writing
-from config import UserError, read_json, write_json
-from launch import gather_objects, together
-from parallel import Place
-
-BUCKET = 1 << 25  # elements; a larger parameter has a bucket of its own
-CPU_CHUNK = 1 << 16  # elements that Adam updates at a time on a CPU, so that they are still in its cache
-STATE = ("masters", "exp_avg", "exp_avg_sq")  # FP32 numbers per trained weight that outlive a step
-
-
-class Bucket:
-    """Some parameters, with flat FP32 tensors of what belongs to them, and views of each parameter's share."""
-
-    def __init__(self, tensors: list[Held]):
-        self.tensors = tensors
-        sizes, device = [t.parameter.numel() for t in tensors], tensors[0].parameter.device
-        self.grads, self.masters, self.exp_avg, self.exp_avg_sq = (
-            torch.zeros(sum(sizes), dtype=torch.float32, device=device) for _ in range(4)
-        )
-        shares = {name: getattr(self, name).split(sizes) for name in ("grads", *STATE)}
-        self.views = [
-            {name: share[i].view(tensor.parameter.shape) for name, share in shares.items()}
-            for i, tensor in enumerate(tensors)
-        ]
-        for tensor, views in zip(tensors, self.views):
-            views["masters"].copy_(tensor.parameter.data)
-            if tensor.parameter.dtype == torch.float32:
-                tensor.parameter.data = views["masters"]
-        self.missing = 0  # parameters without a gradient so far, in the last micro-batch
-        self.empty: set[int] = set()  # parameters without a gradient so far, in this step
-        self.reduction: dist.Work | None = None
-
-
-def in_buckets(items: list, size: Callable) -> list[list]:
-    """`items` in runs of at most BUCKET elements together; a larger one goes alone. `size` says how many one has."""
-    runs, filled = [], BUCKET
-    for item in items:
-        filled += size(item)
-        if filled > BUCKET:
-            runs.append([])
-            filled = size(item)
-        runs[-1].append(item)
-    return runs
-
-
-class Optimizer:
-    """Adam (arXiv:1412.6980) or, with `decoupled` weight decay, AdamW (arXiv:1711.05101); `torch.optim`'s arithmetic.
-
-    Every parameter of `model` with `requires_grad` is trained. All ranks make theirs together. The calls of a step, in
-    order: `start`, backward passes (before the last of them `before_last_backward`), `reduce`, `squared_norm`, `step`.
-    """
-
-    def __init__(self, model: nn.Module, betas: tuple[float, float], eps: float, weight_decay: float, decoupled: bool):
-        self.place: Place = model.place
-        self.betas, self.eps, self.weight_decay, self.decoupled = betas, eps, weight_decay, decoupled
-        self.steps, self.last, self.launched = 0, False, 0
-        # The backward pass reaches the last layers first. Buckets in about that order fill up one after the other, and
-        # the first of them are all-reduced while the backward pass still works on the rest.
-        trained = [t for t in reversed(held_tensors(model)) if t.parameter.requires_grad]
-        self.buckets = [Bucket(group) for group in in_buckets(trained, lambda t: t.parameter.numel())]
-        names = gather_objects({t.name for t in trained})
-        # What the first and the last stage hold both; ranks are numbered stage by stage.
-        self.at_both_ends = names[0] & names[-1] if self.place.pp_size > 1 else set()
-        self.parts = [pair for bucket in self.buckets for pair in zip(bucket.tensors, bucket.views)]
-        for bucket in self.buckets:
-            for i, tensor in enumerate(bucket.tensors):
-                tensor.parameter.register_post_accumulate_grad_hook(self._hook(bucket, i))
-
-    def _hook(self, bucket: Bucket, i: int):
-        """What autograd calls when a backward pass has found the whole gradient of parameter `i`, and put it in .grad.
-
-        The step's first gradient is copied over what the step before left, which is cheaper than zeros and a sum.
-        """
-        grad = bucket.views[i]["grads"]
-
-        def move(parameter: nn.Parameter) -> None:
-            if i in bucket.empty:
-                bucket.empty.remove(i)
-                grad.copy_(parameter.grad)
-            else:
-                grad.add_(parameter.grad)
-            parameter.grad = None  # frees it, before the next layer has its own
-            if self.last:
-                bucket.missing -= 1
-                self._launch(only_filled=True)
-
-        return move
-
-    def start(self) -> None:
-        """Forget the last step's gradients."""
-        self.last, self.launched = False, 0
-        for bucket in self.buckets:
-            bucket.missing, bucket.reduction = len(bucket.tensors), None
-            bucket.empty = set(range(len(bucket.tensors)))
-
-    def before_last_backward(self) -> None:
-        self.last = True
-
-    def _launch(self, only_filled: bool) -> None:
-        """All-reduce the next buckets over the replicas.
-
-        Collectives match by order, and gradients need not arrive in the same order on all replicas (a micro-batch
-        without images leaves the tower out): a bucket that is full waits for those before it.
-        """
-        while self.launched < len(self.buckets) and not (only_filled and self.buckets[self.launched].missing):
-            bucket = self.buckets[self.launched]
-            for i in bucket.empty:  # no micro-batch of this replica used these; they hold the last step's gradients
-                bucket.views[i]["grads"].zero_()
-            if self.place.dp_group is not None:
-                bucket.reduction = dist.all_reduce(bucket.grads, group=self.place.dp_group, async_op=True)
-            self.launched += 1
-
-    def reduce(self) -> None:
-        """Make every rank's gradients complete: the sum over replicas, sharers and the two ends of the pipeline."""
-        self._launch(only_filled=False)
-        for bucket in self.buckets:
-            if bucket.reduction is not None:
-                bucket.reduction.wait()
-        # A group for every set of sharers would be many; whole tensors, zero outside the own part, are small. They go
-        # many at a time: LoRA has 616 of them, and each message would cost more than its bytes.
-        shared = [(t.part, views["grads"]) for t, views in self.parts if t.sharers > 1]
-        for bucket in in_buckets(shared, lambda pair: math.prod(pair[0].shape)):
-            sizes = [math.prod(part.shape) for part, _ in bucket]
-            flat = torch.zeros(sum(sizes), device=self.place.device)
-            rows = [x.view(p.shape)[p.start : p.stop] for x, (p, _) in zip(flat.split(sizes), bucket)]
-            torch._foreach_copy_(rows, [grad for _, grad in bucket])
-            dist.all_reduce(flat, group=self.place.tp_group)
-            torch._foreach_copy_([grad for _, grad in bucket], rows)
-        for tensor, views in self.parts:
-            if tensor.name in self.at_both_ends:
-                self._add_other_end(views["grads"])
-
-    def _add_other_end(self, grad: torch.Tensor) -> None:
-        """First and last stage exchange gradients of the same tensor, one direction after the other. Both find the same
-        sums to the bit, and so the same masters after the step: the copy never drifts."""
-        place, other = self.place, torch.empty_like(grad)
-        if place.first_stage:
-            work = dist.isend(grad, group=place.pp_group, group_dst=place.pp_size - 1)
-            dist.recv(other, group=place.answer_group, group_src=place.pp_size - 1)
-        else:
-            dist.recv(other, group=place.pp_group, group_src=0)
-            work = dist.isend(grad, group=place.answer_group, group_dst=0)
-        work.wait()
-        grad.add_(other)
-
-    def squared_norm(self) -> torch.Tensor:
-        """The squared length of the gradients that this rank owns, 0-d float64; a replica's ranks add theirs up."""
-        norms = [torch.linalg.vector_norm(views["grads"]).double() for tensor, views in self.parts if tensor.owner]
-        return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
-
-    @torch.no_grad()
-    def step(self, lr: float, scale: float) -> None:
-        """One update with the gradients times `scale`."""
-        self.steps += 1
-        (b1, b2), decay = self.betas, self.weight_decay
-        correction1, correction2 = 1 - b1**self.steps, 1 - b2**self.steps
-        chunk = CPU_CHUNK if self.place.device.type == "cpu" else BUCKET
-        flat = [(b.grads, b.masters, b.exp_avg, b.exp_avg_sq) for b in self.buckets]
-        for grads, masters, exp_avg, exp_avg_sq in (c for f in flat for c in zip(*(x.split(chunk) for x in f))):
-            if scale != 1:
-                grads.mul_(scale)
-            if decay and self.decoupled:
-                masters.mul_(1 - lr * decay)
-            elif decay:
-                grads.add_(masters, alpha=decay)
-            exp_avg.lerp_(grads, 1 - b1)
-            exp_avg_sq.mul_(b2).addcmul_(grads, grads, value=1 - b2)
-            spread = exp_avg_sq.sqrt().div_(correction2**0.5).add_(self.eps)
-            masters.addcdiv_(exp_avg, spread, value=-lr / correction1)
-        self.write_weights()
-
-    @torch.no_grad()
-    def write_weights(self) -> None:
-        """Round the masters to the model's weights, where these are not the masters themselves."""
-        for tensor, views in self.parts:
-            if tensor.parameter.dtype != torch.float32:
-                tensor.parameter.copy_(views["masters"])
-
-
-# ------------------------------------------------------------------------------------------------ the run's state
+from runtime.files import UserError, flush_to_disk, parse_line, read_json, read_lines, write_json, writing
+from runtime.launch import caught, gather_objects, new_folder, together
+from runtime.optimizer import STATE, Held, Optimizer
 
 
 def save_state(directory: str, step: int, optimizer: Optimizer, settings: dict, keep: int) -> None:
@@ -279,13 +88,6 @@ def remove_state(path: str) -> None:
             if re.fullmatch(r"rank-\d{5,}\.safetensors|\.tmp\w{6}|state\.json(\.partial)?", name):
                 os.remove(os.path.join(partial, name))
         os.rmdir(partial)
-
-
-def flush_to_disk(path: str) -> None:
-    """A file's contents, or a folder's names, survive a power cut from here on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def step_of(name: str) -> int:
@@ -365,8 +167,6 @@ def read_piece(tensor: Held, views: dict[str, torch.Tensor], file: safe_open, st
         target.copy_(source)
     return max(done, high)
 
-
-# --------------------------------------------------------------------------------------- the folder of a run
 
 RECORD, STAGED = "run.json", ".partial"  # says whose folder this is; what is not finished yet
 
@@ -448,3 +248,168 @@ def write_record(out: str, finished: dict | None = None) -> None:
     with writing(out):
         os.makedirs(out, exist_ok=True)
         write_json(os.path.join(out, RECORD), {"program": "train.py", "finished": finished})
+
+
+WEIGHTS = r"(model|adapter_model)(-\d+-of-\d+)?\.safetensors"
+
+
+@contextmanager
+def finishing(out: str, finished: dict, rank: int) -> Iterator[str]:
+    """Yields a folder for what a run leaves in `out` at its end, which takes its place there when all of it is whole.
+
+    All ranks come here. What an earlier end of the run left is replaced; a folder with files that this program does not
+    write is kept under another name.
+    """
+    staged = os.path.join(out, STAGED)
+
+    def put() -> None:
+        for name in os.listdir(staged):
+            new, final = os.path.join(staged, name), os.path.join(out, name)
+            if os.path.isdir(final):
+                own = {*os.listdir(new), *(name for name in os.listdir(final) if re.fullmatch(WEIGHTS, name))}
+                strange = set(os.listdir(final)) - own
+                os.rename(final, f"{final}.old" if strange else os.path.join(staged, f"old {name}"))
+        write_record(out, finished)  # whoever is killed before the next line left no model, and --resume writes it anew
+        for name in sorted(os.listdir(staged), key=lambda name: name == "model"):  # last: with it all is in place
+            if not name.startswith("old "):
+                os.rename(os.path.join(staged, name), os.path.join(out, name))
+
+    def guarded(action) -> None:
+        with writing(out, "make room, then --resume"):
+            action()
+
+    with ExitStack() as stack:
+        together(lambda: guarded(lambda: stack.enter_context(new_folder(staged))) if rank == 0 else None)
+        yield staged
+        with caught(lambda number, frame: None):  # the last moment: a signal has nothing left to stop
+            together(lambda: guarded(put) if rank == 0 else None)
+
+
+LINE = "step {step}/{total}  loss {loss:.4f}  gradient norm {grad_norm:.4g}  {tokens_per_s:.0f} tokens/s  {left} left"
+
+
+class Metrics:
+    """`metrics.jsonl` in the folder `out`, one JSON object per line, and each line for people on stderr.
+
+    In a terminal the line of a step takes the place of the last one's.
+    """
+
+    def __init__(self, out: str, after_step: int, total: int):
+        """Keeps what an earlier run wrote, up to `after_step`: the steps after it will be taken again."""
+        self.path, self.total = os.path.join(out, "metrics.jsonl"), total
+        lines = read_lines(self.path) if os.path.exists(self.path) else []
+        if lines and not lines[-1][1].endswith(b"}"):
+            lines.pop()  # cut off when its process was killed
+        self.lines = []
+        for number, text in lines:
+            line = parse_line(text, where := f"{self.path} line {number}")
+            if type(line.get("step")) is not int:
+                raise UserError(f"{where}: has no step; remove this line, or the file, to resume")
+            if line["step"] <= after_step:
+                self.lines.append(line)
+        if not os.path.exists(os.path.join(out, RECORD)):
+            write_record(out)  # the first file of a run: the folder is one from here on
+        with writing(self.path):
+            with open(f"{self.path}.partial", "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in self.lines)
+            os.replace(f"{self.path}.partial", self.path)
+        self.seconds: list[float] = []  # of the steps taken here, at most 20
+        self.open = False  # the last line shown is to be replaced
+
+    def write(self, line: dict) -> None:
+        self.lines.append(line)
+        with writing(self.path, "make room, then --resume"), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if "val_loss" in line:
+            shown = [f"{name} {value:.4f}" for name, value in line.items() if name != "step"]
+            return self.say(f"step {line['step']}: {', '.join(shown)}")
+        self.seconds = [*self.seconds[-19:], line["step_s"]]
+        seconds = sum(self.seconds) / len(self.seconds) * (self.total - line["step"])
+        left = timedelta(seconds=round(min(seconds, 1e9)))  # 30 years: no calendar goes on for ever
+        text = LINE.format(**line, total=self.total, left=left)
+        if not sys.stderr.isatty():
+            self.say(text)
+        else:
+            text = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps could not be replaced
+            print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+            self.open = True
+        if len(self.seconds) == 10 and line["step"] < self.total:
+            end = datetime.now() + left
+            self.say(f"after ten steps: {left} left, which is until {end:%H:%M} on {end:%d %B}")
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        print("\n" * self.open + text, file=sys.stderr, flush=True)
+        self.open = False
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *error) -> None:
+        """What is said next, an error perhaps, gets a line of its own."""
+        print("\n" * self.open, end="", file=sys.stderr, flush=True)
+        self.open = False
+
+    def summary(self) -> str:
+        """How the loss went, over tenths of the run, since single steps are noise."""
+        losses = [line["loss"] for line in self.lines if is_loss(line.get("loss"))] or [math.nan]
+        some = max(1, len(losses) // 10)
+        first, last = sum(losses[:some]) / some, sum(losses[-some:]) / some
+        return f"loss {first:.4f} in the first {some} steps, {last:.4f} in the last {some}"
+
+
+WIDTH, HEIGHT, MARGIN = 900, 500, 60  # of loss.png, in pixels
+
+SMOOTHING = 0.9  # of the curve over the noise: each step's share in it shrinks by this with every later one
+
+
+def draw_loss(path: str, lines: list[dict]) -> None:
+    """A picture of the loss by step (pale), smoothed (blue), the validation loss (orange), the learning rate (grey)."""
+    names = ("lr", "loss", "val_loss")
+    found = {name: [(line["step"], line[name]) for line in lines if is_loss(line.get(name))] for name in names}
+    smooth, mean, weight = [], 0.0, 0.0
+    for step, loss in found["loss"]:
+        mean, weight = SMOOTHING * mean + (1 - SMOOTHING) * loss, SMOOTHING * weight + 1 - SMOOTHING
+        smooth.append((step, mean / weight))  # over what there was: the first steps don't lean to 0
+    steps, losses = zip(*(found["loss"] + found["val_loss"] or [(1, 0.0)]))
+    last, low, high = max(2, *steps), min(losses), max(losses)
+    high = max(high, low + 1e-3 * max(1, abs(low)))
+    largest = max((rate for _, rate in found["lr"]), default=0) or 1
+    rates = [(step, low + rate / largest * (high - low)) for step, rate in found["lr"]]
+
+    def at(step: float, loss: float) -> tuple[float, float]:
+        x = MARGIN + (step - 1) / (last - 1) * (WIDTH - 2 * MARGIN)
+        return x, HEIGHT - MARGIN - (loss - low) / (high - low) * (HEIGHT - 2 * MARGIN)
+
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    draw = ImageDraw.Draw(image)
+    for loss in round_numbers(low, high):
+        left, y = at(1, loss)
+        draw.line((left, y, WIDTH - MARGIN, y), fill="#dddddd")
+        draw.text((left - 8, y), f"{loss:.6g}", fill="black", anchor="rm")
+    for step in sorted({max(1, round(step)) for step in round_numbers(1, last)}):
+        x, y = at(step, low)
+        draw.line((x, y, x, y + 5), fill="black")
+        draw.text((x, y + 8), str(step), fill="black", anchor="mt")
+    draw.text((WIDTH / 2, HEIGHT - 20), "step", fill="black", anchor="mm")
+    curves = [("#bbbbbb", rates, f"learning rate, 0 to {largest:.3g}"), ("#b5d3ea", found["loss"], "loss")]
+    curves += [("#1f77b4", smooth, "loss, smoothed"), ("#ff7f0e", found["val_loss"], "validation loss")]
+    for i, (color, points, name) in enumerate(curves):
+        if xy := [at(*point) for point in points]:
+            draw.line(xy, fill=color, width=2)
+            for x, y in xy if len(xy) == 1 or points is found["val_loss"] else ():
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
+            draw.text((WIDTH - MARGIN, 12 + 14 * i), name, fill=color, anchor="rm")
+    with writing(path):
+        image.save(path)
+
+
+def round_numbers(low: float, high: float) -> list[float]:
+    """At most nine from `low` to `high`: 1, 2 or 5 times a power of ten apart."""
+    power = 10.0 ** math.floor(math.log10((high - low) / 8))
+    apart = next(n * power for n in (1, 2, 5, 10, 20) if (high - low) / (n * power) <= 8)
+    return [i * apart for i in range(math.ceil(low / apart), math.floor(high / apart) + 1)]
+
+
+def is_loss(value) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30

@@ -21,13 +21,14 @@ sense (a tool result that answers no call), this file raises UserError.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from config import UserError
-from tokenizer import SentencePiece, Tekken
+from runtime.files import UserError
+from runtime.tokenizer import SentencePiece, StreamDecoder, Tekken
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,16 @@ FORMATS = {
 NAME = re.compile("[a-zA-Z0-9_-]{1,64}")  # of a function
 
 KEYS = {"role", "content", "name"}  # of every message; a name says nothing to the model
+
 ROLES = {  # role -> what else its messages may hold; other keys only if they are empty, as clients send them
     "system": set(),
     "user": set(),
     "assistant": {"tool_calls", "prefix", "weight", "reasoning", "reasoning_content"},
     "tool": {"tool_call_id"},
 }
+
 PLACES = [f"call{i:05d}" for i in range(100)]  # ids for calls in the form of generate.py's output, which has none
+
 CANNOT_FOLLOW = {("system", "tool"), ("user", "tool"), ("assistant", "system"), ("tool", "system")}  # (role, next role)
 
 
@@ -195,9 +199,6 @@ def _check(holds: object, problem: str) -> None:
         raise UserError(problem)
 
 
-# ---- making messages, and what is in them
-
-
 def opening(system: str | None) -> list[dict]:
     return [] if system is None else [{"role": "system", "content": system}]
 
@@ -211,9 +212,6 @@ def image_url(part: dict) -> str | None:
     """Of a message's part that is an image."""
     url = part.get("image_url")
     return url.get("url") if isinstance(url, dict) else url
-
-
-# ---- from messages to turns
 
 
 def _merge(messages: list[Message], form: Format) -> list[Message]:
@@ -269,9 +267,6 @@ def _join(contents: list[list[Part]], text_join: str) -> list[Part]:
                     parts.append(part)
                 separator = text_join
     return parts
-
-
-# ---- reading what the user wrote
 
 
 def _read_messages(messages: list[dict], form: Format, training: bool) -> list[Message]:
@@ -412,3 +407,133 @@ def _read_settings(tokenizer: Tekken | SentencePiece, effort: str | None) -> dic
     effort, known = setting["default"] if effort is None else effort, setting["values"]
     _check(effort in known, f"reasoning effort {effort!r}: this checkpoint knows {', '.join(known)}")
     return {"reasoning_effort": effort}
+
+
+@dataclass
+class Reply:
+    text: str = ""  # without reasoning and special tokens
+    reasoning: str | None = None  # what stood between [THINK] and [/THINK]
+    tool_calls: list[dict] = field(default_factory=list)  # {"name", "arguments": parsed JSON, or text that is none}
+
+
+class ReplyParser:
+    """Reads a reply token by token. What is streamed, what JSON carries and what a chat remembers all come from here.
+
+    `add` and `finish` return pieces (kind, text), kind "text" or "reasoning", as soon as they are certain; joined, they
+    are the texts of `reply`. A stop string counts in the answer's text alone. Of several, the one that is complete
+    first ends the text where it begins; of two complete at the same character, the one listed first. Text that may
+    still turn out to be the beginning of one is held back. Never raises, whatever the tokens.
+
+    `prompt`: its ids tell whether the reply begins inside a [THINK] that the prompt opened. `raw`: no chat, only text.
+    """
+
+    def __init__(self, tokenizer: Tekken | SentencePiece, prompt: list[int] = (), stop: list[str] = (), raw=False):
+        self.reply, self.stop, self.stopped, self.ended = Reply(), list(stop), False, False
+        self._tokenizer, special = tokenizer, tokenizer.special
+        marks = ("[THINK]", "[/THINK]", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
+        self._marks = {} if raw else {special[name]: name for name in marks if name in special}
+        self._text, self._thought = StreamDecoder(tokenizer), StreamDecoder(tokenizer)
+        self._held = ""  # text that may be the beginning of a stop string
+        self._calls: list[dict[str, list[int]]] = []  # for each, the ids of its "name", "[CALL_ID]" and "[ARGS]"
+        self._into = "text"  # or "reasoning" or "calls"
+        # The reply begins inside a thought if the last of these tokens in the prompt opened one.
+        turns = {special.get(name) for name in ("[THINK]", "[/THINK]", "[/INST]", "[/TOOL_RESULTS]", "</s>")}
+        last = next((id for id in reversed(prompt) if id in turns), None)
+        if last is not None and self._marks.get(last) == "[THINK]":
+            self._into, self.reply.reasoning = "reasoning", ""
+
+    def add(self, id: int) -> list[tuple[str, str]]:
+        mark = self._marks.get(id)
+        if self.stopped or self.ended:
+            return []
+        if id == self._tokenizer.eos_id:
+            self.ended = True
+        elif mark == "[THINK]":
+            self._into, self.reply.reasoning = "reasoning", self.reply.reasoning or ""
+        elif mark == "[/THINK]":
+            self._into = "text" if self._into == "reasoning" else self._into  # one that nothing opened closes nothing
+        elif mark == "[TOOL_CALLS]":
+            self._calls.append({"name": []})
+            self._into, self._part = "calls", self._calls[-1]["name"]
+        elif mark and self._into == "calls":
+            self._part = self._calls[-1][mark] = []
+        elif self._into == "calls":
+            self._part.append(id)
+        elif self._into == "reasoning":
+            return self._think(self._thought.add(id))
+        else:
+            return self._say(self._text.add(id))
+        return []
+
+    def finish(self) -> list[tuple[str, str]]:
+        """The rest: halves of characters, text held back, and what stood where a call should be and is none."""
+        pieces = self._think(self._thought.flush()) if self.reply.reasoning is not None else []
+        if not self.stopped:
+            rest, self._held = self._held + self._text.flush(), ""
+            for call in self._calls:
+                rest += self._read_call(call)
+            pieces += self._emit(rest)
+        return pieces
+
+    def _think(self, new: str) -> list[tuple[str, str]]:
+        self.reply.reasoning += new
+        return [("reasoning", new)] if new else []
+
+    def _say(self, new: str) -> list[tuple[str, str]]:
+        before, text = len(self._held), self._held + new
+        # (where it is complete, its place in the list, where it begins) of every stop string that ends in `new`
+        found = []
+        for order, stop in enumerate(self.stop):
+            start = text.find(stop, max(0, before - len(stop) + 1))
+            if start >= 0:
+                found.append((start + len(stop), order, start))
+        if found:
+            self.stopped, self._held = True, ""
+            return self._emit(text[: min(found)[2]])
+        starts = (i for i in range(len(text)) if any(stop.startswith(text[i:]) for stop in self.stop))
+        keep = next(starts, len(text)) if self.stop else len(text)
+        self._held = text[keep:]
+        return self._emit(text[:keep])
+
+    def _emit(self, text: str) -> list[tuple[str, str]]:
+        self.reply.text += text
+        return [("text", text)] if text else []
+
+    def _read_call(self, ids: dict[str, list[int]]) -> str:
+        """Add what one [TOOL_CALLS] introduces to the reply's calls; returns the text in it that is no call."""
+        name = self._tokenizer.decode(ids["name"])
+        if "[ARGS]" in ids:
+            if not NAME.fullmatch(name):
+                return name + self._tokenizer.decode(ids["[ARGS]"])
+            arguments = _arguments(self._tokenizer.decode(ids["[ARGS]"]))
+            self.reply.tool_calls.append({"name": name, "arguments": arguments})
+            return ""
+        # The older form: [{"name": …, "arguments": …}, …]
+        start = match.start() if (match := re.search(r"\[\s*\{", name)) else 0
+        try:
+            calls, end = _READER.raw_decode(name, start)
+            calls = [{"name": call["name"], "arguments": call.get("arguments", {})} for call in calls]
+            if not all(NAME.fullmatch(call["name"]) for call in calls):
+                return name
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return name
+        self.reply.tool_calls += calls
+        return name[:start] + name[end:]
+
+
+def _arguments(text: str) -> object:
+    """The JSON value, or the text itself where it is not JSON (cut off, for example)."""
+    try:
+        return json.loads(text, parse_float=_finite, parse_constant=_finite)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _finite(number: str) -> float:
+    """Python's JSON reader lets NaN, Infinity and 1e999 through, but they cannot be written as JSON again."""
+    if not math.isfinite(float(number)):
+        raise ValueError
+    return float(number)
+
+
+_READER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -28,20 +29,23 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from config import TopologyError, UserError
-from parallel import Place
+from parallel import Place, TopologyError
+from runtime.files import UserError
 
 LOST_SECONDS = 10  # a rank that lost another one waits so long before it says so: the cause should be said first
+
 HUNG = timedelta(minutes=30)  # for one collective, among ranks that are all there
+
 PATIENT = timedelta(days=30)  # ranks rightly wait for a disk, or a person; `Watch` ends a wait for one that is gone
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; the end of a job; Slurm's warning that it is near
+
 # What every program calls the flags that a TopologyError is about; the layers that raise it know of no flags.
 WHAT_TO_DO = "choose other --tp and --pp; their product, times the data-parallel replicas, is the number of processes"
+
 OUT_OF_MEMORY = "can't allocate memory|Cannot allocate memory|bad_alloc|out of memory"
+
 MORE_MEMORY = "use more processes with --tp or --pp, fewer or shorter requests or samples at once, or more memory"
-
-
-# --------------------------------------------------------------------------------------------- the command line
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -93,9 +97,6 @@ def number(kind: type, low: float, high: float, above: bool = False):
 
 
 COUNT, SIZE = number(int, 0, 1 << 40), number(int, 1, 1 << 40)
-
-
-# ------------------------------------------------------------------------------------------------- many ranks
 
 
 def variable(name: str, low: int, high: int, default: int | None = None) -> int:
@@ -220,14 +221,11 @@ def together(action: Callable):
     error, result = None, None
     try:
         result = action()
-    except UserError as mistake:
+    except (UserError, TopologyError) as mistake:
         error = mistake
     for mistake in filter(None, gather_objects(error)):
         raise mistake
     return result
-
-
-# ------------------------------------------------------------------------------------------------ how it all ends
 
 
 class Watch:
@@ -321,6 +319,25 @@ def caught(handler: Callable) -> Iterator[dict]:
             signal.signal(number, previous)
 
 
+@contextlib.contextmanager
+def new_folder(path: str) -> Iterator[None]:
+    """A folder for the block to fill and to rename. Whatever ends the block early, a signal too, removes it again."""
+
+    def remove(number: int, frame) -> None:
+        shutil.rmtree(path, ignore_errors=True)
+        if not callable(before[number]):
+            os._exit(128 + number)
+        signal.signal(number, before[number])
+        signal.raise_signal(number)
+
+    with caught(remove) as before:
+        os.makedirs(path)
+        try:
+            yield
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def left_to_watch(number: int, frame) -> None:
     """The handler of a signal that `Watch` reads from a pipe: Python would run it only when the main thread is free."""
 
@@ -382,8 +399,10 @@ def run_program(main: Callable[[list[str]], None]) -> None:
         sys.stdout.flush()
         if dist.is_initialized():
             dist.barrier()  # watched, too: this may take as long as the slowest rank does
+    except TopologyError as error:
+        status, line = 2, f"{error}; {WHAT_TO_DO}"
     except UserError as error:
-        status, line = error.status, f"{error}; {WHAT_TO_DO}" if isinstance(error, TopologyError) else str(error)
+        status, line = error.status, str(error)
     except SystemExit as stop:  # --help
         status = stop.code or 0
     except KeyboardInterrupt:  # of one process alone

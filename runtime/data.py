@@ -1,0 +1,156 @@
+"""Chats as micro-batches: samples, their order, padding, images."""
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from model import Config, VisionConfig
+from parallel import Place
+from runtime.chat import encode_chat
+from runtime.files import UserError, parse_line, read_lines
+from runtime.images import grid_of, load_image, pixels
+from runtime.launch import gather_objects, together
+
+KEYS = {"messages", "tools", "reasoning_effort"}
+
+IGNORE = -1  # the target at positions that are not learned
+
+
+@dataclass
+class Sample:
+    """A chat of T tokens."""
+
+    ids: torch.Tensor  # (T,) int32
+    targets: torch.Tensor  # (T,) bool: did an assistant write it?
+    images: list[str]  # paths or data: URLs, in the order of their tokens
+    line: int  # in the file, from 1
+
+    @property
+    def target_tokens(self) -> int:
+        return int(self.targets.sum())
+
+    def split_answer(self) -> tuple[list[int], list[int]]:
+        """(everything before the last assistant turn, that turn with its end token)."""
+        # A chat ends with an assistant turn, so seen from its end the first False is the token before that turn.
+        start = len(self.targets) - int((~self.targets).flip(0).int().argmax())
+        return self.ids[:start].tolist(), self.ids[start:].tolist()
+
+
+class Chats:
+    """The samples of a file. Raises UserError for the first line that is not a chat to learn from.
+
+    dropped: samples that were left out because they have more than `max_length` tokens. They are not cut: a chat that
+    breaks off would teach the model to stop in the middle, and an image that breaks off has no meaning.
+    """
+
+    def __init__(self, path: str, tokenizer, config: Config, max_length: int, place: Place):
+        self.path, self.base = path, os.path.dirname(path)
+        mine = {}  # line number -> Sample, or what is wrong with the line
+        for number, line in together(lambda: read_lines(path)):
+            if number % place.world_size == place.rank:
+                try:
+                    mine[number] = self._read(line, number, tokenizer, config)
+                except UserError as error:
+                    mine[number] = str(error)
+                    break
+        # Ranks stop at their own first error. The one to report is the first in the file, the same on every rank.
+        read = {number: sample for part in gather_objects(mine) for number, sample in part.items()}
+        everything = [sample for _, sample in sorted(read.items())]
+        if errors := [sample for sample in everything if isinstance(sample, str)]:
+            raise UserError(errors[0])
+        if not everything:
+            raise UserError(f"{path}: is empty; it should hold one chat a line")
+        self.samples = [sample for sample in everything if len(sample.ids) <= max_length]
+        self.dropped = len(everything) - len(self.samples)
+        if not self.samples:
+            raise UserError(f"{path}: all {self.dropped} samples are longer than --max-length {max_length}")
+
+    def _read(self, line: bytes, number: int, tokenizer, config: Config) -> Sample:
+        where = f"{self.path} line {number}"
+        chat = parse_line(line, where, KEYS)
+        messages, tools, effort = (chat.get(key) for key in ("messages", "tools", "reasoning_effort"))
+        see = partial(grid_of, base=self.base, vision=config.vision) if config.vision is not None else None
+        try:
+            chat = encode_chat(tokenizer, messages, tools, effort, see, training=True)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        if not any(chat.targets):
+            raise UserError(f"{where}: nothing in this chat is trained on; every assistant message has weight 0")
+        return Sample(torch.tensor(chat.ids, dtype=torch.int32), torch.tensor(chat.targets), chat.images, number)
+
+    def fingerprint(self) -> str:
+        """Changes with the samples: a resumed run must go on with the same ones."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            digest.update(sample.ids.numpy().tobytes() + repr(sample.images).encode())
+        return digest.hexdigest()[:16]
+
+
+class Order:
+    """Which samples a step takes: epoch after epoch, each in an order of its own, cut into global batches.
+
+    A batch may span two epochs. The very last one is smaller where the samples do not fill it.
+    """
+
+    def __init__(self, count: int, batch_size: int, epochs: int | None, seed: int, shuffle: bool):
+        self.count, self.batch_size, self.epochs = count, batch_size, epochs
+        self.seed, self.shuffle = seed, shuffle
+        self.steps = -(-count * epochs // batch_size) if epochs else None  # rounded up; None: no end
+
+    def epoch(self, number: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(self.count))
+        generator = torch.Generator().manual_seed((self.seed << 20) + number)
+        return torch.randperm(self.count, generator=generator).tolist()
+
+    def batch(self, step: int) -> list[int]:
+        """The samples of step 1, 2, …, by index."""
+        first, last = (step - 1) * self.batch_size, step * self.batch_size
+        if self.epochs:
+            last = min(last, self.count * self.epochs)
+        orders = {n: self.epoch(n) for n in range(first // self.count, (last - 1) // self.count + 1)}
+        return [orders[i // self.count][i % self.count] for i in range(first, last)]
+
+
+@dataclass
+class MicroBatch:
+    """B samples side by side, padded on the right to T tokens: what goes through the model in one pass.
+
+    Padding needs no attention mask. Attention is causal, so no token of a sample sees the padding to its right; and
+    what the padding itself computes is not learned from, since its targets are IGNORE.
+    """
+
+    tokens: torch.Tensor  # (B, T) int64
+    targets: torch.Tensor  # (B, T) int64: the next token, or IGNORE where no assistant wrote it
+    lines: list[int]  # (B,) of the file
+    images: list[str]  # of all samples, in the order of their tokens
+    length: int  # tokens without padding
+    pixels: list[torch.Tensor] = field(default_factory=list)  # one per image, once they are decoded
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.tokens.shape)
+
+
+def micro_batches(samples: list[Sample], size: int, pad_id: int, multiple: int = 1) -> list[MicroBatch]:
+    """`samples`, in their order, `size` at a time. T is the longest sample's inputs, rounded up to `multiple`."""
+    batches = []
+    for group in (samples[i : i + size] for i in range(0, len(samples), size)):
+        lengths = [len(sample.ids) - 1 for sample in group]
+        T = -(-max(lengths) // multiple) * multiple
+        tokens, targets = torch.full((len(group), T), pad_id), torch.full((len(group), T), IGNORE)
+        for i, (sample, length) in enumerate(zip(group, lengths)):
+            tokens[i, :length] = sample.ids[:-1]
+            targets[i, :length] = sample.ids[1:].long().masked_fill(~sample.targets[1:], IGNORE)
+        images = [url for sample in group for url in sample.images]
+        batches.append(MicroBatch(tokens, targets, [sample.line for sample in group], images, sum(lengths)))
+    return batches
+
+
+def decode_images(batches: list[MicroBatch], base: str, vision: VisionConfig | None, dtype: torch.dtype) -> None:
+    """Fill in the `pixels` of `batches`, paths relative to `base`. Raises UserError for an image that is broken."""
+    for batch in batches:
+        batch.pixels = [pixels(load_image(url, base), vision).to(dtype) for url in batch.images]

@@ -1,0 +1,196 @@
+"""User errors and the files that they are about: guards around reading, JSON, writing so that nothing is half there."""
+
+import json
+import os
+import stat
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+from safetensors import SafetensorError
+
+
+class UserError(ValueError):
+    """A mistake of the user's: one line that says what is wrong and what to do. Programs exit with `status`.
+
+    Messages quote files, which may hold anything: what does not print is escaped, and a long line loses its middle.
+    """
+
+    status = 2
+
+    def __init__(self, message: str):
+        for _ in range(2):  # again, since what is escaped grows
+            message = message if len(message) <= 440 else f"{message[:280]} … {message[-157:]}"
+            message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        super().__init__(message[:440])
+
+
+MEGABYTE, DEEPEST = 1 << 20, 64  # levels of JSON
+
+LFS = b"version https://git-lfs"  # how the pointers begin that Git keeps in place of large files
+
+
+def warn(text: str) -> None:
+    """One line on stderr, from rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"WARNING: {UserError(text)}", file=sys.stderr)
+
+
+@contextmanager
+def reading(path: str, kind: str) -> Iterator[None]:
+    """The guard around the interpretation of a file: whatever its reader raises becomes one line with its name."""
+    try:
+        yield
+    except UserError as error:
+        raise error if str(error).startswith(str(UserError(path))) else UserError(f"{path}: {error}") from None
+    except Exception as error:
+        raise UserError(f"{path}: not a valid {kind} ({type(error).__name__}: {error})") from None
+
+
+def read_file(path: str, limit: int = 0) -> bytes:
+    """A regular file of at most `limit` bytes, since a pipe may block and a device never end; with 0 its first few."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            problem = "it is a folder" if stat.S_ISDIR(status.st_mode) else "it is a pipe or a device, not a file"
+        elif limit and status.st_size > limit:
+            problem = f"it is larger than {limit // MEGABYTE} MB"
+        else:
+            with open(path, "rb") as file:
+                contents = file.read(min(status.st_size, limit or len(LFS)))
+            if not contents.startswith(LFS):
+                return contents
+            problem = "it is a Git LFS pointer, not the file itself; run git lfs pull"
+    except (FileNotFoundError, ValueError):  # ValueError: a zero byte in the name
+        problem = "no such file"
+    except OSError as error:
+        problem = error.strerror
+    raise UserError(f"{path}: cannot be read: {problem}")
+
+
+def read_json(path: str, limit: int = 64 * MEGABYTE):
+    return parse_json(read_file(path, limit), path)
+
+
+def parse_json(data: bytes, where: str):
+    try:
+        value = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(DEEPEST):
+        inside = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [item for items in inside for item in items if isinstance(item, (dict, list))]
+        if not level:
+            return value
+    raise UserError(f"{where}: nested more than {DEEPEST} levels deep")
+
+
+def read_lines(path: str) -> list[tuple[int, bytes]]:
+    """The lines of a JSON-lines file that are not blank, each with its number from 1. Raises UserError."""
+    lines = read_file(path, 1024 * MEGABYTE).splitlines()
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def parse_line(line: bytes, where: str, keys: Collection[str] = ()) -> dict:
+    """The JSON object in `line`; with `keys`, no others may occur. Raises UserError that begins with `where`."""
+    value = parse_json(line, where)
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: should be a JSON object")
+    if keys and (strange := set(value) - set(keys)):
+        raise UserError(f"{where}: unknown key {min(strange)!r}; known are {', '.join(sorted(keys))}")
+    return value
+
+
+def write_json(path: str, value) -> None:
+    """Under a temporary name first: a reader sees the old file or the new one."""
+    with open(f"{path}.partial", "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+    os.replace(f"{path}.partial", path)
+
+
+def find_folder(path: str) -> str:
+    """`path`, which should be the folder of a checkpoint."""
+    if os.path.isfile(path):
+        raise UserError(f"{path}: is a file; give the folder that holds the checkpoint")
+    if not os.path.isdir(path):
+        hub = f" (of a Hugging Face repository: hf download {path} --local-dir DIR)" if path.count("/") == 1 else ""
+        raise UserError(f"{path}: no such directory; give the folder of a checkpoint{hub}")
+    return path
+
+
+# The largest sizes, and other numbers. Nothing real comes near; what is beyond might be built, or overflow, first.
+LARGEST_SIZE, LARGEST_NUMBER = 1 << 20, 1e30
+
+LARGEST = {"num_hidden_layers": 1 << 10, "n_layers": 1 << 10, "vocab_size": 1 << 24, "spatial_merge_size": 1 << 6}
+LARGEST |= dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings"), 1 << 30)
+
+
+class Fields:
+    """A JSON object whose fields are taken one by one, with errors that name the file and the field.
+
+    A null counts as absent, as in transformers. No default means that the field must be there.
+    """
+
+    def __init__(self, values: dict, where: str):
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: expected a JSON object, found {type(values).__name__}")
+        self.values, self.where = values, where
+
+    def section(self, name: str) -> "Fields | None":
+        values = self.values.get(name)
+        return None if values is None else Fields(values, f"{self.where}, {name}")
+
+    def get(self, name: str, kind: type, default=None):
+        value = self.values.get(name)
+        if value is None:
+            if default is None:
+                raise UserError(f"{self.where}: the field {name!r} is missing; add it")
+            return default
+        # `type(value)`, not isinstance: to Python, true is an int.
+        number = kind is float and type(value) is int
+        if not (number or type(value) is kind) or (kind in (int, float) and not abs(value) < LARGEST_NUMBER):
+            raise UserError(f"{self.where}: {name} should be {kind.__name__}, found {value!r}")
+        return kind(value)
+
+    def positive(self, name: str, kind: type, default=None, largest=LARGEST_NUMBER):
+        value = self.get(name, kind, default)
+        if not 1 / LARGEST_NUMBER < value <= largest:
+            raise UserError(f"{self.where}: {name} should be above 0 and at most {largest:g}, found {value}")
+        return value
+
+    def size(self, name: str, default: int | None = None) -> int:
+        return self.positive(name, int, default, LARGEST.get(name, LARGEST_SIZE))
+
+    def only(self, **allowed: tuple) -> None:
+        """Refuse a value that would change the numbers in a way that this code does not compute.
+
+        Such a checkpoint would load and run, only with answers that are a little wrong, which is the worst outcome.
+        For each field: the values that are known; the first is what its absence means.
+        """
+        for name, known in allowed.items():
+            if (value := self.values.get(name, known[0])) not in known:
+                listed = ", ".join(map(repr, known))
+                raise UserError(f"{self.where}: {name} = {value!r} is not supported (known: {listed})")
+
+    def agree(self, name: str, value, source: str) -> None:
+        """A field that repeats what `source` says may be absent, but must not differ."""
+        if self.values.get(name) not in (None, value):
+            raise UserError(f"{self.where}: {name} = {self.values[name]!r}, but {source} = {value!r}")
+
+
+@contextmanager
+def writing(path: str, advice: str = "make room, or choose another place") -> Iterator[None]:
+    """What goes wrong in the block, where `path` is written, becomes a UserError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be written ({reason}); {advice}") from None
+
+
+def flush_to_disk(path: str) -> None:
+    """A file's contents, or a folder's names, survive a power cut from here on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

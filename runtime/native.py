@@ -1,0 +1,96 @@
+"""Mistral's own layout: what `params.json` says in the words of `config.json`, tensor names, and the order of rows."""
+
+import torch
+
+from runtime.files import Fields
+
+VISION_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")
+
+NATIVE_SIZES = dict(vocab_size="vocab_size", hidden_size="dim", intermediate_size="hidden_dim", head_dim="head_dim")
+NATIVE_SIZES |= dict(num_hidden_layers="n_layers", num_attention_heads="n_heads", num_key_value_heads="n_kv_heads")
+
+# What absent fields mean to mistral-inference. Three of them then say what is not supported here.
+NATIVE_VISION = dict(mm_projector_id="", spatial_merge_size=1, add_pre_mm_projector_layer_norm=False, adapter_bias=True)
+
+
+def translate_params(raw: dict, where: str = "params.json") -> dict:
+    """The dictionary of a `config.json` that says what this native `params.json` says.
+
+    Every value is checked here under its native name, so that errors speak of the file that the user has. Exports copy
+    the result, so it also says what transformers and llama.cpp want to read, defaults included.
+    """
+    top = Fields(raw, where)
+    top.only(**dict.fromkeys(("moe", "lora", "sliding_window", "_sliding_window"), (None, False)))
+    top.only(use_biases=(None, False), q_lora_rank=(None, False))
+    max_positions = top.size("max_position_embeddings")
+    # The HF layout has one field for both: the context before YaRN, and the period of query scaling.
+    original = "original_max_position_embeddings"
+    plain = {"rope_type": "default", "rope_theta": top.positive("rope_theta", float)}
+    rope = plain | {original: max_positions, "llama_4_scaling_beta": 0.0}
+    if yarn := top.section("yarn"):
+        rope |= {"rope_type": "yarn", "factor": yarn.positive("factor", float), original: yarn.size(original)}
+        rope |= dict(beta_fast=yarn.positive("beta", float), beta_slow=yarn.positive("alpha", float))
+        # Whether the attention factor applies: a zero leaves it m(1), equal multipliers cancel out to 1.
+        rope |= dict(mscale=1.0, mscale_all_dim=0.0 if yarn.get("apply_scale", bool) else 1.0)
+    if scaling := top.section("llama_4_scaling"):
+        if yarn:
+            scaling.agree(original, rope[original], "that of yarn")
+        rope |= {"llama_4_scaling_beta": scaling.get("beta", float), original: scaling.size(original, rope[original])}
+    # transformers' Ministral 3 always scales queries; its Mistral knows no such field.
+    family, rope = ("Ministral3", rope) if yarn or scaling else ("Mistral", plain)
+    hf = {name: top.size(native) for name, native in NATIVE_SIZES.items()}
+    hf |= dict(rms_norm_eps=top.positive("norm_eps", float), max_position_embeddings=max_positions)
+    hf |= dict(tie_word_embeddings=top.get("tied_embeddings", bool, False), rope_parameters=rope)
+    hf |= dict(model_type=family.lower(), hidden_act="silu", sliding_window=None, attention_dropout=0.0)
+    hf |= dict(initializer_range=0.02, bos_token_id=1, eos_token_id=2, pad_token_id=11)
+    if tower := top.section("vision_encoder"):
+        tower.values = NATIVE_VISION | tower.values
+        tower.only(mm_projector_id=("patch_merge",), add_pre_mm_projector_layer_norm=(True,), adapter_bias=(False,))
+        tower.only(num_channels=(3,))
+        longest = "max_image_size" if "max_image_size" in tower.values else "image_size"
+        vision = {name: tower.size(name) for name in VISION_SIZES} | dict(image_size=tower.size(longest))
+        vision |= dict(model_type="pixtral", hidden_act="silu", num_channels=3)
+        vision["head_dim"] = vision["hidden_size"] // vision["num_attention_heads"]
+        vision["rope_parameters"] = dict(rope_type="axial", rope_theta=tower.positive("rope_theta", float, 10000.0))
+        hf = dict(
+            model_type="mistral3",
+            image_token_index=tower.get("image_token_id", int, 10),
+            spatial_merge_size=tower.size("spatial_merge_size"),
+            tie_word_embeddings=hf["tie_word_embeddings"],
+            text_config=hf,
+            vision_config=vision,
+        )
+        hf |= dict(vision_feature_layer=-1, multimodal_projector_bias=False, projector_hidden_act="gelu")
+    architecture = "Mistral3ForConditionalGeneration" if tower else f"{family}ForCausalLM"
+    hf = dict(architectures=[architecture], dtype="bfloat16") | hf
+    if quantization := top.section("quantization"):
+        quantization.only(qformat_weight=("fp8_e4m3",), qscheme_act=("TENSOR", "DYNAMIC", None))
+        static = quantization.values.get("qscheme_act", "TENSOR") == "TENSOR"
+        hf["quantization_config"] = dict(quant_method="fp8", activation_scheme="static" if static else "dynamic")
+    return hf
+
+
+NATIVE_NAMES = [
+    (r"^tok_embeddings\.", "embed_tokens."),
+    (r"^output\.", "lm_head."),
+    (r"^vision_encoder\.", "vision_tower."),
+    (r"^patch_merger\.", "multi_modal_projector.patch_merger."),
+    (r"^pre_mm_projector_norm\.", "multi_modal_projector.norm."),
+    (r"^vision_language_adapter\.w_in\.", "multi_modal_projector.linear_1."),
+    (r"^vision_language_adapter\.w_out\.", "multi_modal_projector.linear_2."),
+    (r"^layers\.(\d+)\.attention\.", r"layers.\1.self_attn."),
+    (r"^layers\.(\d+)\.feed_forward\.", r"layers.\1.mlp."),
+    (r"^layers\.(\d+)\.attention_norm\.", r"layers.\1.input_layernorm."),
+    (r"^layers\.(\d+)\.ffn_norm\.", r"layers.\1.post_attention_layernorm."),
+    (r"\.w([qkvo])\.", r".\1_proj."),
+    (r"\.w1\.", ".gate_proj."),
+    (r"\.w2\.", ".down_proj."),
+    (r"\.w3\.", ".up_proj."),
+    (r"\.qscale_weight$", ".weight_scale_inv"),
+    (r"\.qscale_act$", ".activation_scale"),
+]
+
+
+def half_split(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows of a native q or k projection (heads · D, in), rotary pairs (2i, 2i+1), to the HF order (i, i + D/2)."""
+    return weight.view(-1, head_dim // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
