@@ -251,7 +251,7 @@ def test_in_a_terminal(ranks, ckpt, tmp_path):
     chat.see("2 tokens")
     chat.say("/set max-new-tokens")
     chat.say("go on")
-    time.sleep(0.3)
+    time.sleep(0.1)
     chat.press("\x03")
     chat.see("stopped, ")
     chat.say("\x03", end="")
