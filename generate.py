@@ -19,19 +19,18 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 
 import torch
 import torch.distributed as dist
 
-import fp8
 from model import CHUNK, LOGIT_ROWS, KVCache, MistralMedium, Span
 from parallel import Channel, Place, from_last_stage
 from runtime.chat import ReplyParser, encode_chat
 from runtime.checkpoint import Checkpoint, fill, weight_bytes
 from runtime.config import read_config
+from runtime.cpu import speed_up
 from runtime.files import UserError
 from runtime.images import grid, grid_of, image_name, load_image, pixels
 from runtime.launch import COUNT, SIZE, Parser, find_place, gather_objects, number, run_program, together
@@ -141,9 +140,8 @@ class Engine:
         self.model, self.place, self.eos_id, self.max_context = model, model.place, eos_id, max_context
         self.image_token_id = model.config.vision and model.config.vision.image_token_id
         self.chunk = CHUNK if (on_gpu := self.place.device.type == "cuda") else CPU_CHUNK
-        # What replays a step: on a GPU, see `decode`; on a CPU, `layers`. Messages between stages cannot be replayed.
+        # What replays a step, see `decode`. Messages between stages cannot be replayed.
         self.record = record if on_gpu and self.place.pp_size == 1 else None
-        self.traced = None if on_gpu or model.keep_fp8 or self.place.world_size > 1 else fp8.Traced(model.products)
         # While decoding, a group has one message in flight; the bound is for the chunks of prompts.
         self.down = Channel(self.place, model.dtype, in_flight=2 * self.place.pp_size)
         self.groups: list[Group] = []
@@ -255,7 +253,7 @@ class Engine:
         prompts = [group.rows[i].request.prompt for i, _, _ in segments]
         tokens = [id for prompt, (_, start, size) in zip(prompts, segments) for id in prompt[start : start + size]]
         features = [part for *_, part in pieces if part is not None]
-        features, span = torch.cat(features) if features else None, self.model.span(segments)
+        features, span = torch.cat(features) if features else None, self.model.prompts(segments)
         hidden = self.run_stage(torch.tensor([tokens]), span, group.cache, features)
         if hidden is None:
             return []
@@ -312,7 +310,6 @@ class Engine:
         which also lets libraries choose their kernels; the second is recorded; from then on it is replayed. A row
         without a request goes along, at position 0: counted on and on, it would leave the cache.
         """
-        self.model.pack()
         rows = group.rows
         for row, held in zip(rows, group.held):
             row.length += 1
@@ -333,7 +330,7 @@ class Engine:
     def step(self, group: Group, count: int, length: int, alike: bool, warm: bool, choosy: bool) -> None:
         """`sampled` of the first `count` rows -> their next ones, attending to the first `length` of the cache."""
         positions = group.positions[:count]
-        span = self.model.step_span(positions, length, alike)
+        span = self.model.step(positions, length, alike)
         hidden = self.run_stage(group.sampled[:count, :1].long(), span, group.cache.rows(0, count))  # (B, 1, C)
         positions.add_(1)
         if hidden is not None:
@@ -354,20 +351,8 @@ class Engine:
             x = self.model.embed(tokens.to(self.place.device), features)
         else:
             x = self.down.receive((*tokens.shape, self.model.config.hidden_size))
-        x = self.layers(x, span, cache)
+        x = self.model(x, span, cache)
         return x if self.place.last_stage else self.down.send(x)
-
-    def layers(self, x: torch.Tensor, span: Span, cache: KVCache) -> torch.Tensor:
-        """The model's layers; on a CPU as a graph, see `fp8.Traced`. From some rows on other kernels may be used."""
-        if self.traced is None or span.positions is None or len(x) >= fp8.FLOAT32_ROWS:
-            return self.model(x, span, cache)
-        tensors = {name: value for name, value in vars(span).items() if isinstance(value, torch.Tensor)}
-
-        def step(x, tensors, seen):
-            return self.model(x, replace(span, length=0, **tensors), KVCache(seen))
-
-        seen = [layer[:, :, :, : span.length] for layer in cache.layers]
-        return self.traced(len(x) == 1, step, x, tensors, seen)
 
     # --- what flows back, from the last stage to all
 
@@ -451,10 +436,10 @@ class Session:
             add_adapters(self.model, *self.lora)
         # All ranks sample the same tokens, so they need the same seed: rank 0's, where none was given.
         self.seed = gather_objects(random.getrandbits(32) if args.seed is None else args.seed)[0]
-        self.model.join()
         together(lambda: fill(self.model, checkpoint, Progress(checkpoint, place)))
         self.model.eval()
         self.weight_bytes = weight_bytes(self.model)
+        speed_up(self.model)
         self.engine = Engine(self.model, self.tokenizer.eos_id, self.max_context)
         self.load_s, self.bytes_read = time.perf_counter() - started, checkpoint.bytes_read
 
