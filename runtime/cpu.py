@@ -38,7 +38,8 @@ def speed_up(model: MistralMedium, inference: bool = True) -> None:
     model.chunk_attention = attend_in_two
     if model.dtype != torch.bfloat16:
         return
-    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    named = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
+    linears = [module for name, module in named if ".adapter" not in name]
     products = [Product(linear, inference) for linear in linears if linear.weight_scale is None]
     for product in products:
         product.linear.multiply = product
