@@ -1,6 +1,6 @@
 """Vision: from pixels to the features that stand at an image's `[IMG]` tokens.
 
-1. **Pixels** come from `runtime/images.py`: an image resized to a whole number of cells of 28 × 28 pixels (2 × 2 patches
+1. **Pixels** come from `runtime/images.py`: an image resized to whole cells of 28 × 28 pixels (2 × 2 patches
    of 14); a cell will be one token.
 2. **The tower** (Pixtral, arXiv:2410.07073) is a transformer over the patches of all images, laid end to end. A patch
    attends to every patch of its own image and to none of another. Its position is (row, column): half of a head's
