@@ -30,7 +30,7 @@ from generate import TINY, Session
 from runtime.checkpoint import Checkpoint
 from runtime.config import read_config
 from runtime.files import UserError, read_file, writing
-from runtime.images import MEAN, STD, grid, load_image
+from runtime.images import MEAN, STD, grid, load_image, pixels
 from runtime.launch import SIZE, Parser, find_place, run_program
 from runtime.requests import command_line_request
 from runtime.tokenizer import Tekken, load_tokenizer
@@ -69,16 +69,16 @@ def picture(image: Image.Image, values: torch.Tensor, vision) -> dict:
     return found
 
 
-def ask(session: Session, spec: dict, limits: dict[str, float]):
-    """(the request, what was watched, the answer) of one question."""
-    request, watch = session.request(spec), measure.Watch(session.model, limits)
+def ask(session: Session, spec: dict, limits: dict[str, float]) -> tuple[measure.Watch, dict]:
+    """What was watched, and the answer of one question."""
+    watch = measure.Watch(session.model, limits)
     session.engine.groups.clear()  # else a beginning that two questions share would be in the cache already, unseen
     with watch.watching():
-        (answer,) = session.engine.generate([request])
-    if not answer.tokens:
+        (answer,) = session.answer([spec])
+    if not answer["tokens"]:
         raise UserError("the question fills the context and leaves no room for an answer; shorten it")
-    said = measure.speech(session.model, watch.steps, answer.tokens, len(request.prompt))
-    return request, watch, {**session.result(request, answer), "effort": spec["reasoning_effort"], "said": said}
+    said = measure.speech(session.model, watch.steps, answer["tokens"], len(answer["prompt_tokens"]))
+    return watch, {**answer, "effort": spec["reasoning_effort"], "said": said}
 
 
 def tokens_of(tokenizer, words: list[dict], answers: list[dict]) -> dict[int, tuple]:
@@ -136,21 +136,23 @@ def main(argv: list[str]) -> None:
     size = sum(map(os.path.getsize, {at.file for at in checkpoint.tensors.values()}))
     pipe = measure.start(args, spec, cut["sizes"] if size < CUT else None)
     session = Session(args, find_place(1, 1))
-    session.engine.record = session.engine.traced = None  # a replayed step calls no hooks
+    session.engine.record = None  # steps that are replayed call no hooks,
+    vars(session.model).pop("forward", None)  # neither on GPUs nor, as `runtime.cpu.Traced`, on CPUs
     limits = measure.input_limits(checkpoint, config.num_hidden_layers)
     efforts = ("high", "none") if "reasoning_effort" in (tokenizer.model_settings or {}) else (None,)
     asked = [ask(session, {**spec, "reasoning_effort": effort}, limits) for effort in efforts]
-    (request, watch, answer), answers = asked[0], [found for *_, found in asked]
+    (watch, answer), answers = asked[0], [answer for _, answer in asked]
     words = measure.merges(tokenizer, f"{own.word} {own.prompt}") if isinstance(tokenizer, Tekken) else []
+    seen = [pixels(image, config.vision)] if image else []
     places = len(watch.layers) * len(watch.heads) * len(watch.steps[-1].rows[0][0])
     steps = measure.spread(len(answer["said"]), max(1, measure.MAPS // places))
     data = {
         "ckpt": os.path.basename(os.path.abspath(own.ckpt)), "dtype": own.dtype, "prompt": own.prompt, "raw": args.raw,
         "words": words, "answers": answers, "tokens": tokens_of(tokenizer, words, answers),
         "config": asdict(replace(config, raw={})),
-        "picture": picture(image, request.pixels[0], config.vision) if image else None,
+        "picture": picture(image, seen[0], config.vision) if image else None,
         "tower": measure.tower_maps(watch.tower) if image else None,
-        "positions": measure.positions(session.model, request, answer["tokens"]),
+        "positions": measure.positions(session.model, answer["prompt_tokens"], answer["tokens"], seen),
         "attention": {"layers": watch.layers, "heads": watch.heads, "steps": steps},
         "rows": [torch.stack(watch.steps[i].rows) for i in steps], "shapes": watch.shapes,
         "weights": measure.weights(checkpoint, session.model), "inputs": watch.inputs, "limits": limits,

@@ -68,7 +68,7 @@ def plain(data) -> dict:
     linears, queries and keys of the tower."""
     model, found = load(TINY), {"states": [], "inputs": {}, "tower": []}
     readers = {"self_attn.o_proj": "self_attn.o_proj", "mlp.down_proj": "mlp.down_proj"}
-    readers |= {"input_layernorm": "self_attn.q_proj", "post_attention_layernorm": "mlp.up_proj"}
+    readers |= {"input_layernorm": "self_attn.qkv_proj", "post_attention_layernorm": "mlp.gate_up_proj"}
     for i, layer in model.layers.items():
         layer.register_forward_pre_hook(lambda m, inputs: found["states"].append(inputs[0][0]))
         for name, reader in readers.items():
@@ -189,6 +189,10 @@ def rotated(x: torch.Tensor, angles: torch.Tensor, factor: float = 1.0) -> torch
     return torch.cat((turned.real, turned.imag), -1) * factor
 
 
+def queries_and_keys(linear, x: torch.Tensor) -> list[torch.Tensor]:
+    return [x @ part.rows_of(linear.weight).detach().double().t() for part in linear.parts[:2]]
+
+
 def test_attention_of_the_decoder(data, plain):
     model, T, D = plain["model"], len(plain["ids"]), 48
     angles = torch.arange(T).double()[:, None] * torch.tensor(data["positions"]["used"]).double()
@@ -199,7 +203,7 @@ def test_attention_of_the_decoder(data, plain):
     for i, layer in model.layers.items():
         with torch.no_grad():
             x = layer.input_layernorm(plain["states"][int(i)]).double()
-        q, k = (x @ getattr(layer.self_attn, f"{name}_proj").weight.detach().double().t() for name in "qk")
+        q, k = queries_and_keys(layer.self_attn.qkv_proj, x)
         for head in range(4):
             query = rotated(q[:, head * D : head * D + D], angles, factor)
             key = rotated(k[:, head // 2 * D : head // 2 * D + D], angles, factor)
@@ -218,8 +222,8 @@ def test_attention_of_the_tower(data, plain):
     frequencies = 1e4 ** -(torch.arange(0, 32, 2).double() / 32)
     angles = torch.cat((place[:, :1] * frequencies[0::2], place[:, 1:] * frequencies[1::2]), -1)
     for i, (layer, x, *_) in enumerate(plain["tower"]):
-        x = layer.attention_norm(x).detach().double()
-        q, k = (x @ getattr(layer.attention, f"{name}_proj").weight.detach().double().t() for name in "qk")
+        x = layer.attention_norm(x[0]).detach().double()
+        q, k = queries_and_keys(layer.attention.qkv_proj, x)
         for head in range(4):
             query, key = (rotated(y[:, head * 32 : head * 32 + 32], angles) for y in (q, k))
             assert torch.allclose(maps[i, head], (query @ key.t() / math.sqrt(32)).softmax(-1), atol=1e-4), (i, head)
