@@ -1,22 +1,24 @@
 """A tour of the model: one question through a checkpoint, and a page that shows what happened on the way.
 
-    python examples/tour.py --image examples/tiny/picture.png --prompt "What is right of the blue star?" --out tour.html
+    python examples/tour.py --image examples/tiny/picture.png --prompt "How many blue stars are there?" --out tour.html
 
 The page is one file, which needs no network. All its numbers are measured in this run, through the project's own
 modules: `tour_measure.py` watches them, and `tour_page.html` draws.
 """
 
 import base64
+import html
 import inspect
 import io
 import json
+import linecache
 import os
 import pkgutil
 import re
 import sys
+import textwrap
 import time
 from dataclasses import asdict, replace
-from urllib.parse import quote
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -40,16 +42,13 @@ LARGE = os.path.join(ROOT, "tests", "data", "config.json")  # of the 128B
 SIDE = 480  # pixels of a picture in the page, at most
 
 
-def link(file: str, line: int, out: str) -> list[str]:
-    """(address, text) of a line of code, seen from the page `out`."""
-    return [f"{quote(os.path.relpath(file, os.path.dirname(out)))}#L{line}", f"{os.path.basename(file)}:{line}"]
-
-
-def source(name: str, out: str) -> str:
-    """A link to "module.thing", as HTML."""
-    thing = pkgutil.resolve_name(name)
-    address, text = link(inspect.getsourcefile(thing), inspect.getsourcelines(thing)[1], out)
-    return f'<a class="source" href="{address}" title="{name}">{text}</a>'
+def source(match: re.Match) -> str:
+    """The code of "[[module.thing]]", as HTML that folds out."""
+    thing = pkgutil.resolve_name(match[1])
+    file, (code, line) = os.path.relpath(inspect.getsourcefile(thing), ROOT), inspect.getsourcelines(thing)
+    summary = f'{thing.__qualname__} <span class="soft">{file}:{line}</span>'
+    code = html.escape(textwrap.dedent("".join(code)), quote=False)
+    return f'<details class="source"><summary>{summary}</summary><pre class="card">{code}</pre></details>'
 
 
 def packed(x: torch.Tensor) -> dict:
@@ -94,7 +93,7 @@ def tokens_of(tokenizer, words: list[dict], answers: list[dict]) -> dict[int, tu
 def write(out: str, data: str) -> None:
     """The page, all of it or nothing."""
     page = read_file(os.path.join(ROOT, "examples", "tour_page.html"), 1 << 20).decode()
-    page = re.sub(r"\[\[([\w.]+)\]\]", lambda name: source(name[1], out), page)
+    page = re.sub(r"\[\[([\w.]+)\]\]", source, page)
     temporary = f"{out}.{os.getpid()}"
     with writing(out):
         try:
@@ -159,7 +158,10 @@ def main(argv: list[str]) -> None:
         "cut": cut, "large": measure.held(read_config(LARGE), (8, 8)), "found": measure.receive(pipe),
     }  # fmt: skip
     for rank in data["found"]:
-        rank["messages"] = [(*message, *link(file, line, out)) for *message, file, line in rank["messages"]]
+        rank["messages"] = [
+            (*message, f"{os.path.relpath(file, ROOT)}:{line}", linecache.getline(file, line).strip())
+            for *message, file, line in rank["messages"]
+        ]
     data["seconds"] = round(time.monotonic() - began, 1)
     write(out, json.dumps(data, default=packed))
 
