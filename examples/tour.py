@@ -3,7 +3,10 @@
     python examples/tour.py --image examples/tiny/picture.png --prompt "How many blue stars are there?" --out tour.html
 
 The page is one file, which needs no network. All its numbers are measured in this run, through the project's own
-modules: `tour_measure.py` watches them, and `tour_page.html` draws.
+modules: `tour_measure.py` watches them, and `tour_page.html` draws. `tour.png` shows its part about layers:
+
+    sed 's/<section id="s[^5]"/& hidden/' tour.html > layers.html
+    chromium --headless --hide-scrollbars --window-size=1280,1420 --screenshot=examples/tour.png layers.html
 """
 
 import base64
@@ -11,7 +14,6 @@ import html
 import inspect
 import io
 import json
-import linecache
 import os
 import pkgutil
 import re
@@ -157,11 +159,6 @@ def main(argv: list[str]) -> None:
         "weights": measure.weights(checkpoint, session.model), "inputs": watch.inputs, "limits": limits,
         "cut": cut, "large": measure.held(read_config(LARGE), (8, 8)), "found": measure.receive(pipe),
     }  # fmt: skip
-    for rank in data["found"]:
-        rank["messages"] = [
-            (*message, f"{os.path.relpath(file, ROOT)}:{line}", linecache.getline(file, line).strip())
-            for *message, file, line in rank["messages"]
-        ]
     data["seconds"] = round(time.monotonic() - began, 1)
     write(out, json.dumps(data, default=packed))
 

@@ -6,6 +6,7 @@ that are forked from this one and work while it measures the rest.
 """
 
 import heapq
+import inspect
 import multiprocessing
 import os
 import socket
@@ -322,11 +323,8 @@ def timetable(place: Place) -> list[tuple[str, int, float, float]]:
 
 
 def record(messages: list, session: Session) -> None:
-    """From here on note every message: (what, among whom, bytes, whose, while, file, line)."""
-    place, names = (
-        session.place,
-        {module: name.removeprefix("vision.") for name, module in session.model.named_modules()},
-    )
+    """From here on note every message: (what, among whom, bytes, whose, while, file:line, the code there)."""
+    names, place = {m: name.removeprefix("vision.") for name, m in session.model.named_modules()}, session.place
     groups = {place.answer_group: "answer", place.pp_group: "pp", place.tp_group: "tp"}
 
     def watched(name: str, call: Callable, x, *rest, **options):
@@ -334,7 +332,8 @@ def record(messages: list, session: Session) -> None:
         frame, size = sys._getframe(1), sum(t.nbytes for t in ([x] if torch.is_tensor(x) else x))
         while "self" not in frame.f_locals:
             frame = frame.f_back
-        who, at = frame.f_locals["self"], (frame.f_code.co_filename, frame.f_lineno)
+        who, at = frame.f_locals["self"], inspect.getframeinfo(frame)
+        at = f"{os.path.relpath(at.filename, os.path.dirname(fp8.__file__))}:{at.lineno}", at.code_context[0].strip()
         while frame.f_code.co_name not in ("prefill", "step", "post", "generate"):  # of the engine
             frame = frame.f_back
         who, when = names.get(who, type(who).__name__), frame.f_code.co_name
