@@ -15,6 +15,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from safetensors import safe_open
@@ -90,7 +91,7 @@ class Checkpoint:
 
     def _files(self) -> tuple[dict[str, list[str]], bool]:
         """File -> names in it, from an index where there is one; and whether the layout is the native one."""
-        for stem, native in (("model", False), ("consolidated", True)):
+        for stem, native in (("model", False), ("consolidated", True), ("state", False)):  # "state": see `fill_part`
             whole = os.path.join(self.directory, f"{stem}.safetensors")
             if os.path.exists(index := f"{whole}.index.json"):
                 files: dict[str, list[str]] = {}
@@ -173,6 +174,36 @@ class Checkpoint:
             at = self.tensors[name]
             raise UserError(f"{at.file}: {at.key} holds NaN or infinity; copy or download the file again")
         return tensor
+
+    @cached_property
+    def pieces(self) -> dict[str, list[tuple[int, str]]]:
+        """Of tensors that lie in pieces, NAME@START each: their names -> (start, the piece's name), in order."""
+        found = {}
+        for match in filter(None, map(re.compile(r"(.+)@(\d{1,12})").fullmatch, self.tensors)):
+            found.setdefault(match[1], []).append((int(match[2]), match[0]))
+        return {name: sorted(pieces) for name, pieces in found.items()}
+
+    def fill_part(self, name: str, part: Slice, out: torch.Tensor) -> None:
+        """Copy the part `part` of a tensor into `out`, which has its shape without padding.
+
+        The tensor lies in pieces along `part.dim`, as the ranks of a run save its state, whatever their topology was.
+        """
+        stop, end = 0, part.start + part.length
+        for start, key in self.pieces.get(name, ()):
+            _, shape = self.stored(key)
+            if start != stop or len(shape) != len(part.shape):
+                break
+            stop += shape[part.dim]
+            low, high = max(start, part.start), min(stop, end)
+            if low < high:
+                values = self.read(key, Slice(shape, part.dim, low - start, high - start))
+                target = out.narrow(part.dim, low - part.start, high - low)
+                if values.shape != target.shape or values.dtype != target.dtype:
+                    where = self.tensors[key].file
+                    raise UserError(f"{where}: {key} should have {list(target.shape)} numbers of {target.dtype}")
+                target.copy_(values)
+        if stop != part.shape[part.dim]:
+            raise UserError(f"{self.directory}: holds no whole {name}")
 
     def scale(self, name: str) -> torch.Tensor | None:
         """A 0-d float32 scale, stored as one element of any shape; None where there is none of this name."""

@@ -1,7 +1,9 @@
 """Chats as micro-batches: samples, their order, padding, images."""
 
 import hashlib
+import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -39,6 +41,17 @@ class Sample:
         return self.ids[:start].tolist(), self.ids[start:].tolist()
 
 
+def read_until_error(lines: list[tuple[int, bytes]], read: Callable) -> tuple[list[Sample], tuple[int, str] | None]:
+    """(the samples before the first line that is wrong, that line's number and what is wrong with it, or None)."""
+    samples = []
+    for number, line in lines:
+        try:
+            samples.append(read(number, line))
+        except UserError as error:
+            return samples, (number, str(error))
+    return samples, None
+
+
 class Chats:
     """The samples of a file. Raises UserError for the first line that is not a chat to learn from.
 
@@ -48,27 +61,21 @@ class Chats:
 
     def __init__(self, path: str, tokenizer, config: Config, max_length: int, place: Place):
         self.path, self.base = path, os.path.dirname(path)
-        mine = {}  # line number -> Sample, or what is wrong with the line
-        for number, line in together(lambda: read_lines(path)):
-            if number % place.world_size == place.rank:
-                try:
-                    mine[number] = self._read(line, number, tokenizer, config)
-                except UserError as error:
-                    mine[number] = str(error)
-                    break
+        lines = together(lambda: read_lines(path))
+        read = partial(self._read, tokenizer=tokenizer, config=config)
+        parts = gather_objects(read_until_error(lines[place.rank :: place.world_size], read))
         # Ranks stop at their own first error. The one to report is the first in the file, the same on every rank.
-        read = {number: sample for part in gather_objects(mine) for number, sample in part.items()}
-        everything = [sample for _, sample in sorted(read.items())]
-        if errors := [sample for sample in everything if isinstance(sample, str)]:
-            raise UserError(errors[0])
-        if not everything:
+        if errors := dict(error for _, error in parts if error):
+            raise UserError(errors[min(errors)])
+        if not lines:
             raise UserError(f"{path}: is empty; it should hold one chat a line")
+        everything = sorted((sample for samples, _ in parts for sample in samples), key=lambda sample: sample.line)
         self.samples = [sample for sample in everything if len(sample.ids) <= max_length]
         self.dropped = len(everything) - len(self.samples)
         if not self.samples:
             raise UserError(f"{path}: all {self.dropped} samples are longer than --max-length {max_length}")
 
-    def _read(self, line: bytes, number: int, tokenizer, config: Config) -> Sample:
+    def _read(self, number: int, line: bytes, tokenizer, config: Config) -> Sample:
         where = f"{self.path} line {number}"
         chat = parse_line(line, where, KEYS)
         messages, tools, effort = (chat.get(key) for key in ("messages", "tools", "reasoning_effort"))
@@ -98,7 +105,7 @@ class Order:
     def __init__(self, count: int, batch_size: int, epochs: int | None, seed: int, shuffle: bool):
         self.count, self.batch_size, self.epochs = count, batch_size, epochs
         self.seed, self.shuffle = seed, shuffle
-        self.steps = -(-count * epochs // batch_size) if epochs else None  # rounded up; None: no end
+        self.steps = -(-count * epochs // batch_size) if epochs else math.inf  # rounded up
 
     def epoch(self, number: int) -> list[int]:
         if not self.shuffle:
@@ -119,8 +126,8 @@ class Order:
 class MicroBatch:
     """B samples side by side, padded on the right to T tokens: what goes through the model in one pass.
 
-    Padding needs no attention mask. Attention is causal, so no token of a sample sees the padding to its right; and
-    what the padding itself computes is not learned from, since its targets are IGNORE.
+    Padding needs no attention mask. Attention is causal, so no token attends to the padding on its right; and what is
+    computed for the padding itself is not learned from, since its targets are IGNORE.
     """
 
     tokens: torch.Tensor  # (B, T) int64

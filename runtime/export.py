@@ -14,7 +14,8 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
@@ -24,11 +25,11 @@ from torch import nn
 
 import fp8
 from model import Config, MistralMedium
-from parallel import Place
+from parallel import Place, Slice
 from runtime.checkpoint import Checkpoint, check_names, fill, hf_name, is_quantized, layers_with_slices, scale_names
 from runtime.config import read_config
 from runtime.data import Chats, MicroBatch, decode_images, micro_batches
-from runtime.files import UserError, write_json, writing
+from runtime.files import UserError, flush_to_disk, write_json, writing
 from runtime.launch import Parser, gather_objects, new_folder, together
 from runtime.lora import merged
 from runtime.memory import cpu_memory
@@ -38,47 +39,101 @@ from vision import build_model
 
 SHARD_BYTES = 4_000_000_000  # a file written is at most about this large
 
+PEFT_TARGETS = (
+    r".*layers\.\d+\.(self_attn|mlp)\.\w+_proj"  # the decoder's; those of the vision tower are called otherwise
+)
+
+
+@contextmanager
+def staged(path: str, rank: int = 0, advice: str = "make room, or choose another place") -> Iterator[str]:
+    """A new folder for all ranks to write into; it takes the name `path` when it is whole and on the disk.
+
+    All ranks come here: what stops one of them in the block stops all, and nothing is left behind. If `path` holds
+    files already, those of the same names are replaced and the others stay. Raises UserError, on all ranks.
+    """
+    # In containers process ids repeat, so the name is random, and rank 0's is everyone's.
+    partial = gather_objects(f"{path.rstrip('/')}.partial-{secrets.token_hex(4)}")[0]
+    mistake = None
+
+    def on_rank_0(action: Callable) -> None:
+        with writing(path, advice):
+            action() if rank == 0 else None
+
+    def finish() -> None:
+        names = sorted(os.listdir(partial))
+        for name in ("", *names):
+            flush_to_disk(os.path.join(partial, name))
+        if os.path.isdir(path) and os.listdir(path):
+            for name in names:
+                os.replace(os.path.join(partial, name), os.path.join(path, name))
+        else:
+            os.rename(partial, path)
+        flush_to_disk(os.path.dirname(os.path.abspath(path)))
+
+    with ExitStack() as stack:
+        together(lambda: on_rank_0(lambda: stack.enter_context(new_folder(partial))))
+        try:
+            with writing(path, advice):
+                yield partial
+        except UserError as error:
+            mistake = error
+        for error in filter(None, gather_objects(mistake)):
+            raise error
+        together(lambda: on_rank_0(finish))
+
 
 def save(directory: str, config: Config, shapes: dict[str, tuple], weights: Iterable, source: str | None) -> None:
+    """Write a checkpoint into a new folder, which appears under its name when it is whole; see `write_model`."""
+    if os.path.exists(directory) and not (os.path.isdir(directory) and not os.listdir(directory)):
+        raise UserError(f"{directory}: already exists; choose a new folder or remove it")
+    with staged(directory) as folder:
+        write_model(folder, config, shapes, weights, source)
+
+
+def write_model(folder: str, config: Config, shapes: dict[str, tuple], weights: Iterable, source: str | None) -> None:
     """Write a checkpoint in the HF layout: sharded safetensors with an index, `config.json`, and the tokenizer's files.
 
     `weights` yields (canonical name, whole tensor of any dtype), followed by its scale if it is FP8 already, and by its
     input's static scale if there is one; see `stored`. `shapes` gives all names and whole shapes in the same order, so
     that the shards can be planned before the first tensor is there. `config` decides what is written: with `config.fp8`
-    the decoder's linears in E4M3, all else in BF16. `source` is the directory whose other small files come along. The
-    folder appears under its name when it is whole, or not at all. Raises UserError.
+    the decoder's linears in E4M3, all else in BF16. `source` is the directory whose other small files come along.
     """
-    if os.path.exists(directory) and not (os.path.isdir(directory) and not os.listdir(directory)):
-        raise UserError(f"{directory}: already exists; choose a new folder or remove it")
-    partial = f"{directory.rstrip('/')}.partial-{secrets.token_hex(4)}"  # in containers, process ids repeat
-    with writing(directory), new_folder(partial):
-        shards, filled = [[]], 0
-        for name, shape in shapes.items():
-            size = math.prod(shape) * (1 if config.fp8 and is_quantized(name) else 2)
-            if shards[-1] and filled + size > SHARD_BYTES:
-                shards, filled = [*shards, []], 0
-            shards[-1].append(name)
-            filled += size
-        weight_map, total, stream = {}, 0, iter(weights)
-        for number, names in enumerate(shards, 1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            shard = {}
-            for _, weight in zip(names, stream):  # `names` first, so that zip takes nothing beyond them from the stream
-                shard |= stored(config, *weight)
-            shard = {hf_name(name, config): tensor.contiguous() for name, tensor in shard.items()}
-            weight_map |= dict.fromkeys(shard, file)
-            total += sum(tensor.nbytes for tensor in shard.values())
-            save_file(shard, os.path.join(partial, file), metadata={"format": "pt"})
-            os.chmod(os.path.join(partial, file), 0o644)  # make it world-readable; save_file does not
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(os.path.join(partial, "model.safetensors.index.json"), index)
-        write_json(os.path.join(partial, "config.json"), to_hf(config))
-        for path in glob.glob(os.path.join(glob.escape(source), "*")) if source else ():
-            name = os.path.basename(path)
-            own = name in ("config.json", "params.json") or name.endswith((".safetensors", ".index.json"))
-            if os.path.isfile(path) and not own:
-                shutil.copy(path, partial)
-        os.rename(partial, directory)
+    weight_map, total, stream = {}, 0, iter(weights)
+    shards = plan_shards(config, shapes)
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        shard = {}
+        for _, weight in zip(names, stream):  # `names` first, so that zip takes nothing beyond them from the stream
+            shard |= stored(config, *weight)
+        shard = {hf_name(name, config): tensor.contiguous() for name, tensor in shard.items()}
+        weight_map |= dict.fromkeys(shard, file)
+        total += sum(tensor.nbytes for tensor in shard.values())
+        write_tensors(os.path.join(folder, file), shard)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(os.path.join(folder, "model.safetensors.index.json"), index)
+    write_json(os.path.join(folder, "config.json"), to_hf(config))
+    for path in glob.glob(os.path.join(glob.escape(source), "*")) if source else ():
+        is_model = path.endswith(("/config.json", "/params.json", ".safetensors", ".index.json"))
+        if os.path.isfile(path) and not is_model:
+            shutil.copy(path, folder)
+
+
+def plan_shards(config: Config, shapes: dict[str, tuple]) -> list[list[str]]:
+    """The names of the tensors in each file, in order: at most SHARD_BYTES together, or one that is larger."""
+    shards, filled = [[]], 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * (1 if config.fp8 and is_quantized(name) else 2)
+        if shards[-1] and filled + size > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def write_tensors(path: str, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+    os.chmod(path, 0o644)  # readable for everyone; save_file makes it readable for its owner
 
 
 def stored(config: Config, name: str, weight: torch.Tensor, scale=None, input_scale=None) -> dict[str, torch.Tensor]:
@@ -129,21 +184,20 @@ def export(directory: str, model: nn.Module, precision: str, source: str) -> Non
     The tokenizer comes from `source`.
     """
     shapes, stream = collect(model, adapters=False)
-
-    def write() -> None:
+    with staged(directory, model.place.rank) as folder:
         try:
-            save(directory, export_config(model.config, precision == "fp8"), shapes, stream, source)
+            if model.place.rank == 0:
+                write_model(folder, export_config(model.config, precision == "fp8"), shapes, stream, source)
         finally:
-            for _ in stream:  # after an error the other ranks still wait to send the rest
+            for _ in stream:  # the other ranks send here; rank 0 receives the rest after an error
                 pass
-
-    together(write if model.place.rank == 0 else lambda: None)
 
 
 def collect(model: nn.Module, adapters: bool) -> tuple[dict[str, tuple], Iterator[tuple[str, torch.Tensor]]]:
     """The whole shapes of the model's tensors (or its adapters') by name; and on rank 0 (name, BF16 tensor on the CPU).
 
-    All ranks call this together. The others send their parts, and rank 0 never holds more than one whole tensor.
+    All ranks call this together, and go through what it returns. The others' iterator yields nothing of use, and sends
+    their parts meanwhile. Rank 0 never holds more than one whole tensor.
     """
     place, layers = model.place, layers_with_slices(model)
     owned = [t for t in held_tensors(model) if t.owner and place.dp_rank == 0 and (".adapter." in t.name) == adapters]
@@ -153,24 +207,24 @@ def collect(model: nn.Module, adapters: bool) -> tuple[dict[str, tuple], Iterato
     def piece(name: str) -> torch.Tensor:
         return merged(layers[name][0], model.dtype).cpu().contiguous()
 
-    def received() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, shape in shapes.items():
-            whole = torch.empty(shape, dtype=torch.bfloat16)
-            for rank, parts in enumerate(holders):
-                if (part := parts.get(name)) is None:
-                    continue
-                found = piece(name) if rank == 0 else torch.empty(part.local_shape, dtype=model.dtype)
-                if rank > 0:
-                    dist.recv(found, src=rank)
+    def received(name: str, rank: int, part: Slice) -> torch.Tensor:
+        found = torch.empty(part.local_shape, dtype=model.dtype)
+        dist.recv(found, src=rank)
+        return found
+
+    def assembled(name: str, shape: tuple) -> tuple[str, torch.Tensor]:
+        whole = torch.empty(shape, dtype=torch.bfloat16)
+        for rank, parts in enumerate(holders):
+            if name in parts:
+                part = parts[name]
+                found = received(name, rank, part) if rank else piece(name)
                 whole.narrow(part.dim, part.start, part.length).copy_(found.narrow(part.dim, 0, part.length))
-            yield name, whole
+        return name, whole
 
     if place.rank == 0:
-        return shapes, received()
-    for name in shapes:  # the order in which rank 0 receives: messages between two ranks match by order alone
-        if name in holders[place.rank]:
-            dist.send(piece(name), dst=0)
-    return shapes, iter(())
+        return shapes, (assembled(*item) for item in shapes.items())
+    # In the order in which rank 0 receives: messages between two ranks match by order alone.
+    return shapes, (dist.send(piece(name), dst=0) for name in shapes if name in holders[place.rank])
 
 
 def export_adapters(directory: str, model: nn.Module, rank: int, alpha: float, base: str) -> None:
@@ -179,22 +233,16 @@ def export_adapters(directory: str, model: nn.Module, rank: int, alpha: float, b
     `rank` and `alpha` are the adapters' own, `base` is the checkpoint beside which they were trained; all ranks call
     this together.
     """
-    tensors = dict(collect(model, adapters=True)[1])
-
-    def write() -> None:
-        inside = "model.language_model." if model.config.vision is not None else "model."
-        renamed = {f"base_model.model.{inside}{name.replace('.adapter.', '.')}": t for name, t in tensors.items()}
-        config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none")
-        targets = r".*layers\.\d+\.(self_attn|mlp)\.\w+_proj"  # the vision tower's have other names
-        config |= dict(target_modules=targets, inference_mode=True, base_model_name_or_path=os.path.abspath(base))
-        with writing(directory):
-            os.makedirs(directory, exist_ok=True)
-            path = os.path.join(directory, "adapter_model.safetensors")
-            save_file(renamed, path, metadata={"format": "pt"})
-            os.chmod(path, 0o644)  # as in `save`
-            write_json(os.path.join(directory, "adapter_config.json"), config)
-
-    together(write if model.place.rank == 0 else lambda: None)
+    tensors = list(collect(model, adapters=True)[1])
+    with staged(directory, model.place.rank) as folder:
+        if model.place.rank == 0:
+            inside = "model.language_model." if model.config.vision is not None else "model."
+            renamed = {f"base_model.model.{inside}{name.replace('.adapter.', '.')}": t for name, t in tensors}
+            config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=0.0)
+            config |= dict(bias="none", inference_mode=True, base_model_name_or_path=os.path.abspath(base))
+            config |= dict(target_modules=PEFT_TARGETS)
+            write_tensors(os.path.join(folder, "adapter_model.safetensors"), renamed)
+            write_json(os.path.join(folder, "adapter_config.json"), config)
 
 
 def convert(source: str, target: str, to_fp8: bool, chats: str | None) -> None:
