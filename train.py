@@ -168,15 +168,11 @@ class Trainer:
 
     def settings(self) -> dict:
         """What a resumed run must not change."""
-        args = self.args
-        return {
-            "seed": args.seed,
-            "shuffle": args.shuffle,
-            "global_batch_size": args.global_batch_size,
-            "optimizer": args.optimizer,
+        same = ("seed", "shuffle", "global_batch_size", "optimizer")
+        return {name: getattr(self.args, name) for name in same} | {
             "data": self.data.fingerprint(),
-            "freeze": sorted(set(args.freeze)),
-            "lora": [args.lora_rank, args.lora_alpha],
+            "freeze": sorted(set(self.args.freeze)),
+            "lora": [self.args.lora_rank, self.args.lora_alpha],
         }
 
     def announce(self, first: int) -> None:

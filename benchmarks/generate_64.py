@@ -43,9 +43,8 @@ def make_checkpoint(directory: str) -> None:
     model = build_model(config, dtype=torch.bfloat16)
     initialize(model, seed=1)
     layers = layers_with_slices(model)
-    shapes = {name: part.shape for name, (_, part) in layers.items()}
     weights = ((name, layer.weight.data, None, torch.tensor(0.01)) for name, (layer, _) in layers.items())
-    save(os.path.join(directory, "model"), config, shapes, weights, directory)
+    save(os.path.join(directory, "model"), config, weights, directory)
 
 
 def write_requests(directory: str) -> str:

@@ -3,9 +3,9 @@
 import hashlib
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 
 import torch
 
@@ -41,17 +41,6 @@ class Sample:
         return self.ids[:start].tolist(), self.ids[start:].tolist()
 
 
-def read_until_error(lines: list[tuple[int, bytes]], read: Callable) -> tuple[list[Sample], tuple[int, str] | None]:
-    """(the samples before the first line that is wrong, that line's number and what is wrong with it, or None)."""
-    samples = []
-    for number, line in lines:
-        try:
-            samples.append(read(number, line))
-        except UserError as error:
-            return samples, (number, str(error))
-    return samples, None
-
-
 class Chats:
     """The samples of a file. Raises UserError for the first line that is not a chat to learn from.
 
@@ -62,20 +51,24 @@ class Chats:
     def __init__(self, path: str, tokenizer, config: Config, max_length: int, place: Place):
         self.path, self.base = path, os.path.dirname(path)
         lines = together(lambda: read_lines(path))
-        read = partial(self._read, tokenizer=tokenizer, config=config)
-        parts = gather_objects(read_until_error(lines[place.rank :: place.world_size], read))
-        # Ranks stop at their own first error. The one to report is the first in the file, the same on every rank.
-        if errors := dict(error for _, error in parts if error):
-            raise UserError(errors[min(errors)])
+        samples, errors = [], []
+        for number, line in lines[place.rank :: place.world_size]:
+            try:
+                samples.append(self._read(line, number, tokenizer, config))
+            except UserError as error:
+                errors.append((number, str(error)))
+        # The first error in the file is reported, the same on every rank.
+        if errors := sorted(error for part in gather_objects(errors) for error in part):
+            raise UserError(errors[0][1])
         if not lines:
             raise UserError(f"{path}: is empty; it should hold one chat a line")
-        everything = sorted((sample for samples, _ in parts for sample in samples), key=lambda sample: sample.line)
+        everything = sorted(chain(*gather_objects(samples)), key=lambda sample: sample.line)
         self.samples = [sample for sample in everything if len(sample.ids) <= max_length]
         self.dropped = len(everything) - len(self.samples)
         if not self.samples:
             raise UserError(f"{path}: all {self.dropped} samples are longer than --max-length {max_length}")
 
-    def _read(self, number: int, line: bytes, tokenizer, config: Config) -> Sample:
+    def _read(self, line: bytes, number: int, tokenizer, config: Config) -> Sample:
         where = f"{self.path} line {number}"
         chat = parse_line(line, where, KEYS)
         messages, tools, effort = (chat.get(key) for key in ("messages", "tools", "reasoning_effort"))

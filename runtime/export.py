@@ -10,13 +10,13 @@ saw becomes its static activation scale. Without, scales that are there stay, or
 
 import glob
 import json
-import math
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -82,33 +82,31 @@ def staged(path: str, rank: int = 0, advice: str = "make room, or choose another
         together(lambda: on_rank_0(finish))
 
 
-def save(directory: str, config: Config, shapes: dict[str, tuple], weights: Iterable, source: str | None) -> None:
+def save(directory: str, config: Config, weights: Iterable, source: str | None) -> None:
     """Write a checkpoint into a new folder, which appears under its name when it is whole; see `write_model`."""
     if os.path.exists(directory) and not (os.path.isdir(directory) and not os.listdir(directory)):
         raise UserError(f"{directory}: already exists; choose a new folder or remove it")
     with staged(directory) as folder:
-        write_model(folder, config, shapes, weights, source)
+        write_model(folder, config, weights, source)
 
 
-def write_model(folder: str, config: Config, shapes: dict[str, tuple], weights: Iterable, source: str | None) -> None:
+def write_model(folder: str, config: Config, weights: Iterable, source: str | None) -> None:
     """Write a checkpoint in the HF layout: sharded safetensors with an index, `config.json`, and the tokenizer's files.
 
     `weights` yields (canonical name, whole tensor of any dtype), followed by its scale if it is FP8 already, and by its
-    input's static scale if there is one; see `stored`. `shapes` gives all names and whole shapes in the same order, so
-    that the shards can be planned before the first tensor is there. `config` decides what is written: with `config.fp8`
-    the decoder's linears in E4M3, all else in BF16. `source` is the directory whose other small files come along.
+    input's static scale if there is one; see `stored`. `config` decides what is written: with `config.fp8` the
+    decoder's linears in E4M3, all else in BF16. `source` is the directory whose other small files come along.
     """
-    weight_map, total, stream = {}, 0, iter(weights)
-    shards = plan_shards(config, shapes)
-    for number, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        shard = {}
-        for _, weight in zip(names, stream):  # `names` first, so that zip takes nothing beyond them from the stream
-            shard |= stored(config, *weight)
-        shard = {hf_name(name, config): tensor.contiguous() for name, tensor in shard.items()}
-        weight_map |= dict.fromkeys(shard, file)
-        total += sum(tensor.nbytes for tensor in shard.values())
-        write_tensors(os.path.join(folder, file), shard)
+    shards, total = [], 0  # the names in each file
+    for tensors in in_shards(stored(config, *weight) for weight in weights):
+        write_tensors(os.path.join(folder, str(len(shards))), tensors)
+        shards.append(list(tensors))
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    weight_map = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        os.rename(os.path.join(folder, str(number)), os.path.join(folder, file))
+        weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(os.path.join(folder, "model.safetensors.index.json"), index)
     write_json(os.path.join(folder, "config.json"), to_hf(config))
@@ -118,17 +116,17 @@ def write_model(folder: str, config: Config, shapes: dict[str, tuple], weights: 
             shutil.copy(path, folder)
 
 
-def plan_shards(config: Config, shapes: dict[str, tuple]) -> list[list[str]]:
-    """The names of the tensors in each file, in order: at most SHARD_BYTES together, or one that is larger."""
-    shards, filled = [[]], 0
-    for name, shape in shapes.items():
-        size = math.prod(shape) * (1 if config.fp8 and is_quantized(name) else 2)
-        if shards[-1] and filled + size > SHARD_BYTES:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
+def in_shards(stream: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of `stream`, joined to dictionaries of at most SHARD_BYTES; what is larger stays alone."""
+    shard, filled = {}, 0
+    for tensors in stream:
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if shard and filled + size > SHARD_BYTES:
+            yield shard
+            shard, filled = {}, 0
+        shard |= tensors
         filled += size
-    return shards
+    yield shard
 
 
 def write_tensors(path: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -137,35 +135,29 @@ def write_tensors(path: str, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def stored(config: Config, name: str, weight: torch.Tensor, scale=None, input_scale=None) -> dict[str, torch.Tensor]:
-    """What a weight becomes in the file, by canonical name: one tensor in BF16, or E4M3 with its scales.
+    """What a weight becomes in the file, by name in the HF layout: one tensor in BF16, or E4M3 with its scales.
 
     A weight that is FP8 already has a `scale` (0-d float32) and stays as it is; where there is none, it is measured.
     """
     if not (config.fp8 and is_quantized(name)):
-        return {name: weight.bfloat16() if scale is None else fp8.dequantize(weight, scale, torch.bfloat16)}
+        weight = weight.bfloat16() if scale is None else fp8.dequantize(weight, scale, torch.bfloat16)
+        return {hf_name(name, config): weight.contiguous()}
     if scale is None:
         scale = fp8.scale_of(weight.abs().amax())
         weight = fp8.quantize(weight, scale)
-    tensors = dict(zip((name, *scale_names(name)), (weight, scale, input_scale)))
-    return {key: t for key, t in tensors.items() if t is not None}
-
-
-def export_config(config: Config, in_fp8: bool, activation_scheme: str = "dynamic") -> Config:
-    """The config of the model as written: its precision, whatever the checkpoint's was."""
-    raw = json.loads(json.dumps(config.raw))
-    for fields in (raw, raw.get("text_config"), raw.get("vision_config")):
-        if fields and ("dtype" in fields or "torch_dtype" in fields or fields is raw):
-            fields.pop("torch_dtype", None)
-            fields["dtype"] = "bfloat16"
-    return replace(config, raw=raw, fp8=in_fp8, activation_scheme=activation_scheme)
+    tensors = zip((name, *scale_names(name)), (weight.contiguous(), scale, input_scale))
+    return {hf_name(key, config): tensor for key, tensor in tensors if tensor is not None}
 
 
 def to_hf(config: Config) -> dict:
-    """The `config.json` of an export: what was read, with the head and the quantization that `config` has by now."""
-    raw = {name: value for name, value in config.raw.items() if name != "quantization_config"}
-    raw |= dict(tie_word_embeddings=config.tie_word_embeddings)
-    if "text_config" in raw:
-        raw["text_config"] = raw["text_config"] | dict(tie_word_embeddings=config.tie_word_embeddings)
+    """The `config.json` of an export: what was read, with the precision and the head that the model has by now."""
+    raw = json.loads(json.dumps(config.raw))
+    raw.pop("quantization_config", None)
+    for section in filter(None, (raw, raw.get("text_config"), raw.get("vision_config"))):
+        section.pop("torch_dtype", None)
+        section["dtype"] = "bfloat16"
+    for section in filter(None, (raw, raw.get("text_config"))):
+        section["tie_word_embeddings"] = config.tie_word_embeddings
     if config.fp8:
         raw["quantization_config"] = dict(
             quant_method="fp8",
@@ -183,48 +175,43 @@ def export(directory: str, model: nn.Module, precision: str, source: str) -> Non
     Adapters are merged on the way. FP8 has one scale per tensor and none for activations (they are scaled dynamically).
     The tokenizer comes from `source`.
     """
-    shapes, stream = collect(model, adapters=False)
+    config = replace(model.config, fp8=precision == "fp8", activation_scheme="dynamic")
+    stream = collect(model, adapters=False)
     with staged(directory, model.place.rank) as folder:
         try:
             if model.place.rank == 0:
-                write_model(folder, export_config(model.config, precision == "fp8"), shapes, stream, source)
+                write_model(folder, config, stream, source)
         finally:
             for _ in stream:  # the other ranks send here; rank 0 receives the rest after an error
                 pass
 
 
-def collect(model: nn.Module, adapters: bool) -> tuple[dict[str, tuple], Iterator[tuple[str, torch.Tensor]]]:
-    """The whole shapes of the model's tensors (or its adapters') by name; and on rank 0 (name, BF16 tensor on the CPU).
+def collect(model: nn.Module, adapters: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model's tensors (or its adapters') on rank 0: (name, whole BF16 tensor on the CPU), one at a time.
 
-    All ranks call this together, and go through what it returns. The others' iterator yields nothing of use, and sends
-    their parts meanwhile. Rank 0 never holds more than one whole tensor.
+    All ranks go through this together. The others only send their parts.
     """
     place, layers = model.place, layers_with_slices(model)
     owned = [t for t in held_tensors(model) if t.owner and place.dp_rank == 0 and (".adapter." in t.name) == adapters]
     holders = gather_objects({t.name: t.part for t in owned})  # of every rank, the parts that come from it
-    shapes = {name: part.shape for parts in holders for name, part in parts.items()}
+    for name in dict.fromkeys(chain(*holders)):
+        parts = {rank: held[name] for rank, held in enumerate(holders) if name in held}
+        own = merged(layers[name][0], model.dtype).cpu().contiguous() if place.rank in parts else None
+        if place.rank == 0:
+            yield name, assemble(own, parts, model.dtype)
+        elif own is not None:
+            dist.send(own, dst=0)
 
-    def piece(name: str) -> torch.Tensor:
-        return merged(layers[name][0], model.dtype).cpu().contiguous()
 
-    def received(name: str, rank: int, part: Slice) -> torch.Tensor:
-        found = torch.empty(part.local_shape, dtype=model.dtype)
-        dist.recv(found, src=rank)
-        return found
-
-    def assembled(name: str, shape: tuple) -> tuple[str, torch.Tensor]:
-        whole = torch.empty(shape, dtype=torch.bfloat16)
-        for rank, parts in enumerate(holders):
-            if name in parts:
-                part = parts[name]
-                found = received(name, rank, part) if rank else piece(name)
-                whole.narrow(part.dim, part.start, part.length).copy_(found.narrow(part.dim, 0, part.length))
-        return name, whole
-
-    if place.rank == 0:
-        return shapes, (assembled(*item) for item in shapes.items())
-    # In the order in which rank 0 receives: messages between two ranks match by order alone.
-    return shapes, (dist.send(piece(name), dst=0) for name in shapes if name in holders[place.rank])
+def assemble(own: torch.Tensor | None, parts: dict[int, Slice], dtype: torch.dtype) -> torch.Tensor:
+    """The whole tensor on rank 0, in BF16, from its `own` part and what other ranks send; `parts` are by rank."""
+    whole = torch.empty(next(iter(parts.values())).shape, dtype=torch.bfloat16)
+    for rank, part in parts.items():
+        piece = own if rank == 0 else torch.empty(part.local_shape, dtype=dtype)
+        if rank > 0:
+            dist.recv(piece, src=rank)
+        whole.narrow(part.dim, part.start, part.length).copy_(piece.narrow(part.dim, 0, part.length))
+    return whole
 
 
 def export_adapters(directory: str, model: nn.Module, rank: int, alpha: float, base: str) -> None:
@@ -233,7 +220,7 @@ def export_adapters(directory: str, model: nn.Module, rank: int, alpha: float, b
     `rank` and `alpha` are the adapters' own, `base` is the checkpoint beside which they were trained; all ranks call
     this together.
     """
-    tensors = list(collect(model, adapters=True)[1])
+    tensors = list(collect(model, adapters=True))
     with staged(directory, model.place.rank) as folder:
         if model.place.rank == 0:
             inside = "model.language_model." if model.config.vision is not None else "model."
@@ -266,8 +253,8 @@ def convert(source: str, target: str, to_fp8: bool, chats: str | None) -> None:
         for name, part in parts.items():
             yield name, *checkpoint.weight(name, part, config), scales.get(name)
 
-    written = export_config(config, to_fp8, "static" if chats or inputs else "dynamic")
-    save(target, written, {name: part.shape for name, part in parts.items()}, weights(), source)
+    scheme = "static" if chats or inputs else "dynamic"
+    save(target, replace(config, fp8=to_fp8, activation_scheme=scheme), weights(), source)
 
 
 def measure_inputs(model: MistralMedium, batches: Iterable[MicroBatch]) -> dict[str, torch.Tensor]:

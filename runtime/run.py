@@ -35,6 +35,8 @@ SAVE_SECONDS = 600  # without --save-every, the run's state is saved as often as
 
 LINE = "step {step}/{total}  loss {loss:.4f}  gradient norm {grad_norm:.4g}  {tokens_per_s:.0f} tokens/s  {left} left"
 
+LINE_BEFORE = "\x1b[A\x1b[2K"  # a terminal's: one line up, and erase it
+
 
 class RunFolder:
     """The folder of a run, --out, which belongs to this run alone inside `with`. All ranks make every call together.
@@ -57,13 +59,12 @@ class RunFolder:
         self.saved = 0.0  # when, by the clock of time.monotonic
         self.lines: list[dict] = []  # of metrics.jsonl
         self.seconds: list[float] = []  # of the steps taken here, at most 20
-        self.line_is_open = False  # the line on the terminal will be replaced by the next step's
+        self.after_step = False  # the last line said is a step's; on a terminal the next step's takes its place
 
     def __enter__(self) -> "RunFolder":
         with ExitStack() as stack:
             together(lambda: self.claim(stack) if self.place.rank == 0 else None)
             self.finished = gather_objects(self.finished)[0]
-            stack.callback(self.close_line)
             self.stack = stack.pop_all()
         return self
 
@@ -118,20 +119,15 @@ class RunFolder:
         return step
 
     def record(self, line: dict) -> None:
-        """Append a line to `metrics.jsonl`, and show it."""
-
-        def append() -> None:
-            with writing(path, "make room, then --resume"), open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-
-        path = os.path.join(self.out, "metrics.jsonl")
+        """Append a line to `metrics.jsonl`, and say it."""
         self.lines.append(line)
-        together(lambda: append() if self.place.rank == 0 else None)
+        path = os.path.join(self.out, "metrics.jsonl")
+        together(lambda: append_line(path, line) if self.place.rank == 0 else None)
         if "val_loss" in line:
-            shown = [f"{name} {value:.4f}" for name, value in line.items() if name != "step"]
-            self.say(f"step {line['step']}: {', '.join(shown)}")
+            said = [f"{name} {value:.4f}" for name, value in line.items() if name != "step"]
+            self.say(f"step {line['step']}: {', '.join(said)}")
         else:
-            self.show_step(line)
+            self.say_step(line)
 
     def due(self, step: int) -> bool:
         """Whether to save after this step: because of --save-every or the clock, a signal, or as it is the last one.
@@ -167,25 +163,19 @@ class RunFolder:
     def say(self, text: str) -> None:
         """Print a line on stderr, from rank 0."""
         if self.place.rank == 0:
-            self.close_line()
             print(text, file=sys.stderr, flush=True)
+        self.after_step = False
 
-    def close_line(self) -> None:
-        print("\n" * self.line_is_open, end="", file=sys.stderr, flush=True)
-        self.line_is_open = False
-
-    def show_step(self, line: dict) -> None:
-        """A step's line: in a terminal it takes the place of the step before it."""
+    def say_step(self, line: dict) -> None:
         self.seconds = [*self.seconds[-19:], line["step_s"]]
         seconds = sum(self.seconds) / len(self.seconds) * (self.total - line["step"])
         left = timedelta(seconds=round(min(seconds, 1e9)))  # 30 years: dates end in the year 9999
         text = LINE.format(**line, total=self.total, left=left)
-        if not sys.stderr.isatty():
-            self.say(text)
-        elif self.place.rank == 0:
+        if sys.stderr.isatty():
             text = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps could not be replaced
-            print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
-            self.line_is_open = True
+            text = f"{LINE_BEFORE}{text}" if self.after_step else text
+        self.say(text)
+        self.after_step = True
         if len(self.seconds) == 10 and line["step"] < self.total:
             end = datetime.now() + left
             self.say(f"after ten steps: {left} left, which is until {end:%H:%M} on {end:%d %B}")
@@ -262,6 +252,11 @@ def start_metrics(out: str, after_step: int) -> list[dict]:
             file.writelines(json.dumps(line) + "\n" for line in kept)
         os.replace(f"{path}.partial", path)
     return kept
+
+
+def append_line(path: str, line: dict) -> None:
+    with writing(path, "make room, then --resume"), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def summary(lines: list[dict]) -> str:

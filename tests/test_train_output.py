@@ -50,9 +50,7 @@ def test_in_a_terminal(stopped, text, tmp_path):
     if stopped:
         run.press("\x03")
     assert run.end() == (130 if stopped else 0)
-    screen = [
-        re.sub(r".*\r(?!$)", "", line).replace("\x1b[K", "") for line in run.shown.replace("\r\n", "\n").split("\n")
-    ]
+    screen = re.sub(r"[^\n]*\n\x1b\[A\x1b\[2K", "", run.shown.replace("\r\n", "\n")).split("\n")
     shown = [line for line in screen if line.startswith("step ")]
     assert len(shown) <= 2 and shown[-1] in run.shown  # in all but the tenth, which a line follows, and the last
     assert any(line.startswith("error: SIGINT" if stopped else "done in") for line in screen), screen
@@ -63,7 +61,7 @@ def test_steps_without_end(text, tmp_path, capsys):
     folder = trainer(text, tmp_path / "out").folder
     folder.total = 10**18
     for step in range(1, 12):
-        folder.show_step({"step": step, "loss": 1.0, "grad_norm": 1.0, "tokens_per_s": 1.0, "step_s": 250.0})
+        folder.say_step({"step": step, "loss": 1.0, "grad_norm": 1.0, "tokens_per_s": 1.0, "step_s": 250.0})
     assert capsys.readouterr().err.count("left") == 12
 
 
