@@ -25,8 +25,8 @@ from torch import nn
 
 import fp8
 from model import Config, MistralMedium
-from parallel import Place, Slice
-from runtime.checkpoint import Checkpoint, check_names, fill, hf_name, is_quantized, layers_with_slices, scale_names
+from parallel import Place, Slice, parts_of
+from runtime.checkpoint import Checkpoint, check_names, fill, hf_name, is_quantized, scale_names
 from runtime.config import read_config
 from runtime.data import Chats, MicroBatch, decode_images, micro_batches
 from runtime.files import UserError, flush_to_disk, write_json, writing
@@ -191,12 +191,12 @@ def collect(model: nn.Module, adapters: bool) -> Iterator[tuple[str, torch.Tenso
 
     All ranks go through this together. The others only send their parts.
     """
-    place, layers = model.place, layers_with_slices(model)
+    place, layers = model.place, parts_of(model)
     owned = [t for t in held_tensors(model) if t.owner and place.dp_rank == 0 and (".adapter." in t.name) == adapters]
     holders = gather_objects({t.name: t.part for t in owned})  # of every rank, the parts that come from it
     for name in dict.fromkeys(chain(*holders)):
         parts = {rank: held[name] for rank, held in enumerate(holders) if name in held}
-        own = merged(layers[name][0], model.dtype).cpu().contiguous() if place.rank in parts else None
+        own = merged(*layers[name], model.dtype).cpu().contiguous() if place.rank in parts else None
         if place.rank == 0:
             yield name, assemble(own, parts, model.dtype)
         elif own is not None:
@@ -242,7 +242,7 @@ def convert(source: str, target: str, to_fp8: bool, chats: str | None) -> None:
     config = checkpoint.fit(read_config(source))
     model = build_model(config)
     check_names(checkpoint, model)
-    parts = {name: part for name, (_, part) in layers_with_slices(model).items()}
+    parts = {name: part.slice for name, (_, part) in parts_of(model).items()}
     quantized = [name for name in parts if to_fp8 and is_quantized(name)]
     inputs = {} if chats else {name: checkpoint.scale(scale_names(name)[1]) for name in quantized}
     if any(scale is None for scale in inputs.values()):
@@ -268,11 +268,8 @@ def measure_inputs(model: MistralMedium, batches: Iterable[MicroBatch]) -> dict[
 
         return hook
 
-    handles = [
-        layer.register_forward_pre_hook(watch(f"{name}.weight"))
-        for name, layer in model.named_modules()
-        if is_quantized(f"{name}.weight")
-    ]
+    quantized = [(name, layer) for name, (layer, _) in parts_of(model).items() if is_quantized(name)]
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in quantized]
     with torch.inference_mode():
         for batch in batches:
             features = model.vision(batch.pixels) if batch.pixels else None

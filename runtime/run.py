@@ -360,6 +360,5 @@ def load_state(path: str, optimizer: Optimizer, settings: dict, data: str) -> in
             for kind in STATE:
                 inside = views[kind].narrow(held.part.dim, 0, held.part.length)
                 state.fill_part(f"{held.name}/{kind}", held.part, inside)
-    optimizer.steps = settings["step"]
-    optimizer.write_weights()
-    return optimizer.steps
+    optimizer.resume(settings["step"])
+    return settings["step"]
