@@ -168,28 +168,12 @@ class Trainer:
         folder.finish(self.model)
         self.say(f"try it: python generate.py --ckpt {shlex.quote(os.path.join(args.out, 'model'))}")
 
-    def settings(self) -> dict:
-        """What a resumed run must not change."""
-        same = ("seed", "shuffle", "global_batch_size", "optimizer")
-        return {name: getattr(self.args, name) for name in same} | {
-            "data": self.data.fingerprint(),
-            "freeze": sorted(set(self.args.freeze)),
-            "lora": [self.args.lora_rank, self.args.lora_alpha],
-        }
-
-    def announce(self, first: int) -> None:
-        """Say what the run will do."""
-        args, owned = self.args, [t for t in held_tensors(self.model) if t.owner and self.place.dp_rank == 0]
-        trained = sum(t.parameter.numel() for t in owned if t.parameter.requires_grad)
-        trained, every = over_ranks([trained, sum(t.parameter.numel() for t in owned)])
-        batch, count = args.global_batch_size, len(self.data.samples)
-        epochs = min(self.total * batch / count, self.order.epochs or math.inf)
-        self.say(f"steps {first} to {self.total}, {batch} samples each: {epochs:.3g} times through the data")
-        memory = f"; by the plan this takes at most {self.planned / 1e9:.2g} GB" if self.planned else ""
-        self.say(f"trains {trained:,.0f} of {every:,.0f} parameters{memory}")
-        often = f"every {args.save_every} steps" if args.save_every else f"every {SAVE_SECONDS // 60} minutes"
-        states = self.folder.states
-        self.say(f"saves its state {often} in {states}, the newest {args.keep} stay; Ctrl-C stops after a step")
+    def upcoming(self, step: int) -> Split | None:
+        """The samples of `step`, split; None after the last step. The longest come first, for little padding."""
+        if step > self.total:
+            return None
+        samples = sorted((self.data.samples[i] for i in self.order.batch(step)), key=lambda sample: -len(sample.ids))
+        return self.split(samples, self.data.base, self.args.micro_batch_size)
 
     def split(self, samples: list[Sample], base: str, size: int) -> Split:
         """(all micro-batches of `samples`, this replica's, a function that waits for the images of the latter)."""
@@ -200,13 +184,6 @@ class Trainer:
         wait = self.thread.submit(*decode).result if place.first_stage else lambda: None
         # One rank's broken image is an error of all ranks. Without images there is nothing to agree on.
         return batches, mine, partial(together, wait) if any(batch.images for batch in batches) else wait
-
-    def upcoming(self, step: int) -> Split | None:
-        """The samples of `step`, split; None after the last step. The longest come first, for little padding."""
-        if step > self.total:
-            return None
-        samples = sorted((self.data.samples[i] for i in self.order.batch(step)), key=lambda sample: -len(sample.ids))
-        return self.split(samples, self.data.base, self.args.micro_batch_size)
 
     def step(self, step: int, upcoming: Split) -> dict:
         """One optimizer step; returns its line for metrics.jsonl."""
@@ -320,6 +297,29 @@ class Trainer:
                     self.say("  expected {!r}\n  answered {!r}".format(*map(self.spell, (expected, answer.tokens))))
         return int(over_ranks([exact])[0]) // (place.tp_size * place.pp_size)  # all ranks of a replica counted them
 
+    def settings(self) -> dict:
+        """What a resumed run must not change."""
+        same = ("seed", "shuffle", "global_batch_size", "optimizer")
+        return {name: getattr(self.args, name) for name in same} | {
+            "data": self.data.fingerprint(),
+            "freeze": sorted(set(self.args.freeze)),
+            "lora": [self.args.lora_rank, self.args.lora_alpha],
+        }
+
+    def announce(self, first: int) -> None:
+        """Say what the run will do."""
+        args, owned = self.args, [t for t in held_tensors(self.model) if t.owner and self.place.dp_rank == 0]
+        trained = sum(t.parameter.numel() for t in owned if t.parameter.requires_grad)
+        trained, every = over_ranks([trained, sum(t.parameter.numel() for t in owned)])
+        batch, count = args.global_batch_size, len(self.data.samples)
+        epochs = min(self.total * batch / count, self.order.epochs or math.inf)
+        self.say(f"steps {first} to {self.total}, {batch} samples each: {epochs:.3g} times through the data")
+        memory = f"; by the plan this takes at most {self.planned / 1e9:.2g} GB" if self.planned else ""
+        self.say(f"trains {trained:,.0f} of {every:,.0f} parameters{memory}")
+        often = f"every {args.save_every} steps" if args.save_every else f"every {SAVE_SECONDS // 60} minutes"
+        states = self.folder.states
+        self.say(f"saves its state {often} in {states}, the newest {args.keep} stay; Ctrl-C stops after a step")
+
 
 RATE, BETA, POSITIVE = number(float, 0, 1e9), number(float, 0, 1), number(float, 1e-30, 1e9)
 
@@ -401,7 +401,8 @@ def main(argv: list[str]) -> None:
     place = replace(place, sequence_parallel=args.sequence_parallel and args.tp > 1)
     with RunFolder(args, place) as folder:
         if folder.finished:
-            folder.say(f"{args.out}: this run is finished; its model is {os.path.join(args.out, 'model')}")
+            model = os.path.join(args.out, "model")
+            folder.say(f"{args.out}: this run is finished; its model is {model}; move it away to take more steps")
         else:
             Trainer(args, place, folder).train()
 

@@ -33,6 +33,8 @@ MAPPED = 1 << 26  # bytes read from a file before it is opened anew
 
 BLOCK = 1 << 24  # elements that are checked, converted or drawn at a time: bounds a float32 copy to 64 MiB
 
+PIECE = re.compile(r"(.+)@(\d{1,12}):(\d{1,12})")  # NAME@START:STOP, a piece of a tensor: see `Checkpoint.fill_part`
+
 # Scales of an FP8 cache and of fake quantization, in the files' own words: they change nothing that is computed here.
 PASSED_OVER = re.compile(r"\.[kv]_scale$|fake_quantizer\.qscale_act$")
 
@@ -176,33 +178,30 @@ class Checkpoint:
         return tensor
 
     @cached_property
-    def pieces(self) -> dict[str, list[tuple[int, str]]]:
-        """Of tensors that lie in pieces, NAME@START each: their names -> (start, the piece's name), in order."""
+    def pieces(self) -> dict[str, list[tuple[int, int, str]]]:
+        """Of each tensor that lies in pieces: (start, stop, the piece's name)."""
         found = {}
-        for match in filter(None, map(re.compile(r"(.+)@(\d{1,12})").fullmatch, self.tensors)):
-            found.setdefault(match[1], []).append((int(match[2]), match[0]))
-        return {name: sorted(pieces) for name, pieces in found.items()}
+        for key in self.tensors:
+            if match := PIECE.fullmatch(key):
+                found.setdefault(match[1], []).append((int(match[2]), int(match[3]), key))
+        return found
 
     def fill_part(self, name: str, part: Slice, out: torch.Tensor) -> None:
-        """Copy the part `part` of a tensor into `out`, which has its shape without padding.
+        """Copy the part `part` of a tensor that lies in pieces along `part.dim` into `out`, which has no padding.
 
-        The tensor lies in pieces along `part.dim`, as the ranks of a run save its state, whatever their topology was.
+        The ranks of a run save its state like this; their topology may have been another one.
         """
-        stop, end = 0, part.start + part.length
-        for start, key in self.pieces.get(name, ()):
-            _, shape = self.stored(key)
-            if start != stop or len(shape) != len(part.shape):
-                break
-            stop += shape[part.dim]
-            low, high = max(start, part.start), min(stop, end)
-            if low < high:
+        done = 0
+        for start, stop, key in sorted(self.pieces.get(name, ())):
+            low, high = max(start, part.start), min(stop, part.start + part.length)
+            if start == done and low < high:
+                shape = Slice(part.shape, part.dim, start, stop).local_shape
                 values = self.read(key, Slice(shape, part.dim, low - start, high - start))
-                target = out.narrow(part.dim, low - part.start, high - low)
-                if values.shape != target.shape or values.dtype != target.dtype:
-                    where = self.tensors[key].file
-                    raise UserError(f"{where}: {key} should have {list(target.shape)} numbers of {target.dtype}")
-                target.copy_(values)
-        if stop != part.shape[part.dim]:
+                if values.dtype != out.dtype:
+                    raise UserError(f"{self.tensors[key].file}: {key} is stored as {values.dtype}, not {out.dtype}")
+                out.narrow(part.dim, low - part.start, high - low).copy_(values)
+            done = stop if start == done else done
+        if done != part.shape[part.dim]:
             raise UserError(f"{self.directory}: holds no whole {name}")
 
     def scale(self, name: str) -> torch.Tensor | None:

@@ -289,9 +289,9 @@ def newest_state(directory: str) -> str | None:
 def save_state(directory: str, step: int, optimizer: Optimizer, settings: dict) -> None:
     """Write `directory`/step-N with every rank's part of the run's state; all ranks call this together.
 
-    Replicas hold the same state and share the writing. A file has tensors NAME/KIND@START: the piece of the FP32 tensor
-    that begins at row (or column) START, whatever the topology. The index lists them like that of a checkpoint, and
-    has the step and the settings as its metadata. Raises UserError.
+    Replicas hold the same state and share the writing. A tensor NAME/KIND@START:STOP is these rows (or columns) of an
+    FP32 tensor of the whole model. The index lists them like that of a checkpoint, and has the step and the settings as
+    its metadata. Raises UserError.
     """
     place, tensors = optimizer.place, {}
     file = f"rank-{place.rank:05d}.safetensors"
@@ -300,7 +300,8 @@ def save_state(directory: str, step: int, optimizer: Optimizer, settings: dict) 
         part = held.part  # written without its padding, which depends on the topology
         for kind in STATE:
             inside = views[kind].narrow(part.dim, 0, part.length)
-            tensors[f"{held.name}/{kind}@{part.start}"] = inside.contiguous().cpu()
+            piece = f"{held.name}/{kind}@{part.start}:{part.start + part.length}"
+            tensors[piece] = inside.contiguous().cpu()
     names = gather_objects(dict.fromkeys(tensors, file))
     final, advice = os.path.join(directory, f"step-{step}"), "earlier checkpoints are whole: make room, then --resume"
     with staged(final, place.rank, advice) as folder:

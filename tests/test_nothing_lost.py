@@ -77,7 +77,8 @@ def test_a_run_is_refused_without_resume_and_a_finished_one_says_so(out, text, c
     refused(arguments(*text, out, **SHORT), "holds a run already; --resume goes on")
     capsys.readouterr()
     train.main(arguments(*text, out, resume=True, **SHORT))
-    assert capsys.readouterr().err == f"{out}: this run is finished; its model is {out}/model\n"
+    said = f"{out}: this run is finished; its model is {out}/model; move it away to take more steps\n"
+    assert capsys.readouterr().err == said
     shutil.rmtree(out / "checkpoints")  # they are large, and nobody needs them any more
     train.main(arguments(*text, out, resume=True, **SHORT))
     assert files(out) == {name: data for name, data in before.items() if not name.startswith("checkpoints")}
@@ -274,8 +275,20 @@ def damaged(draw: random.Random, folder) -> str:
         elif how == "file":
             pieces[key] = draw.choice([*strange, "rank-00001.safetensors", INDEX])
         else:
-            start = draw.choice(["1", "-1", "", "a", "0" * 5000, "9" * 5000, "0@0"])
-            pieces[key.replace("@0", f"@{start}")] = pieces.pop(key)
+            whole, piece = key.split("@")
+            strange = [
+                "1:9",
+                "-1:9",
+                "0:",
+                "a",
+                "0:" + "9" * 5000,
+                "9" * 12 + ":0",
+                "0@0:1",
+                "0:" + "9" * 12,
+                "0:1",
+                "0:0",
+            ]
+            pieces[f"{whole}@{draw.choice([other for other in strange if other != piece])}"] = pieces.pop(key)
         index.write_text(json.dumps(contents))
     return how
 
