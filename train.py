@@ -385,7 +385,7 @@ def add_running_options(parser: Parser) -> None:
     add("--micro-batch-size", type=SIZE, default=1, metavar="N", help="samples that go through the model together")
     add("--activation-checkpointing", action="store_true", help="keep layers' inputs only: less memory, more time")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of weights and activations")
-    add("--timeout", type=number(float, 5, 1e9), default=300, metavar="S", help="a rank silent for so long is gone")
+    add("--timeout", type=number(float, 5, 1e9), default=300, metavar="S", help="a rank silent for this long is gone")
     add = parser.add_argument_group("saving and validating").add_argument
     add("--save-every", type=SIZE, metavar="N", help="steps between saved states; default: ten minutes")
     add("--keep", type=SIZE, default=2, metavar="N", help="how many saved states are kept, the newest")

@@ -194,7 +194,7 @@ class Checkpoint:
         done = 0
         for start, stop, key in sorted(self.pieces.get(name, ())):
             low, high = max(start, part.start), min(stop, part.start + part.length)
-            if start == done and low < high:
+            if low < high:
                 shape = Slice(part.shape, part.dim, start, stop).local_shape
                 values = self.read(key, Slice(shape, part.dim, low - start, high - start))
                 if values.dtype != out.dtype:

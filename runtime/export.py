@@ -39,9 +39,8 @@ from vision import build_model
 
 SHARD_BYTES = 4_000_000_000  # a file written is at most about this large
 
-PEFT_TARGETS = (
-    r".*layers\.\d+\.(self_attn|mlp)\.\w+_proj"  # the decoder's; those of the vision tower are called otherwise
-)
+# The decoder's linears, as peft finds them. Those of the vision tower have other names.
+PEFT_TARGETS = r".*layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 
 
 @contextmanager
@@ -60,7 +59,8 @@ def staged(path: str, rank: int = 0, advice: str = "make room, or choose another
             action() if rank == 0 else None
 
     def finish() -> None:
-        names = sorted(os.listdir(partial))
+        # A model counts as whole as soon as its config.json is there, a saved state with its index.
+        names = sorted(os.listdir(partial), key=lambda name: (name == "config.json", name))
         for name in ("", *names):
             flush_to_disk(os.path.join(partial, name))
         if os.path.isdir(path) and os.listdir(path):

@@ -94,9 +94,8 @@ class RunFolder:
             return False
         record = read_json(os.path.join(self.out, RECORD)) if RECORD in names else None
         if not isinstance(record, dict) or record.get("program") != "train.py":
-            raise UserError(
-                f"{self.out}: holds {min(names)!r}, but no run of train.py; choose a new or an empty folder"
-            )
+            what = f"holds {min(names)!r}, but no run of train.py"
+            raise UserError(f"{self.out}: {what}; choose a new or an empty folder")
         if not self.args.resume:
             raise UserError(f"{self.out}: holds a run already; --resume goes on with it, or choose another --out")
         return os.path.exists(os.path.join(self.out, "model", "config.json"))
@@ -135,10 +134,10 @@ class RunFolder:
         Signals reach the ranks at different moments, and clocks differ: ranks act on what all of them know.
         """
         late = time.monotonic() - self.saved > SAVE_SECONDS
-        known = gather_objects((late, self.signals.number))
+        lates, signals = zip(*gather_objects((late, self.signals.number)))
         every = self.args.save_every
-        regular = step % every == 0 if every else known[0][0]
-        return step == self.total or regular or any(number for _, number in known)
+        regular = step % every == 0 if every else lates[0]
+        return step == self.total or regular or any(signals)
 
     def save(self, step: int, optimizer: Optimizer) -> None:
         """Save the run's state, and remove all but the newest --keep states. If a signal came, the run ends here."""

@@ -111,6 +111,27 @@ def test_one_run_per_folder(text, tmp_path):
     train.main(argv)
 
 
+def test_killed_in_its_first_moment(text, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json.partial").write_text('{"prog')
+    train.main(arguments(*text, tmp_path / "out", **{**SHORT, "max_steps": 1}))
+    assert not leftovers(tmp_path) and (tmp_path / "out" / "model").exists()
+
+
+def test_a_folder_that_is_there_gets_the_files_one_by_one(tmp_path, monkeypatch):
+    """Whoever is killed in between leaves a model without config.json, which counts as none."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "notes.txt").write_text("mine")
+    seen, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: seen.append(os.path.basename(paths[1])) or replace(*paths))
+    with export.staged(str(tmp_path / "model")) as folder:
+        for name in ("config.json", "tekken.json", "a.safetensors"):
+            with open(os.path.join(folder, name), "w") as file:
+                file.write(name)
+    assert seen == ["a.safetensors", "tekken.json", "config.json"]
+    assert set(files(tmp_path / "model")) == {"notes.txt", *seen} and os.listdir(tmp_path) == ["model"]
+
+
 def test_killed_in_its_last_moment(out, text):
     """Its last step is saved, and its model nearly written: it is written again. What others stage in there stays."""
     model = files(out / "model")
