@@ -13,12 +13,15 @@ import time
 from functools import partial
 
 import pytest
+import torch
 from processes import run_on_ranks, start
 from safetensors.torch import load_file, save_file
 from train_cases import arguments, on, trained, trainer
 
 import train
+from parallel import Slice
 from runtime import export, launch, run
+from runtime.checkpoint import Checkpoint
 from runtime.curve import draw_loss
 from runtime.files import UserError
 from runtime.run import INDEX, load_state
@@ -331,6 +334,28 @@ def test_damaged_states(seed, ended, text, tmp_path):
         shutil.rmtree(folder)
     assert len(seen) > 5
     assert load_state(str(ended / "checkpoints" / "step-3"), job.optimizer, job.settings(), "") == 3
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_tensor_in_pieces(dim, tmp_path):
+    """Any slice of it, padded or not; and none of it without all of its pieces."""
+    whole = torch.randn(11, 11)
+    cuts = [(0, 4), (4, 5), (5, 11), (12, 12)]  # the last rank had nothing but padding
+    pieces = {f"x@{a}:{b}": whole.narrow(dim, min(a, 11), b - a).contiguous() for a, b in cuts}
+    for missing in (None, *pieces):
+        kept = {name: piece for name, piece in pieces.items() if name != missing}
+        save_file(kept, tmp_path / "file.safetensors")
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(kept, "file.safetensors")}))
+        state = Checkpoint(str(tmp_path))
+        for first, stop in [(0, 11), (3, 6), (4, 5), (7, 14), (12, 14)]:
+            part = Slice((11, 11), dim, first, stop)
+            out = torch.zeros(part.local_shape).narrow(dim, 0, part.length)
+            if missing in (None, "x@12:12"):
+                state.fill_part("x", part, out)
+                assert torch.equal(out, whole.narrow(dim, min(first, 11), part.length))
+            else:
+                with pytest.raises(UserError, match="holds no whole x"):
+                    state.fill_part("x", part, out)
 
 
 @pytest.mark.parametrize(
