@@ -35,7 +35,7 @@ SAVE_SECONDS = 600  # without --save-every, the run's state is saved as often as
 
 LINE = "step {step}/{total}  loss {loss:.4f}  gradient norm {grad_norm:.4g}  {tokens_per_s:.0f} tokens/s  {left} left"
 
-LINE_BEFORE = "\x1b[A\x1b[2K"  # a terminal's: one line up, and erase it
+LINE_START, LINE_BEFORE = "\r\x1b[K", "\x1b[A\x1b[2K"  # a terminal's: erase this line; one line up, and erase that
 
 
 class RunFolder:
@@ -162,7 +162,8 @@ class RunFolder:
     def say(self, text: str) -> None:
         """Print a line on stderr, from rank 0."""
         if self.place.rank == 0:
-            print(text, file=sys.stderr, flush=True)
+            start = LINE_START if sys.stderr.isatty() else ""  # over the ^C that a terminal shows
+            print(start + text, file=sys.stderr, flush=True)
         self.after_step = False
 
     def say_step(self, line: dict) -> None:

@@ -50,7 +50,8 @@ def test_in_a_terminal(stopped, text, tmp_path):
     if stopped:
         run.press("\x03")
     assert run.end() == (130 if stopped else 0)
-    screen = re.sub(r"[^\n]*\n\x1b\[A\x1b\[2K", "", run.shown.replace("\r\n", "\n")).split("\n")
+    screen = re.sub(r"[^\n]*\r\x1b\[K", "", run.shown.replace("\r\n", "\n"))
+    screen = re.sub(r"[^\n]*\n\x1b\[A\x1b\[2K", "", screen).split("\n")
     shown = [line for line in screen if line.startswith("step ")]
     assert len(shown) <= 2 and shown[-1] in run.shown  # in all but the tenth, which a line follows, and the last
     assert any(line.startswith("error: SIGINT" if stopped else "done in") for line in screen), screen
