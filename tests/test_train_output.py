@@ -67,7 +67,7 @@ def test_steps_without_end(text, tmp_path, capsys):
 
 
 def test_the_picture(tmp_path):
-    """All three curves; the smoothed one follows the noise without leaning to its first value or to 0."""
+    """All three curves; the smoothed one runs through the middle of the noise."""
     rng, lines = random.Random(1), []
     for step in range(1, 101):
         lines.append({"step": step, "loss": 2 + rng.uniform(-0.5, 0.5), "lr": 1e-5 * step})
