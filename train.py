@@ -5,9 +5,10 @@
 
 A step, on every rank:
 
-1. split the step's samples into micro-batches, and these among the data-parallel replicas;
-2. run forward and backward passes through the stages (both: `pipeline.py`), summing gradients in FP32 (`optimizer.py`);
-3. make gradients complete across ranks, measure and clip their norm, and let Adam take a step.
+1. split the step's samples into micro-batches (`runtime/data.py`), and these among the data-parallel replicas;
+2. run forward and backward passes through the stages (`parallel.py`), summing gradients in FP32;
+3. make gradients complete across ranks, measure and clip their norm, and let Adam take a step
+   (`runtime/optimizer.py`).
 
 The loss of a step is the mean over all N target tokens of its *global* batch. So a micro-batch doesn't average over its
 own targets, of which another may have ten times as many: it contributes (the sum of its token losses) / N. These add up
@@ -15,8 +16,9 @@ to the mean however the batch was split, and so do their gradients. Every rank k
 
 --out gets `metrics.jsonl`, a line per step and per validation; `checkpoints/step-N/`, from which --resume goes on, on
 any topology: saved every ten minutes, at the end, and when a signal stops the run; at the end `loss.png` and `model/`
-in the HF layout. With --lora-rank the model stays frozen (in FP8, if it is stored so) and only adapters are trained:
-`adapters/` has them alone, `model/` has them merged. Defaults are those of the published fine-tune on MedPix-VQA.
+in the HF layout. A finished run takes more steps if `model/` is moved away. With --lora-rank the model stays frozen (in
+FP8, if it is stored so) and only adapters are trained: `adapters/` has them alone, `model/` has them merged. Defaults
+are those of the published fine-tune on MedPix-VQA.
 """
 
 import os

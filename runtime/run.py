@@ -319,12 +319,11 @@ def remove_old_states(directory: str, keep: int) -> None:
     """
     newest = newest_states(directory, keep)
     for path in filter(step_of, glob.glob(os.path.join(glob.escape(directory), "step-*"))):
+        files = [os.path.join(path, INDEX), *glob.glob(os.path.join(glob.escape(path), "rank-[0-9]*.safetensors"))]
         if path not in newest:
-            with suppress(FileNotFoundError):
-                os.remove(os.path.join(path, INDEX))
             with suppress(OSError):
-                for part in glob.glob(os.path.join(glob.escape(path), "rank-[0-9]*.safetensors")):
-                    os.remove(part)
+                for file in filter(os.path.exists, files):
+                    os.remove(file)
                 os.rmdir(path)
 
 
