@@ -19,12 +19,10 @@ The second half is for speed only: how a CPU multiplies BF16 (on a GPU it is `F.
   starts a step's operations (`Traced`).
 """
 
-import os
 import signal
 
-if __name__ == "__main__":  # a signal ends the program at once, unless there is something to remove
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: os._exit(128 + number))
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of an import; `run_program` sets the rule
 
 import collections
 import functools
@@ -346,4 +344,4 @@ if __name__ == "__main__":
     from runtime.export import main
     from runtime.launch import run_program
 
-    run_program(main)
+    run_program(main, alone=True)

@@ -30,6 +30,11 @@ that is; the loader reads just that part. With one process every slice is everyt
 layers are the plain model.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of an import; `run_program` sets the rule
+
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -553,4 +558,4 @@ class Pipeline:
 if __name__ == "__main__":
     from runtime import launch, plan
 
-    launch.run_program(plan.main)
+    launch.run_program(plan.main, alone=True)

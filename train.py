@@ -19,17 +19,15 @@ in the HF layout. With --lora-rank the model stays frozen (in FP8, if it is stor
 `adapters/` has them alone, `model/` has them merged. Defaults are those of the published fine-tune on MedPix-VQA.
 """
 
-import os
 import signal
 
-if __name__ == "__main__":  # a signal ends the program at once, while torch is imported and while the model loads
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: os._exit(128 + number))
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of an import; `run_program` sets the rule
 
 import argparse
 import math
+import os
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -51,7 +49,7 @@ from runtime.config import read_config
 from runtime.data import IGNORE, Chats, MicroBatch, Order, Sample, decode_images, micro_batches
 from runtime.export import export, export_adapters
 from runtime.files import UserError
-from runtime.launch import COUNT, SIZE, Parser, caught, find_place, gather_objects, number, run_program, together
+from runtime.launch import COUNT, SIZE, Parser, find_place, gather_objects, number, postponed, run_program, together
 from runtime.lora import add_adapters, initialize_adapters
 from runtime.memory import peak_memory
 from runtime.optimizer import FREEZABLE, Optimizer, held_tensors, is_trained
@@ -127,7 +125,6 @@ class Trainer:
         trained = bool(self.optimizer.buckets)
         self.pipeline = Pipeline(place, self.forward, self.config.hidden_size, self.model.dtype, trained)
         self.thread = ThreadPoolExecutor(max_workers=1)  # decodes images while the model computes
-        self.signal = 0  # the signal that this rank got
         self.due, self.stop, self.saved = False, 0, time.monotonic()  # what all ranks agreed on; see Trainer.agree
         self.target_tokens = 0  # N, of the batch that is going through the pipeline
         self.losses: list[tuple[MicroBatch, torch.Tensor]] = []  # last stage: its micro-batches, sums (B,) per sample
@@ -171,7 +168,7 @@ class Trainer:
         def record(line: dict) -> None:
             together(lambda: self.metrics.write(line) if self.metrics else None)
 
-        with caught(self.note), self.metrics or nullcontext():
+        with postponed(tell=self.note) as self.signals, self.metrics or nullcontext():
             upcoming = self.upcoming(first) if first <= self.total else None
             for step in range(first, self.total + 1):
                 current, upcoming = upcoming, self.upcoming(step + 1) if step < self.total else None
@@ -184,8 +181,8 @@ class Trainer:
                     save_state(self.states, step, self.optimizer, self.settings, args.keep)
                     self.saved = time.monotonic()
                 self.end_on_signal(step)
-        self.agree()  # a signal may have come after the last step
-        self.end_on_signal(self.total)
+            self.agree()  # a signal may have come after the last step
+            self.end_on_signal(self.total)
         with finishing(args.out, what_decides(args) | {"step": self.total}, self.place.rank) as folder:
             together(lambda: draw_loss(os.path.join(folder, "loss.png"), self.metrics.lines) if self.metrics else None)
             if args.lora_rank:
@@ -210,11 +207,8 @@ class Trainer:
         often = f"every {args.save_every} steps" if args.save_every else f"every {SAVE_SECONDS // 60} minutes"
         self.say(f"saves its state {often} in {self.states}, the newest {args.keep} stay; Ctrl-C stops after a step")
 
-    def note(self, number: int, frame) -> None:
-        """Called on a signal: the step goes on. A second Ctrl-C ends the program at once."""
-        self.signal = number
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
+    def note(self) -> None:
+        self.say("stopping after this step, whose state is saved; Ctrl-C again ends the run at once")
 
     def agree(self) -> int:
         """Find out, on all ranks alike, whether saving is `due` and which signal says `stop`; returns bytes of memory.
@@ -222,7 +216,7 @@ class Trainer:
         Signals reach the ranks at different moments, and clocks differ: each rank acts on what all of them know.
         """
         due = self.place.rank == 0 and time.monotonic() - self.saved > SAVE_SECONDS
-        memory, due, stop = over_ranks([peak_memory(self.place), due, self.signal], dist.ReduceOp.MAX)
+        memory, due, stop = over_ranks([peak_memory(self.place), due, self.signals.number], dist.ReduceOp.MAX)
         self.due, self.stop = bool(due), int(stop)
         return int(memory)
 

@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from runtime.files import UserError, flush_to_disk, parse_line, read_json, read_lines, write_json, writing
-from runtime.launch import caught, gather_objects, new_folder, together
+from runtime.files import UserError, flush_to_disk, new_folder, parse_line, read_json, read_lines, write_json, writing
+from runtime.launch import gather_objects, postponed, together
 from runtime.optimizer import STATE, Held, Optimizer
 
 
@@ -281,7 +281,7 @@ def finishing(out: str, finished: dict, rank: int) -> Iterator[str]:
     with ExitStack() as stack:
         together(lambda: guarded(lambda: stack.enter_context(new_folder(staged))) if rank == 0 else None)
         yield staged
-        with caught(lambda number, frame: None):  # the last moment: a signal has nothing left to stop
+        with postponed():
             together(lambda: guarded(put) if rank == 0 else None)
 
 
