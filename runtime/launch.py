@@ -212,6 +212,7 @@ class Watch:
         # A connection of its own to the store: the main thread may wait for long on the other one.
         self.rank, self.store, self.silent = rank, store.clone(), dict.fromkeys(peers, 0)
         self.peers, self.limit = peers, (math.inf, 0, None)
+        self.mouth.send(ALIVE)  # the thread should look at them now, not in a second
 
     def run(self) -> None:
         """Deal with what comes, and once a second with what doesn't.
@@ -229,9 +230,9 @@ class Watch:
     def hear(self, number: int) -> None:
         """Of a signal, whose handler runs in the main thread once that is back from C."""
         block = block_for(number)
-        if block in (None, LEAVING):
+        if number in SIGNALS and block in (None, LEAVING):
             self.limit = min(self.limit, (time.monotonic() + GRACE, 128 + number, stopped_by(number)))
-        elif block.tell:
+        elif block and block.tell:
             block.heard.append(number)
             if len(block.heard) == 1:
                 block.tell()
