@@ -248,7 +248,9 @@ class Watch:
         self.silent[peer] = 0
         self.said |= SAID in news
         if not news:
-            self.lost(f"rank {self.peers[peer]} was killed, or crashed; the kernel's log (dmesg) may say why")
+            self.end(
+                1, f"rank {self.peers[peer]} was killed, or crashed; the kernel's log (dmesg) may say why", lost=True
+            )
 
     def look(self) -> None:
         if time.monotonic() > self.limit[0]:
@@ -259,23 +261,22 @@ class Watch:
         if longest >= self.patience - 1:
             gone = [str(self.peers[peer]) for peer, seconds in self.silent.items() if seconds > longest / 2]
             who = "rank 0, where all ranks meet," if self.rank else f"rank {', '.join(gone)}"
-            self.lost(f"{who} gave no sign of life for {self.patience:g} s (--timeout); it is stopped or cut off")
+            line = f"{who} gave no sign of life for {self.patience:g} s (--timeout); it is stopped or cut off"
+            self.end(1, line, lost=True)
 
     def tell(self, news: bytes) -> None:
         for peer in self.peers:
             with contextlib.suppress(OSError):  # it is gone, or has enough to read
                 peer.send(news)
 
-    def lost(self, line: str) -> None:
-        """Rank 0 speaks of the others, and of it rank 1, which can't ask: the store may be gone with rank 0."""
-        if self.rank <= 1 and not self.said and not self.leaving.is_set():
-            say(line)
-        self.end(1, None)
-
-    def end(self, status: int, line: str | None) -> None:
+    def end(self, status: int, line: str | None, lost: bool = False) -> None:
+        """End the process. Of a rank that is `lost` rank 0 speaks; of rank 0 itself, whose store may be gone, rank 1."""
         if self.leaving.is_set():
             return
-        self.speak(line)
+        if not lost:
+            self.speak(line)
+        elif self.rank <= 1 and not self.said:
+            say(line)
         self.tell(SAID)
         for path in UNFINISHED:
             shutil.rmtree(path, ignore_errors=True)
