@@ -270,7 +270,7 @@ class Watch:
                 peer.send(news)
 
     def end(self, status: int, line: str | None, lost: bool = False) -> None:
-        """End the process. Of a rank that is `lost` rank 0 speaks; of rank 0 itself, whose store may be gone, rank 1."""
+        """End the process. Of a rank that is `lost` rank 0 speaks; of rank 0, whose store may be gone, rank 1."""
         if self.leaving.is_set():
             return
         if not lost:
