@@ -128,20 +128,23 @@ def variable(name: str, low: int, high: int, default: int | None = None) -> int:
 # --------------------------------------------------------------------------------- signals, and the ends of other ranks
 
 
-class Signals:
-    """A `postponed` block. `number`: the signal that came, or 0. While `waiting`, one also raises KeyboardInterrupt."""
+class Postponed:
+    """A block in which signals are only noted.
+
+    `number`: the signal that came, or 0. While `waiting` is set, a signal also ends the wait, by KeyboardInterrupt.
+    """
 
     def __init__(self, numbers: tuple[int, ...] = SIGNALS, tell: Callable[[], None] | None = None):
         self.numbers, self.tell, self.number, self.waiting = numbers, tell, 0, False
         self.heard: list[int] = []  # by the watching thread
 
 
-BLOCKS: list[Signals] = []  # the open ones
+BLOCKS: list[Postponed] = []  # the open ones
 
-LEAVING = Signals()  # the last block of a program: what comes while it tidies up must not interrupt that
+LEAVING = Postponed()  # the last block of a program: what comes while it tidies up must not interrupt that
 
 
-def block_for(number: int) -> Signals | None:
+def block_for(number: int) -> Postponed | None:
     return next((block for block in reversed(BLOCKS) if number in block.numbers), None)
 
 
@@ -157,13 +160,13 @@ def on_signal(number: int, frame) -> None:
 
 
 @contextlib.contextmanager
-def postponed(*numbers: int, tell: Callable[[], None] | None = None) -> Iterator[Signals]:
+def postponed(*numbers: int, tell: Callable[[], None] | None = None) -> Iterator[Postponed]:
     """Note signals (`numbers`; without, all) while the block lasts. What `number` still says then comes again.
 
     `tell` is for a block that goes on for long: it is called at once, by the watching thread, and a second Ctrl-C ends
     the program.
     """
-    signals = Signals(numbers or SIGNALS, tell)
+    signals = Postponed(numbers or SIGNALS, tell)
     BLOCKS.append(signals)
     try:
         yield signals
@@ -174,10 +177,7 @@ def postponed(*numbers: int, tell: Callable[[], None] | None = None) -> Iterator
 
 
 class Watch:
-    """The thread that ends this process where the main thread can't, since that may wait in C for as long as it likes.
-
-    It hears signals, and the other ranks.
-    """
+    """A thread that hears signals and the other ranks, and ends the process while the main thread waits in C."""
 
     def __init__(self, patience: float):
         self.patience, self.rank, self.store = patience, 0, None
@@ -210,12 +210,11 @@ class Watch:
         for peer in peers:
             peer.setblocking(False)
         # A connection of its own to the store: the main thread may wait for long on the other one.
-        self.rank, self.store, self.silent = rank, store.clone(), dict.fromkeys(peers, 0)
-        self.peers, self.limit = peers, (math.inf, 0, None)
+        self.rank, self.store, self.peers, self.limit = rank, store.clone(), peers, (math.inf, 0, None)
         self.mouth.send(ALIVE)  # the thread should look at them now, not in a second
 
     def run(self) -> None:
-        """Deal with what comes, and once a second with what doesn't.
+        """Handle what comes, and once a second look for what does not come.
 
         Seconds of silence are counted, not timed: if the whole job was stopped for an hour, no rank is to blame.
         """
@@ -228,19 +227,20 @@ class Watch:
                 self.look()
 
     def hear(self, number: int) -> None:
-        """Of a signal, whose handler runs in the main thread once that is back from C."""
+        """A signal came. Its handler runs in the main thread, once that is back from C."""
         block = block_for(number)
         if number in SIGNALS and block in (None, LEAVING):
             self.limit = min(self.limit, (time.monotonic() + GRACE, 128 + number, stopped_by(number)))
         elif block and block.tell:
             block.heard.append(number)
             if len(block.heard) == 1:
-                block.tell()
+                with contextlib.suppress(OSError):  # nobody reads that any more
+                    block.tell()
             if block.heard.count(signal.SIGINT) == 2:
                 self.end(128 + number, stopped_by(number))
 
     def listen(self, peer: socket.socket) -> None:
-        """To another rank, which is there, or at its end."""
+        """Another rank sent something, or its process ended."""
         try:
             news = peer.recv(1024)
         except OSError:
@@ -248,15 +248,14 @@ class Watch:
         self.silent[peer] = 0
         self.said |= SAID in news
         if not news:
-            self.end(
-                1, f"rank {self.peers[peer]} was killed, or crashed; the kernel's log (dmesg) may say why", lost=True
-            )
+            line = f"rank {self.peers[peer]} was killed, or crashed; the kernel's log (dmesg) may say why"
+            self.end(1, line, lost=True)
 
     def look(self) -> None:
         if time.monotonic() > self.limit[0]:
             self.end(*self.limit[1:])
         self.tell(ALIVE)
-        self.silent = {peer: seconds + 1 for peer, seconds in self.silent.items()}
+        self.silent = {peer: self.silent.get(peer, 0) + 1 for peer in self.peers}
         longest = max(self.silent.values(), default=0)
         if longest >= self.patience - 1:
             gone = [str(self.peers[peer]) for peer, seconds in self.silent.items() if seconds > longest / 2]
@@ -278,10 +277,11 @@ class Watch:
         elif self.rank <= 1 and not self.said:
             say(line)
         self.tell(SAID)
-        for path in UNFINISHED:
+        for path in list(UNFINISHED):
             shutil.rmtree(path, ignore_errors=True)
-        if self.terminal:
-            termios.tcsetattr(0, termios.TCSANOW, self.terminal)
+        with contextlib.suppress(termios.error):  # that terminal was closed
+            if self.terminal:
+                termios.tcsetattr(0, termios.TCSANOW, self.terminal)
         if self.peers:
             time.sleep(1)  # a launcher should see the rank that is the cause end first
         os._exit(status)
@@ -294,7 +294,7 @@ class Watch:
             self.tell(SAID)
 
     def add(self, name: str, more: int) -> int:
-        """To a counter that all ranks share. One process counts nothing; a store that is gone is beyond counting."""
+        """Add to a counter that all ranks share. It is 0 for one process alone, and huge once the store is gone."""
         try:
             return self.store.add(name, more) if self.store else 0
         except RuntimeError:
@@ -454,6 +454,7 @@ def run_program(main: Callable[[list[str]], None], alone: bool = False) -> None:
             dist.barrier()  # watched, too: this may take as long as the slowest rank does
         ending = 0, None, True
     except BaseException as error:
+        BLOCKS.append(LEAVING)
         ending = explain(error)
         if is_echo(error):
             time.sleep(LOST_SECONDS)
@@ -500,7 +501,7 @@ def finish(watch: Watch, status: int, line: str | None, all_know: bool) -> None:
 
     A launcher kills the other ranks as soon as one exits with an error: their status would be a signal's.
     """
-    BLOCKS.append(LEAVING)
+    BLOCKS.append(LEAVING)  # again, or first: of a program that went well
     signal.set_wakeup_fd(-1)
     watch.leaving.set()
     watch.speak(line)
@@ -520,7 +521,7 @@ def finish(watch: Watch, status: int, line: str | None, all_know: bool) -> None:
 
 
 def wait_for(watch: Watch, counter: str, ranks: int) -> None:
-    """Count this rank, and wait until so many are counted, but not for long."""
+    """Count this rank, and wait until this many are counted, but not for long."""
     deadline, counted = time.monotonic() + LOST_SECONDS, watch.add(counter, 1)
     while counted < ranks and time.monotonic() < deadline:
         time.sleep(0.02)

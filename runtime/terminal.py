@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from runtime.chat import encode_chat, image_url, opening, user_turn
 from runtime.files import UserError, writing
 from runtime.images import grid, load_image
-from runtime.launch import Signals, gather_objects, postponed, together
+from runtime.launch import Postponed, gather_objects, postponed, together
 from runtime.requests import NUMBERS, check_utf8, read_requests
 
 
@@ -78,7 +78,7 @@ class Keyboard:
 
     def __init__(self, rank: int):
         self.terminal, self.interrupted = rank == 0 and sys.stdin.isatty(), False
-        self.signals = Signals()  # SIGINT in the chat, where a launcher sends it to the ranks
+        self.signals = Postponed()  # SIGINT in the chat, where a launcher sends it to the ranks
         self.draft = ""  # stands in the line when the next turn is read
         self.ahead = b""  # was typed while an answer came
         # Without stdout in the terminal too, `input` edits nothing.
