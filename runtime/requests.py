@@ -3,7 +3,6 @@
 import argparse
 import os
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -22,7 +21,6 @@ class Request:
     temperature: float = 0.0  # 0 takes the likeliest token
     top_p: float = 1.0
     seed: int = 0
-    reader: Any = None  # reads the answer as it comes, see session.ReplyParser; without one, it is tokens alone
     logprobs: bool = False
     images: list[tuple[str, int]] = field(default_factory=list)  # of each a name of its own, and how many tokens it has
 
