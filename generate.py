@@ -11,6 +11,11 @@ Human-readable text and progress go to stderr, answers to stdout; with --json st
 What is asked becomes a JSON request, which a `Session` answers (`session.py`).
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of an import; `run_program` sets the rule
+
 import argparse
 import itertools
 import json

@@ -32,6 +32,11 @@ tensors that is; the loader reads just those. With one process every slice is ev
 same layers are the plain model.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of an import; `run_program` sets the rule
+
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -602,4 +607,4 @@ class Pipeline:
 if __name__ == "__main__":
     from runtime import launch, plan
 
-    launch.run_program(plan.main)
+    launch.run_program(plan.main, alone=True)

@@ -21,15 +21,14 @@ FP8, if it is stored so) and only adapters are trained: `adapters/` has them alo
 are those of the published fine-tune on MedPix-VQA.
 """
 
-import os
 import signal
 
-if __name__ == "__main__":  # a signal ends the program at once, while torch is imported and while the model loads
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: os._exit(128 + number))
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of an import; `run_program` sets the rule
 
 import argparse
 import math
+import os
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -49,13 +48,13 @@ from runtime.config import read_config
 from runtime.cpu import speed_up
 from runtime.data import IGNORE, Chats, MicroBatch, Order, Sample, decode_images, micro_batches
 from runtime.files import UserError
-from runtime.launch import COUNT, SIZE, Parser, find_place, gather_objects, number, run_program, together
+from runtime.launch import COUNT, SIZE, Parser, find_place, gather_objects, number, postponed, run_program, together
 from runtime.lora import add_adapters, initialize_adapters
 from runtime.memory import peak_memory
 from runtime.optimizer import FREEZABLE, Optimizer, held_tensors, is_trained
 from runtime.plan import Progress, check_memory
 from runtime.requests import Request
-from runtime.run import SAVE_SECONDS, RunFolder, newest_state, postponed
+from runtime.run import SAVE_SECONDS, RunFolder, newest_state
 from runtime.tokenizer import load_tokenizer
 from vision import build_model
 
@@ -158,7 +157,7 @@ class Trainer:
             raise UserError("--freeze leaves nothing to train; name less")
         first = folder.start(self.optimizer, self.settings(), self.total) + 1
         self.announce(first)
-        with postponed() as folder.signals:  # a step is always finished: see RunFolder.due
+        with postponed(tell=folder.say_stopping) as folder.signals:  # a step is always finished: see RunFolder.due
             upcoming = self.upcoming(first)
             for step in range(first, self.total + 1):
                 current, upcoming = upcoming, self.upcoming(step + 1)

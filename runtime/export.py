@@ -29,8 +29,8 @@ from parallel import Place, Slice, parts_of
 from runtime.checkpoint import Checkpoint, check_names, fill, hf_name, is_quantized, scale_names
 from runtime.config import read_config
 from runtime.data import Chats, MicroBatch, decode_images, micro_batches
-from runtime.files import UserError, flush_to_disk, write_json, writing
-from runtime.launch import Parser, gather_objects, new_folder, together
+from runtime.files import UserError, flush_to_disk, new_folder, write_json, writing
+from runtime.launch import Parser, gather_objects, together
 from runtime.lora import merged
 from runtime.memory import cpu_memory
 from runtime.optimizer import held_tensors

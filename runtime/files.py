@@ -1,7 +1,9 @@
 """User errors and the files that they are about: guards around reading, JSON, writing so that nothing is half there."""
 
+import errno
 import json
 import os
+import shutil
 import stat
 import sys
 from collections.abc import Collection, Iterator
@@ -187,6 +189,23 @@ def writing(path: str, advice: str = "make room, or choose another place") -> It
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be written ({reason}); {advice}") from None
+
+
+UNFINISHED: set[str] = set()  # folders that whoever ends the process without Python's `finally` should remove
+
+
+@contextmanager
+def new_folder(path: str) -> Iterator[None]:
+    """A folder for the block to fill and to rename. Whatever ends the block early, a signal too, removes it again."""
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+    UNFINISHED.add(path)
+    try:
+        os.makedirs(path)
+        yield
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        UNFINISHED.discard(path)
 
 
 def flush_to_disk(path: str) -> None:

@@ -24,7 +24,7 @@ from runtime.checkpoint import Checkpoint
 from runtime.curve import draw_loss, points_of
 from runtime.export import export, export_adapters, staged
 from runtime.files import UserError, parse_line, read_json, read_lines, reading, write_json, writing
-from runtime.launch import caught, gather_objects, together
+from runtime.launch import Postponed, gather_objects, together
 from runtime.optimizer import STATE, Optimizer
 
 RECORD = "run.json"  # says that a folder is a run's
@@ -55,7 +55,7 @@ class RunFolder:
         self.args, self.place, self.out = args, place, args.out
         self.states = os.path.join(args.out, "checkpoints")
         self.finished = False
-        self.signals = Signals()  # replaced while training: see `postponed`
+        self.signals = Postponed()  # replaced while training
         self.saved = 0.0  # when, by the clock of time.monotonic
         self.lines: list[dict] = []  # of metrics.jsonl
         self.seconds: list[float] = []  # of the steps taken here, at most 20
@@ -166,6 +166,9 @@ class RunFolder:
             print(start + text, file=sys.stderr, flush=True)
         self.after_step = False
 
+    def say_stopping(self) -> None:
+        self.say("stopping after this step, whose state is saved; Ctrl-C again ends the run at once")
+
     def say_step(self, line: dict) -> None:
         self.seconds = [*self.seconds[-19:], line["step_s"]]
         seconds = sum(self.seconds) / len(self.seconds) * (self.total - line["step"])
@@ -179,26 +182,6 @@ class RunFolder:
         if len(self.seconds) == 10 and line["step"] < self.total:
             end = datetime.now() + left
             self.say(f"after ten steps: {left} left, which is until {end:%H:%M} on {end:%d %B}")
-
-
-class Signals:
-    """The number of the signal that came while signals are postponed, or 0."""
-
-    number = 0
-
-
-@contextmanager
-def postponed() -> Iterator[Signals]:
-    """In the block signals are only noted; a second Ctrl-C ends the program at once."""
-    signals = Signals()
-
-    def note(number: int, frame) -> None:
-        signals.number = number
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-
-    with caught(note):
-        yield signals
 
 
 class Stopped(UserError):

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from runtime.chat import encode_chat, image_url, opening, user_turn
 from runtime.files import UserError, writing
 from runtime.images import grid, load_image
-from runtime.launch import gather_objects, together
+from runtime.launch import Postponed, gather_objects, postponed, together
 from runtime.requests import NUMBERS, check_utf8, read_requests
 
 
@@ -77,7 +77,8 @@ class Keyboard:
     """
 
     def __init__(self, rank: int):
-        self.terminal, self.interrupted, self.reading = rank == 0 and sys.stdin.isatty(), False, False
+        self.terminal, self.interrupted = rank == 0 and sys.stdin.isatty(), False
+        self.signals = Postponed()  # SIGINT in the chat, where a launcher sends it to the ranks
         self.draft = ""  # stands in the line when the next turn is read
         self.ahead = b""  # was typed while an answer came
         # Without stdout in the terminal too, `input` edits nothing.
@@ -95,11 +96,6 @@ class Keyboard:
         with contextlib.suppress(OSError, ValueError), open(os.path.expanduser(HISTORY), encoding="utf-8") as file:
             for line in list(file)[-1000:]:
                 readline.add_history(json.loads(line))
-
-    def interrupt(self, number: int, frame) -> None:
-        self.interrupted = True
-        if self.reading:
-            raise KeyboardInterrupt
 
     @contextlib.contextmanager
     def mode(self, canonical: bool) -> Iterator[None]:
@@ -124,12 +120,14 @@ class Keyboard:
                 self.ahead += os.read(sys.stdin.fileno(), 4096)
         if b"\x03" in self.ahead:
             self.interrupted, self.ahead = True, b""
+        self.interrupted |= self.signals.number > 0
         return self.interrupted
 
     def read(self, prompt: str = "\n> ") -> str | None:
         """A line, or a pasted block; "\x03" for Ctrl-C, None at the end."""
         ahead = edited(self.ahead.decode(errors="surrogateescape"))
         draft, self.draft, self.ahead, self.interrupted = self.draft + ahead, "", b"", False
+        self.signals.number = 0
         if draft == ahead and ahead.find("\n") == len(ahead) - 1 >= 0:  # a line; several are a paste, to be seen first
             print(f"{prompt}{ahead}", end="", flush=True)
             return ahead[:-1]
@@ -138,7 +136,7 @@ class Keyboard:
         elif self.terminal:
             print(prompt, end="", file=sys.stderr, flush=True)
         try:
-            self.reading = True
+            self.signals.waiting = True
             line = input(prompt if self.readline else "")
             while self.readline and not self.brackets and select.select([sys.stdin], [], [], 0.05)[0]:
                 line += f"\n{input()}"  # lines that are there already were pasted
@@ -147,7 +145,7 @@ class Keyboard:
         except KeyboardInterrupt:
             return "\x03" if self.terminal else None
         finally:
-            self.reading = False
+            self.signals.waiting = False
         return line
 
     def remember(self, text: str) -> None:
@@ -385,8 +383,7 @@ class Chat:
 def interact(session) -> None:
     """A chat. Rank 0 has the person; the others wait for what they are to answer with it."""
     keyboard = Keyboard(session.place.rank)
-    before = signal.signal(signal.SIGINT, keyboard.interrupt)  # where a launcher sends it to the ranks
-    with keyboard.mode(canonical=True):
+    with keyboard.mode(canonical=True), postponed(signal.SIGINT) as keyboard.signals:
         if chat := together(lambda: Chat(session, keyboard) if session.place.rank == 0 else None):
             chat.run()
             gather_objects(None)
@@ -394,4 +391,4 @@ def interact(session) -> None:
             while (spec := gather_objects(None)[0]) is not None:
                 with contextlib.suppress(UserError):  # rank 0 has it too, and says so
                     session.answer([spec], stop=keyboard.stop)  # which rank 0 alone will call
-    signal.signal(signal.SIGINT, before)
+        keyboard.signals.number = 0  # it was about an answer

@@ -19,10 +19,10 @@ from helpers import (
 )
 from safetensors.torch import load_file
 
-from runtime import export, launch
+from runtime import export
 from runtime.checkpoint import canonical_name
 from runtime.export import main, measure_inputs, save
-from runtime.files import UserError
+from runtime.files import UserError, new_folder
 
 LINEARS = [f"layers.{i}.{name}.weight" for i in range(3) for name in PROJECTIONS]
 
@@ -201,7 +201,7 @@ def test_a_leftover_of_another_process(source, tmp_path, monkeypatch):
     names, make = [], os.makedirs
     write_checkpoint(tmp_path / "in", *source)
     monkeypatch.setattr(os, "makedirs", lambda path, *more, **other: names.append(path) or make(path, *more, **other))
-    with pytest.raises(FileExistsError), launch.new_folder(str(tmp_path)):
+    with pytest.raises(FileExistsError), new_folder(str(tmp_path)):
         pass
     assert os.path.isdir(tmp_path)
     for number in (1, 2):

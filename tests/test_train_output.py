@@ -54,6 +54,7 @@ def test_in_a_terminal(stopped, text, tmp_path):
     screen = re.sub(r"[^\n]*\n\x1b\[A\x1b\[2K", "", screen).split("\n")
     shown = [line for line in screen if line.startswith("step ")]
     assert len(shown) <= 2 and shown[-1] in run.shown  # in all but the tenth, which a line follows, and the last
+    assert sum(line.startswith("stopping after this step") for line in screen) == stopped
     assert any(line.startswith("error: SIGINT" if stopped else "done in") for line in screen), screen
 
 
