@@ -8,7 +8,7 @@
 
 Human-readable text and progress go to stderr, answers to stdout; with --json stdout carries JSON lines only.
 
-What is asked becomes a JSON request, which a `Session` answers (`session.py`).
+What is asked becomes a JSON request, which a `Session` answers.
 """
 
 import argparse
@@ -29,16 +29,16 @@ import torch.distributed as dist
 import fp8
 from model import CHUNK, LOGIT_ROWS, KVCache, MistralMedium, Span
 from parallel import Channel, Place, from_last_stage
-from runtime.chat import ReplyParser, encode_chat
+from runtime.chat import ReplyParser
 from runtime.checkpoint import Checkpoint, fill, weight_bytes
 from runtime.config import read_config
 from runtime.files import UserError
-from runtime.images import grid, grid_of, image_name, load_image, pixels
+from runtime.images import load_image
 from runtime.launch import COUNT, SIZE, Parser, find_place, gather_objects, number, run_program, together
 from runtime.lora import add_adapters, read_adapters
 from runtime.memory import peak_memory
 from runtime.plan import Progress, check_memory
-from runtime.requests import NUMBERS, Answer, Request, read_requests
+from runtime.requests import NUMBERS, Answer, Request, RequestReader, read_requests, result_of
 from runtime.terminal import interact, print_calls, stream
 from runtime.tokenizer import load_tokenizer
 from vision import build_model
@@ -450,7 +450,8 @@ class Session:
         if self.lora:
             add_adapters(self.model, *self.lora)
         # All ranks sample the same tokens, so they need the same seed: rank 0's, where none was given.
-        self.seed = gather_objects(random.getrandbits(32) if args.seed is None else args.seed)[0]
+        seed = gather_objects(random.getrandbits(32) if args.seed is None else args.seed)[0]
+        self.requests = RequestReader(args, self.tokenizer, self.config, place, self.max_context, seed)
         self.model.join()
         together(lambda: fill(self.model, checkpoint, Progress(checkpoint, place)))
         self.model.eval()
@@ -487,30 +488,34 @@ class Session:
     ) -> list[dict]:
         """The requests' answers as the JSON objects that --json prints.
 
-        `on_piece` (see the engine) and `on_result`, which gets them in the order of the requests, are called on rank 0.
-        Raises UserError for a request that cannot be read, once those before it that had begun are answered.
+        On rank 0, `on_piece(i, kind, text)` gets each reply as it comes (see `ReplyParser`), and `on_result` the
+        answers in the order of the requests. Raises UserError for a request that cannot be read, once those before it
+        that had begun are answered. `stop`: as the engine's.
         """
-        first, results, early, mistakes = self.place.rank == 0, [], {}, []
+        on_rank_0, results, early, mistakes = self.place.rank == 0, [], {}, []
+        parsers: list[ReplyParser] = []
 
         def requests() -> Iterator[Request]:  # each is read, its images too, when there is room for it
             for i, spec in enumerate(specs):
                 try:
-                    request = together(lambda: self.request(spec, base, i))
+                    request, parser = together(lambda: self.requests.read(spec, base, i))
                 except UserError as mistake:
                     if i < self.args.batch_size:  # nothing has begun; later, what has is not thrown away
                         raise
                     mistakes.append(mistake)
                     return
+                parsers.append(parser)
+                request.reader = parser
                 yield request
 
         def on_done(i: int, request: Request, answer: Answer) -> None:
-            early[i] = self.result(request, answer)
+            early[i] = result_of(request, parsers[i].reply, answer)
             while (result := early.pop(len(results), None)) is not None:
                 results.append({**result, "stats": self.stats()})
-                if first:
+                if on_rank_0:
                     on_result(results[-1])
 
-        pieces = (on_piece,) if first else ()
+        pieces = (on_piece,) if on_rank_0 else ()
         self.engine.generate(requests(), *pieces, on_done=on_done, width=self.args.batch_size, stop=stop)
         if mistakes:
             raise mistakes[0]
@@ -525,81 +530,11 @@ class Session:
         every = zip(*gather_objects((peak_memory(self.place), self.weight_bytes, self.bytes_read)))
         return stats | dict(zip(("peak_memory_bytes", "weight_bytes", "bytes_read"), map(list, every)))
 
-    def request(self, spec: dict, base: str = "", index: int = 0) -> Request:
-        """A JSON request -> token ids, pixels and settings. Raises UserError that begins with `spec["where"]`.
-
-        Requests that want no seed in particular get different ones, by their `index`: asked twice, two answers.
-        """
-        where, vision = spec["where"], self.config.vision
-        effort = spec.get("reasoning_effort", self.args.reasoning_effort)
-        images: list[torch.Tensor] = []
-        names: list[tuple[str, int]] = []
-
-        def see(url: str) -> tuple[int, int]:
-            """The chat asks for an image's size in tokens. The first stage, which has the tower, takes it at once."""
-            if self.place.first_stage:
-                image = load_image(url, base)
-                images.append(pixels(image, vision))
-                rows, columns = grid(*image.size, vision)
-            else:
-                rows, columns = grid_of(url, base, vision)
-            names.append((image_name(url, base), rows * columns))
-            return rows, columns
-
-        if isinstance(raw := spec.get("raw"), str):
-            prompt = [self.tokenizer.bos_id, *self.tokenizer.encode(raw)]
-        elif "raw" in spec:
-            raise UserError(f"{where}: raw should be a string")
-        else:
-            try:
-                messages, tools = spec["messages"], spec.get("tools")
-                prompt = encode_chat(self.tokenizer, messages, tools, effort, see if vision else None).ids
-                if answer := spec.get("answer"):  # the chat's /load goes on from it; the images are known already
-                    encode_chat(self.tokenizer, [*messages, answer], tools, None, lambda url: (1, 1), training=True)
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from None
-        if len(prompt) > self.max_context:
-            raise UserError(
-                f"{where}: {len(prompt)} tokens are more than the context of {self.max_context}; "
-                "shorten it or raise --max-context as far as the model goes"
-            )
-        stop = spec.get("stop") or []
-        stop = [stop] if isinstance(stop, str) else stop
-        if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
-            raise UserError(f"{where}: stop should be a string or a list of strings")
-        numbers = self.numbers(spec, effort == "high", index)
-        scored = self.args.logprobs or numbers["max_new_tokens"] == 0
-        reader = ReplyParser(self.tokenizer, prompt, stop, "raw" in spec)
-        return Request(prompt, images, **numbers, reader=reader, logprobs=scored, images=names)
-
-    def numbers(self, spec: dict, thinks: bool, index: int = 0) -> dict:
-        """max_new_tokens, temperature, top_p and seed: the request's, else the command line's, else the defaults."""
-        found = {"temperature": 0.7 if thinks else 0.0, "top_p": 0.95 if thinks else 1.0}
-        found |= {"seed": (self.seed + index) % (1 << 63), "max_new_tokens": None}  # None: what the context leaves
-        for name, parse in NUMBERS.items():
-            if spec.get(name) is not None:
-                try:
-                    found[name] = parse(repr(spec[name]))  # "1" and true are no numbers, and their repr shows it
-                except argparse.ArgumentTypeError as error:
-                    raise UserError(f"{spec['where']}: {name}: {error}") from None
-            elif getattr(self.args, name) is not None:
-                found[name] = getattr(self.args, name)
-        return found
-
-    def result(self, request: Request, answer: Answer) -> dict:
-        """What --json prints of an answer, but for `stats`."""
-        result = {"prompt_tokens": request.prompt, "tokens": answer.tokens, **vars(request.reader.reply)}
-        result["finish_reason"] = answer.finish_reason
-        if request.logprobs:
-            result |= {"prompt_logprobs": answer.prompt_logprobs, "logprobs": answer.logprobs}
-        return result
-
 
 def read_input(args: argparse.Namespace) -> tuple[bytes | None, bool]:
     """(what standard input asks, where the command line doesn't; whether a person is to ask, in a chat). On rank 0."""
-    chat = args.interactive
-    if not (args.requests or args.prompt is not None or args.json or args.raw):
-        chat = chat or sys.stdin.isatty()
+    for_scripts = any([args.requests, args.prompt is not None, args.json, args.raw])
+    chat = args.interactive or (sys.stdin.isatty() and not for_scripts)
     if chat:
         for path in args.image:
             load_image(path)  # its mistakes now, not once the model is loaded
@@ -643,16 +578,22 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--batch-size", type=SIZE, default=16, metavar="N", help="requests answered together")
     add("--timeout", type=number(float, 5, 1e9), default=300, metavar="S", help="a rank silent for so long is gone")
     args = parser.parse_args(argv)
+    check_args(args)
+    args.prompt = args.question if args.prompt is None else args.prompt
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Options that do not go together."""
     if args.question is not None and args.prompt is not None:
         raise UserError(f"the question is given twice, as {args.question!r} and with --prompt; leave out one")
-    args.prompt = args.question if args.prompt is None else args.prompt
-    if args.requests and (args.prompt is not None or args.image or args.system or args.interactive):
+    asks = args.question is not None or args.prompt is not None
+    if args.requests and any([asks, args.image, args.system, args.interactive]):
         raise UserError("--requests already says what to ask; leave out question, --image, --system and --interactive")
-    if args.raw and (args.image or args.system is not None):
+    if args.raw and any([args.image, args.system is not None]):
         raise UserError("--raw continues plain text; leave out --image and --system")
-    if args.interactive and (args.prompt is not None or args.json or args.raw):
+    if args.interactive and any([asks, args.json, args.raw]):
         raise UserError("--interactive reads turns from the terminal; leave out question, --raw and --json")
-    return args
 
 
 def main(argv: list[str]) -> None:

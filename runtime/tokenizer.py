@@ -218,7 +218,7 @@ class SentencePiece:
         self._leading = self._find_leading(pieces)
 
     def _find_leading(self, pieces: list[str]) -> set[int]:
-        """encode() puts a space before the text; the pieces off which decoding takes it again, if this model does so."""
+        """The pieces whose space goes where they begin a text: encode() puts one there, and most models take it off."""
         spaced = next((id for id, piece in enumerate(pieces) if re.match("▁[^▁]", piece)), None)
         if spaced is None or self._model.decode([spaced]).startswith(" "):
             return set()

@@ -2,8 +2,6 @@
 
 import json
 import os
-import pty
-import random
 import shutil
 import signal
 import termios
@@ -16,7 +14,7 @@ from processes import run
 from terminal import Terminal
 
 import generate
-from runtime import chat, requests, terminal
+from runtime import chat, requests
 
 PASTE = "\x1b[200~{}\x1b[201~"
 ENDLESS = ("--temperature", 90, "--seed", 0)  # tokens at random, and with this seed a thousand without </s>
@@ -25,13 +23,13 @@ ENDLESS = ("--temperature", 90, "--seed", 0)  # tokens at random, and with this 
 @pytest.fixture
 def asked(monkeypatch) -> list[dict]:
     """What the session was asked, request by request."""
-    asked, request = [], generate.Session.request
+    asked, read = [], requests.RequestReader.read
 
     def record(self, spec, *more):
         asked.append(spec)
-        return request(self, spec, *more)
+        return read(self, spec, *more)
 
-    monkeypatch.setattr(generate.Session, "request", record)
+    monkeypatch.setattr(requests.RequestReader, "read", record)
     return asked
 
 
@@ -275,49 +273,16 @@ def test_in_a_terminal(ranks, ckpt, tmp_path):
     again.end()
 
 
-def test_typed_ahead_and_a_failed_turn(ckpt, tmp_path):
-    """What is typed during an answer waits for its turn; a turn that fails stands in the line again."""
+def test_a_failed_turn(ckpt, tmp_path):
+    """It stands in the line again, to be mended."""
     chat = Terminal("generate.py", "--ckpt", ckpt, *ENDLESS, "--max-new-tokens", 200, home=tmp_path)
-    chat.say("go on")
-    chat.press("/set seed 4\n")
-    chat.see(" tokens/s")
-    chat.see("> /set seed 4")
-    chat.see("seed 4")
     chat.say("/efort high")
     chat.see("no such command")
     chat.see("> /efort high")
     chat.press("\x01\x1b[C\x1b[C\x1b[Cf\r")
     chat.see("reasoning effort high")
-    chat.say("go on")
-    chat.press("\x7f/sett\x08\x7f\x7fet seed 95\x7f\n")  # typed ahead, with mistakes taken back
-    chat.see("> /set seed 9\r\n")
     chat.say("/exit")
     assert chat.end() == 0
-
-
-def terminals(keys: str) -> str:
-    """What the kernel makes of `keys` and a return, in a terminal that a program reads line by line."""
-    keyboard, screen = pty.openpty()
-    try:
-        mode = termios.tcgetattr(screen)
-        mode[0] |= 0o40000  # IUTF8: a character is erased, not a byte
-        mode[6][termios.VERASE], mode[6][termios.VWERASE], mode[6][termios.VKILL] = b"\x7f", b"\x17", b"\x15"
-        termios.tcsetattr(screen, termios.TCSANOW, mode)
-        os.write(keyboard, f"{keys}\n".encode())
-        return b"".join(os.read(screen, 4096) for _ in range(keys.count("\n") + 1)).decode()[:-1]
-    finally:
-        os.close(keyboard)
-        os.close(screen)
-
-
-def test_erasing_as_a_terminal_does():
-    """Drawn keystrokes; what counts as a word's end among other signs differs between terminals."""
-    draw = random.Random(6)
-    for _ in range(300):
-        keys = "".join(draw.choices("ab é\x7f\x17\x15\n", (5, 3, 4, 2, 4, 2, 0.4, 1), k=draw.randint(0, 30)))
-        assert terminal.edited(keys) == terminals(keys), keys
-        assert terminal.edited(keys.replace("\x7f", "\b")) == terminals(keys), keys
-    assert terminal.edited("a\x1b[1;5Db\x00\x1b[A\tc") == "abc"
 
 
 def test_a_failed_block_stands_in_the_line_again(ckpt, tmp_path):
