@@ -19,19 +19,19 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-import fp8
 from model import CHUNK, LOGIT_ROWS, KVCache, MistralMedium, Span
 from parallel import Channel, Place, from_last_stage
 from runtime.chat import ReplyParser
 from runtime.checkpoint import Checkpoint, fill, weight_bytes
 from runtime.config import read_config
+from runtime.cpu import speed_up
 from runtime.files import UserError
 from runtime.images import load_image
 from runtime.launch import COUNT, SIZE, Parser, find_place, gather_objects, number, run_program, together
@@ -43,12 +43,8 @@ from runtime.terminal import interact, print_calls, stream
 from runtime.tokenizer import load_tokenizer
 from vision import build_model
 
-CPU_CHUNK = 2048  # on a CPU no slower, and half the memory
-
-
-SHARED = 16  # tokens at least that a beginning must have to be copied from another row
-
-Piece = tuple[int, int, int, torch.Tensor | None]  # row of the cache, first position, tokens, features of images
+CPU_CHUNK = 2048  # instead of CHUNK: on a CPU no slower, and half the memory
+SHARED = 16  # tokens that a beginning must have at least to be copied from another row
 
 
 class Row:
@@ -61,29 +57,33 @@ class Row:
         self.room = room if request.max_new_tokens is None else min(request.max_new_tokens, room)
         self.start = 0  # tokens that the cache had already
         self.scores: list[torch.Tensor] = []  # of the prompt's tokens, on the last stage
-        # What its place in the cache depends on: ids, and at an [IMG] token which image it is of; nobody else has one
-        # that has no name.
-        images, nameless = iter([name for name, count in request.images for _ in range(count)]), object()
-        self.ids = [next(images, nameless) if id == engine.image_token_id else id for id in request.prompt]
+        self.cache_keys = cache_keys(request, engine.image_token_id)
 
-    def take(self, token: int, logprob: float) -> list[tuple[str, str]]:
-        """Append a sampled token; returns the pieces of the reply that became certain with it."""
+    def take(self, token: int, logprob: float, stop: bool) -> None:
+        """Append a sampled token. `stop`: whoever reads the answer needs no more."""
         self.answer.tokens.append(token)
         self.answer.logprobs.append(logprob)
-        reader = self.request.reader
-        pieces = reader.add(token) if reader else []
-        if token == self.eos_id or (reader and reader.stopped):
+        if token == self.eos_id or stop:
             self.answer.finish_reason = "stop"
-        return pieces + reader.finish() if reader and self.done else pieces
-
-    def cancel(self, on_piece: Callable) -> None:
-        self.answer.finish_reason = "cancelled"
-        for piece in self.request.reader.finish() if self.request.reader else ():
-            on_piece(self.index, *piece)
 
     @property
     def done(self) -> bool:
         return self.answer.finish_reason != "length" or len(self.answer.tokens) >= self.room
+
+
+def cache_keys(request: Request, image_token_id: int | None) -> list:
+    """What each place of the cache depends on: the token id, and at an [IMG] token which image it is of.
+
+    An unnamed image gets a unique key, so it is never reused.
+    """
+    names = iter([name for name, count in request.images for _ in range(count)])
+    unnamed = object()
+    return [next(names, unnamed) if id == image_token_id else id for id in request.prompt]
+
+
+def common(a: list, b: list) -> int:
+    """How many items two lists have in common at their beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 class Group:
@@ -93,14 +93,18 @@ class Group:
         self.rows: list[Row] = []
         self.room = width  # how many rows there may be; a GPU's steps run over a power of two
         self.cache: KVCache = model.new_cache(width, length)
-        self.held: list[list] = [[] for _ in range(width)]  # the ids (see Row.ids) of what each row of the cache holds
+        self.held: list[list] = [[] for _ in range(width)]  # the `cache_keys` of what each row of the cache holds
         device = model.place.device
         self.sampled = torch.zeros(width, 2, dtype=torch.float64, device=device)  # the last token, its log-probability
         self.positions, self.seeds = torch.zeros(2, width, dtype=torch.long, device=device)  # where that token goes
-        self.heat = torch.zeros(width, 2, device=device)  # temperature, top_p
+        self.temperature, self.top_p = torch.zeros(2, width, 1, device=device)
         self.work: dist.Work | None = None  # the broadcast of `sampled`
         self.phase = "prefill"  # what is in flight
         self.steps: dict[tuple, Callable | None] = {}  # see Engine.decode
+
+    def state_of(self, i: int) -> tuple[torch.Tensor, ...]:
+        """The numbers of row i, each a view."""
+        return self.positions[i], self.seeds[i], self.temperature[i], self.top_p[i], self.sampled[i]
 
     def drop_finished(self) -> list[Row]:
         """Takes out what is finished and returns it. Last rows take these places: a step runs over the first rows."""
@@ -111,27 +115,32 @@ class Group:
                 if i < end:
                     self.rows[i], self.held[i], self.held[end] = last, self.held[end], []
                     self.cache.copy_row(end, i, last.length)
-                    for tensor in (self.sampled, self.positions, self.seeds, self.heat):
-                        tensor[i] = tensor[end]
+                    for target, source in zip(self.state_of(i), self.state_of(end)):
+                        target.copy_(source)
         return finished
 
     def admit(self, row: Row, shared: list[int]) -> None:
         """Make `row` the next one. It begins like each row of the cache for as many tokens as `shared` says."""
-        at, best = len(self.rows), shared.index(max(shared))
-        if not row.request.logprobs and (best == at or shared[best] >= SHARED):  # scores are of all tokens
+        at, best, request = len(self.rows), shared.index(max(shared)), row.request
+        # Log-probabilities need every prompt token computed, so nothing is reused for them.
+        if not request.logprobs and (best == at or shared[best] >= SHARED):
             row.start = min(shared[best], row.length - 1)  # something has to go through the model to sample from
         if best != at and row.start:
             self.cache.copy_row(best, at, row.start)
-        self.held[at] = row.ids
+        self.held[at] = row.cache_keys
         self.rows.append(row)
-        state = (self.positions[at], self.seeds[at], *self.heat[at])
-        for element, value in zip(state, (row.length, row.request.seed, row.request.temperature, row.request.top_p)):
+        values = (row.length, request.seed, request.temperature, request.top_p)
+        for element, value in zip(self.state_of(at), values):
             element.fill_(value)  # by a kernel: a GPU copies nothing from the host
 
 
-def common(a: list, b: list) -> int:
-    """How many items two lists have in common at their beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+class Piece(NamedTuple):
+    """Some tokens of a prompt on their way into the cache."""
+
+    row: int  # of the group
+    start: int  # position of the first
+    size: int
+    features: torch.Tensor | None  # (n, C) of the [IMG] tokens among them, on the first stage
 
 
 class Engine:
@@ -140,10 +149,10 @@ class Engine:
     def __init__(self, model: MistralMedium, eos_id: int, max_context: int):
         self.model, self.place, self.eos_id, self.max_context = model, model.place, eos_id, max_context
         self.image_token_id = model.config.vision and model.config.vision.image_token_id
-        self.chunk = CHUNK if (on_gpu := self.place.device.type == "cuda") else CPU_CHUNK
-        # What replays a step: on a GPU, see `decode`; on a CPU, `layers`. Messages between stages cannot be replayed.
+        on_gpu = self.place.device.type == "cuda"
+        self.chunk = CHUNK if on_gpu else CPU_CHUNK
+        # What replays a step, see `decode`. Messages between stages cannot be replayed.
         self.record = record if on_gpu and self.place.pp_size == 1 else None
-        self.traced = None if on_gpu or model.keep_fp8 or self.place.world_size > 1 else fp8.Traced(model.products)
         # While decoding, a group has one message in flight; the bound is for the chunks of prompts.
         self.down = Channel(self.place, model.dtype, in_flight=2 * self.place.pp_size)
         self.groups: list[Group] = []
@@ -153,24 +162,24 @@ class Engine:
     def generate(
         self,
         requests: Iterable[Request],
-        on_piece: Callable[[int, str, str], None] = lambda i, kind, text: None,
+        on_token: Callable[[int, int, float], bool] = lambda i, token, logprob: False,
         on_done: Callable[[int, Request, Answer], None] = lambda i, request, answer: None,
         width: int | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> list[Answer]:
-        """Answer `requests`, at most `width` of them at the same time. All ranks call this together.
+        """Answer `requests`, at most `width` of them at the same time (continuous batching). All ranks come together.
 
-        Requests are taken when there is room for them. `on_piece(i, kind, text)` gets each reply piece by piece,
-        `on_done` each answer, first come, first served. `stop`, which all ranks have to give or none, is called on rank
-        0 for every token: True ends all answers where they are, as "cancelled". Prompts must not be longer than
-        `max_context`; an answer ends there at the latest.
+        Requests are taken when there is room for them. `on_token(i, token, logprob)` gets each token of answer i as it
+        comes, and True, the same on all ranks, ends that answer with it; `on_done` gets the answers as they finish.
+        `stop`, which all ranks have to give or none, is called on rank 0 for every token: True ends all answers where
+        they are, as "cancelled". Prompts must not be longer than `max_context`; an answer ends there at the latest.
         """
         rows = (Row(i, request, self) for i, request in enumerate(requests))
         self.seconds, self.tokens = ({"prefill": 0, "decode": 0} for _ in range(2))
         self.mark, answers, first = time.perf_counter(), {}, list(islice(rows, width))
         waiting = chain(first, rows)
 
-        def drop(row: Row) -> None:
+        def finish(row: Row) -> None:
             self.share_scores(row)
             answers[row.index] = row.answer
             on_done(row.index, row.request, row.answer)
@@ -179,19 +188,14 @@ class Engine:
             self.prepare_groups(first)
             running = True
             while running:
-                running = False
                 for group in self.groups:
-                    self.pick_up(group, on_piece)
+                    self.pick_up(group, on_token)
                     if stop is not None and group is self.groups[0] and self.agree(stop):
-                        for row in (row for group in self.groups for row in group.rows if not row.done):
-                            row.cancel(on_piece)
-                        for row in waiting:
-                            row.cancel(on_piece)
-                            drop(row)
+                        self.cancel(waiting, finish)
                     for row in group.drop_finished():
-                        drop(row)
+                        finish(row)
                     self.advance(group, waiting)
-                    running |= bool(group.rows)
+                running = any(group.rows for group in self.groups)
         except BaseException:
             self.groups.clear()  # nobody knows how much of a row is in the cache
             raise
@@ -204,14 +208,17 @@ class Engine:
         asked = [-(-(len(rows) - i) // count) for i in range(count)]
         widths = asked if self.record is None else [power_of_two(width) for width in asked]
         length = KVCache.length_for(max((row.length for row in rows), default=0) + 1)
-        held = [ids for group in self.groups for ids in group.held]
-        useful = any(common(ids, row.ids) >= SHARED for row in rows for ids in held)
-        useful |= all(group.cache.length <= 2 * length for group in self.groups)
-        if not useful or [len(group.held) for group in self.groups] != widths:
+        small = all(group.cache.length <= 2 * length for group in self.groups)
+        fit = [len(group.held) for group in self.groups] == widths
+        if not fit or not (small or self.hold_a_beginning_of(rows)):
             self.groups.clear()  # first, to have their memory
             self.groups += [Group(self.model, width, length) for width in widths]
         for group, width in zip(self.groups, asked):
             group.room = width
+
+    def hold_a_beginning_of(self, rows: list[Row]) -> bool:
+        held = [keys for group in self.groups for keys in group.held]
+        return any(common(keys, row.cache_keys) >= SHARED for row in rows for keys in held)
 
     def agree(self, stop: Callable[[], bool]) -> bool:
         """What `stop()` says on rank 0, on all ranks."""
@@ -219,6 +226,15 @@ class Engine:
         if dist.is_initialized():
             dist.broadcast(said, src=0)
         return bool(said)
+
+    def cancel(self, waiting: Iterator[Row], finish: Callable[[Row], None]) -> None:
+        """End every answer where it is; those that wait are not begun."""
+        for row in (row for group in self.groups for row in group.rows):
+            if not row.done:
+                row.answer.finish_reason = "cancelled"
+        for row in waiting:
+            row.answer.finish_reason = "cancelled"
+            finish(row)
 
     def advance(self, group: Group, waiting: Iterator[Row]) -> None:
         """A token for every row; and rows that wait take the places that are free, with the first token of theirs."""
@@ -237,55 +253,61 @@ class Engine:
         if old or new:
             self.post(group)
 
+    # --- prompts
+
     def prefill(self, group: Group, new: list[Row]) -> None:
         """Prompts of new rows: chunk by chunk into the cache, and the first token of each sampled.
 
         A chunk attends to the earlier ones through the cache, so that a long prompt costs the activations of one chunk.
-        Short ones share a chunk, one after the other: nothing is padded, and the weights are read once for all of them.
+        Short ones share a chunk, one after the other (varlen prompts): nothing is padded, and the weights are read once
+        for all of them.
         """
         first, last = len(group.rows), []
         for pieces in self.chunks(group, new):
             last += self.prefill_chunk(group, pieces)
         if self.place.last_stage:
-            self.sample(torch.stack(last), group, slice(first, len(group.rows)), *warm_and_choosy(new))
+            self.sample(torch.stack(last), group, slice(first, len(group.rows)), *sampling_flags(new))
 
     def prefill_chunk(self, group: Group, pieces: list[Piece]) -> list[torch.Tensor]:
         """The states (C,) after prompts that end here, on the last stage."""
-        segments = [(i, start, size) for i, start, size, _ in pieces]
-        prompts = [group.rows[i].request.prompt for i, _, _ in segments]
-        tokens = [id for prompt, (_, start, size) in zip(prompts, segments) for id in prompt[start : start + size]]
-        features = [part for *_, part in pieces if part is not None]
-        features, span = torch.cat(features) if features else None, self.model.span(segments)
+        tokens = []
+        for i, start, size, _ in pieces:
+            tokens += group.rows[i].request.prompt[start : start + size]
+        features = [piece.features for piece in pieces if piece.features is not None]
+        features = torch.cat(features) if features else None
+        span = self.model.prompts([(piece.row, piece.start, piece.size) for piece in pieces])
         hidden = self.run_stage(torch.tensor([tokens]), span, group.cache, features)
         if hidden is None:
             return []
-        parts, last = hidden[0].split([size for *_, size in segments]), []  # each (size, C)
-        for part, prompt, (i, start, size) in zip(parts, prompts, segments):
-            if group.rows[i].request.logprobs:
+        last = []
+        for states, (i, start, size, _) in zip(hidden[0].split([piece.size for piece in pieces]), pieces):
+            row, end = group.rows[i], start + size
+            if row.request.logprobs:
                 # The state at a token scores the next one, so the last state needs the next chunk's first token.
-                group.rows[i].scores += self.score(part, prompt[start + 1 : start + size + 1])
-            if start + size == len(prompt):
-                last.append(part[-1].clone())  # not a view, which would keep all of them
+                row.scores += self.score(states, row.request.prompt[start + 1 : end + 1])
+            if end == row.length:
+                last.append(states[-1].clone())  # not a view, which would keep all of them
         return last
 
     def chunks(self, group: Group, new: list[Row]) -> Iterator[list[Piece]]:
-        """Pieces of prompts, `self.chunk` tokens at a time."""
+        """Pieces of prompts, `self.chunk` tokens at a time (chunked prefill)."""
         pieces, room = [], self.chunk
         for row in new:
-            shared, pending = [common(ids, row.ids) for ids in group.held], {i for i, *_ in pieces}
+            shared = [common(keys, row.cache_keys) for keys in group.held]
+            pending = {piece.row for piece in pieces}
             ready = [0 if i in pending else count for i, count in enumerate(shared)]
-            if max(shared) >= max(ready) + SHARED:  # this chunk has what it needs, which has to be in the cache first
+            # A row of the unfinished chunk shares a longer beginning (prefix caching): run that chunk first.
+            if max(shared) >= max(ready) + SHARED:
                 yield pieces
                 pieces, room, ready = [], self.chunk, shared
             group.admit(row, ready)
             features, start = self.features_of(row), row.start
             while start < row.length:
-                size = min(room, row.length - start)
-                part = None
+                size, part = min(room, row.length - start), None
                 if features is not None:  # a chunk may end in the middle of an image: each piece takes its share
                     count = row.request.prompt[start : start + size].count(self.image_token_id)
                     part, features = (features[:count] if count else None), features[count:]
-                pieces.append((len(group.rows) - 1, start, size, part))
+                pieces.append(Piece(len(group.rows) - 1, start, size, part))
                 start, room = start + size, room - size
                 if room == 0:
                     yield pieces
@@ -312,15 +334,14 @@ class Engine:
         which also lets libraries choose their kernels; the second is recorded; from then on it is replayed. A row
         without a request goes along, at position 0: counted on and on, it would leave the cache.
         """
-        self.model.pack()
         rows = group.rows
         for row, held in zip(rows, group.held):
             row.length += 1
             held.append(row.answer.tokens[-1])
-        longest = max(row.length for row in rows)
         if self.record is None:
-            return self.step(group, len(rows), longest, len(rows) == 1, *warm_and_choosy(rows))
-        kind = (power_of_two(len(rows)), group.cache.length, False, *warm_and_choosy(rows))
+            longest = max(row.length for row in rows)
+            return self.step(group, len(rows), longest, len(rows) == 1, *sampling_flags(rows))
+        kind = (power_of_two(len(rows)), group.cache.length, False, *sampling_flags(rows))
         for i in range(len(rows), kind[0]):
             group.held[i] = []
         group.positions[len(rows) : kind[0]].zero_()
@@ -330,20 +351,23 @@ class Engine:
         group.steps.setdefault(kind)
         run()
 
-    def step(self, group: Group, count: int, length: int, alike: bool, warm: bool, choosy: bool) -> None:
+    def step(self, group: Group, count: int, length: int, alike: bool, *flags: bool) -> None:
         """`sampled` of the first `count` rows -> their next ones, attending to the first `length` of the cache."""
         positions = group.positions[:count]
-        span = self.model.step_span(positions, length, alike)
+        span = self.model.step(positions, length, alike)
         hidden = self.run_stage(group.sampled[:count, :1].long(), span, group.cache.rows(0, count))  # (B, 1, C)
         positions.add_(1)
         if hidden is not None:
-            self.sample(hidden[:, 0], group, slice(0, count), warm, choosy)
+            self.sample(hidden[:, 0], group, slice(0, count), *flags)
 
-    def sample(self, hidden: torch.Tensor, group: Group, part: slice, warm: bool, choosy: bool) -> None:
-        """hidden (B, C) after the last tokens of the group's rows `part` -> their next ones, in `group.sampled`."""
-        temperature, top_p = (group.heat[part, i : i + 1] if asked else None for i, asked in enumerate((warm, choosy)))
+    def sample(self, hidden: torch.Tensor, group: Group, part: slice, temperature: bool, top_p: bool) -> None:
+        """hidden (B, C) after the last tokens of the group's rows `part` -> their next ones, in `group.sampled`.
+
+        The noise of a sample is a hash of seed and position, see `parallel.gumbel`: it does not depend on the batch.
+        """
+        asked = group.temperature[part] if temperature else None, group.top_p[part] if top_p else None
         noise = group.seeds[part], group.positions[part]
-        group.sampled[part] = self.model.lm_head.sample(self.model.logits(hidden), temperature, top_p, *noise)
+        group.sampled[part] = self.model.lm_head.sample(self.model.logits(hidden), *asked, *noise)
 
     def run_stage(self, tokens: torch.Tensor, span: Span, cache: KVCache, features: torch.Tensor | None = None):
         """This rank's layers over some tokens (B, T); on the first stage `features` (n, C) stand for n `[IMG]` tokens.
@@ -354,20 +378,8 @@ class Engine:
             x = self.model.embed(tokens.to(self.place.device), features)
         else:
             x = self.down.receive((*tokens.shape, self.model.config.hidden_size))
-        x = self.layers(x, span, cache)
+        x = self.model(x, span, cache)
         return x if self.place.last_stage else self.down.send(x)
-
-    def layers(self, x: torch.Tensor, span: Span, cache: KVCache) -> torch.Tensor:
-        """The model's layers; on a CPU as a graph, see `fp8.Traced`. From some rows on other kernels may be used."""
-        if self.traced is None or span.positions is None or len(x) >= fp8.FLOAT32_ROWS:
-            return self.model(x, span, cache)
-        tensors = {name: value for name, value in vars(span).items() if isinstance(value, torch.Tensor)}
-
-        def step(x, tensors, seen):
-            return self.model(x, replace(span, length=0, **tensors), KVCache(seen))
-
-        seen = [layer[:, :, :, : span.length] for layer in cache.layers]
-        return self.traced(len(x) == 1, step, x, tensors, seen)
 
     # --- what flows back, from the last stage to all
 
@@ -385,7 +397,7 @@ class Engine:
         """
         group.work = from_last_stage(group.sampled[: len(group.rows)], self.place)
 
-    def pick_up(self, group: Group, on_piece: Callable) -> None:
+    def pick_up(self, group: Group, on_token: Callable[[int, int, float], bool]) -> None:
         """Give the rows of the group their tokens, wherever these were sampled."""
         if group.work is not None:
             group.work.wait()
@@ -395,8 +407,8 @@ class Engine:
         self.seconds[group.phase] += now - self.mark
         self.mark = now
         for row, (token, logprob) in zip(group.rows, sampled):
-            for piece in row.take(int(token), logprob) if not row.done else ():
-                on_piece(row.index, *piece)
+            if not row.done:
+                row.take(int(token), logprob, on_token(row.index, int(token), logprob))
 
     def share_scores(self, row: Row) -> None:
         """Put the log-probabilities of the prompt's tokens after the first, if they are wanted, into the answer."""
@@ -417,8 +429,8 @@ class Engine:
         return [head.log_probabilities(self.model.logits(x), y).double() for x, y in pieces if len(y)]
 
 
-def warm_and_choosy(rows: list[Row]) -> tuple[bool, bool]:
-    """Whether any of them has a temperature above 0, and a top-p below 1."""
+def sampling_flags(rows: list[Row]) -> tuple[bool, bool]:
+    """(any of them has a temperature above 0, any has a top-p below 1): what need not be computed is not."""
     return any(row.request.temperature > 0 for row in rows), any(row.request.top_p < 1 for row in rows)
 
 
@@ -452,10 +464,10 @@ class Session:
         # All ranks sample the same tokens, so they need the same seed: rank 0's, where none was given.
         seed = gather_objects(random.getrandbits(32) if args.seed is None else args.seed)[0]
         self.requests = RequestReader(args, self.tokenizer, self.config, place, self.max_context, seed)
-        self.model.join()
         together(lambda: fill(self.model, checkpoint, Progress(checkpoint, place)))
         self.model.eval()
         self.weight_bytes = weight_bytes(self.model)
+        speed_up(self.model)
         self.engine = Engine(self.model, self.tokenizer.eos_id, self.max_context)
         self.load_s, self.bytes_read = time.perf_counter() - started, checkpoint.bytes_read
 
@@ -493,30 +505,36 @@ class Session:
         that had begun are answered. `stop`: as the engine's.
         """
         on_rank_0, results, early, mistakes = self.place.rank == 0, [], {}, []
-        parsers: list[ReplyParser] = []
+        parsers: dict[int, ReplyParser] = {}  # of the answers that have begun
 
         def requests() -> Iterator[Request]:  # each is read, its images too, when there is room for it
             for i, spec in enumerate(specs):
                 try:
-                    request, parser = together(lambda: self.requests.read(spec, base, i))
+                    request, parsers[i] = together(lambda: self.requests.read(spec, base, i))
                 except UserError as mistake:
                     if i < self.args.batch_size:  # nothing has begun; later, what has is not thrown away
                         raise
                     mistakes.append(mistake)
                     return
-                parsers.append(parser)
-                request.reader = parser
                 yield request
 
+        def show(i: int, pieces: list[tuple[str, str]]) -> None:
+            for kind, text in pieces if on_rank_0 else ():
+                on_piece(i, kind, text)
+
+        def on_token(i: int, token: int, logprob: float) -> bool:
+            show(i, parsers[i].add(token))
+            return parsers[i].stopped
+
         def on_done(i: int, request: Request, answer: Answer) -> None:
-            early[i] = result_of(request, parsers[i].reply, answer)
+            show(i, parsers[i].finish())
+            early[i] = result_of(request, parsers.pop(i).reply, answer)
             while (result := early.pop(len(results), None)) is not None:
                 results.append({**result, "stats": self.stats()})
                 if on_rank_0:
                     on_result(results[-1])
 
-        pieces = (on_piece,) if on_rank_0 else ()
-        self.engine.generate(requests(), *pieces, on_done=on_done, width=self.args.batch_size, stop=stop)
+        self.engine.generate(requests(), on_token, on_done, self.args.batch_size, stop)
         if mistakes:
             raise mistakes[0]
         return results

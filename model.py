@@ -1,16 +1,21 @@
-"""Mistral Medium 3.5, the whole model: an embedding, 88 decoder layers, a head; for images a tower in front.
+"""Mistral Medium 3.5, the decoder: an embedding, 88 layers, a head. Images enter as features; `vision.py` makes them.
 
 Each layer is attention and an MLP, both added to a residual stream of `hidden_size` numbers per token:
 
     x = x + Attention(RMSNorm(x))       grouped-query attention with rotary positions (YaRN)
-    x = x + MLP(RMSNorm(x))             SwiGLU, in vision.py, since the tower has it too
+    x = x + MLP(RMSNorm(x))             SwiGLU
 
 Every linear is one of the parallel layers of `parallel.py`; with one process they are plain linears. `MistralMedium` is
 what one rank holds: one pipeline stage, and of each matrix in it one tensor-parallel slice. Names are those of the HF
 layout.
 
-Shapes: B batch, T tokens of this call, S tokens attended to, H query heads of this rank, KV key/value heads of this
-rank, D head_dim, C hidden_size.
+How tokens attend depends on the call, and a *span* says it once for all layers: `Whole` samples in training, chunks of
+`Prompts` on their way into the key/value cache, or a `Step` with one new token per row. `generate_simply` is what all
+of generation comes down to.
+
+Shapes, with the sizes of this model where one rank holds everything: B batch, T tokens of this call, S tokens attended
+to, H query heads of this rank (96), KV key/value heads of this rank (8), D head_dim (128), C hidden_size (12,288),
+F intermediate_size (28,672), V vocab_size (131,072).
 """
 
 import math
@@ -22,11 +27,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import fp8
-from fp8 import Joined
 from parallel import (
     ColumnParallelLinear,
-    Linear,
+    Part,
     Place,
     RowParallelLinear,
     Slice,
@@ -37,6 +40,11 @@ from parallel import (
     join_sequence,
     split_sequence,
 )
+
+CHUNK = 4096  # prompt tokens that go through the model at a time: bounds the memory of activations
+LOGIT_ROWS = 64  # positions that are scored at a time: the logits of a whole chunk would take gigabytes
+
+# ------------------------------------------------------------------------------------------------------ the sizes
 
 
 @dataclass(frozen=True)
@@ -99,34 +107,19 @@ class Config:
     raw: dict = field(repr=False, compare=False)  # the HF dictionary that all this was read from, for export
 
 
-LOGIT_ROWS = 64  # positions that are scored at a time: the logits of a whole chunk would take gigabytes
-CHUNK = 4096  # prompt tokens that go through the model at a time: bounds the memory of activations
-
-SHORT = 512  # tokens of several prompts up to which, on a CPU, they go into attention together, with a mask
-
-FEW_ROWS = 512  # see RMSNorm
+# ---------------------------------------------------------------------------------------------- norms and the MLP
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight (arXiv:1910.07467), computed in float32.
+    """x / rms(x) · weight (arXiv:1910.07467), computed in float32. `sharers`: see `parallel.Part`."""
 
-    On a CPU the normalized x is rounded before it is scaled, as transformers does; the GPU's fused kernel rounds once.
-    A CPU has no such kernel, but one for layer norms, which subtract the mean and divide by the deviation: of (x, -x)
-    these are 0 and rms(x). For few rows it is faster than the eight kernels that `rms_norm` starts.
-    """
-
-    def __init__(self, size: int, eps: float, dtype: torch.dtype):
+    def __init__(self, size: int, eps: float, dtype: torch.dtype, sharers: int = 1):
         super().__init__()
         self.eps = eps
-        self.slices = {"weight": Slice((size,), 0, 0, size)}
+        self.parts = [Part(Slice((size,), 0, 0, size), sharers=sharers)]
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type == "cpu":
-            size = x.shape[-1]
-            if x.numel() <= FEW_ROWS * size:
-                return self.weight * F.layer_norm(torch.cat((x, -x), -1), (2 * size,), eps=self.eps)[..., :size]
-            return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -137,31 +130,17 @@ class MLP(nn.Module):
         super().__init__()
         divide(intermediate_size, place.tp_size, "rows of intermediate_size")
         self.act, self.group, self.sequence = act, place.tp_group, place.sequence_parallel
-        self.gate_proj = ColumnParallelLinear(hidden_size, intermediate_size, place, dtype, keep_fp8)
-        self.up_proj = ColumnParallelLinear(hidden_size, intermediate_size, place, dtype, keep_fp8)
+        matrices = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
+        self.gate_up_proj = ColumnParallelLinear(hidden_size, matrices, place, dtype, keep_fp8)
         self.down_proj = RowParallelLinear(intermediate_size, hidden_size, place, dtype, keep_fp8)
-        self.joined: Joined | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = copy_to_group(x, self.group, self.sequence)
-        gate, up = self.joined(x).chunk(2, dim=-1) if self.joined else (self.gate_proj(x), self.up_proj(x))
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # (B, T, F / tp) each
         return self.down_proj(self.act(gate) * up)
 
 
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor | None = None):
-    """Turn the pairs (i, i + D/2) of `x` (..., T, D) by the angles of `cos`, `sin` from `rotary_tables`.
-
-    The first of a pair becomes a cos - b sin, the second b cos + a sin: every number times its cosine, plus the other
-    one of its pair times its sine, whose sign the table has. `out` may be `x`.
-    """
-    other = x.roll(x.shape[-1] // 2, -1)
-    return torch.addcmul(torch.mul(x, cos, out=out), other, sin, out=out)
-
-
-def rotary_tables(angles: torch.Tensor, factor: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Angles (..., D/2) in radians, float32 -> cosines and signed sines (..., D) for `apply_rotary`, times `factor`."""
-    cos, sin = ((f(angles) * factor).to(dtype) for f in (torch.cos, torch.sin))
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+# ------------------------------------------------------------------------------------------------ rotary positions
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
@@ -187,6 +166,61 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
     # 1 for the fast pairs (kept as they are), 0 for the slow ones (divided by the factor), a straight line between
     keep = 1 - ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     return 1.0 / (rope.factor * inverse) * (1 - keep) + 1.0 / inverse * keep
+
+
+def rotary_tables(angles: torch.Tensor, factor: torch.Tensor | float, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Angles (..., D/2) in radians, float32 -> cosines and signed sines (..., D) for `rotate`, times `factor`.
+
+    The sign of the sines belongs to the pairs' other halves; see `turn`.
+    """
+    cos, sin = ((f(angles) * factor).to(dtype) for f in (torch.cos, torch.sin))
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Turn the pairs (i, i + D/2) of `x` (..., T, D), in place, by the angles of `cos` and `sin` from `rotary_tables`.
+
+    The first of a pair becomes a cos - b sin, the second b cos + a sin: every number times its cosine, plus the other
+    one of its pair times its sine, whose sign the table has.
+    """
+    other = x.roll(x.shape[-1] // 2, -1)
+    x.mul_(cos).addcmul_(other, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """`turn` of the first heads of y (B, T, N · D), in place. Its gradient is turned back: a rotation's transpose."""
+
+    @staticmethod
+    def forward(ctx, y, heads, cos, sin):
+        ctx.heads = heads
+        ctx.save_for_backward(cos, sin)
+        ctx.mark_dirty(y)
+        turn(split_heads(y, cos.shape[-1])[:, :heads], cos, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        grad = grad.clone()  # others may read it
+        turn(split_heads(grad, cos.shape[-1])[:, : ctx.heads], cos, -sin)
+        return grad, None, None, None
+
+
+def split_heads(y: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """(B, T, N · D) -> (B, N, T, D), a view."""
+    return y.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def rotate(y: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """y (B, T, N · D), which is overwritten -> (B, N, T, D) with the first `heads` of the N heads turned."""
+    if torch.is_grad_enabled():
+        y = _Rotate.apply(y, heads, cos, sin)
+    else:
+        turn(split_heads(y, cos.shape[-1])[:, :heads], cos, sin)
+    return split_heads(y, cos.shape[-1])
+
+
+# ------------------------------------------------------------------------------------------- the cache, and attention
 
 
 class KVCache:
@@ -229,31 +263,10 @@ class KVCache:
             self.layers[i] = F.pad(layer, (0, 0, 0, length - layer.shape[3]))
 
 
-@dataclass
-class Span:
-    """Which positions the tokens of a call have: what every layer needs to know about them.
-
-    There are two kinds of call. The tokens of *prompts* stand one after the other in a single row, B = 1: `segments`
-    says which of them belong to which row of the cache, and from which position on. In a *step* every row of the cache
-    has one token, T = 1, at a position of its own. There nothing that changes from step to step is a Python number, so
-    that a GPU can record a step once and replay it: rows write where the tensor `positions` says, attend to the whole
-    `length`, and a `bias` hides what lies beyond a row's own end.
-    """
-
-    cos: torch.Tensor  # (B or 1, 1, T, D)
-    sin: torch.Tensor
-    query_scale: torch.Tensor | None  # (B or 1, 1, T, 1)
-    segments: list[tuple[int, int, int]] | None = None  # row of the cache, position of the first token, tokens
-    mask: torch.Tensor | None = None  # (T, T): whom each token sees, of short prompts on a CPU
-    positions: torch.Tensor | None = None  # (B,), of a step
-    rows: torch.Tensor | None = None  # (B,): 0, 1, …
-    length: int = 0  # 0: that of the cache
-    bias: torch.Tensor | None = None  # (B, 1, 1, length): 0, or -inf beyond a row's end; None: nothing lies beyond
-
-
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Causal grouped-query attention of T tokens to themselves and to those before. q (B, H, T, D), k and v
-    (B, KV, S, D) -> (B, H, T, D). H / KV query heads share a key/value head, never repeated. No gradients for S > T.
+    (B, KV, S, D) -> (B, H, T, D). H / KV query heads share a key/value head, without materializing repeated keys.
+    Not differentiable on a GPU when S > T.
     """
     B, H, T, D = q.shape
     KV, S = k.shape[1], k.shape[2]
@@ -264,24 +277,17 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     if S == T:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).reshape(B, H, T, D)
     # A later chunk: query i stands at position S - T + i, and a causal triangle has to be aligned with the last key.
-    if q.device.type != "cpu":  # flash attention on a GPU can do that, and no mask exists; any mask excludes flash
-        from torch.nn.attention.bias import causal_lower_right  # here, since it takes two seconds to import
+    # Flash attention on a GPU can do that, and no mask exists; an explicit mask would exclude flash.
+    from torch.nn.attention.bias import causal_lower_right  # here, since it takes two seconds to import
 
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S)).reshape(B, H, T, D)
-    # On a CPU that would take a mask, and with one the kernel computes what it hides, too. So the chunk attends to
-    # itself and to what came before, and the two are weighted by the sums of their exponentials.
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    own, own_sum = flash(q, k[:, :, S - T :], v[:, :, S - T :], is_causal=True)
-    before, before_sum = flash(q, k[:, :, : S - T], v[:, :, : S - T])
-    share = (before_sum - own_sum).sigmoid_()[..., None]
-    return own.float().lerp_(before.float(), share).to(q.dtype).view(B, H, T, D)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S)).reshape(B, H, T, D)
 
 
 def attend_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Attention of one token per row. q (B, H, 1, D), k and v (B, KV, S, D), bias (B, 1, 1, S) -> (B, H, 1, D).
 
-    The one query of each head may see all S keys, so the heads of a group can stand where tokens would: (H/KV, D)
-    against (S, D) reads each key once for the whole group.
+    The one query of each head may attend to all S keys, so the heads of a group can stand where tokens would:
+    (H/KV, D) against (S, D) reads each key once for the whole group.
     """
     q = q.squeeze(2).unflatten(1, (k.shape[1], -1))  # (B, KV, H/KV, D)
     attention = F.scaled_dot_product_attention if q.device.type == "cpu" else product_attention
@@ -296,7 +302,7 @@ def product_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: t
     """
     B, KV, G, D = q.shape
     q, keys, values = (x.reshape(B * KV, -1, D) for x in (q, k, v))
-    if q.device.type == "cpu":  # where no product returns more than it is given
+    if q.device.type == "cpu":  # where a product returns the dtype of its inputs
         scores = q.float() @ keys.float().transpose(1, 2)
     else:
         scores = torch.bmm(q, keys.transpose(1, 2), out_dtype=torch.float32)
@@ -305,74 +311,112 @@ def product_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: t
     return (scores.softmax(-1).to(v.dtype).view(B * KV, G, -1) @ values).view(B, KV, G, D)
 
 
-class Attention(nn.Module):
-    """Grouped-query attention (arXiv:2305.13245). A rank holds whole heads: H = heads / tp, KV = kv_heads / tp.
+@dataclass
+class Whole:
+    """Samples from their first token to their last, without a cache: training. Padding stands to the right."""
 
-    With fewer key/value heads than ranks, neighbouring ranks hold a copy of the same one.
+    cos: torch.Tensor  # (1, 1, T, D), see MistralMedium.tables
+    sin: torch.Tensor
+
+    def attend(self, q: torch.Tensor, kv: torch.Tensor, cache: None) -> torch.Tensor:
+        """q (B, H, T, D), kv (2, B, KV, T, D): keys and values -> (B, H, T, D)."""
+        return attend(q, *kv)
+
+
+@dataclass
+class Prompts:
+    """Tokens of prompts, or of chunks of them, one after the other in a single row, B = 1: nothing is padded.
+
+    `segments` says which of them belong to which row of the cache, and from which position on.
     """
+
+    cos: torch.Tensor  # (1, 1, T, D)
+    sin: torch.Tensor
+    segments: list[tuple[int, int, int]]  # row of the cache, position of the first token, tokens
+    attention: Callable  # `attend`, or what is faster on this device
+
+    def attend(self, q: torch.Tensor, kv: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+        """q (1, H, T, D), kv (2, 1, KV, T, D), cache (2, rows, KV, length, D) -> (1, H, T, D)."""
+        out, sizes = [], [size for *_, size in self.segments]
+        for (row, start, size), query, new in zip(self.segments, q.split(sizes, dim=2), kv.split(sizes, dim=3)):
+            cache[:, row, :, start : start + size] = new[:, 0]
+            out.append(self.attention(query, *cache[:, row : row + 1, :, : start + size]))
+        return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+
+
+@dataclass
+class Step:
+    """One token for every row of the cache, T = 1, each at a position of its own.
+
+    Nothing that changes from step to step is a Python number, so that a GPU can record a step once and replay it: rows
+    write where the tensor `positions` says, attend to the whole `length`, and a `bias` hides what lies beyond a row's
+    own end.
+    """
+
+    cos: torch.Tensor  # (B, 1, 1, D)
+    sin: torch.Tensor
+    positions: torch.Tensor  # (B,)
+    rows: torch.Tensor | None  # (B,): 0, 1, …; None as the bias is
+    length: int | None  # how much of the cache is attended to; None: all
+    bias: torch.Tensor | None  # (B, 1, 1, length): 0, or -inf beyond a row's end; None: nothing lies beyond
+
+    def attend(self, q: torch.Tensor, kv: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+        """q (B, H, 1, D), kv (2, B, KV, 1, D), cache (2, B, KV, length, D) -> (B, H, 1, D)."""
+        if self.bias is None:  # all at the same position
+            cache.index_copy_(3, self.positions[:1], kv)
+        else:  # not scatter_, which on a CPU copies the whole cache there and back
+            cache[:, self.rows, :, self.positions] = kv.squeeze(3).transpose(0, 1)
+        return attend_step(q, *cache[:, :, :, : self.length], self.bias)
+
+
+Span = Whole | Prompts | Step
+
+
+def local_heads(config: Config, place: Place) -> tuple[int, int]:
+    """(H, KV) of a rank. With fewer key/value heads than ranks, neighbouring ranks hold a copy of the same one."""
+    heads, kv_heads, tp = config.num_attention_heads, config.num_key_value_heads, place.tp_size
+    divide(heads, tp, "attention heads")
+    if kv_heads >= tp:
+        return heads // tp, divide(kv_heads, tp, "key/value heads")
+    divide(tp, kv_heads, "tensor-parallel ranks over the key/value heads")
+    return heads // tp, 1
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv:2305.13245). A rank holds whole heads."""
 
     def __init__(self, config: Config, place: Place, dtype: torch.dtype, keep_fp8: bool):
         super().__init__()
-        D, C = config.head_dim, config.hidden_size
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        divide(heads, place.tp_size, "attention heads")
-        if kv_heads >= place.tp_size:
-            divide(kv_heads, place.tp_size, "key/value heads")
-        else:
-            divide(place.tp_size, kv_heads, "tensor-parallel ranks over the key/value heads")
-        self.head_dim, self.group, self.sequence = D, place.tp_group, place.sequence_parallel
-        parts = min(kv_heads, place.tp_size)
-        self.heads, self.kv_heads = heads // place.tp_size, kv_heads // parts
-        self.q_proj = ColumnParallelLinear(C, heads * D, place, dtype, keep_fp8)
-        self.k_proj = ColumnParallelLinear(C, kv_heads * D, place, dtype, keep_fp8, parts)
-        self.v_proj = ColumnParallelLinear(C, kv_heads * D, place, dtype, keep_fp8, parts)
-        self.o_proj = RowParallelLinear(heads * D, C, place, dtype, keep_fp8)
-        self.joined: Joined | None = None
+        D, C, kv_heads = config.head_dim, config.hidden_size, config.num_key_value_heads
+        self.heads, self.kv_heads = local_heads(config, place)
+        self.group, self.sequence = place.tp_group, place.sequence_parallel
+        matrices = {"q_proj": config.num_attention_heads * D, "k_proj": kv_heads * D, "v_proj": kv_heads * D}
+        pieces = dict.fromkeys(("k_proj", "v_proj"), min(kv_heads, place.tp_size))
+        self.qkv_proj = ColumnParallelLinear(C, matrices, place, dtype, keep_fp8, pieces)
+        self.o_proj = RowParallelLinear(config.num_attention_heads * D, C, place, dtype, keep_fp8)
 
     def forward(self, x: torch.Tensor, span: Span, cache: torch.Tensor | None) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C). `cache`: this layer's keys and values (2, rows, KV, length, D), or None."""
         x = copy_to_group(x, self.group, self.sequence)
-        if self.joined:
-            heads = self.joined(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 KV, T, D)
-            turned = heads.narrow(1, 0, self.heads + self.kv_heads)
-            apply_rotary(turned, span.cos, span.sin, out=turned)
-            q, new = heads.split((self.heads, 2 * self.kv_heads), dim=1)
-            new = new.unflatten(1, (2, -1)).transpose(0, 1)  # (2, B, KV, T, D)
-        else:
-            q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))
-            q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or KV, T, D)
-            q, k = apply_rotary(q, span.cos, span.sin), apply_rotary(k, span.cos, span.sin)
-            new = (k, v) if cache is None else torch.stack((k, v))
-        if span.query_scale is not None:
-            q = q * span.query_scale
-        if cache is None:
-            out = attend(q, *new)
-        elif span.positions is not None:
-            if span.bias is None:  # all at the same position
-                cache.index_copy_(3, span.positions[:1], new)
-            else:  # not scatter_, which on a CPU copies the whole cache there and back
-                cache[:, span.rows, :, span.positions] = new.squeeze(3).transpose(0, 1)
-            out = attend_step(q, *(cache[:, :, :, : span.length] if span.length else cache), span.bias)
-        else:
-            out = [] if span.mask is None else [F.scaled_dot_product_attention(q, *new, span.mask, enable_gqa=True)]
-            parts = (x.split([size for *_, size in span.segments], dim=-2) for x in (q, new))
-            for (row, start, size), query, part in zip(span.segments, *parts):
-                cache[:, row, :, start : start + size] = part[:, 0]
-                if span.mask is None:
-                    out.append(attend(query, *cache[:, row : row + 1, :, : start + size]))
-            out = out[0] if len(out) == 1 else torch.cat(out, dim=2)
+        heads = rotate(self.qkv_proj(x), self.heads + self.kv_heads, span.cos, span.sin)  # (B, H + 2 KV, T, D)
+        q, kv = heads.split((self.heads, 2 * self.kv_heads), dim=1)
+        kv = kv.unflatten(1, (2, -1)).transpose(0, 1)  # (2, B, KV, T, D): keys, values
+        out = span.attend(q, kv, cache)  # (B, H, T, D)
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+# ------------------------------------------------------------------------------------------------------- the model
 
 
 class DecoderLayer(nn.Module):
     def __init__(self, config: Config, place: Place, dtype: torch.dtype, keep_fp8: bool):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        C, eps = config.hidden_size, config.rms_norm_eps
+        # Under sequence parallelism a rank's norms see only its own tokens, and so find a share of their gradient.
+        self.input_layernorm = RMSNorm(C, eps, dtype, sharers=place.token_parts)
         self.self_attn = Attention(config, place, dtype, keep_fp8)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size, place, dtype, keep_fp8)
-        if place.sequence_parallel:  # a rank's norms see only its own tokens, and so a share of their gradient
-            self.input_layernorm.sharers = self.post_attention_layernorm.sharers = place.tp_size
+        self.post_attention_layernorm = RMSNorm(C, eps, dtype, sharers=place.token_parts)
+        self.mlp = MLP(C, config.intermediate_size, place, dtype, keep_fp8)
 
     def forward(self, x: torch.Tensor, span: Span, cache: torch.Tensor | None = None) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), span, cache)
@@ -392,7 +436,7 @@ def run_layer(layer: nn.Module, recompute: bool, *inputs):
 class MistralMedium(nn.Module):
     """One rank's part of the model: a pipeline stage, and of each matrix in it a tensor-parallel slice.
 
-    The first stage has the embedding (and, unless the checkpoint is text-only, tower and projector), every stage some
+    The first stage has the embedding (and, for images, the `vision` encoder that it is handed), every stage some
     layers, the last one the norm and the head. `layers` is keyed by the layer's number in the whole model, so that
     names are the same on every stage. Parameters are on `meta` until a checkpoint (or an initialization) fills them.
     `keep_fp8`: the layers' linears stay FP8 in memory.
@@ -402,15 +446,14 @@ class MistralMedium(nn.Module):
         self,
         config: Config,
         place: Place = Place(),
-        dtype=torch.bfloat16,
+        dtype: torch.dtype = torch.bfloat16,
         keep_fp8: bool = False,
         vision: nn.Module | None = None,
     ):
         super().__init__()
         self.config, self.place, self.dtype, self.keep_fp8 = config, place, dtype, keep_fp8
         self.activation_checkpointing = False
-        self.unpacked: list[Linear | Joined] = []  # see join and pack
-        self.products: list[Callable | None] = []  # what `pack` made of them
+        self.chunk_attention = attend  # of prompts; `runtime/cpu.py` has a faster one for CPUs
         if place.first_stage:
             self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, place, dtype)
         stage = place.layers(config.num_hidden_layers)
@@ -435,88 +478,76 @@ class MistralMedium(nn.Module):
         here = tokens == self.config.vision.image_token_id
         return x.masked_scatter(here[..., None], features.to(x.dtype))
 
-    def forward(self, x: torch.Tensor, where: Span | int = 0, cache: KVCache | None = None) -> torch.Tensor:
-        """This stage's layers over the hidden states `x` (B, T, C), whose positions `where` says.
+    def forward(self, x: torch.Tensor, span: Span | None = None, cache: "KVCache | None" = None) -> torch.Tensor:
+        """This stage's layers over the hidden states `x` (B, T, C) -> (B, T, C).
 
-        A number is the position of the first token: of every row, without a cache; of the only row, with one. Keys and
-        values go into `cache` and are read from it. Under sequence parallelism stages pass T / tp tokens on, and T must
-        be a multiple of tp.
+        Without a span they are whole samples. With one of the others, keys and values go into `cache` and are read from
+        it. Under sequence parallelism stages pass T / tp tokens on, and T must be a multiple of tp.
         """
         if self.place.first_stage:
             x = split_sequence(x, self.place)
-        if isinstance(where, int):
-            where = self.span([(0, where, x.shape[1] * self.place.token_parts)])
+        span = span or self.whole(x.shape[1] * self.place.token_parts)
         for i, layer in enumerate(self.layers.values()):
-            x = run_layer(layer, self.activation_checkpointing, x, where, cache and cache.layers[i])
+            x = run_layer(layer, self.activation_checkpointing, x, span, cache and cache.layers[i])
         return join_sequence(x, self.place) if self.place.last_stage else x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Last stage only: hidden states (..., C) -> this rank's logits (..., padded vocab / tp), float32."""
+        """Last stage only: hidden states (..., C) -> this rank's logits (..., padded V / tp), float32."""
         return self.lm_head(self.norm(x))
 
-    def span(self, segments: list[tuple[int, int, int]]) -> Span:
-        """For the tokens of prompts, which stand in one row: (row of the cache, first position, tokens) of each."""
-        parts = [torch.arange(start, start + size, device=self.place.device) for _, start, size in segments]
-        span, sizes = Span(*self.tables(torch.cat(parts)[None]), segments), [size for *_, size in segments]
-        alone = len(sizes) == 1 or any(start for _, start, _ in segments)
-        if self.place.device.type == "cpu" and sum(sizes) <= SHORT and not alone:
-            row = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-            span.mask = (row[:, None] == row).tril_()
-        return span
+    def whole(self, length: int) -> Whole:
+        """For samples of `length` tokens from their beginning."""
+        return Whole(*self.tables(torch.arange(length, device=self.place.device)[None]))
 
-    def step_span(self, positions: torch.Tensor, length: int, alike: bool = False) -> Span:
+    def prompts(self, segments: list[tuple[int, int, int]]) -> Prompts:
+        """For tokens of prompts, which stand in one row: (row of the cache, first position, tokens) of each."""
+        parts = [torch.arange(start, start + size, device=self.place.device) for _, start, size in segments]
+        return Prompts(*self.tables(torch.cat(parts)[None]), segments, self.chunk_attention)
+
+    def step(self, positions: torch.Tensor, length: int, alike: bool = False) -> Step:
         """For one token of every row, at `positions` (B,), which attends to the first `length` of the cache.
 
         `alike`: every row has exactly `length` tokens with this one, and nothing has to be hidden.
         """
         rows = bias = None
         if not alike:
-            rows = torch.arange(len(positions), device=self.place.device)
-            # What a row must not see gets -inf. In the dtype in which scores are: on a CPU, that of the inputs.
+            # What a row may not attend to gets -inf. In the dtype in which scores are: on a CPU, that of the inputs.
             dtype = self.dtype if self.place.device.type == "cpu" else torch.float32
+            rows = torch.arange(len(positions), device=self.place.device)
             beyond = torch.arange(length, device=self.place.device) > positions[:, None]  # (B, length)
             bias = beyond.new_zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, -torch.inf)[:, None, None]
-        return Span(*self.tables(positions[:, None]), positions=positions, rows=rows, length=length, bias=bias)
+        return Step(*self.tables(positions[:, None]), positions, rows, length, bias)
 
-    def tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Of positions (B, T), once for all layers: cosines and sines (B, 1, T, D), scales of queries (B, 1, T, 1)."""
+    def tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Of positions (B, T), once for all layers: cosines and signed sines (B, 1, T, D).
+
+        With query scaling (B, H + KV, T, D): the tables of the query heads have the scale in them.
+        """
         rope, positions = self.config.rope, positions[:, None, :, None]
-        # Angles in float32: at position 200,000 BF16 could not tell a token from its 500 neighbours on either side.
-        cos, sin = rotary_tables(positions.float() * self.frequencies, rope.attention_factor, self.dtype)
-        scale = None
+        factor = rope.attention_factor
         if rope.query_scaling_beta:
+            heads, kv_heads = local_heads(self.config, self.place)
             periods = torch.floor(positions / rope.original_max_position_embeddings)
-            scale = (1 + rope.query_scaling_beta * torch.log(1 + periods)).to(self.dtype)
-        return cos, sin, scale
+            scale = 1 + rope.query_scaling_beta * torch.log(1 + periods)  # (B, 1, T, 1)
+            scales = scale.expand(-1, heads, -1, -1), torch.ones_like(scale).expand(-1, kv_heads, -1, -1)
+            factor = factor * torch.cat(scales, dim=1)
+        # Angles in float32: at position 200,000 BF16 could not tell a token from its 500 neighbours on either side.
+        return rotary_tables(positions.float() * self.frequencies, factor, self.dtype)
 
-    def new_cache(self, rows: int, length: int) -> KVCache:
-        """An empty cache for so many rows of at most `length` tokens, in the run dtype."""
-        kv_heads = max(1, self.config.num_key_value_heads // self.place.tp_size)
+    def new_cache(self, rows: int, length: int) -> "KVCache":
+        """An empty cache for this many rows of at most `length` tokens, in the run dtype."""
+        _, kv_heads = local_heads(self.config, self.place)
         shape = (2, rows, kv_heads, length, self.config.head_dim)
         return KVCache([torch.zeros(shape, dtype=self.dtype, device=self.place.device) for _ in self.layers])
 
-    def join(self) -> None:
-        """For inference, before the weights are filled: those that share an input will lie together.
 
-        FP8 weights, a scale each, only where the GPU takes them so: in whole multiples of its units, giving BF16.
-        """
-        for layer in self.layers.values():
-            for part, names in ((layer.self_attn, "qkv"), (layer.mlp, ("gate", "up"))):
-                linears = [getattr(part, f"{name}_proj") for name in names]
-                fit = self.dtype == torch.bfloat16 and fp8.has_fp8_matmul(self.place.device)
-                fit &= all(fp8.fits_units(linear.weight) for linear in linears)
-                if (fit or not self.keep_fp8) and not any(linear.adapter for linear in linears):
-                    part.joined = Joined(linears)
-                if not self.keep_fp8:
-                    self.unpacked += [part.joined] if part.joined else linears
-            if not self.keep_fp8:
-                self.unpacked += [layer.self_attn.o_proj, layer.mlp.down_proj]
-        if self.place.last_stage and self.lm_head.weight is not None:  # a tied one's weight is looked up, too
-            self.unpacked.append(self.lm_head)
-
-    def pack(self) -> None:
-        """Before the first step, for its speed: on a CPU a second's work, for which the first token need not wait."""
-        if self.unpacked:
-            self.requires_grad_(False)  # what a graph holds may not want gradients
-        while self.unpacked:
-            self.products.append(self.unpacked.pop().pack())
+@torch.no_grad()
+def generate_simply(model: MistralMedium, prompt: list[int], max_new_tokens: int, eos_id: int) -> list[int]:
+    """The likeliest continuation of `prompt`, without cache or batches: what the engine has to equal."""
+    tokens = list(prompt)
+    for _ in range(max_new_tokens):
+        hidden = model(model.embed(torch.tensor([tokens])))  # (1, T, C)
+        tokens.append(int(model.logits(hidden[:, -1]).argmax()))
+        if tokens[-1] == eos_id:
+            break
+    return tokens[len(prompt) :]

@@ -25,9 +25,9 @@ its own (all-gather and reduce-scatter move as many bytes as the all-reduce did)
 **Pipeline parallelism** gives each stage a run of layers and sends hidden states from stage to stage (`pipeline.py`).
 
 What keeps it small: no full-size layer is ever built and then cut. A layer's constructor asks its `Place` who it is,
-creates a parameter of its local shape on the `meta` device, and notes in `slices` which part of which checkpoint tensor
-that is; the loader reads just that part. With one process every slice is everything and every group is None: the same
-layers are the plain model.
+creates a parameter of its local shape on the `meta` device, and notes in `parts` which slices of which checkpoint
+tensors that is; the loader reads just those. With one process every slice is everything and every group is None: the
+same layers are the plain model.
 """
 
 from collections import deque
@@ -41,7 +41,6 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 import fp8
-from fp8 import Joined, matmul, pack
 
 
 class TopologyError(ValueError):
@@ -121,6 +120,40 @@ class Slice:
     def length(self) -> int:
         """How much of `[start:stop]` lies inside the tensor and is not padding."""
         return max(0, min(self.stop, self.shape[self.dim]) - self.start)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of the checkpoint, or a slice of it, inside a parameter of this rank.
+
+    A parameter usually is one; that of a linear with several matrices (q, k, v) has them one below the other.
+    """
+
+    slice: Slice
+    name: str = ""  # its own name, where several share a parameter: "q_proj"
+    start: int = 0  # where its rows begin in the parameter
+    sharers: int = 1  # neighbours that hold the same slice, and find a share of its gradient each
+
+    def rows_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This part's rows of the parameter, or of a tensor that is laid out like it: a view."""
+        return tensor.narrow(0, self.start, self.slice.local_shape[0])
+
+
+def parts_of(model: nn.Module) -> dict[str, tuple[nn.Module, Part]]:
+    """Name in the checkpoint -> (the layer that holds a part of this tensor, that part), in the order of the model.
+
+    Loading, optimizer, export and plan all go by these. The names are those of the HF layout without its prefixes. An
+    adapter's factors are named after the matrix beside which they stand; the copy of a tensor that belongs to another
+    stage (`copy_of`: a tied head) has the name of that tensor.
+    """
+    found = {}
+    for path, layer in model.named_modules():
+        for part in getattr(layer, "parts", ()):
+            owner, adapter, factor = path.removeprefix("vision.").partition(".adapter")
+            if part.name:
+                owner = f"{owner.rpartition('.')[0]}.{part.name}"
+            found[getattr(layer, "copy_of", f"{owner}{adapter}{factor}.weight")] = (layer, part)
+    return found
 
 
 def divide(total: int, parts: int, what: str) -> int:
@@ -245,67 +278,67 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class Linear(nn.Module):
-    """`y = x W^T` for the part `part` of W (out, in): the base of the parallel linears. This model has no biases.
+    """`y = x W^T`: the base of the parallel linears. W is what this rank has of one matrix, or of several below each
+    other (`parts`). This model has no biases.
 
-    With `keep_fp8` the weight stays E4M3; `weight_scale` (0-d) and, where the checkpoint has one, `activation_scale`
-    are filled by the loader.
+    With `keep_fp8` the weight stays E4M3; `weight_scale` (0-d, or (out, 1) for several matrices, float32) and, where
+    the checkpoint has one, `activation_scale` (0-d) are filled by the loader.
     """
 
-    def __init__(self, part: Slice, dtype: torch.dtype, keep_fp8: bool = False):
+    def __init__(self, parts: list[Part], dtype: torch.dtype, keep_fp8: bool = False):
         super().__init__()
-        self.slices = {"weight": part}
-        dtype = fp8.E4M3 if keep_fp8 else dtype
-        self.weight = nn.Parameter(
-            torch.empty(part.local_shape, dtype=dtype, device="meta"), requires_grad=not keep_fp8
-        )
-        self.register_buffer("weight_scale", torch.empty((), device="meta") if keep_fp8 else None)
+        self.parts = parts
+        rows, columns = sum(part.slice.local_shape[0] for part in parts), parts[0].slice.local_shape[1]
+        weight = torch.empty(rows, columns, dtype=fp8.E4M3 if keep_fp8 else dtype, device="meta")
+        self.weight = nn.Parameter(weight, requires_grad=not keep_fp8)
+        scale = torch.empty((rows, 1) if len(parts) > 1 else (), device="meta") if keep_fp8 else None
+        self.register_buffer("weight_scale", scale)
         self.register_buffer("activation_scale", None)
-        self.adapter: nn.Module | None = None  # see model.py
-        self.joined: Joined | None = None  # where the weight lies together with those of others
-        self.packed: Callable[[torch.Tensor], torch.Tensor] | None = None  # what multiplies instead of the weight
+        self.adapter: nn.Module | None = None  # see runtime/lora.py
 
-    def allocate(self, device: torch.device) -> torch.Tensor:
-        """Memory for the weight."""
-        if self.joined is not None:
-            return self.joined.rows_of(self, device)
-        return torch.empty(self.slices["weight"].local_shape, dtype=self.weight.dtype, device=device)
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight_scale is None:
+            return F.linear(x, self.weight)
+        return fp8.linear(x, self.weight, self.weight_scale, self.activation_scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.packed is not None:
-            y = self.packed(x)
-        elif self.weight_scale is not None:
-            y = fp8.linear(x, self.weight, self.weight_scale, self.activation_scale)
-        else:
-            y = matmul(x, self.weight)
+        y = self.multiply(x)
         return y if self.adapter is None else y + self.adapter(x)
-
-    def pack(self) -> Callable | None:
-        """For inference: see the function."""
-        self.packed = pack(self.weight.data)
-        if self.packed:
-            self.weight = None
-        return self.packed
 
 
 class ColumnParallelLinear(Linear):
-    """Holds `out_features / tp` rows of W. Input (..., in) whole, through `copy_to_group`; output (..., out / tp).
+    """Holds `out / tp` rows of each matrix. Input (..., in) whole, through `copy_to_group`; output (..., out / tp).
 
-    `parts` < tp: there are fewer key/value heads than ranks, and `sharers` neighbours hold the same part. Each of them
-    finds only a share of that part's gradient, and a trainer has to add the shares up.
+    `matrices`: the rows of the only one; or of several that have the same input, by name, since one large product is
+    faster than several small ones. Those named in `pieces` are cut into that many, fewer than tp: there are fewer
+    key/value heads than ranks, and neighbours hold the same one. Each of them finds only a share of its gradient, and
+    a trainer has to add the shares up.
     """
 
-    def __init__(self, in_features: int, out_features: int, place: Place, dtype, keep_fp8=False, parts: int = 0):
-        parts = parts or place.tp_size
-        part = Slice.of((out_features, in_features), 0, place.tp_rank * parts // place.tp_size, parts)
-        super().__init__(part, dtype, keep_fp8)
-        self.sharers = place.tp_size // parts
+    def __init__(
+        self,
+        in_features: int,
+        matrices: int | dict[str, int],
+        place: Place,
+        dtype: torch.dtype,
+        keep_fp8: bool = False,
+        pieces: dict[str, int] | None = None,
+    ):
+        tp, parts, start = place.tp_size, [], 0
+        for name, out_features in matrices.items() if isinstance(matrices, dict) else [("", matrices)]:
+            count = (pieces or {}).get(name, tp)
+            part = Slice.of((out_features, in_features), 0, place.tp_rank * count // tp, count)
+            parts.append(Part(part, name, start, sharers=tp // count))
+            start += part.local_shape[0]
+        super().__init__(parts, dtype, keep_fp8)
 
 
 class RowParallelLinear(Linear):
     """Holds `in_features / tp` columns of W. Input (..., in / tp); output (..., out) whole, by an all-reduce."""
 
     def __init__(self, in_features: int, out_features: int, place: Place, dtype, keep_fp8=False):
-        super().__init__(Slice.of((out_features, in_features), 1, place.tp_rank, place.tp_size), dtype, keep_fp8)
+        part = Slice.of((out_features, in_features), 1, place.tp_rank, place.tp_size)
+        super().__init__([Part(part)], dtype, keep_fp8)
         self.group, self.sequence = place.tp_group, place.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -318,7 +351,7 @@ class VocabParallelEmbedding(nn.Module):
     def __init__(self, vocab_size: int, hidden_size: int, place: Place, dtype: torch.dtype):
         super().__init__()
         part = Slice.of((vocab_size, hidden_size), 0, place.tp_rank, place.tp_size)
-        self.slices, self.group, self.start = {"weight": part}, place.tp_group, part.start
+        self.parts, self.group, self.start = [Part(part)], place.tp_group, part.start
         self.weight = nn.Parameter(torch.empty(part.local_shape, dtype=dtype, device="meta"))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -338,9 +371,9 @@ class VocabParallelHead(Linear):
     """
 
     def __init__(self, hidden_size: int, vocab_size: int, place: Place, dtype: torch.dtype):
-        super().__init__(Slice.of((vocab_size, hidden_size), 0, place.tp_rank, place.tp_size), dtype)
-        self.vocab_size, self.group = vocab_size, place.tp_group
-        self.start, self.stop = self.slices["weight"].start, min(self.slices["weight"].stop, vocab_size)
+        part = Slice.of((vocab_size, hidden_size), 0, place.tp_rank, place.tp_size)
+        super().__init__([Part(part)], dtype)
+        self.group, self.start, self.stop = place.tp_group, part.start, min(part.stop, vocab_size)
         self.holder = [self]  # the layer whose weight it is; a list, so that nn.Module does not register it
 
     def tie(self, name: str, embedding: VocabParallelEmbedding | None) -> None:
@@ -352,12 +385,15 @@ class VocabParallelHead(Linear):
         if embedding is None:
             self.copy_of = name
         else:
-            self.slices, self.weight, self.holder = {}, None, [embedding]
+            self.parts, self.weight, self.holder = [], None, [embedding]
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.holder[0].weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., hidden_size) -> (..., padded vocab_size / tp), float32."""
         x = copy_to_group(x, self.group)
-        logits = (self.packed(x) if self.packed else matmul(x, self.holder[0].weight)).float()
+        logits = super().forward(x).float()
         if self.stop - self.start < logits.shape[-1]:
             logits[..., max(0, self.stop - self.start) :] = -torch.inf
         return logits
@@ -493,7 +529,7 @@ class Pipeline:
         self.held: deque = deque()  # (batch, input, where the graph ends) of micro-batches before their backward pass
         self.most_held = 0
 
-    def train(self, batches: list, before_last_backward: Callable[[], None] = lambda: None) -> None:
+    def train(self, batches: list) -> None:
         """Forward and backward passes of all `batches`, which every stage gets in the same order."""
         warm_up = self.place.pp_size - 1 - self.place.pp_rank
         for batch in batches:
@@ -503,8 +539,6 @@ class Pipeline:
                 self.backward()
             self.forward(batch)
         while self.held:  # the last pair's backward pass, and the cool-down
-            if len(self.held) == 1:
-                before_last_backward()
             self.backward()
         self.down.flush()
         self.up.flush()

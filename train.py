@@ -48,6 +48,7 @@ from model import MistralMedium
 from parallel import Pipeline, Place
 from runtime.checkpoint import Checkpoint, fill, initialize
 from runtime.config import read_config
+from runtime.cpu import speed_up
 from runtime.data import IGNORE, Chats, MicroBatch, Order, Sample, decode_images, micro_batches
 from runtime.export import export, export_adapters
 from runtime.files import UserError
@@ -158,6 +159,7 @@ class Trainer:
         if args.lora_rank:
             add_adapters(model, args.lora_rank, args.lora_alpha)
             initialize_adapters(model, args.seed)
+        speed_up(model, inference=False)
         model.activation_checkpointing = args.activation_checkpointing
         if self.config.vision is not None and place.first_stage:
             model.vision.vision_tower.activation_checkpointing = args.activation_checkpointing
@@ -268,7 +270,7 @@ class Trainer:
         wait()
         self.losses, self.target_tokens = [], sum(int((batch.targets != IGNORE).sum()) for batch in batches)
         self.optimizer.start()
-        self.pipeline.train(mine, self.optimizer.before_last_backward)
+        self.pipeline.train(mine)
         self.optimizer.reduce()
         loss, norm = self.totals(float(self.optimizer.squared_norm()))
         # One NaN would pass from a gradient into Adam's moments and the weights, for good. None hides from the norm, a

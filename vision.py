@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import MLP, Config, MistralMedium, RMSNorm, VisionConfig, apply_rotary, rotary_tables, run_layer
-from parallel import ColumnParallelLinear, Place, RowParallelLinear, Slice, copy_to_group, divide
+from model import MLP, Config, MistralMedium, RMSNorm, VisionConfig, rotary_tables, rotate, run_layer
+from parallel import ColumnParallelLinear, Part, Place, RowParallelLinear, Slice, copy_to_group, divide
 
 PATCHES_AT_ONCE = 1 << 14  # images share a pass through the tower up to this many patches; bounds its activations
 
@@ -36,7 +36,7 @@ class PatchConv(nn.Module):
     def __init__(self, vision: VisionConfig, dtype: torch.dtype):
         super().__init__()
         shape = (vision.hidden_size, vision.num_channels, vision.patch_size, vision.patch_size)
-        self.slices = {"weight": Slice(shape, 0, 0, shape[0])}
+        self.parts = [Part(Slice(shape, 0, 0, shape[0]))]
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -69,24 +69,18 @@ class VisionAttention(nn.Module):
     def __init__(self, vision: VisionConfig, place: Place, dtype: torch.dtype):
         super().__init__()
         divide(vision.num_attention_heads, place.tp_size, "attention heads of the vision tower")
-        self.head_dim, self.group = vision.head_dim, place.tp_group
         C = vision.hidden_size
-        self.q_proj = ColumnParallelLinear(C, C, place, dtype)
-        self.k_proj = ColumnParallelLinear(C, C, place, dtype)
-        self.v_proj = ColumnParallelLinear(C, C, place, dtype)
+        self.heads, self.group = vision.num_attention_heads // place.tp_size, place.tp_group
+        self.qkv_proj = ColumnParallelLinear(C, {"q_proj": C, "k_proj": C, "v_proj": C}, place, dtype)
         self.o_proj = RowParallelLinear(C, C, place, dtype)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """x (N, C), cos and sin (N, D), lengths: the patches of each image -> (N, C)."""
+        """x (1, N, C), cos and sin (N, D), lengths: the patches of each image -> (1, N, C)."""
         x = copy_to_group(x, self.group)
-        q, k, v = (
-            f(x).view(len(x), -1, self.head_dim).transpose(0, 1) for f in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        # The fused kernels take four dimensions only (with three, a matrix of N × N scores is built): hence [None].
-        images = zip(*(t[None].split(lengths, dim=2) for t in (q, k, v)))
-        out = torch.cat([F.scaled_dot_product_attention(*qkv)[0] for qkv in images], dim=1)  # (H, N, D)
-        return self.o_proj(out.transpose(0, 1).flatten(1))
+        heads = rotate(self.qkv_proj(x), 2 * self.heads, cos, sin)  # (1, 3 H, N, D), queries and keys turned
+        images = [image.chunk(3, dim=1) for image in heads.split(lengths, dim=2)]
+        out = torch.cat([F.scaled_dot_product_attention(q, k, v) for q, k, v in images], dim=2)  # (1, H, N, D)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class VisionLayer(nn.Module):
@@ -116,10 +110,10 @@ class VisionTower(nn.Module):
         self.transformer = nn.ModuleDict({"layers": nn.ModuleList(layers)})
 
     def forward(self, images: list[torch.Tensor]) -> torch.Tensor:
-        """Images (3, height, width), each in whole patches and in the run dtype -> (N, C), one after the other."""
+        """Images (3, height, width), each in whole patches and in the run dtype -> (1, N, C), one after the other."""
         p = self.vision.patch_size
         grids = [(image.shape[1] // p, image.shape[2] // p) for image in images]
-        x = self.ln_pre(torch.cat([self.patch_conv(image) for image in images]))
+        x = self.ln_pre(torch.cat([self.patch_conv(image) for image in images])[None])
         angles = rotary_2d(grids, self.vision.head_dim, self.vision.rope_theta, x.device)
         cos, sin = rotary_tables(angles, 1.0, x.dtype)
         lengths = [rows * columns for rows, columns in grids]
@@ -142,7 +136,7 @@ class PatchMerger(nn.Module):
             # Within a cell channel-major (channel, row, column), the order that the checkpoint's `unfold` gave.
             cell = image.view(rows // m, m, columns // m, m, -1).permute(0, 2, 4, 1, 3)
             cells.append(cell.reshape(rows * columns // m**2, -1))
-        part = self.merging_layer.slices["weight"]  # row-parallel: each rank takes its columns of the whole input
+        part = self.merging_layer.parts[0].slice  # row-parallel: each rank takes its columns of the whole input
         return self.merging_layer(copy_to_group(torch.cat(cells), self.group)[:, part.start : part.stop])
 
 
@@ -202,7 +196,7 @@ class VisionEncoder(nn.Module):
         for group in groups_of(images, p):
             group = [image.to(self.device, self.dtype) for image in group]
             grids = [(image.shape[1] // p, image.shape[2] // p) for image in group]
-            features.append(self.multi_modal_projector(self.vision_tower(group), grids))
+            features.append(self.multi_modal_projector(self.vision_tower(group)[0], grids))
         return torch.cat(features)
 
 

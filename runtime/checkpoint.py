@@ -1,6 +1,6 @@
 """Checkpoints: any layout in, exactly the slices a rank needs.
 
-The model is built first, on `meta`, and every parallel layer says in `slices` which part of which tensor it holds.
+The model is built first, on `meta`, and every parallel layer says in `parts` which slices of which tensors it holds.
 `fill` then walks the safetensors files once, reads those parts and nothing else, and turns each into the run dtype on
 its device before it reads the next: no process ever holds a tensor that is not its own, nor two copies of one that is.
 
@@ -22,7 +22,7 @@ from torch import nn
 
 import fp8
 from model import Config
-from parallel import Linear, Slice
+from parallel import Part, Slice, parts_of
 from runtime.files import UserError, find_folder, read_file, read_json, reading, warn
 from runtime.native import NATIVE_NAMES, half_split
 
@@ -30,7 +30,7 @@ DTYPES = ("BF16", "F16", "F32", "F8_E4M3")  # those that a tensor may be stored 
 
 MAPPED = 1 << 26  # bytes read from a file before it is opened anew
 
-RANDOM_BLOCK = 1 << 24  # random weights are drawn, and all are checked, this many at a time
+BLOCK = 1 << 24  # elements that are checked, converted or drawn at a time: bounds a float32 copy to 64 MiB
 
 # Scales of an FP8 cache and of fake quantization, in the files' own words: they change nothing that is computed here.
 PASSED_OVER = re.compile(r"\.[kv]_scale$|fake_quantizer\.qscale_act$")
@@ -169,7 +169,7 @@ class Checkpoint:
         start = min(part.start, shape[part.dim])
         tensor = lazy[(slice(None),) * part.dim + (slice(start, start + part.length),)]
         self.bytes_read += tensor.nbytes
-        if not all(map(is_finite, tensor.flatten().split(RANDOM_BLOCK))):
+        if not all(map(is_finite, tensor.flatten().split(BLOCK))):
             at = self.tensors[name]
             raise UserError(f"{at.file}: {at.key} holds NaN or infinity; copy or download the file again")
         return tensor
@@ -218,18 +218,6 @@ def scale_names(name: str) -> tuple[str, str]:
     return name.replace(".weight", ".weight_scale_inv"), name.replace(".weight", ".activation_scale")
 
 
-def layers_with_slices(model: nn.Module) -> dict[str, tuple[nn.Module, Slice]]:
-    """Canonical tensor name -> (the layer that holds a part of it, that part), for every parameter of `model`.
-
-    A layer that holds a copy of a tensor from another stage (`copy_of`: a tied head) has that tensor's name.
-    """
-    return {
-        getattr(layer, "copy_of", f"{prefix}.{name}".removeprefix("vision.")): (layer, part)
-        for prefix, layer in model.named_modules()
-        for name, part in getattr(layer, "slices", {}).items()
-    }
-
-
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of this rank's parameters, FP8 scales and other buffers, each counted once."""
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
@@ -247,7 +235,7 @@ def check_names(checkpoint: Checkpoint, model: nn.Module) -> None:
     lies before the first layer and after the last one. What it cannot tell (a stray tensor in the vision tower, on the
     last stage) another rank can; with one process the check is complete.
     """
-    own, place, here = set(layers_with_slices(model)), model.place, checkpoint.tensors
+    own, place, here = set(parts_of(model)), model.place, checkpoint.tensors
     suffixes = {name.split(".", 2)[2] for name in own if name.startswith("layers.")}
     known = own | {f"layers.{i}.{suffix}" for i in range(model.config.num_hidden_layers) for suffix in suffixes}
     elsewhere = () if place.first_stage else ("embed_tokens.", "vision_tower.", "multi_modal_projector.")
@@ -268,66 +256,92 @@ def fill(model: nn.Module, checkpoint: Checkpoint, progress: Callable[[int, int]
     is called with tensors filled so far. Raises UserError for anything missing, surplus, misshapen or damaged.
     """
     check_names(checkpoint, model)
+    parts = parts_of(model)
     # File by file, in the same order on every rank: the disk, or the network file system, reads each shard from front
     # to back once, and what one rank has read the others on its machine find in the page cache.
-    wanted: dict[str, list[tuple[str, nn.Module, Slice]]] = {}
-    for name, (layer, part) in layers_with_slices(model).items():
-        wanted.setdefault(checkpoint.tensors[name].file, []).append((name, layer, part))
-    done, total, read = 0, sum(map(len, wanted.values())), 0
-    for path, entries in sorted(wanted.items()):
+    wanted: dict[str, list[str]] = {}
+    for name in parts:
+        wanted.setdefault(checkpoint.tensors[name].file, []).append(name)
+    done, read = 0, 0
+    for path, names in sorted(wanted.items()):
         listed = {at.key for at in checkpoint.tensors.values() if at.file == path}
         if strangers := {key for key in checkpoint.file(path).keys() if not PASSED_OVER.search(key)} - listed:
             raise UserError(f"{path}: holds {some(strangers)}, which the index does not list")
-        for name, layer, part in entries:
-            # A new Parameter, since one on `meta` cannot be given memory on another device.
-            weight = read_parameter(checkpoint, name, layer, part, model)
-            layer.weight = nn.Parameter(weight, layer.weight.requires_grad)
-            done, read = done + 1, read + weight.nbytes
-            progress(done, total)
+        for name in names:
+            layer, part = parts[name]
+            allocate(layer, model.place.device)
+            target = part.rows_of(layer.weight.data)
+            fill_part(target, checkpoint, name, layer, part, model)
+            done, read = done + 1, read + target.nbytes
+            progress(done, len(parts))
             if read > MAPPED:  # what was read of a mapped file counts as this process's memory until it is closed
                 checkpoint.close()
                 read = 0
     checkpoint.close()
 
 
-def read_parameter(checkpoint: Checkpoint, name: str, layer: nn.Module, part: Slice, model: nn.Module) -> torch.Tensor:
-    """One parameter as its layer holds it: read, reordered, dequantized or cast, padded, on its device."""
-    device, dtype = model.place.device, layer.weight.dtype
-    weight, scale = checkpoint.weight(name, part, model.config)
-    dequantized = None
-    if getattr(layer, "weight_scale", None) is not None:  # the layer keeps FP8
+def allocate(layer: nn.Module, device: torch.device) -> None:
+    """Memory for the weight of `layer`, and for its scale where it keeps FP8, if they are still on `meta`.
+
+    A new Parameter, since one on `meta` cannot be given memory on another device.
+    """
+    if layer.weight.is_meta:
+        layer.weight = nn.Parameter(torch.empty_like(layer.weight, device=device), layer.weight.requires_grad)
+        if keeps_fp8(layer):
+            layer.weight_scale = torch.empty_like(layer.weight_scale, device=device)
+
+
+def keeps_fp8(layer: nn.Module) -> bool:
+    return getattr(layer, "weight_scale", None) is not None
+
+
+def fill_part(
+    target: torch.Tensor, checkpoint: Checkpoint, name: str, layer: nn.Module, part: Part, model: nn.Module
+) -> None:
+    """One tensor as its layer holds it, into `target`, its rows of the parameter: read, dequantized or cast, padded."""
+    weight, scale = checkpoint.weight(name, part.slice, model.config)
+    if keeps_fp8(layer):
         if scale is None:
             raise UserError(f"{checkpoint.tensors[name].file}: {name} is not FP8; run with --weights dequantized")
-        layer.weight_scale = scale.to(device)
-        input_scale = checkpoint.scale(scale_names(name)[1])
-        layer.activation_scale = None if input_scale is None else input_scale.to(device)
+        fill_scales(layer, part, scale, checkpoint.scale(scale_names(name)[1]))
+        scale = None
     elif scale is not None:
-        dequantized = scale.to(device)
+        scale = scale.to(target.device)
     # Always a copy: what was read is a view of the mapped file, and if somebody truncates that while the program runs,
     # touching the view kills the process. Padding must be zero: the head's backward pass multiplies these rows, too, by
     # their (zero) gradients, uninitialized memory may hold NaN, and 0 times NaN is NaN.
-    out = (
-        layer.allocate(device)
-        if isinstance(layer, Linear)
-        else torch.empty(part.local_shape, dtype=dtype, device=device)
-    )
-    if weight.shape != out.shape:
-        out.zero_()
-    inside = out[tuple(slice(0, n) for n in weight.shape)]
+    if weight.shape != target.shape:
+        target.zero_()
+    inside = target[tuple(slice(0, n) for n in weight.shape)]
     # Some rows at a time: the largest weight, the head, has 3.2 GB, and must not be on the device, or converted, twice.
-    rows = max(1, fp8.BLOCK // max(1, weight[:1].numel()))
-    for source, target in zip(weight.split(rows), inside.split(rows)):
-        source = source.to(device)
-        target.copy_(source if dequantized is None else fp8.dequantize(source, dequantized, dtype))
-    return out
+    rows = max(1, BLOCK // max(1, weight[:1].numel()))
+    for source, out in zip(weight.split(rows), inside.split(rows)):
+        source = source.to(target.device)
+        out.copy_(source if scale is None else fp8.dequantize(source, scale, target.dtype))
+
+
+def fill_scales(layer: nn.Module, part: Part, scale: torch.Tensor, input_scale: torch.Tensor | None) -> None:
+    """Scales of a part whose weight stays FP8. Of several scales for the common input the largest counts."""
+    if layer.weight_scale.dim():
+        part.rows_of(layer.weight_scale).fill_(scale)
+    else:
+        layer.weight_scale.fill_(scale)
+    if input_scale is not None:
+        known = layer.activation_scale
+        input_scale = input_scale.to(layer.weight_scale.device)
+        layer.activation_scale = input_scale if known is None else torch.maximum(known, input_scale)
+
+
+# -------------------------------------------------------------------------------------------------- random values
 
 
 def initialize(model: nn.Module, seed: int) -> None:
     """Give every parameter of `model` random values: norms are 1, all else is normal with the config's deviation."""
-    for name, (layer, part) in layers_with_slices(model).items():
-        norm = len(part.shape) == 1
-        weight = torch.ones(part.local_shape) if norm else draw(name, part, seed, model.config.initializer_range)
-        layer.weight = nn.Parameter(weight.to(model.place.device, layer.weight.dtype))
+    for name, (layer, part) in parts_of(model).items():
+        allocate(layer, model.place.device)
+        norm = len(part.slice.shape) == 1
+        values = 1.0 if norm else draw(name, part.slice, seed, model.config.initializer_range)
+        part.rows_of(layer.weight.data).copy_(torch.as_tensor(values))
 
 
 def draw(name: str, part: Slice, seed: int, deviation: float) -> torch.Tensor:
@@ -338,7 +352,7 @@ def draw(name: str, part: Slice, seed: int, deviation: float) -> torch.Tensor:
     of its own, seeded with the tensor's name and the block's number: no rank draws much more than its part.
     """
     weight = torch.zeros(part.local_shape)
-    rows = max(1, RANDOM_BLOCK // math.prod(part.shape[1:]))
+    rows = max(1, BLOCK // math.prod(part.shape[1:]))
     first, last = (part.start, part.start + part.length) if part.dim == 0 else (0, part.shape[0])
     for top in range(first // rows * rows, last, rows):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name} {top // rows}".encode()))

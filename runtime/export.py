@@ -24,8 +24,8 @@ from torch import nn
 
 import fp8
 from model import Config, MistralMedium
-from parallel import Place
-from runtime.checkpoint import Checkpoint, check_names, fill, hf_name, is_quantized, layers_with_slices, scale_names
+from parallel import Place, parts_of
+from runtime.checkpoint import Checkpoint, check_names, fill, hf_name, is_quantized, scale_names
 from runtime.config import read_config
 from runtime.data import Chats, MicroBatch, decode_images, micro_batches
 from runtime.files import UserError, write_json, writing
@@ -145,13 +145,13 @@ def collect(model: nn.Module, adapters: bool) -> tuple[dict[str, tuple], Iterato
 
     All ranks call this together. The others send their parts, and rank 0 never holds more than one whole tensor.
     """
-    place, layers = model.place, layers_with_slices(model)
+    place, layers = model.place, parts_of(model)
     owned = [t for t in held_tensors(model) if t.owner and place.dp_rank == 0 and (".adapter." in t.name) == adapters]
     holders = gather_objects({t.name: t.part for t in owned})  # of every rank, the parts that come from it
     shapes = {name: part.shape for parts in holders for name, part in parts.items()}
 
     def piece(name: str) -> torch.Tensor:
-        return merged(layers[name][0], model.dtype).cpu().contiguous()
+        return merged(*layers[name], model.dtype).cpu().contiguous()
 
     def received() -> Iterator[tuple[str, torch.Tensor]]:
         for name, shape in shapes.items():
@@ -207,7 +207,7 @@ def convert(source: str, target: str, to_fp8: bool, chats: str | None) -> None:
     config = checkpoint.fit(read_config(source))
     model = build_model(config)
     check_names(checkpoint, model)
-    parts = {name: part for name, (_, part) in layers_with_slices(model).items()}
+    parts = {name: part.slice for name, (_, part) in parts_of(model).items()}
     quantized = [name for name in parts if to_fp8 and is_quantized(name)]
     inputs = {} if chats else {name: checkpoint.scale(scale_names(name)[1]) for name in quantized}
     if any(scale is None for scale in inputs.values()):
@@ -233,11 +233,8 @@ def measure_inputs(model: MistralMedium, batches: Iterable[MicroBatch]) -> dict[
 
         return hook
 
-    handles = [
-        layer.register_forward_pre_hook(watch(f"{name}.weight"))
-        for name, layer in model.named_modules()
-        if is_quantized(f"{name}.weight")
-    ]
+    quantized = [(name, layer) for name, (layer, _) in parts_of(model).items() if is_quantized(name)]
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in quantized]
     with torch.inference_mode():
         for batch in batches:
             features = model.vision(batch.pixels) if batch.pixels else None

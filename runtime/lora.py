@@ -2,13 +2,15 @@
 
 import math
 import os
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fp8
-from parallel import Linear, Place, Slice
-from runtime.checkpoint import Checkpoint, Stored, canonical_name, draw, layers_with_slices
+from parallel import Linear, Part, Place, Slice, parts_of
+from runtime.checkpoint import Checkpoint, Stored, allocate, canonical_name, draw
 from runtime.files import UserError, find_folder, read_json, reading
 
 
@@ -16,7 +18,8 @@ class Adapter(nn.Module):
     """LoRA (arXiv:2106.09685): beside a frozen W, a product of two small factors learns. (..., in) -> (..., out).
 
     The linear then computes W x + (alpha / rank) · B A x, with A (rank, in) and B (out, rank). Only A and B have
-    gradients and optimizer state, so W may stay FP8: training needs little more memory than inference.
+    gradients and optimizer state, so W may stay FP8: training needs little more memory than inference. Beside a linear
+    of several matrices (q, k, v) each has factors of its own: their A lie below each other, and so do their B.
 
     Under tensor parallelism the factor on the side where W is cut is cut with it, and the other one is whole on every
     rank: A beside a column-parallel W; B beside a row-parallel one, where partial sums pass through it before they are
@@ -25,19 +28,24 @@ class Adapter(nn.Module):
 
     def __init__(self, linear: Linear, rank: int, alpha: float, place: Place, dtype: torch.dtype):
         super().__init__()
-        part, self.scale = linear.slices["weight"], alpha / rank
-        rows, columns = part.shape
-        down, up = Slice((rank, columns), 0, 0, rank), Slice((rows, rank), 0, 0, rows)
-        if part.dim == 0:
-            up = Slice((rows, rank), 0, part.start, part.stop)
-        else:
-            down = Slice((rank, columns), 1, part.start, part.stop)
+        self.rank, self.scale, tp = rank, alpha / rank, place.tp_size
+        down, up = [], []
+        for i, part in enumerate(linear.parts):
+            cut, (rows, columns) = part.slice, part.slice.shape
+            a, b = Slice((rank, columns), 0, 0, rank), Slice((rows, rank), 0, 0, rows)
+            by_rows = cut.dim == 0
+            if by_rows:
+                b = replace(b, start=cut.start, stop=cut.stop)
+            else:
+                a = replace(a, dim=1, start=cut.start, stop=cut.stop)
+            down.append(Part(a, part.name, i * rank, sharers=tp if by_rows else part.sharers))
+            up.append(Part(b, part.name, part.start, sharers=part.sharers if by_rows else tp))
         self.lora_A, self.lora_B = Linear(down, dtype), Linear(up, dtype)
-        cut, whole = (self.lora_B, self.lora_A) if part.dim == 0 else (self.lora_A, self.lora_B)
-        cut.sharers, whole.sharers = getattr(linear, "sharers", 1), place.tp_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.lora_B(self.lora_A(x)) * self.scale
+        narrow = self.lora_A(x).split(self.rank, dim=-1)  # (..., rank) for each matrix
+        parts = [F.linear(y, part.rows_of(self.lora_B.weight)) for y, part in zip(narrow, self.lora_B.parts)]
+        return torch.cat(parts, dim=-1) * self.scale
 
 
 def add_adapters(model: nn.Module, rank: int, alpha: float) -> None:
@@ -50,11 +58,12 @@ def add_adapters(model: nn.Module, rank: int, alpha: float) -> None:
 
 def initialize_adapters(model: nn.Module, seed: int) -> None:
     """A is random, with the deviation of PyTorch's own linears, and B zero: at first the adapters change nothing."""
-    for name, (layer, part) in layers_with_slices(model).items():
+    for name, (layer, part) in parts_of(model).items():
         if ".adapter." in name:
-            a = name.endswith("lora_A.weight")
-            weight = draw(name, part, seed, (3 * part.shape[1]) ** -0.5) if a else torch.zeros(part.local_shape)
-            layer.weight = nn.Parameter(weight.to(model.place.device, layer.weight.dtype))
+            allocate(layer, model.place.device)
+            random = name.endswith("lora_A.weight")
+            values = draw(name, part.slice, seed, (3 * part.slice.shape[1]) ** -0.5) if random else torch.zeros(())
+            part.rows_of(layer.weight.data).copy_(values)
 
 
 def read_adapters(directory: str, checkpoint: Checkpoint) -> tuple[int, float]:
@@ -78,13 +87,15 @@ def read_adapters(directory: str, checkpoint: Checkpoint) -> tuple[int, float]:
 
 
 @torch.no_grad()
-def merged(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """The weight of `layer` with its adapter added, if it has one: summed in float32, rounded once to `dtype`."""
+def merged(layer: nn.Module, part: Part, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of `layer`, with its adapter added if it has one: summed in float32, rounded once to `dtype`."""
     adapter, scale, weight = getattr(layer, "adapter", None), getattr(layer, "weight_scale", None), layer.weight.data
+    weight = part.rows_of(weight)
     if scale is not None:
+        scale = part.rows_of(scale) if scale.dim() else scale
         weight = fp8.dequantize(weight, scale, torch.float32 if adapter else dtype)
     if adapter is None:
         return weight
-    return torch.addmm(
-        weight.float(), adapter.lora_B.weight.float(), adapter.lora_A.weight.float(), alpha=adapter.scale
-    ).to(dtype)
+    i = layer.parts.index(part)
+    a, b = (factor.parts[i].rows_of(factor.weight).float() for factor in (adapter.lora_A, adapter.lora_B))
+    return torch.addmm(weight.float(), b, a, alpha=adapter.scale).to(dtype)

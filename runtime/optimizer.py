@@ -7,9 +7,8 @@ takes a hook, the only kind in training: autograd calls it with each parameter's
 into its FP32 sum at once. The forward pass and the model know nothing of it.
 
 Parameters live in *buckets*: one flat tensor each for masters, gradients and the two moments. A bucket is what
-data-parallel replicas all-reduce in one go, as soon as the last micro-batch's backward pass has filled it, and what
-Adam updates with a handful of kernels. A rank's memory is 2 + 4·4 = 18 bytes for each of its trained weights (16 in
-float32, where the model's weights are views of the masters).
+data-parallel replicas all-reduce in one go, and what Adam updates with one kernel. A rank's memory is 2 + 4·4 = 18
+bytes for each of its trained weights (16 in float32, where the model's weights are views of the masters).
 
 What tensor and pipeline parallelism add: key/value heads shared by several ranks, whose gradients must be summed; an
 embedding of which the last stage has a copy; and a norm over all ranks that counts each parameter once.
@@ -23,9 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from parallel import Place, Slice
-from runtime.checkpoint import layers_with_slices
+from parallel import Part, Place, Slice, parts_of
 from runtime.launch import gather_objects
+
+BUCKET = 1 << 25  # elements; a larger parameter has a bucket of its own
+STATE = ("masters", "exp_avg", "exp_avg_sq")  # FP32 numbers per trained weight that outlive a step
 
 FREEZABLE = {  # --freeze NAME -> how its parameters' names begin
     "vision_tower": ("vision_tower.",),
@@ -42,66 +43,69 @@ def is_trained(name: str, freeze: Iterable[str]) -> bool:
 
 @dataclass
 class Held:
-    """A parameter of this rank: its part of a tensor of the whole model."""
+    """A tensor of the checkpoint, or this rank's slice of it: some rows of a parameter."""
 
     name: str  # canonical, of the whole tensor
     parameter: nn.Parameter
-    part: Slice
-    sharers: int  # tensor-parallel neighbours that hold the same part and find a share of its gradient each
-    owner: bool  # of all the ranks (of one replica) that hold the same part, one owns it: counts it, and saves it
+    rows: Part
+    owner: bool  # of all the ranks (of one replica) that hold the same slice, one owns it: counts it, and saves it
+
+    @property
+    def part(self) -> Slice:
+        return self.rows.slice
+
+    @property
+    def sharers(self) -> int:
+        """Tensor-parallel neighbours that hold the same slice and find a share of its gradient each."""
+        return self.rows.sharers
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.part.local_shape)
 
 
 def held_tensors(model: nn.Module) -> list[Held]:
-    """Every parameter of this rank's `model` once, trained or not, in the order of the model.
+    """Every tensor of this rank's `model` once, trained or not, in the order of the model.
 
-    Three ways to hold a part, and who owns it:
+    Three ways to hold a slice, and who owns it:
 
-    - A part of a cut matrix, held by this rank alone: it is the owner.
+    - A slice of a cut matrix, held by this rank alone: it is the owner.
     - A whole tensor on every tensor-parallel rank (norms, the patch convolution). All see the same inputs and find the
       same gradient, so nothing has to be summed, and rank 0 owns it.
-    - A part with `sharers`, of which each finds only a share of the gradient: key/value heads fewer than the ranks, of
+    - A slice with `sharers`, of which each finds only a share of the gradient: key/value heads fewer than the ranks, of
       which neighbours hold the same one; norms under sequence parallelism; the whole factor of an adapter. The first
       of the sharers owns it.
 
     The copy of a tensor that another stage has (a tied head) is owned there.
     """
     place, held = model.place, []
-    for name, (layer, part) in layers_with_slices(model).items():
-        sharers, whole = getattr(layer, "sharers", 1), part.local_shape == part.shape
-        alike = sharers if sharers > 1 else place.tp_size if whole else 1  # neighbours that hold this same part
+    for name, (layer, part) in parts_of(model).items():
+        whole = part.slice.local_shape == part.slice.shape
+        alike = part.sharers if part.sharers > 1 else place.tp_size if whole else 1  # ranks that hold this same slice
         owner = place.tp_rank % alike == 0 and not hasattr(layer, "copy_of")
-        held.append(Held(name, layer.weight, part, sharers, owner))
+        held.append(Held(name, layer.weight, part, owner))
     return held
-
-
-BUCKET = 1 << 25  # elements; a larger parameter has a bucket of its own
-
-CPU_CHUNK = 1 << 16  # elements that Adam updates at a time on a CPU, so that they are still in its cache
-
-STATE = ("masters", "exp_avg", "exp_avg_sq")  # FP32 numbers per trained weight that outlive a step
 
 
 class Bucket:
     """Some parameters, with flat FP32 tensors of what belongs to them, and views of each parameter's share."""
 
-    def __init__(self, tensors: list[Held]):
-        self.tensors = tensors
-        sizes, device = [t.parameter.numel() for t in tensors], tensors[0].parameter.device
-        self.grads, self.masters, self.exp_avg, self.exp_avg_sq = (
-            torch.zeros(sum(sizes), dtype=torch.float32, device=device) for _ in range(4)
+    def __init__(self, parameters: list[nn.Parameter]):
+        self.parameters = parameters
+        self.sizes, device = [p.numel() for p in parameters], parameters[0].device
+        self.masters, self.grads, self.exp_avg, self.exp_avg_sq = (
+            torch.zeros(sum(self.sizes), dtype=torch.float32, device=device) for _ in range(4)
         )
-        shares = {name: getattr(self, name).split(sizes) for name in ("grads", *STATE)}
-        self.views = [
-            {name: share[i].view(tensor.parameter.shape) for name, share in shares.items()}
-            for i, tensor in enumerate(tensors)
-        ]
-        for tensor, views in zip(tensors, self.views):
-            views["masters"].copy_(tensor.parameter.data)
-            if tensor.parameter.dtype == torch.float32:
-                tensor.parameter.data = views["masters"]
-        self.missing = 0  # parameters without a gradient so far, in the last micro-batch
-        self.empty: set[int] = set()  # parameters without a gradient so far, in this step
-        self.reduction: dist.Work | None = None
+        self.untouched: set[int] = set()  # parameters without a gradient so far, in this step
+        for parameter, master in zip(parameters, self.views("masters")):
+            master.copy_(parameter.data)
+            if parameter.dtype == torch.float32:
+                parameter.data = master
+
+    def views(self, name: str) -> list[torch.Tensor]:
+        """Each parameter's share of the flat tensor `name`, in the parameter's shape."""
+        shares = getattr(self, name).split(self.sizes)
+        return [share.view(parameter.shape) for share, parameter in zip(shares, self.parameters)]
 
 
 def in_buckets(items: list, size: Callable) -> list[list]:
@@ -117,81 +121,72 @@ def in_buckets(items: list, size: Callable) -> list[list]:
 
 
 class Optimizer:
-    """Adam (arXiv:1412.6980) or, with `decoupled` weight decay, AdamW (arXiv:1711.05101); `torch.optim`'s arithmetic.
+    """torch's Adam (arXiv:1412.6980) or, with `decoupled` weight decay, AdamW (arXiv:1711.05101), on FP32 masters.
 
     Every parameter of `model` with `requires_grad` is trained. All ranks make theirs together. The calls of a step, in
-    order: `start`, backward passes (before the last of them `before_last_backward`), `reduce`, `squared_norm`, `step`.
+    order: `start`, backward passes, `reduce`, `squared_norm`, `step`.
     """
 
     def __init__(self, model: nn.Module, betas: tuple[float, float], eps: float, weight_decay: float, decoupled: bool):
         self.place: Place = model.place
-        self.betas, self.eps, self.weight_decay, self.decoupled = betas, eps, weight_decay, decoupled
-        self.steps, self.last, self.launched = 0, False, 0
-        # The backward pass reaches the last layers first. Buckets in about that order fill up one after the other, and
-        # the first of them are all-reduced while the backward pass still works on the rest.
-        trained = [t for t in reversed(held_tensors(model)) if t.parameter.requires_grad]
-        self.buckets = [Bucket(group) for group in in_buckets(trained, lambda t: t.parameter.numel())]
-        names = gather_objects({t.name for t in trained})
+        held = [tensor for tensor in held_tensors(model) if tensor.parameter.requires_grad]
+        parameters = list({id(tensor.parameter): tensor.parameter for tensor in held}.values())
+        self.buckets = [Bucket(group) for group in in_buckets(parameters, torch.Tensor.numel)]
+        names = gather_objects({tensor.name for tensor in held})
         # What the first and the last stage hold both; ranks are numbered stage by stage.
         self.at_both_ends = names[0] & names[-1] if self.place.pp_size > 1 else set()
-        self.parts = [pair for bucket in self.buckets for pair in zip(bucket.tensors, bucket.views)]
+        views = {}  # of a parameter: name of a flat tensor -> the parameter's share of it
         for bucket in self.buckets:
-            for i, tensor in enumerate(bucket.tensors):
-                tensor.parameter.register_post_accumulate_grad_hook(self._hook(bucket, i))
+            columns = zip(*(bucket.views(name) for name in ("grads", *STATE)))
+            for i, (parameter, shares) in enumerate(zip(bucket.parameters, columns)):
+                views[id(parameter)] = dict(zip(("grads", *STATE), shares))
+                parameter.register_post_accumulate_grad_hook(self._hook(bucket, i, shares[0]))
+        # Each tensor with its rows of these.
+        self.parts: list[tuple[Held, dict[str, torch.Tensor]]] = [
+            (tensor, {name: tensor.rows.rows_of(view) for name, view in views[id(tensor.parameter)].items()})
+            for tensor in held
+        ]
+        self.adam = None
+        if self.buckets:
+            kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+            masters = [nn.Parameter(bucket.masters) for bucket in self.buckets]
+            self.adam = kind(masters, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+            for master, bucket in zip(masters, self.buckets):
+                count = torch.zeros((), device=master.device)
+                self.adam.state[master] = dict(step=count, exp_avg=bucket.exp_avg, exp_avg_sq=bucket.exp_avg_sq)
+                master.grad = bucket.grads
 
-    def _hook(self, bucket: Bucket, i: int):
+    def _hook(self, bucket: Bucket, i: int, grad: torch.Tensor) -> Callable[[nn.Parameter], None]:
         """What autograd calls when a backward pass has found the whole gradient of parameter `i`, and put it in .grad.
 
         The step's first gradient is copied over what the step before left, which is cheaper than zeros and a sum.
         """
-        grad = bucket.views[i]["grads"]
 
         def move(parameter: nn.Parameter) -> None:
-            if i in bucket.empty:
-                bucket.empty.remove(i)
+            if i in bucket.untouched:
+                bucket.untouched.remove(i)
                 grad.copy_(parameter.grad)
             else:
                 grad.add_(parameter.grad)
             parameter.grad = None  # frees it, before the next layer has its own
-            if self.last:
-                bucket.missing -= 1
-                self._launch(only_filled=True)
 
         return move
 
     def start(self) -> None:
         """Forget the last step's gradients."""
-        self.last, self.launched = False, 0
         for bucket in self.buckets:
-            bucket.missing, bucket.reduction = len(bucket.tensors), None
-            bucket.empty = set(range(len(bucket.tensors)))
-
-    def before_last_backward(self) -> None:
-        self.last = True
-
-    def _launch(self, only_filled: bool) -> None:
-        """All-reduce the next buckets over the replicas.
-
-        Collectives match by order, and gradients need not arrive in the same order on all replicas (a micro-batch
-        without images leaves the tower out): a bucket that is full waits for those before it.
-        """
-        while self.launched < len(self.buckets) and not (only_filled and self.buckets[self.launched].missing):
-            bucket = self.buckets[self.launched]
-            for i in bucket.empty:  # no micro-batch of this replica used these; they hold the last step's gradients
-                bucket.views[i]["grads"].zero_()
-            if self.place.dp_group is not None:
-                bucket.reduction = dist.all_reduce(bucket.grads, group=self.place.dp_group, async_op=True)
-            self.launched += 1
+            bucket.untouched = set(range(len(bucket.parameters)))
 
     def reduce(self) -> None:
         """Make every rank's gradients complete: the sum over replicas, sharers and the two ends of the pipeline."""
-        self._launch(only_filled=False)
         for bucket in self.buckets:
-            if bucket.reduction is not None:
-                bucket.reduction.wait()
-        # A group for every set of sharers would be many; whole tensors, zero outside the own part, are small. They go
+            for i in bucket.untouched:  # no micro-batch of this replica used these: they hold the last step's gradients
+                bucket.views("grads")[i].zero_()
+            if self.place.dp_group is not None:
+                dist.all_reduce(bucket.grads, group=self.place.dp_group)
+        # A group for every set of sharers would be many; whole tensors, zero outside the own slice, are small. They go
         # many at a time: LoRA has 616 of them, and each message would cost more than its bytes.
-        shared = [(t.part, views["grads"]) for t, views in self.parts if t.sharers > 1]
+        shared = [(tensor.part, views["grads"]) for tensor, views in self.parts if tensor.sharers > 1]
         for bucket in in_buckets(shared, lambda pair: math.prod(pair[0].shape)):
             sizes = [math.prod(part.shape) for part, _ in bucket]
             flat = torch.zeros(sum(sizes), device=self.place.device)
@@ -224,27 +219,24 @@ class Optimizer:
     @torch.no_grad()
     def step(self, lr: float, scale: float) -> None:
         """One update with the gradients times `scale`."""
-        self.steps += 1
-        (b1, b2), decay = self.betas, self.weight_decay
-        correction1, correction2 = 1 - b1**self.steps, 1 - b2**self.steps
-        chunk = CPU_CHUNK if self.place.device.type == "cpu" else BUCKET
-        flat = [(b.grads, b.masters, b.exp_avg, b.exp_avg_sq) for b in self.buckets]
-        for grads, masters, exp_avg, exp_avg_sq in (c for f in flat for c in zip(*(x.split(chunk) for x in f))):
-            if scale != 1:
-                grads.mul_(scale)
-            if decay and self.decoupled:
-                masters.mul_(1 - lr * decay)
-            elif decay:
-                grads.add_(masters, alpha=decay)
-            exp_avg.lerp_(grads, 1 - b1)
-            exp_avg_sq.mul_(b2).addcmul_(grads, grads, value=1 - b2)
-            spread = exp_avg_sq.sqrt().div_(correction2**0.5).add_(self.eps)
-            masters.addcdiv_(exp_avg, spread, value=-lr / correction1)
+        if self.adam is None:
+            return
+        for bucket in self.buckets:
+            bucket.grads.mul_(scale)
+        self.adam.param_groups[0]["lr"] = lr
+        self.adam.step()
         self.write_weights()
 
     @torch.no_grad()
+    def resume(self, step: int) -> None:
+        """Go on after `step`, once the tensors of `parts` were filled with the state that it left."""
+        for state in self.adam.state.values() if self.adam else ():
+            state["step"].fill_(step)
+        self.write_weights()
+
     def write_weights(self) -> None:
         """Round the masters to the model's weights, where these are not the masters themselves."""
-        for tensor, views in self.parts:
-            if tensor.parameter.dtype != torch.float32:
-                tensor.parameter.copy_(views["masters"])
+        for bucket in self.buckets:
+            for parameter, master in zip(bucket.parameters, bucket.views("masters")):
+                if parameter.dtype != torch.float32:
+                    parameter.copy_(master)

@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -28,7 +27,6 @@ class Request:
     temperature: float = 0.0  # 0 takes the likeliest token
     top_p: float = 1.0
     seed: int = 0
-    reader: Any = None  # reads the answer as it comes, see chat.ReplyParser; without one, it is tokens alone
     logprobs: bool = False
     images: list[tuple[str, int]] = field(default_factory=list)  # of each a name of its own, and how many tokens it has
 

@@ -142,8 +142,7 @@ def load_state(path: str, optimizer: Optimizer, settings: dict, data: str) -> in
         reason = str(error).removeprefix(f"{file_name}: ")[:160]
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         raise UserError(f"{file_name}: cannot be read ({kind}{reason}); remove {path} to resume from before") from None
-    optimizer.steps = step
-    optimizer.write_weights()
+    optimizer.resume(step)
     return step
 
 

@@ -6,7 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import PROJECTIONS, load, random_state, text_fields, to_fp8, write_checkpoint, write_json, write_tekken
+from helpers import (
+    PROJECTIONS,
+    load,
+    random_state,
+    text_fields,
+    to_fp8,
+    whole,
+    write_checkpoint,
+    write_json,
+    write_tekken,
+)
 from safetensors.torch import load_file
 
 from runtime import export, launch
@@ -215,7 +225,7 @@ def test_the_largest_input_of_all_batches_counts(tmp_path, source):
 
 
 def pieces(model) -> tuple[dict, list]:
-    tensors = [(name, p.detach()) for name, p in model.named_parameters()]
+    tensors = [(name, p.detach()) for name, p in whole(model).items()]
     return {name: tuple(t.shape) for name, t in tensors}, tensors
 
 
@@ -234,8 +244,8 @@ def test_save_and_load(layout, shard_bytes, tmp_path, monkeypatch):
     save(out, model.config, shapes, iter(tensors), source)
     again = load(out)
     assert again.config == model.config
-    for name, parameter in again.named_parameters():
-        assert torch.equal(parameter, model.get_parameter(name).bfloat16().float())
+    for name, parameter in whole(again).items():
+        assert torch.equal(parameter, whole(model)[name].bfloat16().float())
     files = sorted(name for name in os.listdir(out) if name.endswith(".safetensors"))
     with open(f"{out}/model.safetensors.index.json") as file:
         index = json.load(file)

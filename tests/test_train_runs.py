@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from train_cases import TEXT, arguments, metrics, train_on_ranks, trained, trainer
 
 import train
+from parallel import parts_of
 from runtime import checkpoint
-from runtime.checkpoint import Checkpoint, layers_with_slices
+from runtime.checkpoint import Checkpoint
 from runtime.config import read_config
 from runtime.files import UserError
 
@@ -45,9 +46,9 @@ def poison(byte: str) -> None:
 
     def fill(model, *arguments):
         load_weights(model, *arguments)
-        layer, part = layers_with_slices(model).get("embed_tokens.weight", (None, None))
-        if layer and part.start <= 40 + ord(byte) < part.stop:
-            layer.weight.data[40 + ord(byte) - part.start] = float("nan")
+        layer, part = parts_of(model).get("embed_tokens.weight", (None, None))
+        if layer and part.slice.start <= 40 + ord(byte) < part.slice.stop:
+            layer.weight.data[40 + ord(byte) - part.slice.start] = float("nan")
 
     checkpoint.fill = train.fill = fill
 
