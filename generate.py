@@ -463,7 +463,7 @@ class Session:
             add_adapters(self.model, *self.lora)
         # All ranks sample the same tokens, so they need the same seed: rank 0's, where none was given.
         seed = gather_objects(random.getrandbits(32) if args.seed is None else args.seed)[0]
-        self.requests = RequestReader(args, self.tokenizer, self.config, place, self.max_context, seed)
+        self.requests = RequestReader(args, self.tokenizer, self.config.vision, place, self.max_context, seed)
         together(lambda: fill(self.model, checkpoint, Progress(checkpoint, place)))
         self.model.eval()
         self.weight_bytes = weight_bytes(self.model)

@@ -34,7 +34,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
 
-from runtime.files import UserError
+from runtime.files import require
 from runtime.tokenizer import SentencePiece, StreamDecoder, Tekken
 
 
@@ -141,7 +141,7 @@ def encode_chat(
     (rows, columns) of [IMG] tokens; without it images are refused. Raises UserError, which names the message.
     """
     form = FORMATS.get(tokenizer.version)
-    _check(form, f"tokenizer version {tokenizer.version} has no supported chat format ({', '.join(FORMATS)})")
+    require(form, f"tokenizer version {tokenizer.version} has no supported chat format ({', '.join(FORMATS)})")
     preamble = [
         *_wrapped("AVAILABLE_TOOLS", _read_tools(tools)),
         *_wrapped("MODEL_SETTINGS", _read_settings(tokenizer, reasoning_effort)),
@@ -159,16 +159,11 @@ def encode_chat(
     return Encoded(ids, targets, [part.value for turn in turns for part in turn.content if part.kind == "image_url"])
 
 
-def _check(holds: object, problem: str) -> None:
-    if not holds:
-        raise UserError(problem)
-
-
 # ---- messages: the user's JSON, checked
 
 
 def _read_messages(messages: list[dict], form: Format, training: bool) -> list[Message]:
-    _check(isinstance(messages, list) and messages, "messages must be a list with at least one message")
+    require(isinstance(messages, list) and messages, "messages must be a list with at least one message")
     read = [_read_message(f"messages[{i}]", raw, form) for i, raw in enumerate(messages)]
     _check_order(read, training)
     _match_results(read, form, training)
@@ -176,11 +171,11 @@ def _read_messages(messages: list[dict], form: Format, training: bool) -> list[M
 
 
 def _read_message(where: str, raw: dict, form: Format) -> Message:
-    _check(isinstance(raw, dict), f"{where} must be an object with role and content")
+    require(isinstance(raw, dict), f"{where} must be an object with role and content")
     role = "system" if raw.get("role") == "developer" else raw.get("role")  # OpenAI's newer name
-    _check(role in list(KEYS), f"{where}: unknown role {role!r}; use system, user, assistant or tool")
+    require(role in list(KEYS), f"{where}: unknown role {role!r}; use system, user, assistant or tool")
     strange = [key for key, value in raw.items() if key not in KEYS[role] and value not in EMPTY]
-    _check(not strange, f"{where}: unknown key {', '.join(map(repr, strange))} in a message of role {role}")
+    require(not strange, f"{where}: unknown key {', '.join(map(repr, strange))} in a message of role {role}")
     raw = {key: raw.get(key) for key in KEYS[role]}
     if role == "assistant" and raw["content"] is None:
         raw["content"] = ""
@@ -188,7 +183,7 @@ def _read_message(where: str, raw: dict, form: Format) -> Message:
         _read_name(where, raw["name"])
     weight = raw.get("weight")
     good = weight in (None, 0, 1) and not isinstance(weight, bool)
-    _check(good, f"{where}: weight should be 0 (do not train on this message) or 1, not {weight!r}")
+    require(good, f"{where}: weight should be 0 (do not train on this message) or 1, not {weight!r}")
     return Message(
         where,
         role,
@@ -211,25 +206,25 @@ def _read_reasoning(where: str, raw: dict, form: Format) -> list[Part]:
 def _read_content(where: str, content: str | list[dict], role: str, form: Format) -> list[Part]:
     if isinstance(content, str):
         return [Part(content)] if content else []
-    _check(isinstance(content, list), f"{where} must be a string or a list of parts")
+    require(isinstance(content, list), f"{where} must be a string or a list of parts")
     return [_read_part(f"{where}[{i}]", part, role, form) for i, part in enumerate(content)]
 
 
 def _read_part(where: str, part: dict, role: str, form: Format) -> Part:
     kind = part.get("type") if isinstance(part, dict) else None
     holders = {"text": (role,), "image_url": form.images, "thinking": form.thinking}
-    _check(kind in list(holders), f"{where}: a part must have the type text, image_url or thinking, not {kind!r}")
-    _check(role in holders[kind], f"{where}: with this tokenizer, {role} messages hold no parts of type {kind}")
+    require(kind in list(holders), f"{where}: a part must have the type text, image_url or thinking, not {kind!r}")
+    require(role in holders[kind], f"{where}: with this tokenizer, {role} messages hold no parts of type {kind}")
     if kind == "thinking":  # a string, or in the API's own form a list of text parts
         texts = _read_content(f"{where}.thinking", part.get("thinking"), "thinking", form)
         return Part("".join(text.value for text in texts), kind, part.get("closed") is not False)
     value = image_url(part) if kind == "image_url" else part.get("text")
-    _check(isinstance(value, str), f"{where}: a part of type {kind!r} needs a string under {kind!r}")
+    require(isinstance(value, str), f"{where}: a part of type {kind!r} needs a string under {kind!r}")
     return Part(value, kind)
 
 
 def _read_calls(where: str, calls: list[dict], form: Format) -> list[dict]:
-    _check(isinstance(calls, list), f"{where}: tool_calls must be a list")
+    require(isinstance(calls, list), f"{where}: tool_calls must be a list")
     return [_read_call(f"{where}.tool_calls[{i}]", i, call, form) for i, call in enumerate(calls)]
 
 
@@ -238,9 +233,9 @@ def _read_call(where: str, place: int, raw: dict, form: Format) -> dict:
     if isinstance(raw, dict) and "name" in raw and function is None:  # as generate.py writes them
         function, raw = raw, {"id": raw.get("id") or PLACES[min(place, 99)]}
     complete = isinstance(function, dict) and "name" in function and "arguments" in function
-    _check(complete, f'{where} must look like {{"id": …, "function": {{"name": …, "arguments": …}}}}')
+    require(complete, f'{where} must look like {{"id": …, "function": {{"name": …, "arguments": …}}}}')
     arguments = "{}" if function["arguments"] in (None, "") else function["arguments"]
-    _check(isinstance(arguments, dict | str), f"{where}: arguments must be an object or a JSON string")
+    require(isinstance(arguments, dict | str), f"{where}: arguments must be an object or a JSON string")
     arguments = _json_or_text(arguments) if isinstance(arguments, str) else arguments
     call = {"name": _read_name(where, function["name"]), "arguments": arguments}
     if raw.get("id") not in (None, "null"):
@@ -250,30 +245,30 @@ def _read_call(where: str, place: int, raw: dict, form: Format) -> dict:
 
 def _read_name(where: str, name: str) -> str:
     good = isinstance(name, str) and NAME.fullmatch(name)
-    _check(good, f"{where}: the function name {name!r} must be 1 to 64 letters, digits, underscores or dashes")
+    require(good, f"{where}: the function name {name!r} must be 1 to 64 letters, digits, underscores or dashes")
     return name
 
 
 def _read_id(where: str, id: str | None, form: Format) -> str | None:
     if id is None:
         return None
-    _check(isinstance(id, str) and id, f"{where}: the tool call id must be a string that is not empty, not {id!r}")
+    require(isinstance(id, str) and id, f"{where}: the tool call id must be a string that is not empty, not {id!r}")
     good = form.free_ids or re.fullmatch("[a-zA-Z0-9]{9}", id)
-    _check(good, f"{where}: this tokenizer's tool call ids are nine letters or digits, not {id!r}")
+    require(good, f"{where}: this tokenizer's tool call ids are nine letters or digits, not {id!r}")
     return id
 
 
 def _check_order(messages: list[Message], training: bool) -> None:
     for before, message in pairwise(messages):
         good = (before.role, message.role) not in CANNOT_FOLLOW
-        _check(good, f"{message.where}: a {message.role} message cannot follow a {before.role} message")
+        require(good, f"{message.where}: a {message.role} message cannot follow a {before.role} message")
     for message in messages:
         good = not message.prefix or (message is messages[-1] and not training)
-        _check(good, f'{message.where}: only the last message may have "prefix": true, and not in training')
+        require(good, f'{message.where}: only the last message may have "prefix": true, and not in training')
     end = 'to be answered they must end with a user or tool message (or an assistant\'s with "prefix": true)'
     end = "for training they must end with an assistant message" if training else end
     good = message.prefix or message.role in (("assistant",) if training else ("user", "tool"))
-    _check(good, f"messages end with role {message.role}; {end}")
+    require(good, f"messages end with role {message.role}; {end}")
 
 
 def _match_results(messages: list[Message], form: Format, training: bool) -> None:
@@ -282,47 +277,47 @@ def _match_results(messages: list[Message], form: Format, training: bool) -> Non
     for message in messages:
         where = message.where
         if message.role == "assistant":
-            _check(not waiting, f"{where}: {len(waiting)} of the tool calls before it have no result")
+            require(not waiting, f"{where}: {len(waiting)} of the tool calls before it have no result")
             ids = [call["id"] for call in message.calls if "id" in call]
             waiting = list(dict.fromkeys(ids))
             may_lack = training and message is messages[-1] and not form.free_ids  # no result will refer to them
             good = len(waiting) == (len(ids) if may_lack else len(message.calls))
-            _check(good, f"{where}: each tool call needs an id of its own")
+            require(good, f"{where}: each tool call needs an id of its own")
         elif message.role == "tool":
             if message.call_id is None:  # a result of calls that have no ids but their places
                 message.call_id = next((id for id in waiting if id in PLACES), None)
             id = message.call_id
-            _check(id, f"{where}: a tool message needs the tool_call_id of the call that it answers")
-            _check(id in waiting, f"{where}: tool_call_id {id!r} is not that of a tool call that waits for a result")
+            require(id, f"{where}: a tool message needs the tool_call_id of the call that it answers")
+            require(id in waiting, f"{where}: tool_call_id {id!r} is not that of a tool call that waits for a result")
             waiting.remove(id)
             message.place = ids.index(id)
-    _check(training or not waiting, f"{where}: {len(waiting)} of the latest tool calls have no result yet")
+    require(training or not waiting, f"{where}: {len(waiting)} of the latest tool calls have no result yet")
 
 
 def _read_tools(tools: list[dict] | None) -> list[dict]:
     """The tools with only the keys, in the order, that the model was trained on."""
-    _check(tools is None or isinstance(tools, list), "tools must be a list")
+    require(tools is None or isinstance(tools, list), "tools must be a list")
     return [_read_tool(f"tools[{i}]", tool) for i, tool in enumerate(tools or [])]
 
 
 def _read_tool(where: str, tool: dict) -> dict:
     function = tool.get("function") if isinstance(tool, dict) else None
     good = isinstance(function, dict) and tool.get("type", "function") == "function"
-    _check(good, f'{where} must look like {{"type": "function", "function": {{"name": …, …}}}}')
+    require(good, f'{where} must look like {{"type": "function", "function": {{"name": …, …}}}}')
     name, description = _read_name(where, function.get("name")), function.get("description") or ""
     parameters = function.get("parameters") or {}
     good = isinstance(description, str) and isinstance(parameters, dict)
-    _check(good, f"{where}: description must be a string and parameters an object")
+    require(good, f"{where}: description must be a string and parameters an object")
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
 
 def _read_settings(tokenizer: Tekken | SentencePiece, effort: str | None) -> dict:
     setting = (tokenizer.model_settings or {}).get("reasoning_effort")
     if setting is None:
-        _check(effort in (None, "none"), f"reasoning effort {effort!r}: this checkpoint has no such setting")
+        require(effort in (None, "none"), f"reasoning effort {effort!r}: this checkpoint has no such setting")
         return {}
     effort, known = setting["default"] if effort is None else effort, setting["values"]
-    _check(effort in known, f"reasoning effort {effort!r}: this checkpoint knows {', '.join(known)}")
+    require(effort in known, f"reasoning effort {effort!r}: this checkpoint knows {', '.join(known)}")
     return {"reasoning_effort": effort}
 
 
@@ -356,9 +351,9 @@ def _one_turn(group: list[Message], form: Format) -> Message:
     if turn.role == "user" and kinds == ["text", "image_url"]:
         content.reverse()  # mistral-common puts a single image before its text; other mixtures stay
     elif turn.role == "assistant":
-        _check(kinds or turn.calls, f"{where} has neither content nor tool_calls")
+        require(kinds or turn.calls, f"{where} has neither content nor tool_calls")
         both = kinds and turn.calls and not form.text_with_calls
-        _check(not both, f"{where} has content and tool_calls; this checkpoint takes only one")
+        require(not both, f"{where} has content and tool_calls; this checkpoint takes only one")
         if kinds == ["text"]:
             content[0].value = content[0].value.rstrip(" ")
     return turn
@@ -403,7 +398,7 @@ def _pieces(turn: Message, form: Format, image_grid: Callable[[str], tuple[int, 
         elif part.kind == "thinking":
             content += ["[THINK]", Part(part.value), *(["[/THINK]"] if part.closed else [])]
         else:  # each row of an image ends with [IMG_BREAK], except that the last ends with [IMG_END]
-            _check(image_grid, f"{turn.where} has an image, but this checkpoint takes no images")
+            require(image_grid, f"{turn.where} has an image, but this checkpoint takes no images")
             rows, columns = image_grid(part.value)
             content += ((["[IMG]"] * columns + ["[IMG_BREAK]"]) * rows)[:-1] + ["[IMG_END]"]
     if turn.role == "tool" and form.results == "json":
@@ -430,7 +425,7 @@ def _wrapped(name: str, value: list | dict) -> list[str | Part]:
 
 
 def _control(tokenizer: Tekken | SentencePiece, name: str) -> int:
-    _check(name in tokenizer.special, f"the tokenizer has no {name} token, which this chat needs")
+    require(name in tokenizer.special, f"the tokenizer has no {name} token, which this chat needs")
     return tokenizer.special[name]
 
 

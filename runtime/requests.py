@@ -8,10 +8,10 @@ from functools import partial
 
 import torch
 
-from model import Config
+from model import VisionConfig
 from parallel import Place
 from runtime.chat import Reply, ReplyParser, encode_chat, opening, user_turn
-from runtime.files import UserError, parse_line, read_lines
+from runtime.files import UserError, parse_line, read_lines, require
 from runtime.images import grid, grid_of, image_name, load_image, pixels
 from runtime.launch import COUNT, number
 from runtime.tokenizer import SentencePiece, Tekken
@@ -59,11 +59,9 @@ def read_requests(args: argparse.Namespace, data: bytes | None = None) -> tuple[
         where = f"{name if data is None else 'standard input'} line {i}"
         if line.strip():
             spec = parse_line(line, where, KEYS)
-            if ("messages" in spec) == ("raw" in spec):
-                raise UserError(f"{where}: should hold either 'messages' or 'raw'")
+            require(("messages" in spec) != ("raw" in spec), f"{where}: should hold either 'messages' or 'raw'")
             specs.append({**spec, "where": where})
-    if not specs:
-        raise UserError(f"{name}: holds no request")
+    require(specs, f"{name}: holds no request")
     return specs, os.path.dirname(name)
 
 
@@ -85,20 +83,16 @@ def check_utf8(text: str, where: str) -> None:
         raise UserError(f"{where}: not UTF-8 text; check the encoding of the terminal or script") from None
 
 
+@dataclass
 class RequestReader:
     """Reads requests for one checkpoint. What a request leaves out, the command line says, or a default."""
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        tokenizer: Tekken | SentencePiece,
-        config: Config,
-        place: Place,
-        max_context: int,
-        seed: int,
-    ):
-        self.args, self.tokenizer, self.vision, self.place = args, tokenizer, config.vision, place
-        self.max_context, self.seed = max_context, seed
+    args: argparse.Namespace
+    tokenizer: Tekken | SentencePiece
+    vision: VisionConfig | None
+    place: Place
+    max_context: int
+    seed: int  # of requests that want none in particular
 
     def read(self, spec: dict, base: str = "", index: int = 0) -> tuple[Request, ReplyParser]:
         """A JSON request -> token ids, pixels and settings, and what reads its answer.
@@ -110,11 +104,9 @@ class RequestReader:
         request = Request([], **self.numbers(spec, effort == "high", index))
         try:
             request.prompt = self.prompt(spec, effort, partial(self.see, base, request))
-            if len(request.prompt) > self.max_context:
-                raise UserError(
-                    f"{len(request.prompt)} tokens are more than the context of {self.max_context}; "
-                    "shorten it or raise --max-context as far as the model goes"
-                )
+            sizes = f"{len(request.prompt)} tokens are more than the context of {self.max_context}"
+            advice = "shorten it or raise --max-context as far as the model goes"
+            require(len(request.prompt) <= self.max_context, f"{sizes}; {advice}")
             parser = ReplyParser(self.tokenizer, request.prompt, stop_strings(spec), "raw" in spec)
         except UserError as error:
             raise UserError(f"{spec['where']}: {error}") from None
@@ -123,8 +115,7 @@ class RequestReader:
 
     def prompt(self, spec: dict, effort: str | None, see: Callable[[str], tuple[int, int]]) -> list[int]:
         if "raw" in spec:
-            if not isinstance(spec["raw"], str):
-                raise UserError("raw should be a string")
+            require(isinstance(spec["raw"], str), "raw should be a string")
             return [self.tokenizer.bos_id, *self.tokenizer.encode(spec["raw"])]
         messages, tools = spec["messages"], spec.get("tools")
         prompt = encode_chat(self.tokenizer, messages, tools, effort, see if self.vision else None).ids
@@ -161,8 +152,8 @@ class RequestReader:
 def stop_strings(spec: dict) -> list[str]:
     stop = spec.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
-        raise UserError("stop should be a string or a list of strings")
+    good = isinstance(stop, list) and all(isinstance(text, str) and text for text in stop)
+    require(good, "stop should be a string or a list of strings")
     return stop
 
 

@@ -17,15 +17,15 @@ import termios
 from collections.abc import Iterator
 
 from runtime.chat import encode_chat, image_url, opening, user_turn
-from runtime.files import UserError, writing
+from runtime.files import UserError, require, writing
 from runtime.images import grid, load_image
 from runtime.launch import gather_objects, together
 from runtime.requests import NUMBERS, check_utf8, read_requests
 
 
-def note(text: str) -> None:
+def note(text: str, end: str = "\n") -> None:
     """A line beside the conversation, dimmed."""
-    print(f"\x1b[2m{text}\x1b[0m" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+    print(f"\x1b[2m{text}\x1b[0m" if sys.stderr.isatty() else text, end=end, file=sys.stderr, flush=True)
 
 
 def stream(session, spec: dict, base: str = "", stop=None) -> dict:
@@ -54,15 +54,16 @@ class Printer:
     def __call__(self, i: int, kind: str, text: str) -> None:
         if kind != self.kind:
             self.close()
-            if kind == "reasoning" and sys.stderr.isatty():
-                print("\x1b[2m", end="", file=sys.stderr)
         self.kind = kind
-        print(text, end="", file=sys.stderr if kind == "reasoning" else sys.stdout, flush=True)
+        if kind == "reasoning":
+            note(text, end="")
+        else:
+            print(text, end="", flush=True)
 
     def close(self) -> None:
-        """End what is dimmed, and its line."""
+        """End the line of what was thought."""
         if self.kind == "reasoning":
-            print("\x1b[0m" if sys.stderr.isatty() else "", file=sys.stderr, flush=True)
+            note("")
         self.kind = "text"
 
 
@@ -221,7 +222,7 @@ class Chat(cmd.Cmd):
         words += [] if answers else ["no answer"]
         words += [f"{len(result['tokens'])} tokens", f"{result['stats']['decode_tokens_per_s']:g} tokens/s"]
         note(", ".join([*words, f"context {used:,} of {most:,}"]))
-        if calls := self.waiting():
+        if calls := len(self.waiting()):
             note(f"/tool RESULT answers {'the call' if calls == 1 else f'the {calls} calls, one after the other'}")
 
     def say(self, text: str) -> None:
@@ -234,12 +235,11 @@ class Chat(cmd.Cmd):
 
     def do_tool(self, text: str) -> None:
         """/tool RESULT: what a tool call of the answer returned"""
-        if not self.waiting():
-            raise UserError("no tool call waits for a result")
-        call = self.messages[self.last("assistant")]["tool_calls"][-self.waiting()]
-        id = {"tool_call_id": call["id"]} if call.get("id") else {}  # the model's own calls have none but their places
-        messages = [*self.messages, {"role": "tool", "content": text, **id}]
-        if self.waiting() == 1:
+        waiting = self.waiting()
+        require(waiting, "no tool call waits for a result")
+        id = waiting[0].get("id")  # the model's own calls have none but their places
+        messages = [*self.messages, {"role": "tool", "content": text, **({"tool_call_id": id} if id else {})}]
+        if len(waiting) == 1:
             self.ask(messages)
         else:
             self.messages = messages
@@ -247,8 +247,7 @@ class Chat(cmd.Cmd):
     def do_retry(self, rest: str) -> None:
         """/retry: answer again"""
         messages = self.messages[:-1] if self.messages and self.messages[-1]["role"] == "assistant" else self.messages
-        if not messages:
-            raise UserError("nothing was said yet")
+        require(messages, "nothing was said yet")
         chosen = "seed" in self.options or self.session.args.seed is not None
         self.ask(messages, **({} if chosen else {"seed": random.getrandbits(32)}))
 
@@ -257,8 +256,8 @@ class Chat(cmd.Cmd):
 
         It goes back into the line, and its pictures to those that wait for the next one.
         """
-        if (at := self.last("user")) < 0:
-            raise UserError("nothing was said yet")
+        at = self.last("user")
+        require(at >= 0, "nothing was said yet")
         content, self.messages = self.messages[at]["content"], self.messages[:at]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         self.keyboard.draft = "\n".join(part["text"] for part in parts if part["type"] == "text")
@@ -274,12 +273,12 @@ class Chat(cmd.Cmd):
         """Where the last message of `role` stands; -1: nowhere."""
         return max((i for i, message in enumerate(self.messages) if message["role"] == role), default=-1)
 
-    def waiting(self) -> int:
-        """How many calls of the last answer have no result yet."""
+    def waiting(self) -> list[dict]:
+        """The calls of the last answer that have no result yet."""
         at = self.last("assistant")
-        if at < 0 or self.last("user") > at:
-            return 0
-        return max(0, len(self.messages[at].get("tool_calls") or []) - (len(self.messages) - 1 - at))
+        if at < max(self.last("user"), 0):
+            return []
+        return (self.messages[at].get("tool_calls") or [])[len(self.messages) - 1 - at :]
 
     # --- what is set
 
@@ -288,8 +287,8 @@ class Chat(cmd.Cmd):
         if not path:
             self.images = []
             return note("no picture goes with the next message")
-        if (vision := self.session.config.vision) is None:
-            raise UserError("this checkpoint takes no images")
+        vision = self.session.config.vision
+        require(vision, "this checkpoint takes no images")
         with contextlib.suppress(ValueError):  # as a shell reads it: quotes, and spaces after a backslash
             path = path if os.path.exists(path) else " ".join(shlex.split(path))
         path = os.path.abspath(os.path.expanduser(path))
@@ -312,8 +311,8 @@ class Chat(cmd.Cmd):
         """/set NAME VALUE: temperature, top-p, max-new-tokens or seed; without VALUE its default; alone: shows them"""
         name, _, value = rest.partition(" ")
         key = name.replace("-", "_")
-        if rest and key not in NUMBERS:
-            raise UserError(f"no such setting: {name}; there are temperature, top-p, max-new-tokens and seed")
+        known = not rest or key in NUMBERS
+        require(known, f"no such setting: {name}; there are temperature, top-p, max-new-tokens and seed")
         try:
             self.options |= {key: NUMBERS[key](value)} if value else {}
         except argparse.ArgumentTypeError as error:
@@ -334,8 +333,7 @@ class Chat(cmd.Cmd):
         args, messages, spec = self.session.args, [*opening(self.prompt), *self.messages], {}
         if messages and messages[-1]["role"] == "assistant":
             spec["answer"] = messages.pop()
-        if not messages or not path:
-            raise UserError("give /save the name of a new file, once something was said")
+        require(messages and path, "give /save the name of a new file, once something was said")
         names = ("reasoning_effort", *NUMBERS)
         given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         line = json.dumps({"messages": messages, **given, **self.options, **spec}, ensure_ascii=False)
@@ -347,8 +345,7 @@ class Chat(cmd.Cmd):
     def do_load(self, path: str) -> None:
         """/load FILE: go on with a conversation that /save wrote"""
         (spec, *more), base = read_requests(argparse.Namespace(requests=os.path.expanduser(path) or "/load"))
-        if "messages" not in spec or more:
-            raise UserError(f"{path}: should hold one line, with 'messages'")
+        require("messages" in spec and not more, f"{path}: should hold one line, with 'messages'")
         self.session.requests.read({**spec}, base)  # refuses what could not be answered
         answer, _ = spec.pop("answer", None), spec.pop("where")
         messages = [*spec.pop("messages"), *([answer] if answer else [])]

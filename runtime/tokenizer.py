@@ -24,7 +24,7 @@ from itertools import groupby
 import sentencepiece
 
 from model import Config
-from runtime.files import MEGABYTE, UserError, find_folder, read_file, read_json, reading
+from runtime.files import MEGABYTE, UserError, find_folder, read_file, read_json, reading, require
 
 LARGEST_FILE = 1024 * MEGABYTE
 
@@ -140,46 +140,42 @@ class Tekken:
 
 
 def _known(version: str) -> str:
-    if version not in VERSIONS:
-        raise UserError(f"tokenizer version {version!r} is unknown; known are {', '.join(VERSIONS)}")
+    require(version in VERSIONS, f"tokenizer version {version!r} is unknown; known are {', '.join(VERSIONS)}")
     return version
 
 
 def _read_special(listed: list[dict] | None, count: int, version: str) -> dict[str, int]:
     """Name -> id of the `count` special tokens; those that the file does not list are called <SPECIAL_n>."""
-    if not 3 <= count <= MOST_SPECIAL:
-        raise UserError(f"default_num_special_tokens should be 3 to {MOST_SPECIAL}, found {count}")
+    require(3 <= count <= MOST_SPECIAL, f"default_num_special_tokens should be 3 to {MOST_SPECIAL}, found {count}")
     if listed is None:
-        if VERSIONS.index(version) > VERSIONS.index("v7"):
-            raise UserError(f"a tokenizer of version {version} must list its special_tokens")
+        require(version in ("v1", "v2", "v3", "v7"), f"a tokenizer of version {version} must list its special_tokens")
         listed = [{"rank": rank, "token_str": name} for rank, name in enumerate(CLASSIC_SPECIAL)]
     named = {entry["rank"]: entry["token_str"] for entry in listed}
     names = {rank: f"<SPECIAL_{rank}>" for rank in range(count)} | named
     special = {name: rank for rank, name in names.items()}
-    if not len(special) == len(names) == count or len(named) < len(listed):
-        raise UserError(f"special_tokens must have distinct names and distinct ranks from 0 to {count - 1}")
+    distinct = len(special) == len(names) == count and len(named) == len(listed)
+    require(distinct, f"special_tokens must have distinct names and distinct ranks from 0 to {count - 1}")
     return special
 
 
 def _read_vocab(vocab: list[dict], count: int) -> list[bytes]:
     """The bytes of the first `count` tokens. The file may list more, for which the model has no ids."""
     vocab = vocab[:count]
-    if len(vocab) < count:
-        raise UserError("vocab and special tokens do not make up default_vocab_size")
+    require(len(vocab) == count, "vocab and special tokens do not make up default_vocab_size")
     words = [base64.b64decode(entry["token_bytes"], validate=True) for entry in vocab]
-    if [entry["rank"] for entry in vocab] != list(range(count)) or len(set(words)) < count:
-        raise UserError("vocab must list distinct tokens in the order of their ranks 0, 1, 2, …")
-    if words[:256] != [bytes([byte]) for byte in range(256)]:
-        raise UserError("the first 256 tokens of vocab must be the single bytes in order")
+    ordered = [entry["rank"] for entry in vocab] == list(range(count)) and len(set(words)) == count
+    require(ordered, "vocab must list distinct tokens in the order of their ranks 0, 1, 2, …")
+    single = [bytes([byte]) for byte in range(256)]
+    require(words[:256] == single, "the first 256 tokens of vocab must be the single bytes in order")
     return words
 
 
 def _read_settings(settings: dict | None, version: str) -> dict | None:
-    if (version == "v15") != (settings is not None):
-        raise UserError("a model_settings_builder belongs to version v15, and to no other")
-    effort = (settings or {}).get("reasoning_effort")
-    if effort and (effort["default"] not in effort["values"] or set(map(type, effort["values"])) != {str}):
-        raise UserError(f"reasoning_effort must list texts, and its default among them: {effort['values']}")
+    belongs = (version == "v15") == (settings is not None)
+    require(belongs, "a model_settings_builder belongs to version v15, and to no other")
+    if effort := (settings or {}).get("reasoning_effort"):
+        good = effort["default"] in effort["values"] and set(map(type, effort["values"])) == {str}
+        require(good, f"reasoning_effort must list texts, and its default among them: {effort['values']}")
     return settings
 
 
@@ -203,8 +199,7 @@ class SentencePiece:
 
     def _read(self, path: str) -> None:
         contents = read_file(path, LARGEST_FILE)
-        if not contents:  # it would load as an empty model
-            raise UserError("the file is empty")
+        require(contents, "the file is empty")  # it would load as an empty model
         self._model = model = sentencepiece.SentencePieceProcessor(model_proto=contents)
         self.vocab_size, self.bos_id, self.eos_id = model.vocab_size(), model.bos_id(), model.eos_id()
         self.pad_id = model.pad_id() if model.pad_id() >= 0 else None
@@ -282,8 +277,7 @@ def _check_config(tokenizer: "Tekken | SentencePiece", config: Config, directory
     wrong = [f"{name} is {a} in the tokenizer but {b} in the config" for name, a, b in pairs if a not in (None, b)]
     if tokenizer.vocab_size > config.vocab_size:
         wrong.insert(0, f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {config.vocab_size}")
-    if wrong:
-        raise UserError(f"{directory}: {wrong[0]}; they do not belong together")
+    require(not wrong, f"{directory}: {''.join(wrong[:1])}; they do not belong together")
 
 
 class StreamDecoder:
@@ -364,8 +358,7 @@ def _class_body(name: str, negated: bool, last: int) -> str:
         ranges = list(WHITE_SPACE)
     else:
         ranges = sorted(r for category, found in _categories().items() if category.startswith(name) for r in found)
-    if not ranges:
-        raise UserError(f"the pattern uses \\p{{{name}}}, but only general categories such as L or Lu are supported")
+    require(ranges, f"the pattern uses \\p{{{name}}}, but only general categories such as L or Lu are supported")
     if negated:
         starts = [0] + [end + 1 for _, end in ranges]
         ends = [start - 1 for start, _ in ranges] + [LAST_UNICODE]
@@ -388,8 +381,8 @@ REPEATED_GROUP = re.compile(r"\)[*+{]")
 def python_pattern(pattern: str, last: int = LAST_UNICODE) -> str:
     """A Rust regular expression rewritten for Python's `re`: `\\p{..}`, `\\P{..}`, `\\s` and `\\S` spelled out, in and
     out of brackets, for text whose code points do not exceed `last`. Raises UserError for what `re` cannot say."""
-    if len(pattern) > LONGEST_PATTERN:
-        raise UserError(f"the pattern has more than {LONGEST_PATTERN} characters, which is not supported")
+    fits = len(pattern) <= LONGEST_PATTERN
+    require(fits, f"the pattern has more than {LONGEST_PATTERN} characters, which is not supported")
     out = []
     for chunk in CLASS_OR_REST.findall(pattern):
         is_class = chunk.startswith("[")
