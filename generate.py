@@ -32,7 +32,7 @@ from runtime.chat import ReplyParser
 from runtime.checkpoint import Checkpoint, fill, weight_bytes
 from runtime.config import read_config
 from runtime.cpu import speed_up
-from runtime.files import UserError
+from runtime.files import UserError, require
 from runtime.images import load_image
 from runtime.launch import COUNT, SIZE, Parser, find_place, gather_objects, number, run_program, together
 from runtime.lora import add_adapters, read_adapters
@@ -475,8 +475,8 @@ class Session:
         """Everything but the model: config, tokenizer, and which tensors there are."""
         args = self.args
         directory = args.ckpt or TINY
-        if not args.ckpt and not os.path.isdir(TINY):
-            raise UserError("this repository holds no checkpoint of its own; name one with --ckpt DIR")
+        there = args.ckpt or os.path.isdir(TINY)
+        require(there, "this repository holds no checkpoint of its own; name one with --ckpt DIR")
         checkpoint = Checkpoint(directory)
         self.config = checkpoint.fit(read_config(directory))
         self.lora = read_adapters(args.lora, checkpoint) if args.lora else None  # rank and alpha
@@ -484,8 +484,8 @@ class Session:
         longest = self.config.max_position_embeddings
         self.max_context = min(args.max_context or longest, longest)
         stored_fp8 = checkpoint.is_fp8()
-        if args.weights == "fp8" and not stored_fp8:
-            raise UserError(f"{directory}: its weights are not FP8; leave out --weights fp8")
+        good = stored_fp8 or args.weights != "fp8"
+        require(good, f"{directory}: its weights are not FP8; leave out --weights fp8")
         on_gpu = self.place.device.type == "cuda"  # a CPU has no fast FP8 arithmetic
         self.keep_fp8 = args.weights == "fp8" or (args.weights == "auto" and on_gpu and stored_fp8)
         return checkpoint
@@ -559,8 +559,7 @@ def read_input(args: argparse.Namespace) -> tuple[bytes | None, bool]:
     if chat or args.prompt is not None or args.requests not in (None, "-"):
         return None, chat
     data = b"" if sys.stdin.isatty() and not args.requests else sys.stdin.buffer.read()
-    if not data.strip():
-        raise UserError("nothing to do: give a question, --requests FILE, or in a terminal neither, for a chat")
+    require(data.strip(), "nothing to do: give a question, --requests FILE, or in a terminal neither, for a chat")
     return data, False
 
 
@@ -603,23 +602,22 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Options that do not go together."""
-    if args.question is not None and args.prompt is not None:
-        raise UserError(f"the question is given twice, as {args.question!r} and with --prompt; leave out one")
-    asks = args.question is not None or args.prompt is not None
-    if args.requests and any([asks, args.image, args.system, args.interactive]):
-        raise UserError("--requests already says what to ask; leave out question, --image, --system and --interactive")
-    if args.raw and any([args.image, args.system is not None]):
-        raise UserError("--raw continues plain text; leave out --image and --system")
-    if args.interactive and any([asks, args.json, args.raw]):
-        raise UserError("--interactive reads turns from the terminal; leave out question, --raw and --json")
+    asked = [text for text in (args.question, args.prompt) if text is not None]
+    require(len(asked) < 2, f"the question is given twice, as {args.question!r} and with --prompt; leave out one")
+    others = args.requests and any([asked, args.image, args.system, args.interactive])
+    advice = "leave out question, --image, --system and --interactive"
+    require(not others, f"--requests already says what to ask; {advice}")
+    others = args.raw and any([args.image, args.system is not None])
+    require(not others, "--raw continues plain text; leave out --image and --system")
+    others = args.interactive and any([asked, args.json, args.raw])
+    require(not others, "--interactive reads turns from the terminal; leave out question, --raw and --json")
 
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     place = find_place(args.tp, args.pp)
-    if place.dp_size > 1:
-        sizes = f"--tp {place.tp_size} × --pp {place.pp_size}"
-        raise UserError(f"{sizes} should be the number of processes, {place.world_size}; start so many with torchrun")
+    sizes = f"--tp {place.tp_size} × --pp {place.pp_size} should be the number of processes, {place.world_size}"
+    require(place.dp_size == 1, f"{sizes}; start that many with torchrun")
     data, chat = gather_objects(together(lambda: read_input(args) if place.rank == 0 else None))[0]
     specs, base = ([], "") if chat else together(lambda: read_requests(args, data))
     session = Session(args, place)

@@ -493,7 +493,7 @@ class ReplyParser:
     """
 
     def __init__(self, tokenizer: Tekken | SentencePiece, prompt: list[int] = (), stop: list[str] = (), raw=False):
-        self.reply, self.stop, self.stopped, self.ended = Reply(), list(stop), False, False
+        self.reply, self.stop, self.stopped = Reply(), list(stop), False
         self._tokenizer, special = tokenizer, tokenizer.special
         marks = ("[THINK]", "[/THINK]", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
         self._marks = {} if raw else {special[name]: name for name in marks if name in special}
@@ -509,11 +509,9 @@ class ReplyParser:
 
     def add(self, id: int) -> list[tuple[str, str]]:
         mark = self._marks.get(id)
-        if self.stopped or self.ended:
+        if self.stopped:
             return []
-        if id == self._tokenizer.eos_id:
-            self.ended = True
-        elif mark == "[THINK]":
+        if mark == "[THINK]":
             self._into, self.reply.reasoning = "reasoning", self.reply.reasoning or ""
         elif mark == "[/THINK]":
             self._into = "text" if self._into == "reasoning" else self._into  # one that nothing opened closes nothing
@@ -525,24 +523,20 @@ class ReplyParser:
         elif self._into == "calls":
             self._part.append(id)
         elif self._into == "reasoning":
-            return self._think(self._thought.add(id))
+            return self._emit("reasoning", self._thought.add(id))
         else:
             return self._say(self._text.add(id))
         return []
 
     def finish(self) -> list[tuple[str, str]]:
         """The rest: halves of characters, text held back, and what stood where a call should be and is none."""
-        pieces = self._think(self._thought.flush()) if self.reply.reasoning is not None else []
+        pieces = self._emit("reasoning", self._thought.flush()) if self.reply.reasoning is not None else []
         if not self.stopped:
             rest, self._held = self._held + self._text.flush(), ""
             for call in self._calls:
                 rest += self._read_call(call)
-            pieces += self._emit(rest)
+            pieces += self._emit("text", rest)
         return pieces
-
-    def _think(self, new: str) -> list[tuple[str, str]]:
-        self.reply.reasoning += new
-        return [("reasoning", new)] if new else []
 
     def _say(self, new: str) -> list[tuple[str, str]]:
         said = ""
@@ -550,15 +544,15 @@ class ReplyParser:
             text = self._held + character
             if stop := next(filter(text.endswith, self.stop), None):
                 self.stopped, self._held = True, ""
-                return self._emit(said + text.removesuffix(stop))
+                return self._emit("text", said + text.removesuffix(stop))
             begun = (text[i:] for i in range(len(text)) if any(stop.startswith(text[i:]) for stop in self.stop))
             self._held = next(begun, "")
             said += text.removesuffix(self._held)
-        return self._emit(said)
+        return self._emit("text", said)
 
-    def _emit(self, text: str) -> list[tuple[str, str]]:
-        self.reply.text += text
-        return [("text", text)] if text else []
+    def _emit(self, kind: str, text: str) -> list[tuple[str, str]]:
+        setattr(self.reply, kind, getattr(self.reply, kind) + text)
+        return [(kind, text)] if text else []
 
     def _read_call(self, ids: dict[str, list[int]]) -> str:
         """Add what one [TOOL_CALLS] introduces to the reply's calls; returns the text in it that is no call."""

@@ -3,7 +3,6 @@
 import argparse
 import cmd
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -158,7 +157,6 @@ class Chat(cmd.Cmd):
         super().__init__()
         self.session, self.keyboard, self.messages = session, keyboard, []
         self.prompt, self.images = session.args.system or None, []
-        self.typed = ""  # the last turn, as it would be typed again
         self.options: dict = {}  # of the request: what was set here, instead of on the command line
         for path in session.args.image:
             self.do_image(path)
@@ -169,18 +167,14 @@ class Chat(cmd.Cmd):
         while not ended and (text := self.keyboard.read()) is not None:
             before, pressed = pressed, "\x03" in text
             if pressed and before:
-                break
-            if pressed:
+                ended = True
+            elif pressed:
                 note("Ctrl-C again ends the chat")
             elif text.strip():
-                try:
-                    ended = self.turn(text)
-                except UserError as error:
-                    note(f"error: {error}")
-                    self.keyboard.draft = self.typed
+                ended = self.turn(text)
 
     def turn(self, text: str) -> bool | None:
-        """A message, or a command."""
+        """A message, or a command. What fails stands in the line again."""
         block = text.strip().startswith('"""')
         if block:
             text = text.strip()[3:]
@@ -190,11 +184,15 @@ class Chat(cmd.Cmd):
                     return note("dropped: it was not closed")
                 text += "\n" + line
             text = text[:-3].strip("\n")
-        self.typed = f'"""{text}"""' if block else text
-        self.keyboard.remember(self.typed)
-        check_utf8(text, "this turn")
+        typed = f'"""{text}"""' if block else text
+        self.keyboard.remember(typed)
         command = text.startswith("/") and not block and "\n" not in text
-        return self.onecmd(text) if command else self.say(text)
+        try:
+            check_utf8(text, "this turn")
+            return self.onecmd(text) if command else self.say(text)
+        except UserError as error:
+            note(f"error: {error}")
+            self.keyboard.draft = typed
 
     def parseline(self, line: str) -> tuple[str, str, str]:
         name, _, rest = line[1:].strip().partition(" ")
@@ -349,10 +347,10 @@ class Chat(cmd.Cmd):
         self.session.requests.read({**spec}, base)  # refuses what could not be answered
         answer, _ = spec.pop("answer", None), spec.pop("where")
         messages = [*spec.pop("messages"), *([answer] if answer else [])]
-        lists = [message["content"] for message in messages if isinstance(message.get("content"), list)]
-        for part in itertools.chain(*lists):
-            if (url := image_url(part)) and url[:5].lower() != "data:":
-                part["image_url"] = {"url": os.path.abspath(os.path.join(base, url))}
+        for message in messages:
+            for part in message["content"] if isinstance(message.get("content"), list) else []:
+                if (url := image_url(part)) and url[:5].lower() != "data:":
+                    part["image_url"] = {"url": os.path.abspath(os.path.join(base, url))}
         self.prompt = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
         self.messages, self.options, self.images = messages, spec, []
         note(f"{path}: {len(messages)} messages" + ("" if answer else "; /retry answers the last"))

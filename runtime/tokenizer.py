@@ -41,11 +41,7 @@ CLASSIC_SPECIAL = (
 
 def _well_formed(text: str) -> str:
     """The text with lone surrogates, which have no UTF-8 form, replaced by U+FFFD (and halves of a pair joined)."""
-    try:
-        text.encode("utf-8")
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class Tekken:
