@@ -184,7 +184,7 @@ def test_what_has_no_utf8_form(seeing, program, tmp_path):
 def test_files(seeing, program, asked, tmp_path, monkeypatch):
     """What /save writes, --requests answers, and /load reads again; nothing is overwritten."""
     monkeypatch.chdir(tmp_path)
-    common = ("--ckpt", seeing, "--max-new-tokens", 4)
+    common = ("--ckpt", seeing, "--max-new-tokens", 4, "--dtype", "float32")
     typed = ["/save x.jsonl", "/system Be brief.", "/image a b.png", "what?", "/save chat.jsonl", "/save chat.jsonl"]
     more = ["/clear", "/system", "/load chat.jsonl", "/retry", "/load none.jsonl"]
     status, out, err = program("--interactive", *common, "--seed", 5, stdin=lines(*typed, *more))
@@ -195,7 +195,7 @@ def test_files(seeing, program, asked, tmp_path, monkeypatch):
     assert spec["messages"][1]["content"][0]["image_url"]["url"] == str(tmp_path / "a b.png")
     assert (spec["seed"], spec["max_new_tokens"]) == (5, 4) and spec["answer"]["content"] == out.splitlines()[0]
     assert asked[-1]["messages"] == asked[0]["messages"] and out.splitlines()[0] == out.splitlines()[1]
-    (answer,) = answers(program("--ckpt", seeing, "--requests", tmp_path / "chat.jsonl", "--json"))
+    (answer,) = answers(program(*common, "--requests", tmp_path / "chat.jsonl", "--json"))
     assert answer["text"] == spec["answer"]["content"]
 
 
