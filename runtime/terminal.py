@@ -306,7 +306,7 @@ class Chat(cmd.Cmd):
         note(f"system prompt: {rest or 'none'}")
 
     def do_set(self, rest: str) -> None:
-        """/set NAME VALUE: temperature, top-p, max-new-tokens or seed; without VALUE its default; alone: shows them"""
+        """/set NAME [VALUE]: temperature, top-p, max-new-tokens or seed; alone: shows them"""
         name, _, value = rest.partition(" ")
         key = name.replace("-", "_")
         known = not rest or key in NUMBERS

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import termios
@@ -105,6 +106,15 @@ def test_undo_and_retry(ckpt, program, asked):
     said = [[m["content"] for m in spec["messages"] if m["role"] == "user"] for spec in asked]
     assert said == [["one"], ["one", "two"], ["one", "two"], ["one", "three"]]
     assert asked[2]["messages"] == asked[1]["messages"] and asked[2]["seed"] != asked[1].get("seed")
+
+
+def test_help(ckpt, program, asked):
+    """Every command with what it does, at 80 columns; what begins with a word of the library is a message."""
+    status, _, err = program("--ckpt", ckpt, "--interactive", "--max-new-tokens", 1, stdin=lines("/help", "EOF", "?"))
+    names = "image effort system set retry undo clear tool save load help exit".split()
+    assert status == 0 and not errors(err) and max(map(len, err.splitlines())) <= 80
+    assert all(re.search(f"^/{name} .* {{2,}}[a-z]", err, flags=re.M) for name in names), err
+    assert [spec["messages"][-1]["content"] for spec in asked] == ["EOF", "?"]
 
 
 def test_blocks(ckpt, program, asked):
