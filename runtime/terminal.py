@@ -28,11 +28,24 @@ def note(text: str, end: str = "\n") -> None:
 
 
 def stream(session, spec: dict, base: str = "", stop=None) -> dict:
-    """The answer to one request, printed as it comes. `stop`: as the engine's."""
-    printer = Printer()
-    (result,) = session.answer([spec], base, printer, stop=stop)
+    """The answer to one request, printed as it comes: reasoning dimmed on stderr, text on stdout. `stop`: as the
+    engine's."""
+    thinks = False
+
+    def show(i: int, kind: str, text: str) -> None:
+        nonlocal thinks
+        if thinks and kind == "text":
+            note("")  # ends the line of what was thought
+        thinks = kind == "reasoning"
+        if thinks:
+            note(text, end="")
+        else:
+            print(text, end="", flush=True)
+
+    (result,) = session.answer([spec], base, show, stop=stop)
     if session.place.rank == 0:
-        printer.close()
+        if thinks:
+            note("")
         print_calls(result)
     return result
 
@@ -42,28 +55,6 @@ def print_calls(result: dict) -> None:
     for call in result["tool_calls"]:
         print(json.dumps(call, ensure_ascii=False))
     sys.stdout.flush()
-
-
-class Printer:
-    """Prints an answer as it comes: reasoning dimmed on stderr, text on stdout."""
-
-    def __init__(self):
-        self.kind = "text"
-
-    def __call__(self, i: int, kind: str, text: str) -> None:
-        if kind != self.kind:
-            self.close()
-        self.kind = kind
-        if kind == "reasoning":
-            note(text, end="")
-        else:
-            print(text, end="", flush=True)
-
-    def close(self) -> None:
-        """End the line of what was thought."""
-        if self.kind == "reasoning":
-            note("")
-        self.kind = "text"
 
 
 HISTORY = "~/.mistral_history"  # what was typed into the chat, a JSON string a line
