@@ -351,10 +351,10 @@ class Engine:
         group.steps.setdefault(kind)
         run()
 
-    def step(self, group: Group, count: int, length: int, alike: bool, *flags: bool) -> None:
+    def step(self, group: Group, count: int, length: int, aligned: bool, *flags: bool) -> None:
         """`sampled` of the first `count` rows -> their next ones, attending to the first `length` of the cache."""
         positions = group.positions[:count]
-        span = self.model.step(positions, length, alike)
+        span = self.model.step(positions, length, aligned)
         hidden = self.run_stage(group.sampled[:count, :1].long(), span, group.cache.rows(0, count))  # (B, 1, C)
         positions.add_(1)
         if hidden is not None:

@@ -33,6 +33,7 @@ from generate import Engine  # noqa: E402
 from model import MistralMedium  # noqa: E402
 from runtime.checkpoint import Checkpoint, fill  # noqa: E402
 from runtime.config import read_config  # noqa: E402
+from runtime.cpu import speed_up  # noqa: E402
 from runtime.data import IGNORE  # noqa: E402
 from runtime.launch import find_place  # noqa: E402
 from runtime.requests import Request  # noqa: E402
@@ -50,8 +51,8 @@ def load(folder: str, dtype: torch.dtype) -> MistralMedium:
     """The model as generate.py loads it."""
     checkpoint = Checkpoint(folder)
     model = build_model(checkpoint.fit(read_config(folder)), dtype=dtype)
-    model.join()
     fill(model, checkpoint)
+    speed_up(model)
     return model
 
 

@@ -283,12 +283,15 @@ def fill(model: nn.Module, checkpoint: Checkpoint, progress: Callable[[int, int]
 def allocate(layer: nn.Module, device: torch.device) -> None:
     """Memory for the weight of `layer`, and for its scale where it keeps FP8, if they are still on `meta`.
 
-    A new Parameter, since one on `meta` cannot be given memory on another device.
+    A new Parameter, since one on `meta` cannot be given memory on another device. (Not `empty_like`: of a tensor on
+    `meta` it imports sympy, which takes a second.)
     """
-    if layer.weight.is_meta:
-        layer.weight = nn.Parameter(torch.empty_like(layer.weight, device=device), layer.weight.requires_grad)
+    weight = layer.weight
+    if weight.is_meta:
+        memory = torch.empty(weight.shape, dtype=weight.dtype, device=device)
+        layer.weight = nn.Parameter(memory, weight.requires_grad)
         if keeps_fp8(layer):
-            layer.weight_scale = torch.empty_like(layer.weight_scale, device=device)
+            layer.weight_scale = torch.empty(layer.weight_scale.shape, device=device)
 
 
 def keeps_fp8(layer: nn.Module) -> bool:
