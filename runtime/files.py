@@ -26,6 +26,7 @@ class UserError(ValueError):
 
 
 def require(holds: object, problem: str) -> None:
+    """Raises UserError unless `holds`. `problem` is put together in any case, so it must not fail where it holds."""
     if not holds:
         raise UserError(problem)
 
