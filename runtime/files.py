@@ -27,6 +27,12 @@ class UserError(ValueError):
         super().__init__(message[:440])
 
 
+def require(holds: object, problem: str) -> None:
+    """Raises UserError unless `holds`. `problem` is put together in any case, so it must not fail where it holds."""
+    if not holds:
+        raise UserError(problem)
+
+
 MEGABYTE, DEEPEST = 1 << 20, 64  # levels of JSON
 
 LFS = b"version https://git-lfs"  # how the pointers begin that Git keeps in place of large files

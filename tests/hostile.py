@@ -121,7 +121,7 @@ def kind_requests(folder: str) -> Kind:
     def read() -> None:
         specs, base = generate.read_requests(argparse.Namespace(requests=path))
         for spec in specs:
-            session.request(spec, base)
+            session.requests.read(spec, base)
 
     return Kind(folder, ["requests.jsonl"], read)
 
@@ -145,16 +145,22 @@ def kind_saved(folder: str) -> Kind:
 
     def read() -> None:
         terminal.note = terminal.gather_objects = lambda said: None
-        terminal.stream = lambda session, spec, stop: session.request(spec) and answered
+        terminal.stream = lambda session, spec, stop: session.requests.read(spec) and answered
         answered = {"text": "a", "tool_calls": [], "finish_reason": "stop", "prompt_tokens": [], "tokens": []}
         answered["stats"] = {"decode_tokens_per_s": 1}
         keyboard = argparse.Namespace(mode=lambda canonical: contextlib.nullcontext(), stop=None, draft="")
         talk = terminal.Chat(session, keyboard)
-        talk.load(path)
-        for command, text in ((talk.tool, "4"), (talk.retry, ""), (talk.say, "on"), (talk.undo, ""), (talk.set, "")):
+        talk.do_load(path)
+        for command, text in (
+            (talk.do_tool, "4"),
+            (talk.do_retry, ""),
+            (talk.say, "on"),
+            (talk.do_undo, ""),
+            (talk.do_set, ""),
+        ):
             with contextlib.suppress(UserError):  # whose errors name the turn
                 command(text)
-        talk.save(f"{folder}/again.jsonl")
+        talk.do_save(f"{folder}/again.jsonl")
         os.remove(f"{folder}/again.jsonl")
 
     return Kind(folder, ["saved.jsonl"], read)

@@ -23,7 +23,7 @@ from parallel import Slice
 from runtime import export, launch, run
 from runtime.checkpoint import Checkpoint
 from runtime.curve import draw_loss
-from runtime.files import UserError
+from runtime.files import UserError, new_folder
 from runtime.run import INDEX, load_state
 
 SHORT = {"max_steps": 3, "global_batch_size": 2}
