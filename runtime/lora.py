@@ -92,8 +92,7 @@ def merged(layer: nn.Module, part: Part, dtype: torch.dtype) -> torch.Tensor:
     adapter, scale, weight = getattr(layer, "adapter", None), getattr(layer, "weight_scale", None), layer.weight.data
     weight = part.rows_of(weight)
     if scale is not None:
-        scale = part.rows_of(scale) if scale.dim() else scale
-        weight = fp8.dequantize(weight, scale, torch.float32 if adapter else dtype)
+        weight = fp8.dequantize(weight, part.rows_of(scale), torch.float32 if adapter else dtype)
     if adapter is None:
         return weight
     i = layer.parts.index(part)
