@@ -23,7 +23,7 @@ import train
 from generate import Engine
 from model import Config
 from parallel import Pipeline, Place, Slice
-from runtime import checkpoint, launch
+from runtime import checkpoint
 from runtime.checkpoint import Stored, fill, is_quantized, layers_with_slices, scale_names
 from runtime.config import read_config
 from runtime.data import MicroBatch
@@ -130,7 +130,7 @@ def make_trainer(args, place: Place, config: Config) -> train.Trainer:
     trainer = train.Trainer.__new__(train.Trainer)
     trainer.args, trainer.place, trainer.config = args, place, config
     trainer.checkpoint = Shelf(config, fp8=bool(args.lora_rank))
-    trainer.states, trainer.total, trainer.saved, trainer.signals = "states", 10, 0.0, launch.Postponed()
+    trainer.total = 10
     trainer.model = trainer.build_model()
     decoupled = args.optimizer == "adamw"
     trainer.optimizer = Optimizer(trainer.model, args.betas, args.eps, args.weight_decay, decoupled)

@@ -17,9 +17,8 @@ from PIL import Image
 from train_cases import IMAGES, make_chats
 
 import generate
-import train
 from parallel import Place
-from runtime import chat, data, export, images, launch, optimizer, run, terminal
+from runtime import chat, curve, data, export, images, launch, optimizer, run, terminal
 from runtime.checkpoint import Checkpoint, fill, initialize
 from runtime.config import parse_config, read_config
 from runtime.files import UserError
@@ -202,21 +201,20 @@ def trained() -> optimizer.Optimizer:
 
 def kind_state(folder: str) -> Kind:
     adam, settings = trained(), {"seed": 1, "shuffle": True, "data": "0123", "freeze": [], "lora": [None, 0.0]}
-    run.save_state(folder, 3, adam, settings, keep=2)
+    run.save_state(folder, 3, adam, settings)
     path = f"{folder}/step-3"
     return Kind(path, sorted(os.listdir(path)), lambda: run.load_state(path, adam, settings, "chats.jsonl"))
 
 
 def kind_run(folder: str) -> Kind:
     """The record in the folder of a finished run."""
-    out, decides = f"{folder}/out", {"seed": 1, "freeze": [], "data": "chats.jsonl"}
-    os.makedirs(f"{out}/checkpoints/step-3")
+    out = f"{folder}/out"
     os.makedirs(f"{out}/model")
-    run.write_record(out, decides | {"step": 3})
+    run.start_metrics(out, 0)
     options = dict.fromkeys(("ckpt", "init", "tokenizer", "data", "val")) | {"out": out, "resume": True}
 
     def read() -> None:
-        with run.claimed(argparse.Namespace(**options), decides, 0):
+        with run.RunFolder(argparse.Namespace(**options), Place()):
             pass
 
     return Kind(folder, ["out/run.json"], read)
@@ -230,9 +228,7 @@ def kind_metrics(folder: str) -> Kind:
         file.write(json.dumps(dict(step=3, val_loss=2.0)) + "\n")
 
     def read() -> None:
-        metrics = train.Metrics(folder, 3, 9)
-        metrics.write(line | dict(step=4, peak_memory_bytes=1))
-        train.draw_loss(f"{folder}/loss.png", metrics.lines)
+        curve.draw_loss(f"{folder}/loss.png", run.start_metrics(folder, 3))
 
     return Kind(folder, ["metrics.jsonl"], read)
 

@@ -13,7 +13,7 @@ import torch
 from helpers import load, log_probabilities, whole
 from processes import run_on_ranks
 from safetensors.torch import load_file, save_file
-from train_cases import IMAGES, arguments, metrics, train_on_ranks, trainer, worst
+from train_cases import IMAGES, arguments, metrics, run_to_its_end, train_on_ranks, trainer, worst
 
 import train
 from runtime.checkpoint import is_quantized
@@ -48,7 +48,7 @@ def test_the_base_stays_frozen_and_fp8(cases, tmp_path):
 def test_what_is_written(name, cases, tmp_path):
     """model/ is the base with the adapters merged; adapters/ is what was added, in peft's names."""
     run = trainer(cases[name], tmp_path, **OPTIONS, export="bfloat16")
-    run.run()
+    run_to_its_end(run)
     base, after = load(cases[name][0]), load(str(tmp_path / "model"))
     added = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
     inside = "model.language_model" if name == "images" else "model"
@@ -205,10 +205,12 @@ def test_resuming(cases, tmp_path):
     """A run that was cut, and goes on with two stages, ends where the whole one does."""
     train.main(arguments(*cases["images"], tmp_path, **OPTIONS, save_every=2))
     whole = metrics(tmp_path)
-    shutil.rmtree(tmp_path / "checkpoints" / "step-6")
+    for gone in ("checkpoints/step-6", "model"):
+        shutil.rmtree(tmp_path / gone)
     said = train_on_ranks(arguments(*cases["images"], tmp_path, **OPTIONS, resume=True), (1, 2, 1))
     assert "resumed after step 4" in said
     assert worst(metrics(tmp_path), whole, "loss") < 1e-4
+    shutil.rmtree(tmp_path / "model")
     with pytest.raises(UserError, match="lora"):
         train.main(arguments(*cases["images"], tmp_path, **{**OPTIONS, "lora_rank": 4}, resume=True))
 
