@@ -36,8 +36,9 @@ BLOCK = 1 << 24  # elements that are checked, converted or drawn at a time: boun
 
 PIECE = re.compile(r"(.+)@(\d{1,12}):(\d{1,12})")  # NAME@START:STOP, a piece of a tensor: see `Checkpoint.fill_part`
 
-# Scales of an FP8 cache and of fake quantization, in the files' own words: they change nothing that is computed here.
-PASSED_OVER = re.compile(r"\.[kv]_scale$|fake_quantizer\.qscale_act$")
+# In the files' own words: scales of an FP8 cache and of fake quantization, and frequencies that the config gives, too.
+# They change nothing that is computed here.
+PASSED_OVER = re.compile(r"\.[kv]_scale$|fake_quantizer\.qscale_act$|rotary_emb\.inv_freq$")
 
 # What may stand beside a weight.
 BESIDE = re.compile(r"\.(weight_scale_inv|activation_scale|adapter\.lora_[AB]\.weight)$")
