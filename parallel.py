@@ -431,7 +431,8 @@ class VocabParallelHead(Linear):
         keys = logits
         if temperature is not None:
             hot = temperature > 0
-            keys = logits / torch.where(hot, temperature, 1.0)
+            # In float64, where no temperature that float32 can hold makes a logit overflow.
+            keys = logits.double() / torch.where(hot, temperature, 1.0)
             if top_p is not None:
                 everything = all_gather(keys, self.group).transpose(0, 1).flatten(1)  # (B, V), padding included
                 inside = nucleus(everything, top_p) | (top_p >= 1)
