@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import argparse
 import itertools
 import json
+import math
 import os
 import random
 import sys
@@ -443,6 +444,7 @@ class Engine:
         self.seconds[group.phase] += now - self.mark
         self.mark = now
         for row, (token, logprob) in zip(group.rows, sampled):
+            check_finite(logprob)
             if not row.done:
                 row.take(int(token), logprob, on_token(row.index, int(token), logprob))
 
@@ -454,6 +456,7 @@ class Engine:
             x = torch.cat(row.scores or [torch.empty(size, dtype=torch.float64, device=self.place.device)])
             if work := from_last_stage(x, self.place):
                 work.wait()
+            check_finite(float(x.sum()))
             row.answer.prompt_logprobs += x.tolist()
 
     # --- what the last stage computes
@@ -463,6 +466,17 @@ class Engine:
         head, ids = self.model.lm_head, torch.tensor(targets, device=self.place.device)
         pieces = zip(hidden[: len(targets)].split(LOGIT_ROWS), ids.split(LOGIT_ROWS))
         return [head.log_probabilities(self.model.logits(x), y).double() for x, y in pieces if len(y)]
+
+
+class NotFinite(UserError):
+    """The model's numbers are NaN or infinite, so there is no answer."""
+
+    status = 1
+
+
+def check_finite(logprob: float) -> None:
+    if not math.isfinite(logprob):
+        raise NotFinite("the model's log-probabilities are not finite; try --dtype float32, or other adapters")
 
 
 def sampling_flags(rows: list[Row]) -> tuple[bool, bool]:
