@@ -8,12 +8,18 @@
 
 Human-readable text and progress go to stderr, answers to stdout; with --json stdout carries JSON lines only.
 
-What is asked becomes a JSON request, which a `Session` answers (`session.py`).
+What is asked becomes a JSON request, which a `Session` answers.
 """
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of an import; `run_program` sets the rule
 
 import argparse
 import itertools
 import json
+import math
 import os
 import random
 import sys
@@ -28,17 +34,17 @@ import torch.distributed as dist
 
 from model import CHUNK, LOGIT_ROWS, KVCache, MistralMedium, Span
 from parallel import Channel, Place, from_last_stage
-from runtime.chat import ReplyParser, encode_chat
+from runtime.chat import ReplyParser
 from runtime.checkpoint import Checkpoint, fill, weight_bytes
 from runtime.config import read_config
 from runtime.cpu import speed_up
-from runtime.files import UserError
-from runtime.images import grid, grid_of, image_name, load_image, pixels
+from runtime.files import UserError, require
+from runtime.images import load_image
 from runtime.launch import COUNT, SIZE, Parser, find_place, gather_objects, number, run_program, together
 from runtime.lora import add_adapters, read_adapters
 from runtime.memory import peak_memory
 from runtime.plan import Progress, check_memory
-from runtime.requests import NUMBERS, Answer, Request, read_requests
+from runtime.requests import NUMBERS, Answer, Request, RequestReader, read_requests, result_of
 from runtime.terminal import interact, print_calls, stream
 from runtime.tokenizer import load_tokenizer
 from vision import build_model
@@ -144,7 +150,38 @@ class Piece(NamedTuple):
 
 
 class Engine:
-    """Answers requests with `model` (one rank's part of it). `max_context` bounds prompt and answer together."""
+    """Answers requests with `model` (one rank's part of it). `max_context` bounds prompt and answer together.
+
+    Prompts go through the model in chunks, then one token at a time for a whole batch of rows:
+
+        prompts     <s> Is it ? | <s> How many          tokens of several rows, end to end (`prefill_chunk`)
+          embed, layers: keys and values go into row 0, row 1 of the cache
+          logits after "?" and after "many", sampled    the first token of each answer
+        step        Yes | Three                         one token of every row (`step`)
+          embed, layers: each writes its key and value at its own position, and attends to its own row
+          logits, sampled, picked up by all ranks       the second token, and so on until a row is done
+
+    Every rank runs this same loop. A *group* is a batch of rows with one key/value cache. A row's next token cannot be
+    computed before the last one is known, so a single group would keep one pipeline stage busy and all others waiting.
+    The requests are therefore answered by as many groups as there are stages:
+
+        time ─────────────────────────────────────────────►
+        stage 0    g0   g1   g0   g1   g0                   `run_stage`: receive, run the layers, send on
+                     ╲ ╱  ╲ ╱  ╲ ╱  ╲                       hidden states go down to the next stage (pp_group) …
+        stage 1       g0   g1   g0   g1                     … sampled tokens come back up to all (answer_group)
+
+    The last stage samples; a broadcast brings the tokens to all (`post`), and each stage picks them up (`pick_up`) when
+    that group's turn comes again. Since every rank sees every token, all agree on each row's length and end without
+    asking. With one process the same loop has one stage, one group and no messages.
+
+    In its turn a group gives the places of rows that ended to requests that wait (continuous batching): their prompts
+    go through the model, the other rows get a token each, and all these tokens are posted together. Between calls the
+    caches stay. A new row begins with the longest beginning that its prompt shares with some row (prefix caching): a
+    chat's next turn computes only what is new.
+
+    Shapes: B rows of a group, T tokens of each that go through the model together, C hidden_size, V / tp logits per
+    rank.
+    """
 
     def __init__(self, model: MistralMedium, eos_id: int, max_context: int):
         self.model, self.place, self.eos_id, self.max_context = model, model.place, eos_id, max_context
@@ -407,6 +444,7 @@ class Engine:
         self.seconds[group.phase] += now - self.mark
         self.mark = now
         for row, (token, logprob) in zip(group.rows, sampled):
+            check_finite(logprob)
             if not row.done:
                 row.take(int(token), logprob, on_token(row.index, int(token), logprob))
 
@@ -418,6 +456,7 @@ class Engine:
             x = torch.cat(row.scores or [torch.empty(size, dtype=torch.float64, device=self.place.device)])
             if work := from_last_stage(x, self.place):
                 work.wait()
+            check_finite(float(x.sum()))
             row.answer.prompt_logprobs += x.tolist()
 
     # --- what the last stage computes
@@ -427,6 +466,17 @@ class Engine:
         head, ids = self.model.lm_head, torch.tensor(targets, device=self.place.device)
         pieces = zip(hidden[: len(targets)].split(LOGIT_ROWS), ids.split(LOGIT_ROWS))
         return [head.log_probabilities(self.model.logits(x), y).double() for x, y in pieces if len(y)]
+
+
+class NotFinite(UserError):
+    """The model's numbers are NaN or infinite, so there is no answer."""
+
+    status = 1
+
+
+def check_finite(logprob: float) -> None:
+    if not math.isfinite(logprob):
+        raise NotFinite("the model's log-probabilities are not finite; try --dtype float32, or other adapters")
 
 
 def sampling_flags(rows: list[Row]) -> tuple[bool, bool]:
@@ -462,7 +512,8 @@ class Session:
         if self.lora:
             add_adapters(self.model, *self.lora)
         # All ranks sample the same tokens, so they need the same seed: rank 0's, where none was given.
-        self.seed = gather_objects(random.getrandbits(32) if args.seed is None else args.seed)[0]
+        seed = gather_objects(random.getrandbits(32) if args.seed is None else args.seed)[0]
+        self.requests = RequestReader(args, self.tokenizer, self.config.vision, place, self.max_context, seed)
         together(lambda: fill(self.model, checkpoint, Progress(checkpoint, place)))
         self.model.eval()
         self.weight_bytes = weight_bytes(self.model)
@@ -474,8 +525,8 @@ class Session:
         """Everything but the model: config, tokenizer, and which tensors there are."""
         args = self.args
         directory = args.ckpt or TINY
-        if not args.ckpt and not os.path.isdir(TINY):
-            raise UserError("this repository holds no checkpoint of its own; name one with --ckpt DIR")
+        there = args.ckpt or os.path.isdir(TINY)
+        require(there, "this repository holds no checkpoint of its own; name one with --ckpt DIR")
         checkpoint = Checkpoint(directory)
         self.config = checkpoint.fit(read_config(directory))
         self.lora = read_adapters(args.lora, checkpoint) if args.lora else None  # rank and alpha
@@ -483,8 +534,8 @@ class Session:
         longest = self.config.max_position_embeddings
         self.max_context = min(args.max_context or longest, longest)
         stored_fp8 = checkpoint.is_fp8()
-        if args.weights == "fp8" and not stored_fp8:
-            raise UserError(f"{directory}: its weights are not FP8; leave out --weights fp8")
+        good = stored_fp8 or args.weights != "fp8"
+        require(good, f"{directory}: its weights are not FP8; leave out --weights fp8")
         on_gpu = self.place.device.type == "cuda"  # a CPU has no fast FP8 arithmetic
         self.keep_fp8 = args.weights == "fp8" or (args.weights == "auto" and on_gpu and stored_fp8)
         return checkpoint
@@ -499,15 +550,17 @@ class Session:
     ) -> list[dict]:
         """The requests' answers as the JSON objects that --json prints.
 
-        `on_piece` (see the engine) and `on_result`, which gets them in the order of the requests, are called on rank 0.
-        Raises UserError for a request that cannot be read, once those before it that had begun are answered.
+        On rank 0, `on_piece(i, kind, text)` gets each reply as it comes (see `ReplyParser`), and `on_result` the
+        answers in the order of the requests. Raises UserError for a request that cannot be read, once those before it
+        that had begun are answered. `stop`: as the engine's.
         """
-        first, results, early, mistakes, readers = self.place.rank == 0, [], {}, [], {}
+        on_rank_0, results, early, mistakes = self.place.rank == 0, [], {}, []
+        parsers: dict[int, ReplyParser] = {}  # of the answers that have begun
 
         def requests() -> Iterator[Request]:  # each is read, its images too, when there is room for it
             for i, spec in enumerate(specs):
                 try:
-                    request, readers[i] = together(lambda: self.request(spec, base, i))
+                    request, parsers[i] = together(lambda: self.requests.read(spec, base, i))
                 except UserError as mistake:
                     if i < self.args.batch_size:  # nothing has begun; later, what has is not thrown away
                         raise
@@ -516,19 +569,19 @@ class Session:
                 yield request
 
         def show(i: int, pieces: list[tuple[str, str]]) -> None:
-            for piece in pieces if first else ():
-                on_piece(i, *piece)
+            for kind, text in pieces if on_rank_0 else ():
+                on_piece(i, kind, text)
 
         def on_token(i: int, token: int, logprob: float) -> bool:
-            show(i, readers[i].add(token))
-            return readers[i].stopped
+            show(i, parsers[i].add(token))
+            return parsers[i].stopped
 
         def on_done(i: int, request: Request, answer: Answer) -> None:
-            show(i, readers[i].finish())
-            early[i] = self.result(request, answer, readers.pop(i))
+            show(i, parsers[i].finish())
+            early[i] = result_of(request, parsers.pop(i).reply, answer)
             while (result := early.pop(len(results), None)) is not None:
                 results.append({**result, "stats": self.stats()})
-                if first:
+                if on_rank_0:
                     on_result(results[-1])
 
         self.engine.generate(requests(), on_token, on_done, self.args.batch_size, stop)
@@ -545,91 +598,18 @@ class Session:
         every = zip(*gather_objects((peak_memory(self.place), self.weight_bytes, self.bytes_read)))
         return stats | dict(zip(("peak_memory_bytes", "weight_bytes", "bytes_read"), map(list, every)))
 
-    def request(self, spec: dict, base: str = "", index: int = 0) -> tuple[Request, ReplyParser]:
-        """A JSON request -> token ids, pixels and settings; and what reads the answer.
-
-        Raises UserError that begins with `spec["where"]`.
-
-        Requests that want no seed in particular get different ones, by their `index`: asked twice, two answers.
-        """
-        where, vision = spec["where"], self.config.vision
-        effort = spec.get("reasoning_effort", self.args.reasoning_effort)
-        images: list[torch.Tensor] = []
-        names: list[tuple[str, int]] = []
-
-        def see(url: str) -> tuple[int, int]:
-            """The chat asks for an image's size in tokens. The first stage, which has the tower, takes it at once."""
-            if self.place.first_stage:
-                image = load_image(url, base)
-                images.append(pixels(image, vision))
-                rows, columns = grid(*image.size, vision)
-            else:
-                rows, columns = grid_of(url, base, vision)
-            names.append((image_name(url, base), rows * columns))
-            return rows, columns
-
-        if isinstance(raw := spec.get("raw"), str):
-            prompt = [self.tokenizer.bos_id, *self.tokenizer.encode(raw)]
-        elif "raw" in spec:
-            raise UserError(f"{where}: raw should be a string")
-        else:
-            try:
-                messages, tools = spec["messages"], spec.get("tools")
-                prompt = encode_chat(self.tokenizer, messages, tools, effort, see if vision else None).ids
-                if answer := spec.get("answer"):  # the chat's /load goes on from it; the images are known already
-                    encode_chat(self.tokenizer, [*messages, answer], tools, None, lambda url: (1, 1), training=True)
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from None
-        if len(prompt) > self.max_context:
-            raise UserError(
-                f"{where}: {len(prompt)} tokens are more than the context of {self.max_context}; "
-                "shorten it or raise --max-context as far as the model goes"
-            )
-        stop = spec.get("stop") or []
-        stop = [stop] if isinstance(stop, str) else stop
-        if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
-            raise UserError(f"{where}: stop should be a string or a list of strings")
-        numbers = self.numbers(spec, effort == "high", index)
-        scored = self.args.logprobs or numbers["max_new_tokens"] == 0
-        reader = ReplyParser(self.tokenizer, prompt, stop, "raw" in spec)
-        return Request(prompt, images, **numbers, logprobs=scored, images=names), reader
-
-    def numbers(self, spec: dict, thinks: bool, index: int = 0) -> dict:
-        """max_new_tokens, temperature, top_p and seed: the request's, else the command line's, else the defaults."""
-        found = {"temperature": 0.7 if thinks else 0.0, "top_p": 0.95 if thinks else 1.0}
-        found |= {"seed": (self.seed + index) % (1 << 63), "max_new_tokens": None}  # None: what the context leaves
-        for name, parse in NUMBERS.items():
-            if spec.get(name) is not None:
-                try:
-                    found[name] = parse(repr(spec[name]))  # "1" and true are no numbers, and their repr shows it
-                except argparse.ArgumentTypeError as error:
-                    raise UserError(f"{spec['where']}: {name}: {error}") from None
-            elif getattr(self.args, name) is not None:
-                found[name] = getattr(self.args, name)
-        return found
-
-    def result(self, request: Request, answer: Answer, reader: ReplyParser) -> dict:
-        """What --json prints of an answer, but for `stats`."""
-        result = {"prompt_tokens": request.prompt, "tokens": answer.tokens, **vars(reader.reply)}
-        result["finish_reason"] = answer.finish_reason
-        if request.logprobs:
-            result |= {"prompt_logprobs": answer.prompt_logprobs, "logprobs": answer.logprobs}
-        return result
-
 
 def read_input(args: argparse.Namespace) -> tuple[bytes | None, bool]:
     """(what standard input asks, where the command line doesn't; whether a person is to ask, in a chat). On rank 0."""
-    chat = args.interactive
-    if not (args.requests or args.prompt is not None or args.json or args.raw):
-        chat = chat or sys.stdin.isatty()
+    for_scripts = any([args.requests, args.prompt is not None, args.json, args.raw])
+    chat = args.interactive or (sys.stdin.isatty() and not for_scripts)
     if chat:
         for path in args.image:
             load_image(path)  # its mistakes now, not once the model is loaded
     if chat or args.prompt is not None or args.requests not in (None, "-"):
         return None, chat
     data = b"" if sys.stdin.isatty() and not args.requests else sys.stdin.buffer.read()
-    if not data.strip():
-        raise UserError("nothing to do: give a question, --requests FILE, or in a terminal neither, for a chat")
+    require(data.strip(), "nothing to do: give a question, --requests FILE, or in a terminal neither, for a chat")
     return data, False
 
 
@@ -665,24 +645,29 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--batch-size", type=SIZE, default=16, metavar="N", help="requests answered together")
     add("--timeout", type=number(float, 5, 1e9), default=300, metavar="S", help="a rank silent for so long is gone")
     args = parser.parse_args(argv)
-    if args.question is not None and args.prompt is not None:
-        raise UserError(f"the question is given twice, as {args.question!r} and with --prompt; leave out one")
+    check_args(args)
     args.prompt = args.question if args.prompt is None else args.prompt
-    if args.requests and (args.prompt is not None or args.image or args.system or args.interactive):
-        raise UserError("--requests already says what to ask; leave out question, --image, --system and --interactive")
-    if args.raw and (args.image or args.system is not None):
-        raise UserError("--raw continues plain text; leave out --image and --system")
-    if args.interactive and (args.prompt is not None or args.json or args.raw):
-        raise UserError("--interactive reads turns from the terminal; leave out question, --raw and --json")
     return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Options that do not go together."""
+    asked = [text for text in (args.question, args.prompt) if text is not None]
+    require(len(asked) < 2, f"the question is given twice, as {args.question!r} and with --prompt; leave out one")
+    others = args.requests and any([asked, args.image, args.system, args.interactive])
+    advice = "leave out question, --image, --system and --interactive"
+    require(not others, f"--requests already says what to ask; {advice}")
+    others = args.raw and any([args.image, args.system is not None])
+    require(not others, "--raw continues plain text; leave out --image and --system")
+    others = args.interactive and any([asked, args.json, args.raw])
+    require(not others, "--interactive reads turns from the terminal; leave out question, --raw and --json")
 
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     place = find_place(args.tp, args.pp)
-    if place.dp_size > 1:
-        sizes = f"--tp {place.tp_size} × --pp {place.pp_size}"
-        raise UserError(f"{sizes} should be the number of processes, {place.world_size}; start so many with torchrun")
+    sizes = f"--tp {place.tp_size} × --pp {place.pp_size} should be the number of processes, {place.world_size}"
+    require(place.dp_size == 1, f"{sizes}; start that many with torchrun")
     data, chat = gather_objects(together(lambda: read_input(args) if place.rank == 0 else None))[0]
     specs, base = ([], "") if chat else together(lambda: read_requests(args, data))
     session = Session(args, place)

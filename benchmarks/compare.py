@@ -290,7 +290,8 @@ def training(args: argparse.Namespace, what: str, dtype: str, images: bool, tabl
             write_tekken(ckpt)  # one that has the tokens of chats
         argv = ["--ckpt", ckpt, "--data", data, "--out", os.path.join(folder, "out"), "--dtype", dtype]
         argv += ["--micro-batch-size", "2", "--global-batch-size", "4", "--min-lr", "1e-5"]
-        ours = train.Trainer(train.parse_args(argv), find_place(1, 1))
+        args, place = train.parse_args(argv), find_place(1, 1)
+        ours = train.Trainer(args, place, train.RunFolder(args, place))
         kind = AutoModelForImageTextToText if images else AutoModelForCausalLM
         theirs = kind.from_pretrained(ckpt, dtype=getattr(torch, dtype)).train()
         optimizer, pad = torch.optim.Adam(theirs.parameters(), lr=1e-5), ours.tokenizer.pad_id or 0

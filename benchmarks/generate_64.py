@@ -44,10 +44,9 @@ def make_checkpoint(directory: str) -> None:
     model = build_model(config, dtype=torch.bfloat16)
     initialize(model, seed=1)
     layers = parts_of(model)
-    shapes = {name: part.slice.shape for name, (_, part) in layers.items()}
     scale = torch.tensor(0.01)
     weights = ((name, part.rows_of(layer.weight.data), None, scale) for name, (layer, part) in layers.items())
-    save(os.path.join(directory, "model"), config, shapes, weights, directory)
+    save(os.path.join(directory, "model"), config, weights, directory)
 
 
 def write_requests(directory: str) -> str:

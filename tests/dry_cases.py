@@ -130,7 +130,7 @@ def make_trainer(args, place: Place, config: Config) -> train.Trainer:
     trainer = train.Trainer.__new__(train.Trainer)
     trainer.args, trainer.place, trainer.config = args, place, config
     trainer.checkpoint = Shelf(config, fp8=bool(args.lora_rank))
-    trainer.states, trainer.total, trainer.saved, trainer.signal = "states", 10, 0.0, 0
+    trainer.total = 10
     trainer.model = trainer.build_model()
     decoupled = args.optimizer == "adamw"
     trainer.optimizer = Optimizer(trainer.model, args.betas, args.eps, args.weight_decay, decoupled)

@@ -205,7 +205,8 @@ def train_on_a_rank(argv: list[str]) -> dict:
     fp8.FLOAT32_ROWS = fp8.FLOAT32_ROWS_AVX2 = 1 << 60  # BF16 products as a GPU forms them, without copies in float32
     decoder.RMSNorm.forward = lambda norm, x: meter.FusedNorm.apply(x, norm.weight)  # a GPU has one kernel for it
     args = train.parse_args(argv)
-    trainer = train.Trainer(args, find_place(args.tp, args.pp))
+    place = find_place(args.tp, args.pp)
+    trainer = train.Trainer(args, place, train.RunFolder(args, place))
     model, optimizer = trainer.model, trainer.optimizer
     weights, buckets = [*model.parameters(), *model.buffers()], optimizer.buckets
     grads = [bucket.grads for bucket in buckets]
