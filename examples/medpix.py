@@ -6,7 +6,8 @@
 Each row has an image (`image_id`: the encoded file's bytes and its path, as Hugging Face `datasets` stores images), a
 `mode`, a `case_id`, a `question` and an `answer`, and becomes one chat: image and question, then the answer. Images
 are copied as they are, once each: several questions may be about the same one. Rows without a question or an answer are
-left out and counted. The name of a parquet file says its split, as in `data/train-00000-of-00004.parquet`.
+left out and counted. A parquet file's name says its split, as in `data/train-00000-of-00004.parquet`; or else a folder
+below the data set's does, as in `default/train/0000.parquet`.
 
 Needs pyarrow (`pip install pyarrow`), which nothing else here does.
 """
@@ -28,6 +29,7 @@ from runtime.launch import run_program  # noqa: E402
 
 COLUMNS = ("image_id", "mode", "case_id", "question", "answer")
 SUFFIXES = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"BM": ".bmp", b"RIFF": ".webp"}
+SPLITS = ("train", "validation", "valid", "dev", "test")
 ROWS_AT_ONCE = 64  # a row holds a whole image
 
 
@@ -49,7 +51,7 @@ def convert(source: str, target: str) -> dict[str, list[int]]:
     os.makedirs(os.path.join(partial, "images"))
     try:
         for path in files:
-            split = re.split(r"[-.]", os.path.basename(path))[0]
+            split = split_of(path, source)
             if split not in lines:
                 lines[split] = open(os.path.join(partial, f"{split}.jsonl"), "w", encoding="utf-8")  # noqa: SIM115
             for number, row in enumerate(rows_of(path, parquet.ParquetFile), 1):
@@ -63,6 +65,16 @@ def convert(source: str, target: str) -> dict[str, list[int]]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return counts
+
+
+def split_of(path: str, source: str) -> str:
+    """The name of a split that the file's name begins with, else that of the nearest folder inside `source`."""
+    *folders, name = os.path.relpath(path, source).split(os.sep)
+    names = [re.split(r"[-._]", name)[0], *reversed(folders)]
+    found = [name for name in names if name in SPLITS]
+    if not found:
+        raise UserError(f"{path}: neither its name nor a folder's says a split; name it one of {', '.join(SPLITS)}")
+    return found[0]
 
 
 def rows_of(path: str, open_parquet: Callable) -> Iterator[dict]:

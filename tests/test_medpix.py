@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import shlex
 import signal
 import subprocess
@@ -80,6 +81,25 @@ def test_parquet_to_chats(images, tmp_path):
     )
     train.main(argv)
     assert [line["step"] for line in metrics(tmp_path / "out")] == [1, 2, 2]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_splits(seed):
+    """From the file's name, else from the nearest folder inside the source, which may itself have any name."""
+    draw = random.Random(seed)
+    split, other = draw.sample(medpix.SPLITS, 2)
+    number, source = f"{draw.randint(0, 9999):04d}", draw.choice(("data/train", "medpix", "test"))
+    for inside in (
+        f"data/{split}-{number}-of-00004.parquet",
+        f"default/{split}/{number}.parquet",
+        f"{other}/{split}.parquet",
+        f"{other}/{split}/{number}.parquet",
+        f"{split}/partial/{number}.parquet",
+    ):
+        assert medpix.split_of(f"{source}/{inside}", source) == split, inside
+    for inside in (f"{number}.parquet", f"default/{number}.parquet", f"my{split}/{number}.parquet"):
+        with pytest.raises(UserError, match="a split; name it one of train, validation"):
+            medpix.split_of(f"{source}/{inside}", source)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +180,15 @@ def test_the_job_script_launches_the_recipe():
     with open(SBATCH, encoding="utf-8") as file:
         directives = dict(line[10:].strip().partition("=")[::2] for line in file if line.startswith("#SBATCH "))
     assert (directives["nodes"], directives["gpus-per-node"], directives["ntasks-per-node"]) == ("8", "8", "1")
+
+
+def test_the_job_script_without_an_allocation():
+    """Where there is no Slurm, DRY_RUN=1 prints what would run."""
+    env = {"PATH": os.environ["PATH"], "CKPT": "c", "DATA": "d", "OUT": "o", "REPO": ROOT, "DRY_RUN": "1"}
+    result = subprocess.run(["bash", SBATCH], env=env, capture_output=True, text=True, timeout=30)
+    assert result.returncode == 0 and "--nnodes 8" in result.stdout and "HEAD_NODE:20000" in result.stdout, (
+        result.stderr
+    )
 
 
 def test_the_job_script_passes_the_warning_on(tmp_path):
