@@ -3,17 +3,17 @@
     python parallel.py --plan --config CONFIG.json --tp 8 --pp 8
     python parallel.py --plan --config CONFIG.json --inference --tp 8 --gpu h200
 
-Every rank's part of the model is built with the real classes on the `meta` device, where a tensor has a shape but no
-memory: parameters, weights, gradients and optimizer state are those of a real run. Activations and time come from
-running it there, forward and backward, under a `Meter` (meter.py) that counts living bytes, operations and messages;
-two of a stage's layers are built, and stand for the others. Images are taken at their worst, as if every token came
-from one. Adam needs room too, but when activations are gone: the larger counts. RESERVE is an estimate.
+Parameters, weights, gradients and optimizer state are counted on the real classes, built on the `meta` device, where a
+tensor has a shape but no memory: one layer of the stage and of the tower stands for all of them. Activations follow a
+formula (`Layer`, `training_bytes`, `prompt_bytes`), after Korthikanti et al., arXiv:2205.05198, for grouped-query flash
+attention and SwiGLU; tests/test_plan_dry.py holds it to what the code allocates on tensors that pretend to be a GPU's:
+never less, at most 10 % more. Images are taken at their worst, as if every token came from one. RESERVE is an estimate.
 
-Time on paper, for text alone. The *estimate* sums up kernels and messages at a GPU's published peaks (`GPUS`), with the
-efficiencies of large products and copies, the launch of a kernel and NCCL's latency; the *floor* is
-max(operations / peak, bytes / bandwidth) of matrix products and attention alone:
+Time on paper, for text alone, from published peaks (`GPUS`). The *floor* is max(operations / peak, bytes / bandwidth)
+of matrix products and attention alone. The *estimate* is what a GPU may be hoped to do:
 
-    kernel: max(operations / (0.7 · peak), bytes / (0.8 · bandwidth), 3 µs)     message: 15 µs + bytes / (0.7 · link)
+    product: max(operations / (0.7 · peak), bytes / (0.8 · bandwidth), 3 µs)
+    other kernels: max(3 µs for each, bytes / (0.8 · bandwidth))        message: 15 µs + bytes / (0.7 · link)
 
 With p stages, m micro-batches or chunks, and t the time of one on the slowest stage, a token takes the sum of all
 stages, a prefill (m + p - 1) · t, a step (m + p - 1) · t + Adam's traffic.
@@ -32,14 +32,13 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from model import CHUNK, Config
+from model import CHUNK, LOGIT_ROWS, Config, local_heads
 from parallel import Place, TopologyError
 from runtime.config import read_config
 from runtime.files import UserError
 from runtime.launch import SIZE, Parser, gather_objects, number, together
 from runtime.lora import add_adapters
 from runtime.memory import cpu_memory
-from runtime.meter import COPIES, GPUS, LINKS, Gpu, Meter, infer_on_shapes, small, train_on_shapes
 from runtime.optimizer import BUCKET, FREEZABLE, Held, held_tensors, is_trained
 from vision import PATCHES_AT_ONCE, build_model
 
@@ -49,7 +48,263 @@ RESERVE = 2_000_000_000  # bytes per GPU: CUDA context, libraries' workspaces, N
 
 FP32 = 4  # bytes per number
 
-IDS = 16  # bytes per token of what has a number for each: ids, targets, losses, log-probabilities
+IDS = 32  # bytes per token of what has a number or two for each: ids, targets, masks, losses, log-probabilities
+
+ROUNDING = 1.01  # activations: the allocator's blocks of 512 bytes, and tensors too small to have a term
+
+
+# ------------------------------------------------------------------------------------------------------ activations
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Bytes of activations of a layer, of the decoder or of the tower, on one rank.
+
+    Numbers per token: C hidden_size; of the rank A = H · D queries, Q = (H + 2 KV) · D outputs of qkv_proj, F of
+    intermediate_size. N tokens go through products; norms and residuals have n of them, N / tp under sequence
+    parallelism. All in numbers of `size` bytes, but for the float32 statistics of norms and softmax.
+    """
+
+    width: int  # C
+    heads: int  # H
+    kv_heads: int  # KV
+    head_dim: int  # D
+    inner: int  # F
+    tokens: int  # N
+    own_tokens: int  # n
+    size: int
+    trained: bool = False  # the matrices; a frozen one needs no input for its backward pass
+    fp8: bool = False  # weights in FP8
+    products: bool = False  # and multiplied so, which quantizes inputs; else each is dequantized for its product
+    rank: int = 0  # of adapters, which need the inputs whatever is frozen
+    # Whether attention's output is copied before o_proj. With several samples and key/value heads `attend` cannot view
+    # (B, KV) as one dimension; the tower lays its images' outputs end to end.
+    copied: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """A, Q, F, C for all tokens, and C for the rank's own."""
+        A, KV = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        N, C = self.tokens, self.width
+        return N * A, N * (A + 2 * KV), N * self.inner, N * C, self.own_tokens * C
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """What autograd keeps between forward and backward pass: of attention, of the MLP.
+
+        Attention: the norm's input, n C, with one float32 per row; the norm's output, N C, for the gradient of qkv_proj
+        (the gathered one under sequence parallelism); q, k and v, N Q, which is the output of qkv_proj turned in place;
+        flash attention's output, N A, and a float32 log-sum-exp for each query and head; the input of o_proj, N A, if
+        that is a copy. MLP: the norm's input and output as above; gate and up, 2 N F, silu(gate), N F, and their
+        product, N F, for down_proj. Adapters: the outputs of lora_A, of seven matrices. No scores, no dropout.
+        """
+        A, Q, F, C, c = self.sizes
+        N, n, inputs = self.tokens, self.own_tokens, self.trained or self.rank > 0
+        attention = c + Q + A + inputs * (C + self.copied * A) + 4 * N * self.rank
+        mlp = c + 3 * F + inputs * (C + F) + 3 * N * self.rank
+        return self.size * attention + FP32 * (n + N * self.heads), self.size * mlp + FP32 * n
+
+    def held(self, recomputed: bool) -> tuple[int, int]:
+        """What is kept of a layer until its backward pass, and what that has to compute again."""
+        inputs, kept = self.size * self.own_tokens * self.width, sum(self.kept)
+        return (inputs, kept - inputs) if recomputed else (kept, 0)
+
+    @property
+    def forward(self) -> int:
+        """The most that a forward pass takes that keeps nothing, with its input.
+
+        Input and norm are there during attention; so are q, k, v and the output, until o_proj is done. During the MLP
+        input, residual and norm are there, and gate, up, silu(gate) and their product. FP8 quantizes a product's input:
+        5 bytes for each number, float32 and E4M3; without FP8 arithmetic the weight is there once more.
+        """
+        A, Q, F, C, c = self.sizes
+
+        def product(inputs: int, outputs: int, rows: int) -> int:
+            """Bytes of a product's output, and of what its input or weight becomes; `rows` of its weight."""
+            out = self.size * outputs
+            if self.products:
+                return max(5 * inputs, inputs + out)
+            return out + self.fp8 * self.size * rows * inputs // self.tokens
+
+        attention, mlp, N = self.size * (2 * c + Q), self.size * 3 * c, self.tokens
+        out = self.size * (1 + self.copied) * A + FP32 * N * self.heads
+        return max(
+            self.size * 2 * c + product(C, Q, Q // N),
+            attention + max(self.size * Q, out + product(A, C, self.width)),
+            mlp + max(product(C, 2 * F, 2 * self.inner), self.size * 4 * F),
+            mlp + self.size * 3 * F + product(F, C, self.width),
+        )
+
+    @property
+    def adding(self) -> int:
+        """The most that adding an adapter's output takes beyond what is kept.
+
+        Beside gate and up come the adapter's two parts, both of them together, and that scaled, 2 N F each, when
+        silu(gate) and the product are still to come.
+        """
+        return (self.rank > 0) * self.size * 4 * self.tokens * self.inner
+
+    def backward(self, recomputed: bool, received: bool = True) -> int:
+        """The most that its backward pass takes beyond what is kept of it, with the gradient g of its output.
+
+        A product's backward pass has the gradient of its input, and of its weight (or, frozen and in FP8, the weight
+        dequantized) at once. In the order of time, less what was freed before, with g gathered where it is split:
+
+        MLP: down_proj, g + F + C F; the two factors of silu(gate) · up, g + 2 N F, while silu(gate) is still there;
+        gate_up_proj, whose output's gradient is in place of 4 N F kept, g - 2 N F + N C + 2 C F.
+        Attention, when the MLP's are gone, with a g of its own: o_proj, N A + C A; flash, which gets the output's
+        gradient and finds those of q and of keys and values repeated for each query head, 4 N A; qkv_proj, N C + C Q.
+        Adapters find a gradient of the input, too. If layers are `recomputed`, it is while g and the scaled gradient of
+        the last adapter are there. What was `received` from the next stage stays until the end.
+        """
+        A, Q, F, C, c = self.sizes
+        weights = (self.trained or self.fp8) * self.width  # of a product with one output
+        split, adapters = C > c, self.rank > 0
+        g, freed = c + split * C, A + self.copied * (self.trained or adapters) * A
+        mlp = max(
+            g + F + weights * self.inner,
+            c + 2 * F,
+            c - 2 * F + (1 + adapters) * C + 2 * weights * self.inner,
+            split * (c + 2 * C),
+            recomputed * adapters * (g + C) + recomputed * self.adding // self.size,
+        )
+        attention = received * c + max(
+            g + (1 + adapters) * A + weights * self.heads * self.head_dim - adapters * (freed - A),
+            c + 5 * A - freed,
+            c + C + weights * Q // self.tokens - freed,
+        )
+        return max(self.size * mlp, self.size * attention - self.kept[1])
+
+
+def decoder_layer(config: Config, place: Place, tokens: int, size: int, **more) -> Layer:
+    heads, kv_heads = local_heads(config, place)
+    inner = config.intermediate_size // place.tp_size
+    return Layer(
+        config.hidden_size, heads, kv_heads, config.head_dim, inner, tokens, tokens // place.token_parts, size, **more
+    )
+
+
+def tower_layer(config: Config, place: Place, patches: int, size: int, trained: bool = False) -> Layer:
+    v, tp = config.vision, place.tp_size
+    heads, inner = v.num_attention_heads // tp, v.intermediate_size // tp
+    return Layer(v.hidden_size, heads, heads, v.head_dim, inner, patches, patches, size, trained, copied=True)
+
+
+def tower_forward(config: Config, place: Place, patches: int, size: int) -> int:
+    """Images on their way through the tower where nothing is kept: pixels, rotary tables with their angles, a layer."""
+    v, patches = config.vision, min(patches, PATCHES_AT_ONCE)
+    pixels = v.num_channels * v.patch_size**2
+    rotary = 2 * size * v.head_dim + FP32 * v.head_dim // 2
+    return patches * (size * pixels + rotary) + tower_layer(config, place, patches, size).forward
+
+
+def rotary_bytes(config: Config, place: Place, length: int, size: int) -> int:
+    """Cosines and sines; with query scaling each head has its own."""
+    heads = sum(local_heads(config, place)) if config.rope.query_scaling_beta else 1
+    return 2 * size * heads * length * config.head_dim
+
+
+def image_bytes(
+    config: Config, place: Place, tokens: int, size: int, freeze: tuple[str, ...], recomputed: bool
+) -> tuple[int, int, int]:
+    """Of images that fill `tokens` tokens: what tower and projector keep, and the most that a backward pass adds.
+
+    The tower keeps patches of pixels, the patches embedded, rotary tables, and its layers; the projector the tower's
+    output, its norm merged to cells, their linear's output, and gelu's input and output. A frozen projector behind a
+    trained tower keeps what is not the input of a product. Where both are frozen nothing is kept.
+    """
+    v, tp, C = config.vision, place.tp_size, config.hidden_size
+    patches, (tower, projector) = (
+        tokens * v.spatial_merge_size**2,
+        (x not in freeze for x in ("vision_tower", "projector")),
+    )
+    layer, width = tower_layer(config, place, patches, size, tower), patches * v.hidden_size
+    each, again = layer.held(recomputed)
+    pixels = v.num_channels * v.patch_size**2
+    kept = size * (patches * (pixels + 2 * v.head_dim) + width) + v.num_hidden_layers * each
+    gelu = tokens * C // tp
+    behind = size * (width + gelu + projector * (width + tokens * v.hidden_size + gelu)) + FP32 * patches
+    backward = max(tower * (again + layer.backward(recomputed)), projector * size * (2 * C * C // tp + 3 * tokens * C))
+    return tower * kept, (tower or projector) * behind, backward
+
+
+def training_bytes(
+    config: Config,
+    place: Place,
+    rows: tuple[int, int],
+    held: int,
+    recomputed: bool,
+    freeze: tuple[str, ...],
+    rank: int,
+    fp8: bool,
+    size: int,
+) -> int:
+    """The most bytes of activations during a step's passes, on the rank at `place`, for micro-batches of `rows` (B, T).
+
+    A stage keeps of each of the `held` micro-batches, as many as 1F1B lets it begin before it ends one, what its layers
+    keep (with `recomputed` ones only their inputs, n C), rotary tables and ids; of images, what tower and projector do.
+    On top comes the largest of several moments: a layer's backward pass, with the layer computed once more if it has
+    to be; the last layer's forward pass; the loss; the gradient of the embedding; and the tower. What was sent to the
+    neighbouring stages, n C each, is kept until the next message.
+    """
+    (B, T), C, V = rows, config.hidden_size, -(-config.vocab_size // place.tp_size)
+    N, trained = B * T, "language_model" not in freeze
+    copied = B > 1 and local_heads(config, place)[1] > 1
+    layer = decoder_layer(config, place, N, size, trained=trained, fp8=fp8, rank=rank, copied=copied)
+    each, again = layer.held(recomputed)
+    states, own = size * N * C, size * layer.own_tokens * C
+    first, last = place.first_stage, place.last_stage
+    decoder = len(place.layers(config.num_hidden_layers)) * each + rotary_bytes(config, place, T, size) + IDS * N
+    decoder += (states - own) * (first and B == 1)  # a rank's tokens of one sample are a view of all of them
+    features = tower = projector = images_back = 0
+    if first and config.vision is not None:
+        tower, projector, images_back = image_bytes(config, place, N, size, freeze, recomputed)
+        features = states  # alive as long as the forward pass
+    if first and not (trained or projector or recomputed):  # no gradient gets to the first layer's input
+        decoder -= own
+        features += own
+    each_batch = decoder + tower + projector
+    everything, done = held * each_batch, held * each_batch - decoder  # the latter when the decoder is through with one
+    output = own + states * (1 + (own < states) + 2 * (rank > 0 and not recomputed))
+    moments = [
+        everything + again + layer.backward(recomputed, not last),
+        everything + features + max(output, layer.adding * (not recomputed)),
+    ]
+    if last:
+        # States where there are targets, their norm, logits in the run dtype and in float32, which become probabilities
+        # and gradients in place. Then the gradient of the head; a padded one copies that of its logits before.
+        padded = (place.tp_rank + 1) * V > config.vocab_size
+        moments += [
+            everything + features + 3 * states + (size + FP32) * N * V,
+            everything + (1 + trained) * states + padded * 2 * FP32 * N * V,
+            everything + (2 + trained) * states + size * (N * V + trained * V * C),
+        ]
+    if first and trained and "embeddings" not in freeze:
+        moments.append(done + IDS * N + own + size * V * C + states * (2 + (projector > 0)))
+    if first and config.vision is not None:
+        patches = N * config.vision.spatial_merge_size**2
+        moments.append(done - projector + own + max(images_back, tower_forward(config, place, patches, size)))
+    return int(ROUNDING * (max(moments) + own * (2 - first - last)))
+
+
+def prompt_bytes(config: Config, place: Place, context: int, fp8: bool, products: bool, size: int) -> int:
+    """The most bytes of activations of a prompt, on the rank at `place`: of a chunk, which goes through the layers.
+
+    Its states are there before and in the layers, with rotary tables and ids. On the first stage come the features of
+    images, as many as go through the tower at a time, and those of this chunk again; before that, the tower's own. On
+    the last stage LOGIT_ROWS positions have their logits: in the run dtype, in float32, and as exponentials.
+    """
+    tokens, C, V = min(CHUNK, context), config.hidden_size, -(-config.vocab_size // place.tp_size)
+    layer = decoder_layer(config, place, tokens, size, fp8=fp8, products=products, copied=True)
+    states, images, tower = size * tokens * C, 0, 0
+    if place.first_stage and config.vision is not None:
+        v = config.vision
+        most = min(context * v.spatial_merge_size**2, max(PATCHES_AT_ONCE, (v.image_size // v.patch_size) ** 2))
+        images = size * C * (most // v.spatial_merge_size**2) + states
+        tower = tower_forward(config, place, most, size)
+    chunk = images + states + rotary_bytes(config, place, tokens, size) + IDS * tokens
+    logits = place.last_stage * min(LOGIT_ROWS, tokens) * (V * (2 * FP32 + size) + 2 * size * C)
+    return int(ROUNDING * max(tower, chunk + max(layer.forward, logits)))
 
 
 @dataclass
@@ -101,7 +356,7 @@ def make_plan(config: Config, args: argparse.Namespace) -> dict:
         plan["largest_context"] = max(0, min(config.max_position_embeddings, *contexts))
     else:
         plan["micro_batches"] = m = count_micro_batches(args, args.dp)
-        plan["bubble"] = (args.pp - 1) / (m + args.pp - 1)  # see pipeline.py
+        plan["bubble"] = (args.pp - 1) / (m + args.pp - 1)  # see parallel.Pipeline
     return plan
 
 
@@ -119,64 +374,57 @@ def count_micro_batches(args: argparse.Namespace, dp: int) -> int:
 
 def batch_shape(args: argparse.Namespace, place: Place) -> tuple[int, int]:
     """(B, T) of the largest micro-batch."""
-    return min(args.micro_batch_size, args.global_batch_size), -(
-        -args.max_length // place.token_parts
-    ) * place.token_parts
+    parts = place.token_parts
+    return min(args.micro_batch_size, args.global_batch_size), -(-args.max_length // parts) * parts
 
 
 def plan_rank(
-    config: Config, place: Place, args: argparse.Namespace, keep_fp8: bool, dtype=torch.bfloat16, activations=True
+    config: Config, place: Place, args: argparse.Namespace, keep_fp8: bool, dtype=torch.bfloat16
 ) -> tuple[StagePlan, Counter]:
     """What the rank at `place` needs, and what its parameters count as: "parameters" or "adapters" where it owns them,
     a kind of copy where another rank does, and "padding", the zeros past the end of a tensor cut into equal parts.
 
     Raises TopologyError where the topology does not divide the model.
     """
-    layers, (few, here) = place.layers(config.num_hidden_layers), small(config, place)
-    model = build_model(few, replace(here, rank=place.rank, tp_rank=place.tp_rank), dtype, keep_fp8)
+    layers, tower = place.layers(config.num_hidden_layers), config.vision
+    few = replace(config, num_hidden_layers=place.pp_size, vision=tower and replace(tower, num_hidden_layers=1))
+    model = build_model(few, replace(place, device=torch.device("meta")), dtype, keep_fp8)
     if args.lora_rank:
         add_adapters(model, args.lora_rank, 1.0)
-    # The last of the layers that are built stands for those that are not.
-    unbuilt = [len(layers) - len(model.layers), 0]
-    repeats = {f"layers.{[*model.layers][-1]}.": unbuilt[0] + 1}
-    if config.vision is not None:
-        unbuilt[1] = config.vision.num_hidden_layers - few.vision.num_hidden_layers
-        repeats[f"vision_tower.transformer.layers.{few.vision.num_hidden_layers - 1}."] = unbuilt[1] + 1
 
-    def times(name: str) -> int:  # how many tensors the one of this name stands for
-        return next((count for prefix, count in repeats.items() if name.removeprefix("vision.").startswith(prefix)), 1)
+    def times(name: str) -> int:
+        """How many tensors the one of this name stands for."""
+        if name.startswith("layers."):
+            return len(layers)
+        return tower.num_hidden_layers if ".layers." in name else 1
 
     weights = sum(times(name) * x.nbytes for name, x in [*model.named_parameters(), *model.named_buffers()])
     if config.activation_scheme == "static":  # the loader adds the scales of activations
         weights += sum(FP32 * times(name) for name, _ in model.named_buffers() if name.endswith(".weight_scale"))
-    held, counts = held_tensors(model), Counter()
+    held, counts, parameters = held_tensors(model), Counter(), 0
     for tensor in held:
         inside = math.prod(tensor.part.shape) // tensor.part.shape[tensor.part.dim] * tensor.part.length
         counts[kind_of(tensor)] += times(tensor.name) * inside
-        counts["padding"] += times(tensor.name) * (tensor.parameter.numel() - inside)
-    parameters = sum(times(tensor.name) * tensor.parameter.numel() for tensor in held)
+        counts["padding"] += times(tensor.name) * (tensor.size - inside)
+        parameters += times(tensor.name) * tensor.size
     stage = StagePlan(place.pp_rank, [layers[0], layers[-1]], parameters, weights)
     if args.inference:
-        cache = model.new_cache(1, args.max_context)
-        stage.cache_bytes = len(layers) * cache.layers[0].nbytes
-        tokens = min(CHUNK, args.max_context)
-        chunk = (args.max_context - tokens, tokens, keep_fp8, dtype, GPUS[args.gpu].fp8 > 0)
-        if activations:
-            stage.activation_bytes = infer_on_shapes(few, here, *chunk)[1] + IDS * tokens
-    else:
-        freeze = tuple(FREEZABLE if args.lora_rank else args.freeze)
-        trained = [t for t in held if is_trained(t.name, freeze) or (args.lora_rank and ".adapter." in t.name)]
-        total = sum(times(tensor.name) * tensor.parameter.numel() for tensor in trained)
-        # In FP32 (see optimizer.py): the sum of gradients; the master weight and Adam's two moments.
-        stage.gradient_bytes, stage.optimizer_bytes = FP32 * total, 3 * FP32 * total
-        m, rows = count_micro_batches(args, place.dp_size), batch_shape(args, place)
-        most = min(place.pp_size - place.pp_rank, m)  # micro-batches that are held; see pipeline.py
-        run = min(most, 3) + (m > most)  # one more, if a stage gets to alternate between forward and backward passes
-        options = (args.activation_checkpointing, freeze, args.lora_rank, keep_fp8, dtype, tuple(unbuilt))
-        if activations:
-            _, peak, each = train_on_shapes(few, here, rows, run, *options)
-            peak += max(0, most - 3) * each + IDS * math.prod(rows)
-            stage.activation_bytes = max(peak, FP32 * min(BUCKET, total))
+        stage.cache_bytes = len(layers) * model.new_cache(1, args.max_context).nbytes
+        products = keep_fp8 and GPUS[args.gpu].fp8 > 0
+        stage.activation_bytes = prompt_bytes(config, place, args.max_context, keep_fp8, products, dtype.itemsize)
+        return stage, counts
+    freeze = tuple(FREEZABLE if args.lora_rank else args.freeze)
+    trained = [t for t in held if is_trained(t.name, freeze) or (args.lora_rank and ".adapter." in t.name)]
+    total = sum(times(tensor.name) * tensor.size for tensor in trained)
+    # In FP32 (see optimizer.py): the sum of gradients; the master weight and Adam's two moments.
+    stage.gradient_bytes, stage.optimizer_bytes = FP32 * total, 3 * FP32 * total
+    batches = min(place.pp_size - place.pp_rank, count_micro_batches(args, place.dp_size))  # see parallel.Pipeline
+    options = (args.activation_checkpointing, freeze, args.lora_rank or 0, keep_fp8, dtype.itemsize)
+    passes = training_bytes(config, place, batch_shape(args, place), batches, *options)
+    # After the passes the shares of a gradient are added up in whole tensors, a bucket at a time.
+    shared = [(times(t.name), math.prod(t.part.shape)) for t in trained if t.sharers > 1]
+    most = max([BUCKET, *(size for _, size in shared)])
+    stage.activation_bytes = max(passes, FP32 * min(most, sum(count * size for count, size in shared)))
     return stage, counts
 
 
@@ -192,42 +440,145 @@ def kind_of(tensor: Held) -> str:
     return "key/value heads" if tensor.sharers > 1 else "patch_conv"
 
 
+# ------------------------------------------------------------------------------------------------------------- time
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Published peaks: operations/s of dense products, bytes/s of memory and, in one direction, of the links."""
+
+    bf16: float
+    fp8: float  # 0: it has none
+    memory: float
+    nvlink: float  # inside a node of 8
+    network: float  # between nodes, per GPU: HDR or NDR InfiniBand
+    gigabytes: float
+
+
+GPUS = {
+    "a100": Gpu(312e12, 0, 2.039e12, 300e9, 25e9, 80),
+    "h100": Gpu(989e12, 1979e12, 3.35e12, 450e9, 50e9, 80),
+    "h200": Gpu(989e12, 1979e12, 4.8e12, 450e9, 50e9, 141),
+}
+
+PRODUCTS, COPIES, LINKS = 0.7, 0.8, 0.7  # what is reached of them
+
+KERNEL, MESSAGE = 3e-6, 15e-6  # seconds that each takes at least
+
+KERNELS = 13  # of a layer's step, beside six products: norms, rotation, cache, softmax, silu, residuals
+ENDS = 22  # kernels of a stage before its layers, in a step; and of the last one after them, to sample the next token
+
 ADAM_BYTES = 82  # that a step of optimizer.py reads and writes per trained weight
 
 RECIPE_STEPS, MEDPIX = 100, 20_500  # of the published fine-tune; samples of its data
 
 
-def stage_seconds(config: Config, place: Place, gpu: Gpu, run: Callable[[Config, Place], Meter]) -> torch.Tensor:
-    """(floor, estimate) of `run` on the whole stage at `place`, from runs of one layer and of two: float64."""
-    one, two = (torch.tensor(run(*small(config, place, n)).seconds(gpu, place.pp_size)).double() for n in (1, 2))
-    return one + (len(place.layers(config.num_hidden_layers)) - 1) * (two - one)
+class Clock:
+    """Adds up the floor and the estimate of what one stage does."""
+
+    def __init__(self, gpu: Gpu, place: Place):
+        self.gpu, self.seconds = gpu, torch.zeros(2, dtype=torch.float64)
+        self.tp, self.far = place.tp_size, place.tp_size * place.pp_size > 8
+
+    def product(self, operations: float, nbytes: float, fp8: bool = False, times: float = 1) -> None:
+        compute, memory = operations / (self.gpu.fp8 if fp8 else self.gpu.bf16), nbytes / self.gpu.memory
+        about = max(compute / PRODUCTS, memory / COPIES, KERNEL)
+        self.seconds += times * torch.tensor([max(compute, memory), about])
+
+    def others(self, kernels: float, nbytes: float, times: float = 1) -> None:
+        self.seconds[1] += times * max(kernels * KERNEL, nbytes / self.gpu.memory / COPIES)
+
+    def sums(self, count: float, nbytes: float) -> None:
+        """All-reduces of `nbytes` each, in a ring: every part of it travels twice, but for a rank's own."""
+        if self.tp > 1:
+            link = self.gpu.network if self.tp > 8 else self.gpu.nvlink
+            self.seconds[1] += count * (MESSAGE + 2 * (1 - 1 / self.tp) * nbytes / link / LINKS)
+
+    def send(self, nbytes: float) -> None:
+        """To another stage."""
+        self.seconds[1] += MESSAGE + nbytes / (self.gpu.network if self.far else self.gpu.nvlink) / LINKS
+
+
+def stage_times(
+    config: Config, place: Place, gpu: Gpu, layer: Layer, pairs: float, keys: int, passes: tuple[int, int] = (1, 0)
+) -> torch.Tensor:
+    """(floor, estimate), in seconds, of a stage's passes over N tokens: so many forward and `passes`[1] times backward.
+
+    `pairs`: how many pairs of a query and a key each head has; `keys`: how many keys there are. Per token and layer:
+
+    - four products, 2 · in · out operations each, which read the weight once; backward as many for the input's gradient
+      and, where weights are trained, for theirs. In inference one position goes through the head; in training all.
+    - attention: 4 D operations per pair and head; in the backward pass, which forms the scores again, 10 D.
+    - other kernels read and write, in bytes: norms and residuals 8 C + 12 C; the rotation (roll, times cosine, plus
+      times sine) 4 + 4 + 6 for each number of q and k; the cache 8 KV D; silu and product 4 F + 6 F; quantizing to FP8
+      (divide, clamp, convert) 6 + 8 + 5 for each input of a product, or dequantizing 7 for each weight; putting an
+      adapter's output together, scaling and adding it 4 + 4 + 6 for each output. Backward, norms and residuals 12 C +
+      12 C, the rotation of a copy 4 Q + 14, silu, product and joining their gradients 6 F + 12 F + 8 F; and each
+      trained weight's gradient is added to a float32 sum, 10 bytes. Logits in training: 52 bytes for each.
+    - two all-reduces of 2 C bytes a token forward and two backward; a message to each neighbouring stage.
+    """
+    clock, (forward, backward) = Clock(gpu, place), passes
+    (A, Q, F, C, _), N = replace(layer, tokens=1, own_tokens=1).sizes, layer.tokens
+    layers, training = len(place.layers(config.num_hidden_layers)), backward > 0
+    matrices, keys_size = [(C, Q), (A, C), (C, 2 * F), (F, C)], (Q - A) // 2
+    weights = sum(inputs * outputs for inputs, outputs in matrices)
+    inputs, outputs = (sum(sizes) for sizes in zip(*matrices))
+    dequantizes, adapters = layer.fp8 and not layer.products, layer.rank > 0
+    for rows, columns in matrices:
+        nbytes = (2 - layer.products) * (rows * columns + N * rows) + 2 * N * columns
+        repeat = forward + backward - (forward > 1 and rows == F)  # computing a layer again ends before down_proj
+        clock.product(2 * N * rows * columns, nbytes, layer.products, layers * repeat)
+    attention = layers * 2 * (forward + 2.5 * training)  # two products
+    clock.product(2 * pairs * A, 2 * (keys * keys_size + N * A), times=attention)
+    turned = A + keys_size
+    moved = 20 * C + 14 * turned + 8 * keys_size + 10 * F + layer.products * 19 * inputs + adapters * 14 * outputs
+    moved_back = training * (24 * C + 14 * turned + 4 * Q + 26 * F + adapters * 14 * outputs)
+    kernels = KERNELS + 12 * layer.products + 8 * dequantizes + 20 * adapters
+    clock.others(kernels * forward, N * moved * forward, layers)
+    clock.others(kernels * training, N * moved_back, layers)
+    clock.others(0, 7 * weights * dequantizes, layers * (forward + training))
+    clock.others(0, 10 * weights * layer.trained * training, layers)
+    clock.sums(layers * (2 * forward + 2 * training - (forward > 1)), 2 * N * C)
+    clock.others(ENDS, 0)
+    if place.first_stage:
+        clock.sums(1, 2 * N * C)
+    if place.last_stage:
+        V, scored = config.vocab_size / place.tp_size, N if training else 1
+        clock.product(2 * scored * C * V, 2 * (C * V + scored * (C + V)), times=1 + backward)
+        clock.others(ENDS, 52 * N * V * training)
+        clock.sums(1, 0)
+    for _ in range((not place.last_stage) + training * (not place.first_stage)):
+        clock.send(2 * layer.own_tokens * C)
+    return clock.seconds
 
 
 def make_times(config: Config, args: argparse.Namespace, keep_fp8: bool, trained: int) -> dict[str, list[float]]:
     """What takes how long: name -> [floor, estimate], in seconds. `trained`: the most weights that a rank trains."""
-    gpu, p, dtype = GPUS[args.gpu], args.pp, torch.bfloat16
+    gpu, p, times = GPUS[args.gpu], args.pp, {}
     grid = [stage[0] for stage in places(args.tp, p, args.dp, args.sequence_parallel)]
-    ends = [grid[i] for i in sorted({0, min(1, p - 1), p - 1})]  # the stages between are alike
 
-    def infer(start: int, tokens: int) -> list[torch.Tensor]:
-        options = (start, tokens, keep_fp8, dtype, gpu.fp8 > 0, True)
-        return [stage_seconds(config, at, gpu, lambda *on: infer_on_shapes(*on, *options)[0]) for at in ends]
+    def infer(start: int, tokens: int) -> torch.Tensor:
+        """Of each stage, for `tokens` of one row from position `start` on: (p, 2)."""
+        options = dict(fp8=keep_fp8, products=keep_fp8 and gpu.fp8 > 0)
+        layer = decoder_layer(config, grid[0], tokens, 2, **options)
+        pairs = tokens * (start + (tokens + 1) / 2)
+        return torch.stack([stage_times(config, at, gpu, layer, pairs, start + tokens) for at in grid])
 
-    times = {}
     if args.inference:
         context = min(8192, args.max_context)
-        stages = infer(context - 1, 1)
-        times[f"a token after {context:,}"] = sum(stages) + max(0, p - 3) * stages[len(stages) // 2]
+        times[f"a token after {context:,}"] = infer(context - 1, 1).sum(0)
         for length in (n for n in (8192, 131072) if n <= args.max_context):
-            pairs = zip(infer(0, CHUNK), infer(length - CHUNK, CHUNK))
-            slowest = torch.stack([(first + last) / 2 for first, last in pairs]).amax(0)
+            slowest = (infer(0, CHUNK) + infer(length - CHUNK, CHUNK)).amax(0) / 2
             times[f"a prompt of {length:,}"] = (length // CHUNK + p - 1) * slowest
     else:
-        freeze = tuple(FREEZABLE if args.lora_rank else args.freeze)
-        options = (args.activation_checkpointing, freeze, args.lora_rank, keep_fp8, dtype, (0, 0), True)
-        rows = batch_shape(args, ends[0])
-        step = lambda *on: train_on_shapes(*on, rows, 1, *options)[0]  # noqa: E731
-        slowest = torch.stack([stage_seconds(config, at, gpu, step) for at in ends]).amax(0)
+        (B, T), whole = batch_shape(args, grid[0]), not (args.lora_rank or "language_model" in args.freeze)
+        options = dict(trained=whole, fp8=keep_fp8, rank=args.lora_rank or 0)
+        layer, passes = (
+            decoder_layer(config, grid[0], B * T, 2, **options),
+            (1 + args.activation_checkpointing, 1 + whole),
+        )
+        pairs = B * T * (T + 1) / 2
+        slowest = torch.stack([stage_times(config, at, gpu, layer, pairs, B * T, passes) for at in grid]).amax(0)
         adam = torch.tensor([1, 1 / COPIES]) * ADAM_BYTES * trained / gpu.memory
         adam[1] += 2 * (args.dp - 1) / args.dp * FP32 * trained / gpu.network / LINKS  # gradients of replicas
         times["a step"] = step = (count_micro_batches(args, args.dp) + p - 1) * slowest + adam
@@ -250,18 +601,13 @@ def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp
         wanted.max_context = min(longest, CHUNK + (args.max_new_tokens or CHUNK))
     dtype, gpu = getattr(torch, args.dtype), place.device.type == "cuda"
 
-    def needs(place: Place, room: float, exact: bool = False) -> StagePlan:
-        """Activations take a second to count, and are only bounded where that says already whether all of it fits."""
-        stage, _ = plan_rank(config, place, wanted, keep_fp8, dtype, activations=False)
+    def needs(place: Place) -> StagePlan:
+        stage, _ = plan_rank(config, place, wanted, keep_fp8, dtype)
         stage.reserve_bytes = RESERVE if gpu else 0
-        stage.activation_bytes = most_activations(config, place, wanted)
-        rest = stage.weight_bytes if exact else stage.peak_bytes - stage.activation_bytes
-        if stage.peak_bytes > room >= rest:
-            stage.activation_bytes = plan_rank(config, place, wanted, keep_fp8, dtype)[0].activation_bytes
         return stage
 
+    mine = together(lambda: needs(place))
     room = torch.cuda.mem_get_info(place.device)[0] if gpu else cpu_memory()
-    mine = together(lambda: needs(place, room if gpu else room / place.world_size, True))
     devices: dict[tuple, list] = {}
     for device, *numbers in gather_objects(
         ((socket.gethostname(), str(place.device)), mine.weight_bytes, mine.peak_bytes, room)
@@ -283,23 +629,9 @@ def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp
     return mine.peak_bytes
 
 
-def most_activations(config: Config, place: Place, args: argparse.Namespace) -> int:
-    """More bytes than activations can take, whatever the topology: 64 for each of the numbers that a layer computes."""
-    tokens = CHUNK if args.inference else math.prod(batch_shape(args, place))
-    held = min(place.pp_size - place.pp_rank, count_micro_batches(args, place.dp_size))
-    layers = 2 if args.inference else held * len(place.layers(config.num_hidden_layers)) + 2
-    width = 3 * config.hidden_size + 3 * config.intermediate_size + 4 * config.num_attention_heads * config.head_dim
-    most = tokens * (64 * layers * width + 16 * config.vocab_size)
-    if config.vision is not None and place.first_stage:
-        v, layers = config.vision, 2 if args.inference else held * config.vision.num_hidden_layers + 2
-        patches = max(tokens * v.spatial_merge_size**2, PATCHES_AT_ONCE)
-        most += 64 * patches * layers * 3 * (2 * v.hidden_size + v.intermediate_size)
-    return most + 8 * config.hidden_size * max(config.intermediate_size, config.vocab_size)  # a gradient; a weight
-
-
-def smallest_topology(needs: Callable[[Place, float], StagePlan], room: float) -> tuple[int, int] | None:
+def smallest_topology(needs: Callable[[Place], StagePlan], room: float) -> tuple[int, int] | None:
     """(tp, pp) of the fewest ranks that have `room` bytes each; tp within a machine of 8 where there is a choice."""
-    whole = needs(Place(), 0)
+    whole = needs(Place())
     fewest = math.ceil((whole.weight_bytes + whole.gradient_bytes + whole.optimizer_bytes) / max(1, room))
     step = 8 if fewest > 64 else 1  # whole machines
     for ranks in range(-(-max(1, fewest) // step) * step, min(2 * fewest + 16, MOST_RANKS), step):
@@ -309,7 +641,7 @@ def smallest_topology(needs: Callable[[Place, float], StagePlan], room: float) -
             # more activations than the later ones.
             some = [Place(0, 0, tp, stage, pp) for stage in sorted({0, min(1, pp - 1), pp - 1})]
             with contextlib.suppress(TopologyError):
-                if all(needs(place, room).peak_bytes <= room for place in some):
+                if all(needs(place).peak_bytes <= room for place in some):
                     return tp, pp
     return None
 

@@ -54,6 +54,8 @@ device is_same_size numel size stride sym_size sym_stride sym_numel sym_storage_
 empty empty_like empty_strided new_empty new_empty_strided set_ resize_ record_stream _local_scalar_dense"""
 FREE = frozenset(FREE.split())
 
+KERNELS = torch.library.Library("aten", "IMPL")
+
 # ---------------------------------------------------------------------------------------------- what is watched
 
 
@@ -128,7 +130,7 @@ class Watch(TorchDispatchMode):
         if name in ("_to_copy", "copy_") and everywhere == {"cpu", "cuda"}:
             # From or to pageable memory, which the host has to wait for. Within the GPU's queue it does not.
             self.sync("copy to the GPU" if made[0].device.type == "cuda" else "copy to the host")
-        if "cuda" in everywhere and name not in FREE:
+        if "cuda" in everywhere and name not in FREE and any(map(torch.Tensor.numel, made)):
             self.kernels[name] += 1
         for x in made:
             self.hold(x)
@@ -272,6 +274,8 @@ def pretend() -> Watch:
     # In inference mode operations would come here before they are taken apart into those of the GPU.
     torch.inference_mode = lambda mode=True: torch.no_grad() if mode else contextlib.nullcontext()
     logging.getLogger("torch._subclasses.fake_tensor").disabled = True  # what it raises is reported
+    # A CPU build of torch knows no kernel of CUDA's for it, and would take it apart into eight.
+    KERNELS.impl("silu_backward", torch.ops.aten.sigmoid_backward, "CUDA")
     watch = Watch()
     F.scaled_dot_product_attention, norm = attention(watch), F.rms_norm
     F.rms_norm = lambda x, shape, weight, eps: (
