@@ -89,6 +89,11 @@ class Layer:
         return N * A, N * (A + 2 * KV), N * self.inner, N * C, self.own_tokens * C
 
     @property
+    def inputs(self) -> bool:
+        """Whether the inputs of products are kept."""
+        return self.trained or self.rank > 0
+
+    @property
     def kept(self) -> tuple[int, int]:
         """What autograd keeps between forward and backward pass: of attention, of the MLP.
 
@@ -99,7 +104,7 @@ class Layer:
         product, N F, for down_proj. Adapters: the outputs of lora_A, of seven matrices. No scores, no dropout.
         """
         A, Q, F, C, c = self.sizes
-        N, n, inputs = self.tokens, self.own_tokens, self.trained or self.rank > 0
+        N, n, inputs = self.tokens, self.own_tokens, self.inputs
         attention = c + Q + A + inputs * (C + self.copied * A) + 4 * N * self.rank
         mlp = c + 3 * F + inputs * (C + F) + 3 * N * self.rank
         return self.size * attention + FP32 * (n + N * self.heads), self.size * mlp + FP32 * n
@@ -118,21 +123,21 @@ class Layer:
         5 bytes for each number, float32 and E4M3; without FP8 arithmetic the weight is there once more.
         """
         A, Q, F, C, c = self.sizes
+        norm = c + (C > c) * C  # and gathered, where tokens are split
 
         def product(inputs: int, outputs: int, rows: int) -> int:
             """Bytes of a product's output, and of what its input or weight becomes; `rows` of its weight."""
-            out = self.size * outputs
             if self.products:
-                return max(5 * inputs, inputs + out)
-            return out + self.fp8 * self.size * rows * inputs // self.tokens
+                return max(5 * inputs, inputs + self.size * outputs)
+            return self.size * (outputs + self.fp8 * rows * inputs // self.tokens)
 
-        attention, mlp, N = self.size * (2 * c + Q), self.size * 3 * c, self.tokens
-        out = self.size * (1 + self.copied) * A + FP32 * N * self.heads
+        out = self.size * (c + norm + Q + (1 + self.copied) * A) + FP32 * self.tokens * self.heads
+        mlp, sums = self.size * (2 * c + norm), self.size * (norm - c + 2 * self.inputs * (self.rank > 0) * C)
         return max(
-            self.size * 2 * c + product(C, Q, Q // N),
-            attention + max(self.size * Q, out + product(A, C, self.width)),
+            self.size * (c + norm) + max(product(C, Q, Q // self.tokens), self.size * 2 * Q),
+            out + product(A, C, self.width) + sums,
             mlp + max(product(C, 2 * F, 2 * self.inner), self.size * 4 * F),
-            mlp + self.size * 3 * F + product(F, C, self.width),
+            mlp + self.size * 3 * F + product(F, C, self.width) + sums,
         )
 
     @property
@@ -159,14 +164,14 @@ class Layer:
         """
         A, Q, F, C, c = self.sizes
         weights = (self.trained or self.fp8) * self.width  # of a product with one output
-        split, adapters = C > c, self.rank > 0
-        g, freed = c + split * C, A + self.copied * (self.trained or adapters) * A
+        split, adapters, inputs = C > c, self.rank > 0, self.inputs
+        g, freed = c + split * C, (1 + self.copied * inputs) * A
         mlp = max(
             g + F + weights * self.inner,
-            c + 2 * F,
-            c - 2 * F + (1 + adapters) * C + 2 * weights * self.inner,
+            c + (3 - inputs) * F,
+            c - (1 + inputs) * F + (1 + adapters) * C + 2 * weights * self.inner,
             split * (c + 2 * C),
-            recomputed * adapters * (g + C) + recomputed * self.adding // self.size,
+            recomputed * (adapters * (g + C) + self.adding // self.size),
         )
         attention = received * c + max(
             g + (1 + adapters) * A + weights * self.heads * self.head_dim - adapters * (freed - A),
@@ -207,83 +212,77 @@ def rotary_bytes(config: Config, place: Place, length: int, size: int) -> int:
 def image_bytes(
     config: Config, place: Place, tokens: int, size: int, freeze: tuple[str, ...], recomputed: bool
 ) -> tuple[int, int, int]:
-    """Of images that fill `tokens` tokens: what tower and projector keep, and the most that a backward pass adds.
+    """Of images that fill `tokens` tokens: what tower and projector keep, and the most that their passes add.
 
     The tower keeps patches of pixels, the patches embedded, rotary tables, and its layers; the projector the tower's
     output, its norm merged to cells, their linear's output, and gelu's input and output. A frozen projector behind a
     trained tower keeps what is not the input of a product. Where both are frozen nothing is kept.
     """
     v, tp, C = config.vision, place.tp_size, config.hidden_size
-    patches, (tower, projector) = (
-        tokens * v.spatial_merge_size**2,
-        (x not in freeze for x in ("vision_tower", "projector")),
-    )
-    layer, width = tower_layer(config, place, patches, size, tower), patches * v.hidden_size
+    if v is None or not place.first_stage:
+        return 0, 0, 0
+    trains_tower, trains_projector = (part not in freeze for part in ("vision_tower", "projector"))
+    patches, pixels = tokens * v.spatial_merge_size**2, v.num_channels * v.patch_size**2
+    layer, width = tower_layer(config, place, patches, size, trains_tower), patches * v.hidden_size
     each, again = layer.held(recomputed)
-    pixels = v.num_channels * v.patch_size**2
-    kept = size * (patches * (pixels + 2 * v.head_dim) + width) + v.num_hidden_layers * each
-    gelu = tokens * C // tp
-    behind = size * (width + gelu + projector * (width + tokens * v.hidden_size + gelu)) + FP32 * patches
-    backward = max(tower * (again + layer.backward(recomputed)), projector * size * (2 * C * C // tp + 3 * tokens * C))
-    return tower * kept, (tower or projector) * behind, backward
+    tower = size * (patches * (pixels + 2 * v.head_dim) + width) + v.num_hidden_layers * each
+    gelu, merged = tokens * C // tp, width + tokens * v.hidden_size
+    projector = size * (width + gelu + trains_projector * (merged + gelu)) + FP32 * patches
+    moments = (
+        tower_forward(config, place, patches, size),
+        trains_tower * (again + layer.backward(recomputed)),
+        trains_projector * size * (2 * C * C // tp + 3 * tokens * C),
+    )
+    return trains_tower * tower, (trains_tower or trains_projector) * projector, max(moments)
 
 
 def training_bytes(
-    config: Config,
-    place: Place,
-    rows: tuple[int, int],
-    held: int,
-    recomputed: bool,
-    freeze: tuple[str, ...],
-    rank: int,
-    fp8: bool,
-    size: int,
+    config: Config, place: Place, args: argparse.Namespace, freeze: tuple[str, ...], fp8: bool, size: int
 ) -> int:
-    """The most bytes of activations during a step's passes, on the rank at `place`, for micro-batches of `rows` (B, T).
+    """The most bytes of activations during a step's passes, on the rank at `place`.
 
-    A stage keeps of each of the `held` micro-batches, as many as 1F1B lets it begin before it ends one, what its layers
-    keep (with `recomputed` ones only their inputs, n C), rotary tables and ids; of images, what tower and projector do.
-    On top comes the largest of several moments: a layer's backward pass, with the layer computed once more if it has
-    to be; the last layer's forward pass; the loss; the gradient of the embedding; and the tower. What was sent to the
-    neighbouring stages, n C each, is kept until the next message.
+    A stage keeps of each micro-batch of (B, T) tokens, for as many of them as 1F1B begins before it ends one, what its
+    layers keep (if these are computed again only their inputs, n C), rotary tables and ids; of images, what tower and
+    projector do. On top comes the largest of several moments: a layer's backward pass, with what it computed again; the
+    last layer's forward pass; the loss; the gradient of the embedding; and the tower. What was sent to neighbouring
+    stages, n C each, stays until the next message.
     """
-    (B, T), C, V = rows, config.hidden_size, -(-config.vocab_size // place.tp_size)
-    N, trained = B * T, "language_model" not in freeze
-    copied = B > 1 and local_heads(config, place)[1] > 1
-    layer = decoder_layer(config, place, N, size, trained=trained, fp8=fp8, rank=rank, copied=copied)
+    (B, T), C, V = batch_shape(args, place), config.hidden_size, -(-config.vocab_size // place.tp_size)
+    N, recomputed, first, last = B * T, args.activation_checkpointing, place.first_stage, place.last_stage
+    trained, copied = "language_model" not in freeze, B > 1 and local_heads(config, place)[1] > 1
+    options = dict(trained=trained, fp8=fp8, rank=args.lora_rank or 0, copied=copied)
+    layer = decoder_layer(config, place, N, size, **options)
     each, again = layer.held(recomputed)
     states, own = size * N * C, size * layer.own_tokens * C
-    first, last = place.first_stage, place.last_stage
+    # Of one sample, a rank's own tokens are a view of all tokens; of several, a copy.
+    view, copy = (states - own) * (B == 1), states * (B > 1 and own < states)
     decoder = len(place.layers(config.num_hidden_layers)) * each + rotary_bytes(config, place, T, size) + IDS * N
-    decoder += (states - own) * (first and B == 1)  # a rank's tokens of one sample are a view of all of them
-    features = tower = projector = images_back = 0
-    if first and config.vision is not None:
-        tower, projector, images_back = image_bytes(config, place, N, size, freeze, recomputed)
-        features = states  # alive as long as the forward pass
-    if first and not (trained or projector or recomputed):  # no gradient gets to the first layer's input
-        decoder -= own
-        features += own
-    each_batch = decoder + tower + projector
-    everything, done = held * each_batch, held * each_batch - decoder  # the latter when the decoder is through with one
-    output = own + states * (1 + (own < states) + 2 * (rank > 0 and not recomputed))
-    moments = [
-        everything + again + layer.backward(recomputed, not last),
-        everything + features + max(output, layer.adding * (not recomputed)),
-    ]
+    decoder += first * view
+    tower, projector, images = image_bytes(config, place, N, size, freeze, recomputed)
+    held = min(place.pp_size - place.pp_rank, count_micro_batches(args, place.dp_size))
+    everything = held * (decoder + tower + projector)
+    done = everything - decoder  # when the decoder is through with one of them
+    # On the first stage features, and the embedding's output if the layers have a copy, live as long as a forward pass.
+    forward = everything + first * (states * (images > 0) + copy)
+    output = (
+        layer.forward if recomputed else max(own + states * (1 + (own < states) + 2 * (layer.rank > 0)), layer.adding)
+    )
+    moments = [everything + again + layer.backward(recomputed, not last) + last * view, forward + output]
     if last:
         # States where there are targets, their norm, logits in the run dtype and in float32, which become probabilities
         # and gradients in place. Then the gradient of the head; a padded one copies that of its logits before.
         padded = (place.tp_rank + 1) * V > config.vocab_size
         moments += [
-            everything + features + 3 * states + (size + FP32) * N * V,
+            forward + 3 * states + (size + FP32) * N * V,
             everything + (1 + trained) * states + padded * 2 * FP32 * N * V,
             everything + (2 + trained) * states + size * (N * V + trained * V * C),
         ]
-    if first and trained and "embeddings" not in freeze:
-        moments.append(done + IDS * N + own + size * V * C + states * (2 + (projector > 0)))
-    if first and config.vision is not None:
-        patches = N * config.vision.spatial_merge_size**2
-        moments.append(done - projector + own + max(images_back, tower_forward(config, place, patches, size)))
+    if first:
+        embedding = trained and "embeddings" not in freeze
+        moments += [
+            done + embedding * (IDS * N + own + size * V * C + states * (2 + (projector > 0))),
+            done - projector + own + images,
+        ]
     return int(ROUNDING * (max(moments) + own * (2 - first - last)))
 
 
@@ -418,9 +417,7 @@ def plan_rank(
     total = sum(times(tensor.name) * tensor.size for tensor in trained)
     # In FP32 (see optimizer.py): the sum of gradients; the master weight and Adam's two moments.
     stage.gradient_bytes, stage.optimizer_bytes = FP32 * total, 3 * FP32 * total
-    batches = min(place.pp_size - place.pp_rank, count_micro_batches(args, place.dp_size))  # see parallel.Pipeline
-    options = (args.activation_checkpointing, freeze, args.lora_rank or 0, keep_fp8, dtype.itemsize)
-    passes = training_bytes(config, place, batch_shape(args, place), batches, *options)
+    passes = training_bytes(config, place, args, freeze, keep_fp8, dtype.itemsize)
     # After the passes the shares of a gradient are added up in whole tensors, a bucket at a time.
     shared = [(times(t.name), math.prod(t.part.shape)) for t in trained if t.sharers > 1]
     most = max([BUCKET, *(size for _, size in shared)])
