@@ -259,7 +259,8 @@ def training_bytes(
     decoder = len(place.layers(config.num_hidden_layers)) * each + rotary_bytes(config, place, T, size) + IDS * N
     decoder += first * view
     tower, projector, images = image_bytes(config, place, N, size, freeze, recomputed)
-    held = min(place.pp_size - place.pp_rank, count_micro_batches(args, place.dp_size))
+    batches = count_micro_batches(args, place.dp_size)
+    held = min(place.pp_size - place.pp_rank, batches)
     everything = held * (decoder + tower + projector)
     done = everything - decoder  # when the decoder is through with one of them
     # On the first stage features, and the embedding's output if the layers have a copy, live as long as a forward pass.
@@ -283,7 +284,8 @@ def training_bytes(
             done + embedding * (IDS * N + own + size * V * C + states * (2 + (projector > 0))),
             done - projector + own + images,
         ]
-    return int(ROUNDING * (max(moments) + own * (2 - first - last)))
+    sent = own * ((not last) + (batches > 1 and not first))
+    return int(ROUNDING * (max(moments) + sent))
 
 
 def prompt_bytes(config: Config, place: Place, context: int, fp8: bool, products: bool, size: int) -> int:
@@ -385,8 +387,8 @@ def plan_rank(
 
     Raises TopologyError where the topology does not divide the model.
     """
-    layers, tower = place.layers(config.num_hidden_layers), config.vision
-    few = replace(config, num_hidden_layers=place.pp_size, vision=tower and replace(tower, num_hidden_layers=1))
+    layers, v = place.layers(config.num_hidden_layers), config.vision
+    few = replace(config, num_hidden_layers=place.pp_size, vision=v and replace(v, num_hidden_layers=1))
     model = build_model(few, replace(place, device=torch.device("meta")), dtype, keep_fp8)
     if args.lora_rank:
         add_adapters(model, args.lora_rank, 1.0)
@@ -395,34 +397,40 @@ def plan_rank(
         """How many tensors the one of this name stands for."""
         if name.startswith("layers."):
             return len(layers)
-        return tower.num_hidden_layers if ".layers." in name else 1
+        return v.num_hidden_layers if ".layers." in name else 1
 
     weights = sum(times(name) * x.nbytes for name, x in [*model.named_parameters(), *model.named_buffers()])
     if config.activation_scheme == "static":  # the loader adds the scales of activations
         weights += sum(FP32 * times(name) for name, _ in model.named_buffers() if name.endswith(".weight_scale"))
-    held, counts, parameters = held_tensors(model), Counter(), 0
+    held, counts = held_tensors(model), Counter()
     for tensor in held:
         inside = math.prod(tensor.part.shape) // tensor.part.shape[tensor.part.dim] * tensor.part.length
         counts[kind_of(tensor)] += times(tensor.name) * inside
         counts["padding"] += times(tensor.name) * (tensor.size - inside)
-        parameters += times(tensor.name) * tensor.size
-    stage = StagePlan(place.pp_rank, [layers[0], layers[-1]], parameters, weights)
+    stage = StagePlan(place.pp_rank, [layers[0], layers[-1]], sum(counts.values()), weights)
     if args.inference:
         stage.cache_bytes = len(layers) * model.new_cache(1, args.max_context).nbytes
         products = keep_fp8 and GPUS[args.gpu].fp8 > 0
         stage.activation_bytes = prompt_bytes(config, place, args.max_context, keep_fp8, products, dtype.itemsize)
-        return stage, counts
+    else:
+        plan_training(stage, config, place, args, [(tensor, times(tensor.name)) for tensor in held], keep_fp8, dtype)
+    return stage, counts
+
+
+def plan_training(
+    stage: StagePlan, config: Config, place: Place, args: argparse.Namespace, held: list, keep_fp8: bool, dtype
+) -> None:
+    """Adds to `stage` what training takes. `held`: its tensors, each with how many others it stands for."""
     freeze = tuple(FREEZABLE if args.lora_rank else args.freeze)
-    trained = [t for t in held if is_trained(t.name, freeze) or (args.lora_rank and ".adapter." in t.name)]
-    total = sum(times(tensor.name) * tensor.size for tensor in trained)
+    trained = [(t, count) for t, count in held if ".adapter." in t.name or is_trained(t.name, freeze)]
+    total = sum(count * tensor.size for tensor, count in trained)
     # In FP32 (see optimizer.py): the sum of gradients; the master weight and Adam's two moments.
     stage.gradient_bytes, stage.optimizer_bytes = FP32 * total, 3 * FP32 * total
-    passes = training_bytes(config, place, args, freeze, keep_fp8, dtype.itemsize)
     # After the passes the shares of a gradient are added up in whole tensors, a bucket at a time.
-    shared = [(times(t.name), math.prod(t.part.shape)) for t in trained if t.sharers > 1]
-    most = max([BUCKET, *(size for _, size in shared)])
-    stage.activation_bytes = max(passes, FP32 * min(most, sum(count * size for count, size in shared)))
-    return stage, counts
+    shared = [(count, math.prod(tensor.part.shape)) for tensor, count in trained if tensor.sharers > 1]
+    bucket = min(max([BUCKET, *(size for _, size in shared)]), sum(count * size for count, size in shared))
+    passes = training_bytes(config, place, args, freeze, keep_fp8, dtype.itemsize)
+    stage.activation_bytes = max(passes, FP32 * bucket)
 
 
 def kind_of(tensor: Held) -> str:
@@ -470,32 +478,6 @@ ADAM_BYTES = 82  # that a step of optimizer.py reads and writes per trained weig
 RECIPE_STEPS, MEDPIX = 100, 20_500  # of the published fine-tune; samples of its data
 
 
-class Clock:
-    """Adds up the floor and the estimate of what one stage does."""
-
-    def __init__(self, gpu: Gpu, place: Place):
-        self.gpu, self.seconds = gpu, torch.zeros(2, dtype=torch.float64)
-        self.tp, self.far = place.tp_size, place.tp_size * place.pp_size > 8
-
-    def product(self, operations: float, nbytes: float, fp8: bool = False, times: float = 1) -> None:
-        compute, memory = operations / (self.gpu.fp8 if fp8 else self.gpu.bf16), nbytes / self.gpu.memory
-        about = max(compute / PRODUCTS, memory / COPIES, KERNEL)
-        self.seconds += times * torch.tensor([max(compute, memory), about])
-
-    def others(self, kernels: float, nbytes: float, times: float = 1) -> None:
-        self.seconds[1] += times * max(kernels * KERNEL, nbytes / self.gpu.memory / COPIES)
-
-    def sums(self, count: float, nbytes: float) -> None:
-        """All-reduces of `nbytes` each, in a ring: every part of it travels twice, but for a rank's own."""
-        if self.tp > 1:
-            link = self.gpu.network if self.tp > 8 else self.gpu.nvlink
-            self.seconds[1] += count * (MESSAGE + 2 * (1 - 1 / self.tp) * nbytes / link / LINKS)
-
-    def send(self, nbytes: float) -> None:
-        """To another stage."""
-        self.seconds[1] += MESSAGE + nbytes / (self.gpu.network if self.far else self.gpu.nvlink) / LINKS
-
-
 def stage_times(
     config: Config, place: Place, gpu: Gpu, layer: Layer, pairs: float, keys: int, passes: tuple[int, int] = (1, 0)
 ) -> torch.Tensor:
@@ -512,41 +494,51 @@ def stage_times(
       adapter's output together, scaling and adding it 4 + 4 + 6 for each output. Backward, norms and residuals 12 C +
       12 C, the rotation of a copy 4 Q + 14, silu, product and joining their gradients 6 F + 12 F + 8 F; and each
       trained weight's gradient is added to a float32 sum, 10 bytes. Logits in training: 52 bytes for each.
-    - two all-reduces of 2 C bytes a token forward and two backward; a message to each neighbouring stage.
+    - two all-reduces of 2 C bytes forward, two backward, in a ring: every part travels twice, but for a rank's own.
+      Computing a layer again ends before down_proj. One message goes to each neighbouring stage.
     """
-    clock, (forward, backward) = Clock(gpu, place), passes
-    (A, Q, F, C, _), N = replace(layer, tokens=1, own_tokens=1).sizes, layer.tokens
-    layers, training = len(place.layers(config.num_hidden_layers)), backward > 0
-    matrices, keys_size = [(C, Q), (A, C), (C, 2 * F), (F, C)], (Q - A) // 2
-    weights = sum(inputs * outputs for inputs, outputs in matrices)
-    inputs, outputs = (sum(sizes) for sizes in zip(*matrices))
-    dequantizes, adapters = layer.fp8 and not layer.products, layer.rank > 0
-    for rows, columns in matrices:
-        nbytes = (2 - layer.products) * (rows * columns + N * rows) + 2 * N * columns
-        repeat = forward + backward - (forward > 1 and rows == F)  # computing a layer again ends before down_proj
-        clock.product(2 * N * rows * columns, nbytes, layer.products, layers * repeat)
-    attention = layers * 2 * (forward + 2.5 * training)  # two products
-    clock.product(2 * pairs * A, 2 * (keys * keys_size + N * A), times=attention)
-    turned = A + keys_size
-    moved = 20 * C + 14 * turned + 8 * keys_size + 10 * F + layer.products * 19 * inputs + adapters * 14 * outputs
-    moved_back = training * (24 * C + 14 * turned + 4 * Q + 26 * F + adapters * 14 * outputs)
-    kernels = KERNELS + 12 * layer.products + 8 * dequantizes + 20 * adapters
-    clock.others(kernels * forward, N * moved * forward, layers)
-    clock.others(kernels * training, N * moved_back, layers)
-    clock.others(0, 7 * weights * dequantizes, layers * (forward + training))
-    clock.others(0, 10 * weights * layer.trained * training, layers)
-    clock.sums(layers * (2 * forward + 2 * training - (forward > 1)), 2 * N * C)
-    clock.others(ENDS, 0)
-    if place.first_stage:
-        clock.sums(1, 2 * N * C)
-    if place.last_stage:
-        V, scored = config.vocab_size / place.tp_size, N if training else 1
-        clock.product(2 * scored * C * V, 2 * (C * V + scored * (C + V)), times=1 + backward)
-        clock.others(ENDS, 52 * N * V * training)
-        clock.sums(1, 0)
-    for _ in range((not place.last_stage) + training * (not place.first_stage)):
-        clock.send(2 * layer.own_tokens * C)
-    return clock.seconds
+    (forward, backward), tp, (A, Q, F, C, _) = passes, place.tp_size, replace(layer, tokens=1, own_tokens=1).sizes
+    N, layers, training = layer.tokens, len(place.layers(config.num_hidden_layers)), backward > 0
+    turned, V, last = (A + Q) // 2, config.vocab_size / tp, place.last_stage
+    matrices, fp8, adapters = [(C, Q), (A, C), (C, 2 * F), (F, C)], layer.products, layer.rank > 0
+    weights, quantized, outputs = sum(x * y for x, y in matrices), 19 * fp8 * (2 * C + A + F), Q + 2 * C + 2 * F
+    dequantizes, adding, again = layer.fp8 and not fp8, 14 * adapters * outputs, forward > 1 and not adapters
+    scored, peak = N if training else 1, gpu.fp8 if fp8 else gpu.bf16
+    # How often, operations, bytes, operations per second
+    products = [
+        (layers * 2 * (forward + 2.5 * training), 2 * pairs * A, 2 * keys * (turned - A) + 2 * N * A, gpu.bf16),
+        (last * (1 + backward), 2 * scored * C * V, 2 * (C * V + scored * (C + V)), gpu.bf16),
+    ]
+    for x, y in matrices:
+        times, nbytes = layers * (forward + backward - (again and x == F)), (2 - fp8) * (x * y + N * x) + 2 * N * y
+        products.append((times, 2 * N * x * y, nbytes, peak))
+        products.append((layers * adapters * (forward + 2), 2 * N * layer.rank * (x + y), 2 * N * (x + y), gpu.bf16))
+    # How often, kernels, bytes
+    moved = 20 * C + 14 * turned + 8 * (turned - A) + 10 * F + quantized + adding
+    kernels = KERNELS + 12 * fp8 + 8 * dequantizes + 20 * adapters
+    others = [
+        (layers * forward, kernels, N * moved),
+        (layers * training, kernels, N * (24 * C + 14 * turned + 4 * Q + 26 * F + adding)),
+        (layers * (forward + training) * dequantizes, 0, 7 * weights),
+        (layers * training * layer.trained, 0, 10 * weights),
+        (1, ENDS, 0),
+        (last, ENDS, 52 * training * N * V),
+    ]
+    # How often, bytes, bytes per second
+    sums = layers * (2 * forward + 2 * training - again) + place.first_stage + last
+    far = gpu.network if tp * place.pp_size > 8 else gpu.nvlink
+    messages = [
+        ((tp > 1) * sums, 4 * (1 - 1 / tp) * N * C, gpu.network if tp > 8 else gpu.nvlink),
+        ((not last) + training * (not place.first_stage), 2 * layer.own_tokens * C, far),
+    ]
+    floor = about = 0.0
+    for count, operations, nbytes, peak in products:
+        compute, memory = operations / peak, nbytes / gpu.memory
+        floor += count * max(compute, memory)
+        about += count * max(compute / PRODUCTS, memory / COPIES, KERNEL)
+    about += sum(count * max(n * KERNEL, nbytes / gpu.memory / COPIES) for count, n, nbytes in others)
+    about += sum(count * (MESSAGE + nbytes / link / LINKS) for count, nbytes, link in messages)
+    return torch.tensor([floor, about], dtype=torch.float64)
 
 
 def make_times(config: Config, args: argparse.Namespace, keep_fp8: bool, trained: int) -> dict[str, list[float]]:
