@@ -16,6 +16,11 @@ its own. Such a weight has a scale for every row: a tensor (out, 1). A weight th
 rewrites a checkpoint of any layout in the HF layout; `runtime/export.py` is that program, this file the arithmetic.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of an import; `run_program` sets the rule
+
 import functools
 
 import torch
@@ -115,4 +120,4 @@ if __name__ == "__main__":
     from runtime.export import main
     from runtime.launch import run_program
 
-    run_program(main)
+    run_program(main, alone=True)

@@ -8,8 +8,13 @@
 
 Human-readable text and progress go to stderr, answers to stdout; with --json stdout carries JSON lines only.
 
-What is asked becomes a JSON request, which a `Session` answers (`session.py`).
+What is asked becomes a JSON request, which a `Session` answers.
 """
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of an import; `run_program` sets the rule
 
 import argparse
 import itertools
@@ -21,33 +26,30 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from model import CHUNK, LOGIT_ROWS, KVCache, MistralMedium, Span
 from parallel import Channel, Place, from_last_stage
-from runtime.chat import ReplyParser, encode_chat
+from runtime.chat import ReplyParser
 from runtime.checkpoint import Checkpoint, fill, weight_bytes
 from runtime.config import read_config
 from runtime.cpu import speed_up
-from runtime.files import UserError
-from runtime.images import grid, grid_of, image_name, load_image, pixels
+from runtime.files import UserError, require
+from runtime.images import load_image
 from runtime.launch import COUNT, SIZE, Parser, find_place, gather_objects, number, run_program, together
 from runtime.lora import add_adapters, read_adapters
 from runtime.memory import peak_memory
 from runtime.plan import Progress, check_memory
-from runtime.requests import NUMBERS, Answer, Request, read_requests
+from runtime.requests import NUMBERS, Answer, Request, RequestReader, read_requests, result_of
 from runtime.terminal import interact, print_calls, stream
 from runtime.tokenizer import load_tokenizer
 from vision import build_model
 
-CPU_CHUNK = 2048  # on a CPU no slower, and half the memory
-
-
-SHARED = 16  # tokens at least that a beginning must have to be copied from another row
-
-Piece = tuple[int, int, int, torch.Tensor | None]  # row of the cache, first position, tokens, features of images
+CPU_CHUNK = 2048  # instead of CHUNK: on a CPU no slower, and half the memory
+SHARED = 16  # tokens that a beginning must have at least to be copied from another row
 
 
 class Row:
@@ -60,29 +62,33 @@ class Row:
         self.room = room if request.max_new_tokens is None else min(request.max_new_tokens, room)
         self.start = 0  # tokens that the cache had already
         self.scores: list[torch.Tensor] = []  # of the prompt's tokens, on the last stage
-        # What its place in the cache depends on: ids, and at an [IMG] token which image it is of; nobody else has one
-        # that has no name.
-        images, nameless = iter([name for name, count in request.images for _ in range(count)]), object()
-        self.ids = [next(images, nameless) if id == engine.image_token_id else id for id in request.prompt]
+        self.cache_keys = cache_keys(request, engine.image_token_id)
 
-    def take(self, token: int, logprob: float) -> list[tuple[str, str]]:
-        """Append a sampled token; returns the pieces of the reply that became certain with it."""
+    def take(self, token: int, logprob: float, stop: bool) -> None:
+        """Append a sampled token. `stop`: whoever reads the answer needs no more."""
         self.answer.tokens.append(token)
         self.answer.logprobs.append(logprob)
-        reader = self.request.reader
-        pieces = reader.add(token) if reader else []
-        if token == self.eos_id or (reader and reader.stopped):
+        if token == self.eos_id or stop:
             self.answer.finish_reason = "stop"
-        return pieces + reader.finish() if reader and self.done else pieces
-
-    def cancel(self, on_piece: Callable) -> None:
-        self.answer.finish_reason = "cancelled"
-        for piece in self.request.reader.finish() if self.request.reader else ():
-            on_piece(self.index, *piece)
 
     @property
     def done(self) -> bool:
         return self.answer.finish_reason != "length" or len(self.answer.tokens) >= self.room
+
+
+def cache_keys(request: Request, image_token_id: int | None) -> list:
+    """What each place of the cache depends on: the token id, and at an [IMG] token which image it is of.
+
+    An unnamed image gets a unique key, so it is never reused.
+    """
+    names = iter([name for name, count in request.images for _ in range(count)])
+    unnamed = object()
+    return [next(names, unnamed) if id == image_token_id else id for id in request.prompt]
+
+
+def common(a: list, b: list) -> int:
+    """How many items two lists have in common at their beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 class Group:
@@ -92,14 +98,18 @@ class Group:
         self.rows: list[Row] = []
         self.room = width  # how many rows there may be; a GPU's steps run over a power of two
         self.cache: KVCache = model.new_cache(width, length)
-        self.held: list[list] = [[] for _ in range(width)]  # the ids (see Row.ids) of what each row of the cache holds
+        self.held: list[list] = [[] for _ in range(width)]  # the `cache_keys` of what each row of the cache holds
         device = model.place.device
         self.sampled = torch.zeros(width, 2, dtype=torch.float64, device=device)  # the last token, its log-probability
         self.positions, self.seeds = torch.zeros(2, width, dtype=torch.long, device=device)  # where that token goes
-        self.heat = torch.zeros(width, 2, device=device)  # temperature, top_p
+        self.temperature, self.top_p = torch.zeros(2, width, 1, device=device)
         self.work: dist.Work | None = None  # the broadcast of `sampled`
         self.phase = "prefill"  # what is in flight
         self.steps: dict[tuple, Callable | None] = {}  # see Engine.decode
+
+    def state_of(self, i: int) -> tuple[torch.Tensor, ...]:
+        """The numbers of row i, each a view."""
+        return self.positions[i], self.seeds[i], self.temperature[i], self.top_p[i], self.sampled[i]
 
     def drop_finished(self) -> list[Row]:
         """Takes out what is finished and returns it. Last rows take these places: a step runs over the first rows."""
@@ -110,27 +120,32 @@ class Group:
                 if i < end:
                     self.rows[i], self.held[i], self.held[end] = last, self.held[end], []
                     self.cache.copy_row(end, i, last.length)
-                    for tensor in (self.sampled, self.positions, self.seeds, self.heat):
-                        tensor[i] = tensor[end]
+                    for target, source in zip(self.state_of(i), self.state_of(end)):
+                        target.copy_(source)
         return finished
 
     def admit(self, row: Row, shared: list[int]) -> None:
         """Make `row` the next one. It begins like each row of the cache for as many tokens as `shared` says."""
-        at, best = len(self.rows), shared.index(max(shared))
-        if not row.request.logprobs and (best == at or shared[best] >= SHARED):  # scores are of all tokens
+        at, best, request = len(self.rows), shared.index(max(shared)), row.request
+        # Log-probabilities need every prompt token computed, so nothing is reused for them.
+        if not request.logprobs and (best == at or shared[best] >= SHARED):
             row.start = min(shared[best], row.length - 1)  # something has to go through the model to sample from
         if best != at and row.start:
             self.cache.copy_row(best, at, row.start)
-        self.held[at] = row.ids
+        self.held[at] = row.cache_keys
         self.rows.append(row)
-        state = (self.positions[at], self.seeds[at], *self.heat[at])
-        for element, value in zip(state, (row.length, row.request.seed, row.request.temperature, row.request.top_p)):
+        values = (row.length, request.seed, request.temperature, request.top_p)
+        for element, value in zip(self.state_of(at), values):
             element.fill_(value)  # by a kernel: a GPU copies nothing from the host
 
 
-def common(a: list, b: list) -> int:
-    """How many items two lists have in common at their beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+class Piece(NamedTuple):
+    """Some tokens of a prompt on their way into the cache."""
+
+    row: int  # of the group
+    start: int  # position of the first
+    size: int
+    features: torch.Tensor | None  # (n, C) of the [IMG] tokens among them, on the first stage
 
 
 class Engine:
@@ -139,7 +154,8 @@ class Engine:
     def __init__(self, model: MistralMedium, eos_id: int, max_context: int):
         self.model, self.place, self.eos_id, self.max_context = model, model.place, eos_id, max_context
         self.image_token_id = model.config.vision and model.config.vision.image_token_id
-        self.chunk = CHUNK if (on_gpu := self.place.device.type == "cuda") else CPU_CHUNK
+        on_gpu = self.place.device.type == "cuda"
+        self.chunk = CHUNK if on_gpu else CPU_CHUNK
         # What replays a step, see `decode`. Messages between stages cannot be replayed.
         self.record = record if on_gpu and self.place.pp_size == 1 else None
         # While decoding, a group has one message in flight; the bound is for the chunks of prompts.
@@ -151,24 +167,24 @@ class Engine:
     def generate(
         self,
         requests: Iterable[Request],
-        on_piece: Callable[[int, str, str], None] = lambda i, kind, text: None,
+        on_token: Callable[[int, int, float], bool] = lambda i, token, logprob: False,
         on_done: Callable[[int, Request, Answer], None] = lambda i, request, answer: None,
         width: int | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> list[Answer]:
-        """Answer `requests`, at most `width` of them at the same time. All ranks call this together.
+        """Answer `requests`, at most `width` of them at the same time (continuous batching). All ranks come together.
 
-        Requests are taken when there is room for them. `on_piece(i, kind, text)` gets each reply piece by piece,
-        `on_done` each answer, first come, first served. `stop`, which all ranks have to give or none, is called on rank
-        0 for every token: True ends all answers where they are, as "cancelled". Prompts must not be longer than
-        `max_context`; an answer ends there at the latest.
+        Requests are taken when there is room for them. `on_token(i, token, logprob)` gets each token of answer i as it
+        comes, and True, the same on all ranks, ends that answer with it; `on_done` gets the answers as they finish.
+        `stop`, which all ranks have to give or none, is called on rank 0 for every token: True ends all answers where
+        they are, as "cancelled". Prompts must not be longer than `max_context`; an answer ends there at the latest.
         """
         rows = (Row(i, request, self) for i, request in enumerate(requests))
         self.seconds, self.tokens = ({"prefill": 0, "decode": 0} for _ in range(2))
         self.mark, answers, first = time.perf_counter(), {}, list(islice(rows, width))
         waiting = chain(first, rows)
 
-        def drop(row: Row) -> None:
+        def finish(row: Row) -> None:
             self.share_scores(row)
             answers[row.index] = row.answer
             on_done(row.index, row.request, row.answer)
@@ -177,19 +193,14 @@ class Engine:
             self.prepare_groups(first)
             running = True
             while running:
-                running = False
                 for group in self.groups:
-                    self.pick_up(group, on_piece)
+                    self.pick_up(group, on_token)
                     if stop is not None and group is self.groups[0] and self.agree(stop):
-                        for row in (row for group in self.groups for row in group.rows if not row.done):
-                            row.cancel(on_piece)
-                        for row in waiting:
-                            row.cancel(on_piece)
-                            drop(row)
+                        self.cancel(waiting, finish)
                     for row in group.drop_finished():
-                        drop(row)
+                        finish(row)
                     self.advance(group, waiting)
-                    running |= bool(group.rows)
+                running = any(group.rows for group in self.groups)
         except BaseException:
             self.groups.clear()  # nobody knows how much of a row is in the cache
             raise
@@ -202,14 +213,17 @@ class Engine:
         asked = [-(-(len(rows) - i) // count) for i in range(count)]
         widths = asked if self.record is None else [power_of_two(width) for width in asked]
         length = KVCache.length_for(max((row.length for row in rows), default=0) + 1)
-        held = [ids for group in self.groups for ids in group.held]
-        useful = any(common(ids, row.ids) >= SHARED for row in rows for ids in held)
-        useful |= all(group.cache.length <= 2 * length for group in self.groups)
-        if not useful or [len(group.held) for group in self.groups] != widths:
+        small = all(group.cache.length <= 2 * length for group in self.groups)
+        fit = [len(group.held) for group in self.groups] == widths
+        if not fit or not (small or self.hold_a_beginning_of(rows)):
             self.groups.clear()  # first, to have their memory
             self.groups += [Group(self.model, width, length) for width in widths]
         for group, width in zip(self.groups, asked):
             group.room = width
+
+    def hold_a_beginning_of(self, rows: list[Row]) -> bool:
+        held = [keys for group in self.groups for keys in group.held]
+        return any(common(keys, row.cache_keys) >= SHARED for row in rows for keys in held)
 
     def agree(self, stop: Callable[[], bool]) -> bool:
         """What `stop()` says on rank 0, on all ranks."""
@@ -217,6 +231,15 @@ class Engine:
         if dist.is_initialized():
             dist.broadcast(said, src=0)
         return bool(said)
+
+    def cancel(self, waiting: Iterator[Row], finish: Callable[[Row], None]) -> None:
+        """End every answer where it is; those that wait are not begun."""
+        for row in (row for group in self.groups for row in group.rows):
+            if not row.done:
+                row.answer.finish_reason = "cancelled"
+        for row in waiting:
+            row.answer.finish_reason = "cancelled"
+            finish(row)
 
     def advance(self, group: Group, waiting: Iterator[Row]) -> None:
         """A token for every row; and rows that wait take the places that are free, with the first token of theirs."""
@@ -235,55 +258,61 @@ class Engine:
         if old or new:
             self.post(group)
 
+    # --- prompts
+
     def prefill(self, group: Group, new: list[Row]) -> None:
         """Prompts of new rows: chunk by chunk into the cache, and the first token of each sampled.
 
         A chunk attends to the earlier ones through the cache, so that a long prompt costs the activations of one chunk.
-        Short ones share a chunk, one after the other: nothing is padded, and the weights are read once for all of them.
+        Short ones share a chunk, one after the other (varlen prompts): nothing is padded, and the weights are read once
+        for all of them.
         """
         first, last = len(group.rows), []
         for pieces in self.chunks(group, new):
             last += self.prefill_chunk(group, pieces)
         if self.place.last_stage:
-            self.sample(torch.stack(last), group, slice(first, len(group.rows)), *warm_and_choosy(new))
+            self.sample(torch.stack(last), group, slice(first, len(group.rows)), *sampling_flags(new))
 
     def prefill_chunk(self, group: Group, pieces: list[Piece]) -> list[torch.Tensor]:
         """The states (C,) after prompts that end here, on the last stage."""
-        segments = [(i, start, size) for i, start, size, _ in pieces]
-        prompts = [group.rows[i].request.prompt for i, _, _ in segments]
-        tokens = [id for prompt, (_, start, size) in zip(prompts, segments) for id in prompt[start : start + size]]
-        features = [part for *_, part in pieces if part is not None]
-        features, span = torch.cat(features) if features else None, self.model.prompts(segments)
+        tokens = []
+        for i, start, size, _ in pieces:
+            tokens += group.rows[i].request.prompt[start : start + size]
+        features = [piece.features for piece in pieces if piece.features is not None]
+        features = torch.cat(features) if features else None
+        span = self.model.prompts([(piece.row, piece.start, piece.size) for piece in pieces])
         hidden = self.run_stage(torch.tensor([tokens]), span, group.cache, features)
         if hidden is None:
             return []
-        parts, last = hidden[0].split([size for *_, size in segments]), []  # each (size, C)
-        for part, prompt, (i, start, size) in zip(parts, prompts, segments):
-            if group.rows[i].request.logprobs:
+        last = []
+        for states, (i, start, size, _) in zip(hidden[0].split([piece.size for piece in pieces]), pieces):
+            row, end = group.rows[i], start + size
+            if row.request.logprobs:
                 # The state at a token scores the next one, so the last state needs the next chunk's first token.
-                group.rows[i].scores += self.score(part, prompt[start + 1 : start + size + 1])
-            if start + size == len(prompt):
-                last.append(part[-1].clone())  # not a view, which would keep all of them
+                row.scores += self.score(states, row.request.prompt[start + 1 : end + 1])
+            if end == row.length:
+                last.append(states[-1].clone())  # not a view, which would keep all of them
         return last
 
     def chunks(self, group: Group, new: list[Row]) -> Iterator[list[Piece]]:
-        """Pieces of prompts, `self.chunk` tokens at a time."""
+        """Pieces of prompts, `self.chunk` tokens at a time (chunked prefill)."""
         pieces, room = [], self.chunk
         for row in new:
-            shared, pending = [common(ids, row.ids) for ids in group.held], {i for i, *_ in pieces}
+            shared = [common(keys, row.cache_keys) for keys in group.held]
+            pending = {piece.row for piece in pieces}
             ready = [0 if i in pending else count for i, count in enumerate(shared)]
-            if max(shared) >= max(ready) + SHARED:  # this chunk has what it needs, which has to be in the cache first
+            # A row of the unfinished chunk shares a longer beginning (prefix caching): run that chunk first.
+            if max(shared) >= max(ready) + SHARED:
                 yield pieces
                 pieces, room, ready = [], self.chunk, shared
             group.admit(row, ready)
             features, start = self.features_of(row), row.start
             while start < row.length:
-                size = min(room, row.length - start)
-                part = None
+                size, part = min(room, row.length - start), None
                 if features is not None:  # a chunk may end in the middle of an image: each piece takes its share
                     count = row.request.prompt[start : start + size].count(self.image_token_id)
                     part, features = (features[:count] if count else None), features[count:]
-                pieces.append((len(group.rows) - 1, start, size, part))
+                pieces.append(Piece(len(group.rows) - 1, start, size, part))
                 start, room = start + size, room - size
                 if room == 0:
                     yield pieces
@@ -314,10 +343,10 @@ class Engine:
         for row, held in zip(rows, group.held):
             row.length += 1
             held.append(row.answer.tokens[-1])
-        longest = max(row.length for row in rows)
         if self.record is None:
-            return self.step(group, len(rows), longest, len(rows) == 1, *warm_and_choosy(rows))
-        kind = (power_of_two(len(rows)), group.cache.length, False, *warm_and_choosy(rows))
+            longest = max(row.length for row in rows)
+            return self.step(group, len(rows), longest, len(rows) == 1, *sampling_flags(rows))
+        kind = (power_of_two(len(rows)), group.cache.length, False, *sampling_flags(rows))
         for i in range(len(rows), kind[0]):
             group.held[i] = []
         group.positions[len(rows) : kind[0]].zero_()
@@ -327,20 +356,23 @@ class Engine:
         group.steps.setdefault(kind)
         run()
 
-    def step(self, group: Group, count: int, length: int, alike: bool, warm: bool, choosy: bool) -> None:
+    def step(self, group: Group, count: int, length: int, aligned: bool, *flags: bool) -> None:
         """`sampled` of the first `count` rows -> their next ones, attending to the first `length` of the cache."""
         positions = group.positions[:count]
-        span = self.model.step(positions, length, alike)
+        span = self.model.step(positions, length, aligned)
         hidden = self.run_stage(group.sampled[:count, :1].long(), span, group.cache.rows(0, count))  # (B, 1, C)
         positions.add_(1)
         if hidden is not None:
-            self.sample(hidden[:, 0], group, slice(0, count), warm, choosy)
+            self.sample(hidden[:, 0], group, slice(0, count), *flags)
 
-    def sample(self, hidden: torch.Tensor, group: Group, part: slice, warm: bool, choosy: bool) -> None:
-        """hidden (B, C) after the last tokens of the group's rows `part` -> their next ones, in `group.sampled`."""
-        temperature, top_p = (group.heat[part, i : i + 1] if asked else None for i, asked in enumerate((warm, choosy)))
+    def sample(self, hidden: torch.Tensor, group: Group, part: slice, temperature: bool, top_p: bool) -> None:
+        """hidden (B, C) after the last tokens of the group's rows `part` -> their next ones, in `group.sampled`.
+
+        The noise of a sample is a hash of seed and position, see `parallel.gumbel`: it does not depend on the batch.
+        """
+        asked = group.temperature[part] if temperature else None, group.top_p[part] if top_p else None
         noise = group.seeds[part], group.positions[part]
-        group.sampled[part] = self.model.lm_head.sample(self.model.logits(hidden), temperature, top_p, *noise)
+        group.sampled[part] = self.model.lm_head.sample(self.model.logits(hidden), *asked, *noise)
 
     def run_stage(self, tokens: torch.Tensor, span: Span, cache: KVCache, features: torch.Tensor | None = None):
         """This rank's layers over some tokens (B, T); on the first stage `features` (n, C) stand for n `[IMG]` tokens.
@@ -370,7 +402,7 @@ class Engine:
         """
         group.work = from_last_stage(group.sampled[: len(group.rows)], self.place)
 
-    def pick_up(self, group: Group, on_piece: Callable) -> None:
+    def pick_up(self, group: Group, on_token: Callable[[int, int, float], bool]) -> None:
         """Give the rows of the group their tokens, wherever these were sampled."""
         if group.work is not None:
             group.work.wait()
@@ -380,8 +412,8 @@ class Engine:
         self.seconds[group.phase] += now - self.mark
         self.mark = now
         for row, (token, logprob) in zip(group.rows, sampled):
-            for piece in row.take(int(token), logprob) if not row.done else ():
-                on_piece(row.index, *piece)
+            if not row.done:
+                row.take(int(token), logprob, on_token(row.index, int(token), logprob))
 
     def share_scores(self, row: Row) -> None:
         """Put the log-probabilities of the prompt's tokens after the first, if they are wanted, into the answer."""
@@ -402,8 +434,8 @@ class Engine:
         return [head.log_probabilities(self.model.logits(x), y).double() for x, y in pieces if len(y)]
 
 
-def warm_and_choosy(rows: list[Row]) -> tuple[bool, bool]:
-    """Whether any of them has a temperature above 0, and a top-p below 1."""
+def sampling_flags(rows: list[Row]) -> tuple[bool, bool]:
+    """(any of them has a temperature above 0, any has a top-p below 1): what need not be computed is not."""
     return any(row.request.temperature > 0 for row in rows), any(row.request.top_p < 1 for row in rows)
 
 
@@ -435,7 +467,8 @@ class Session:
         if self.lora:
             add_adapters(self.model, *self.lora)
         # All ranks sample the same tokens, so they need the same seed: rank 0's, where none was given.
-        self.seed = gather_objects(random.getrandbits(32) if args.seed is None else args.seed)[0]
+        seed = gather_objects(random.getrandbits(32) if args.seed is None else args.seed)[0]
+        self.requests = RequestReader(args, self.tokenizer, self.config.vision, place, self.max_context, seed)
         together(lambda: fill(self.model, checkpoint, Progress(checkpoint, place)))
         self.model.eval()
         self.weight_bytes = weight_bytes(self.model)
@@ -447,8 +480,8 @@ class Session:
         """Everything but the model: config, tokenizer, and which tensors there are."""
         args = self.args
         directory = args.ckpt or TINY
-        if not args.ckpt and not os.path.isdir(TINY):
-            raise UserError("this repository holds no checkpoint of its own; name one with --ckpt DIR")
+        there = args.ckpt or os.path.isdir(TINY)
+        require(there, "this repository holds no checkpoint of its own; name one with --ckpt DIR")
         checkpoint = Checkpoint(directory)
         self.config = checkpoint.fit(read_config(directory))
         self.lora = read_adapters(args.lora, checkpoint) if args.lora else None  # rank and alpha
@@ -456,8 +489,8 @@ class Session:
         longest = self.config.max_position_embeddings
         self.max_context = min(args.max_context or longest, longest)
         stored_fp8 = checkpoint.is_fp8()
-        if args.weights == "fp8" and not stored_fp8:
-            raise UserError(f"{directory}: its weights are not FP8; leave out --weights fp8")
+        good = stored_fp8 or args.weights != "fp8"
+        require(good, f"{directory}: its weights are not FP8; leave out --weights fp8")
         on_gpu = self.place.device.type == "cuda"  # a CPU has no fast FP8 arithmetic
         self.keep_fp8 = args.weights == "fp8" or (args.weights == "auto" and on_gpu and stored_fp8)
         return checkpoint
@@ -472,15 +505,17 @@ class Session:
     ) -> list[dict]:
         """The requests' answers as the JSON objects that --json prints.
 
-        `on_piece` (see the engine) and `on_result`, which gets them in the order of the requests, are called on rank 0.
-        Raises UserError for a request that cannot be read, once those before it that had begun are answered.
+        On rank 0, `on_piece(i, kind, text)` gets each reply as it comes (see `ReplyParser`), and `on_result` the
+        answers in the order of the requests. Raises UserError for a request that cannot be read, once those before it
+        that had begun are answered. `stop`: as the engine's.
         """
-        first, results, early, mistakes = self.place.rank == 0, [], {}, []
+        on_rank_0, results, early, mistakes = self.place.rank == 0, [], {}, []
+        parsers: dict[int, ReplyParser] = {}  # of the answers that have begun
 
         def requests() -> Iterator[Request]:  # each is read, its images too, when there is room for it
             for i, spec in enumerate(specs):
                 try:
-                    request = together(lambda: self.request(spec, base, i))
+                    request, parsers[i] = together(lambda: self.requests.read(spec, base, i))
                 except UserError as mistake:
                     if i < self.args.batch_size:  # nothing has begun; later, what has is not thrown away
                         raise
@@ -488,15 +523,23 @@ class Session:
                     return
                 yield request
 
+        def show(i: int, pieces: list[tuple[str, str]]) -> None:
+            for kind, text in pieces if on_rank_0 else ():
+                on_piece(i, kind, text)
+
+        def on_token(i: int, token: int, logprob: float) -> bool:
+            show(i, parsers[i].add(token))
+            return parsers[i].stopped
+
         def on_done(i: int, request: Request, answer: Answer) -> None:
-            early[i] = self.result(request, answer)
+            show(i, parsers[i].finish())
+            early[i] = result_of(request, parsers.pop(i).reply, answer)
             while (result := early.pop(len(results), None)) is not None:
                 results.append({**result, "stats": self.stats()})
-                if first:
+                if on_rank_0:
                     on_result(results[-1])
 
-        pieces = (on_piece,) if first else ()
-        self.engine.generate(requests(), *pieces, on_done=on_done, width=self.args.batch_size, stop=stop)
+        self.engine.generate(requests(), on_token, on_done, self.args.batch_size, stop)
         if mistakes:
             raise mistakes[0]
         return results
@@ -510,89 +553,18 @@ class Session:
         every = zip(*gather_objects((peak_memory(self.place), self.weight_bytes, self.bytes_read)))
         return stats | dict(zip(("peak_memory_bytes", "weight_bytes", "bytes_read"), map(list, every)))
 
-    def request(self, spec: dict, base: str = "", index: int = 0) -> Request:
-        """A JSON request -> token ids, pixels and settings. Raises UserError that begins with `spec["where"]`.
-
-        Requests that want no seed in particular get different ones, by their `index`: asked twice, two answers.
-        """
-        where, vision = spec["where"], self.config.vision
-        effort = spec.get("reasoning_effort", self.args.reasoning_effort)
-        images: list[torch.Tensor] = []
-        names: list[tuple[str, int]] = []
-
-        def see(url: str) -> tuple[int, int]:
-            """The chat asks for an image's size in tokens. The first stage, which has the tower, takes it at once."""
-            if self.place.first_stage:
-                image = load_image(url, base)
-                images.append(pixels(image, vision))
-                rows, columns = grid(*image.size, vision)
-            else:
-                rows, columns = grid_of(url, base, vision)
-            names.append((image_name(url, base), rows * columns))
-            return rows, columns
-
-        if isinstance(raw := spec.get("raw"), str):
-            prompt = [self.tokenizer.bos_id, *self.tokenizer.encode(raw)]
-        elif "raw" in spec:
-            raise UserError(f"{where}: raw should be a string")
-        else:
-            try:
-                messages, tools = spec["messages"], spec.get("tools")
-                prompt = encode_chat(self.tokenizer, messages, tools, effort, see if vision else None).ids
-                if answer := spec.get("answer"):  # the chat's /load goes on from it; the images are known already
-                    encode_chat(self.tokenizer, [*messages, answer], tools, None, lambda url: (1, 1), training=True)
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from None
-        if len(prompt) > self.max_context:
-            raise UserError(
-                f"{where}: {len(prompt)} tokens are more than the context of {self.max_context}; "
-                "shorten it or raise --max-context as far as the model goes"
-            )
-        stop = spec.get("stop") or []
-        stop = [stop] if isinstance(stop, str) else stop
-        if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
-            raise UserError(f"{where}: stop should be a string or a list of strings")
-        numbers = self.numbers(spec, effort == "high", index)
-        scored = self.args.logprobs or numbers["max_new_tokens"] == 0
-        reader = ReplyParser(self.tokenizer, prompt, stop, "raw" in spec)
-        return Request(prompt, images, **numbers, reader=reader, logprobs=scored, images=names)
-
-    def numbers(self, spec: dict, thinks: bool, index: int = 0) -> dict:
-        """max_new_tokens, temperature, top_p and seed: the request's, else the command line's, else the defaults."""
-        found = {"temperature": 0.7 if thinks else 0.0, "top_p": 0.95 if thinks else 1.0}
-        found |= {"seed": (self.seed + index) % (1 << 63), "max_new_tokens": None}  # None: what the context leaves
-        for name, parse in NUMBERS.items():
-            if spec.get(name) is not None:
-                try:
-                    found[name] = parse(repr(spec[name]))  # "1" and true are no numbers, and their repr shows it
-                except argparse.ArgumentTypeError as error:
-                    raise UserError(f"{spec['where']}: {name}: {error}") from None
-            elif getattr(self.args, name) is not None:
-                found[name] = getattr(self.args, name)
-        return found
-
-    def result(self, request: Request, answer: Answer) -> dict:
-        """What --json prints of an answer, but for `stats`."""
-        result = {"prompt_tokens": request.prompt, "tokens": answer.tokens, **vars(request.reader.reply)}
-        result["finish_reason"] = answer.finish_reason
-        if request.logprobs:
-            result |= {"prompt_logprobs": answer.prompt_logprobs, "logprobs": answer.logprobs}
-        return result
-
 
 def read_input(args: argparse.Namespace) -> tuple[bytes | None, bool]:
     """(what standard input asks, where the command line doesn't; whether a person is to ask, in a chat). On rank 0."""
-    chat = args.interactive
-    if not (args.requests or args.prompt is not None or args.json or args.raw):
-        chat = chat or sys.stdin.isatty()
+    for_scripts = any([args.requests, args.prompt is not None, args.json, args.raw])
+    chat = args.interactive or (sys.stdin.isatty() and not for_scripts)
     if chat:
         for path in args.image:
             load_image(path)  # its mistakes now, not once the model is loaded
     if chat or args.prompt is not None or args.requests not in (None, "-"):
         return None, chat
     data = b"" if sys.stdin.isatty() and not args.requests else sys.stdin.buffer.read()
-    if not data.strip():
-        raise UserError("nothing to do: give a question, --requests FILE, or in a terminal neither, for a chat")
+    require(data.strip(), "nothing to do: give a question, --requests FILE, or in a terminal neither, for a chat")
     return data, False
 
 
@@ -628,24 +600,29 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--batch-size", type=SIZE, default=16, metavar="N", help="requests answered together")
     add("--timeout", type=number(float, 5, 1e9), default=300, metavar="S", help="a rank silent for so long is gone")
     args = parser.parse_args(argv)
-    if args.question is not None and args.prompt is not None:
-        raise UserError(f"the question is given twice, as {args.question!r} and with --prompt; leave out one")
+    check_args(args)
     args.prompt = args.question if args.prompt is None else args.prompt
-    if args.requests and (args.prompt is not None or args.image or args.system or args.interactive):
-        raise UserError("--requests already says what to ask; leave out question, --image, --system and --interactive")
-    if args.raw and (args.image or args.system is not None):
-        raise UserError("--raw continues plain text; leave out --image and --system")
-    if args.interactive and (args.prompt is not None or args.json or args.raw):
-        raise UserError("--interactive reads turns from the terminal; leave out question, --raw and --json")
     return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Options that do not go together."""
+    asked = [text for text in (args.question, args.prompt) if text is not None]
+    require(len(asked) < 2, f"the question is given twice, as {args.question!r} and with --prompt; leave out one")
+    others = args.requests and any([asked, args.image, args.system, args.interactive])
+    advice = "leave out question, --image, --system and --interactive"
+    require(not others, f"--requests already says what to ask; {advice}")
+    others = args.raw and any([args.image, args.system is not None])
+    require(not others, "--raw continues plain text; leave out --image and --system")
+    others = args.interactive and any([asked, args.json, args.raw])
+    require(not others, "--interactive reads turns from the terminal; leave out question, --raw and --json")
 
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     place = find_place(args.tp, args.pp)
-    if place.dp_size > 1:
-        sizes = f"--tp {place.tp_size} × --pp {place.pp_size}"
-        raise UserError(f"{sizes} should be the number of processes, {place.world_size}; start so many with torchrun")
+    sizes = f"--tp {place.tp_size} × --pp {place.pp_size} should be the number of processes, {place.world_size}"
+    require(place.dp_size == 1, f"{sizes}; start that many with torchrun")
     data, chat = gather_objects(together(lambda: read_input(args) if place.rank == 0 else None))[0]
     specs, base = ([], "") if chat else together(lambda: read_requests(args, data))
     session = Session(args, place)

@@ -504,13 +504,13 @@ class MistralMedium(nn.Module):
         parts = [torch.arange(start, start + size, device=self.place.device) for _, start, size in segments]
         return Prompts(*self.tables(torch.cat(parts)[None]), segments, self.chunk_attention)
 
-    def step(self, positions: torch.Tensor, length: int, alike: bool = False) -> Step:
+    def step(self, positions: torch.Tensor, length: int, aligned: bool = False) -> Step:
         """For one token of every row, at `positions` (B,), which attends to the first `length` of the cache.
 
-        `alike`: every row has exactly `length` tokens with this one, and nothing has to be hidden.
+        `aligned`: every row has exactly `length` tokens with this one, and nothing has to be hidden.
         """
         rows = bias = None
-        if not alike:
+        if not aligned:
             # What a row may not attend to gets -inf. In the dtype in which scores are: on a CPU, that of the inputs.
             dtype = self.dtype if self.place.device.type == "cpu" else torch.float32
             rows = torch.arange(len(positions), device=self.place.device)

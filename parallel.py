@@ -22,13 +22,20 @@ and the head gives each rank the logits of its own tokens, which sampling and cr
 T / tp of the tokens there. `copy_to_group` then gathers the tokens, and `reduce_from_group` hands each rank the sums of
 its own (all-gather and reduce-scatter move as many bytes as the all-reduce did).
 
-**Pipeline parallelism** gives each stage a run of layers and sends hidden states from stage to stage (`pipeline.py`).
+**Pipeline parallelism** gives each stage a run of layers (`Place.layers`) and sends hidden states from stage to stage
+through a `Channel`; the first stage also has the embedding and the vision encoder, the last the norm and the head.
+`Pipeline` is the schedule of training.
 
 What keeps it small: no full-size layer is ever built and then cut. A layer's constructor asks its `Place` who it is,
 creates a parameter of its local shape on the `meta` device, and notes in `parts` which slices of which checkpoint
 tensors that is; the loader reads just those. With one process every slice is everything and every group is None: the
 same layers are the plain model.
 """
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of an import; `run_program` sets the rule
 
 from collections import deque
 from collections.abc import Callable
@@ -512,7 +519,20 @@ def from_last_stage(x: torch.Tensor, place: Place) -> dist.Work | None:
 
 
 class Pipeline:
-    """Runs micro-batches through `run_stage`, this rank's part of the model.
+    """Runs micro-batches through `run_stage`, this rank's part of the model: one forward, one backward.
+
+    1F1B (PipeDream-flush, arXiv:2104.04473, figure 4). Micro-batches walk down the stages, their gradients walk back
+    up. With p stages and m micro-batches (p = 4, m = 6; a number is a forward pass, a letter the backward pass of the
+    same micro-batch, 1 and a, 2 and b, …):
+
+        stage 0   1 2 3 4 . . . a 5 b 6 c . d . e . f      warm-up: p - 1 forward passes
+        stage 1     1 2 3 . . a 4 b 5 c 6 d . e . f                 p - 2
+        stage 2       1 2 . a 3 b 4 c 5 d 6 e . f
+        stage 3         1 a 2 b 3 c 4 d 5 e 6 f            the last stage turns round at once
+
+    After its warm-up a stage alternates (steady), and at the end it has backward passes only (cool-down). Stage s never
+    holds the activations of more than p - s micro-batches, however many there are; running all forward passes first
+    would hold m. The dots are the bubble, (p - 1) / (m + p - 1) of the time.
 
     `run_stage(x, batch)` takes the hidden states (B, T, hidden_size) of the previous stage, None on the first, and
     returns its own; on the last stage it returns the loss (0-d). All that the schedule needs of a batch is `.shape`,
@@ -587,4 +607,4 @@ class Pipeline:
 if __name__ == "__main__":
     from runtime import launch, plan
 
-    launch.run_program(plan.main)
+    launch.run_program(plan.main, alone=True)

@@ -5,9 +5,10 @@
 
 A step, on every rank:
 
-1. split the step's samples into micro-batches, and these among the data-parallel replicas;
-2. run forward and backward passes through the stages (both: `pipeline.py`), summing gradients in FP32 (`optimizer.py`);
-3. make gradients complete across ranks, measure and clip their norm, and let Adam take a step.
+1. split the step's samples into micro-batches (`runtime/data.py`), and these among the data-parallel replicas;
+2. run forward and backward passes through the stages (`parallel.py`), summing gradients in FP32;
+3. make gradients complete across ranks, measure and clip their norm, and let Adam take a step
+   (`runtime/optimizer.py`).
 
 The loss of a step is the mean over all N target tokens of its *global* batch. So a micro-batch doesn't average over its
 own targets, of which another may have ten times as many: it contributes (the sum of its token losses) / N. These add up
@@ -15,28 +16,24 @@ to the mean however the batch was split, and so do their gradients. Every rank k
 
 --out gets `metrics.jsonl`, a line per step and per validation; `checkpoints/step-N/`, from which --resume goes on, on
 any topology: saved every ten minutes, at the end, and when a signal stops the run; at the end `loss.png` and `model/`
-in the HF layout. With --lora-rank the model stays frozen (in FP8, if it is stored so) and only adapters are trained:
-`adapters/` has them alone, `model/` has them merged. Defaults are those of the published fine-tune on MedPix-VQA.
+in the HF layout. A finished run takes more steps if `model/` is moved away. With --lora-rank the model stays frozen (in
+FP8, if it is stored so) and only adapters are trained: `adapters/` has them alone, `model/` has them merged. Defaults
+are those of the published fine-tune on MedPix-VQA.
 """
 
-import os
 import signal
 
-if __name__ == "__main__":  # a signal ends the program at once, while torch is imported and while the model loads
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: os._exit(128 + number))
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of an import; `run_program` sets the rule
 
 import argparse
 import math
+import os
 import shlex
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from textwrap import shorten
 
@@ -44,27 +41,24 @@ import torch
 import torch.distributed as dist
 
 from generate import Engine
-from model import MistralMedium
+from model import Config, MistralMedium
 from parallel import Pipeline, Place
 from runtime.checkpoint import Checkpoint, fill, initialize
 from runtime.config import read_config
 from runtime.cpu import speed_up
 from runtime.data import IGNORE, Chats, MicroBatch, Order, Sample, decode_images, micro_batches
-from runtime.export import export, export_adapters
 from runtime.files import UserError
-from runtime.launch import COUNT, SIZE, Parser, caught, find_place, gather_objects, number, run_program, together
+from runtime.launch import COUNT, SIZE, Parser, find_place, gather_objects, number, postponed, run_program, together
 from runtime.lora import add_adapters, initialize_adapters
 from runtime.memory import peak_memory
 from runtime.optimizer import FREEZABLE, Optimizer, held_tensors, is_trained
 from runtime.plan import Progress, check_memory
 from runtime.requests import Request
-from runtime.run import Metrics, claimed, draw_loss, finishing, load_state, newest_state, save_state, step_of
+from runtime.run import SAVE_SECONDS, RunFolder, newest_state
 from runtime.tokenizer import load_tokenizer
 from vision import build_model
 
 Split = tuple[list[MicroBatch], list[MicroBatch], Callable[[], None]]  # see Trainer.split
-
-SAVE_SECONDS = 600  # without --save-every, the run's state is saved as often as this, and at the end
 
 SHOWN = 3  # answers of a validation
 
@@ -98,52 +92,43 @@ def over_ranks(values: list[float], operation=dist.ReduceOp.SUM) -> list[float]:
     return values.tolist()
 
 
+def read_start(args: argparse.Namespace) -> tuple[Checkpoint | None, Config, object]:
+    """What a run starts from: the checkpoint (None with --init), the model's sizes, the tokenizer."""
+    checkpoint = Checkpoint(args.ckpt) if args.ckpt else None
+    config = read_config(args.ckpt or args.init)
+    if checkpoint:
+        config = checkpoint.fit(config)
+    if args.max_length > config.max_position_embeddings:
+        raise UserError(f"--max-length goes up to {config.max_position_embeddings} with this model")
+    return checkpoint, config, load_tokenizer(args.ckpt or args.tokenizer, config)
+
+
 class Trainer:
     """A run, as `args` describe it, on the rank at `place`."""
 
-    def __init__(self, args: argparse.Namespace, place: Place):
-        self.args, self.place = args, place
-        self.states = os.path.join(args.out, "checkpoints")  # where the run's state is saved
-        self.checkpoint = together(lambda: Checkpoint(args.ckpt) if args.ckpt else None)
-        self.config = together(lambda: read_config(args.ckpt or args.init))
-        if self.checkpoint:
-            self.config = together(lambda: self.checkpoint.fit(self.config))
-        self.tokenizer = together(lambda: load_tokenizer(args.ckpt or args.tokenizer, self.config))
-        if args.max_length > self.config.max_position_embeddings:
-            raise UserError(f"--max-length goes up to {self.config.max_position_embeddings} with this model")
-        read = partial(Chats, tokenizer=self.tokenizer, config=self.config, max_length=args.max_length, place=place)
-        self.data = read(args.data)
-        self.val = read(args.val) if args.val else None
-        self.metrics: Metrics | None = None  # on rank 0
-        for chats in filter(None, (self.data, self.val)):
-            tokens, targets = (sum(of) for of in zip(*((len(s.ids), s.target_tokens) for s in chats.samples)))
-            said = f"{len(chats.samples)} samples, {chats.dropped} dropped (--max-length)"
-            self.say(f"{chats.path}: {said}; {tokens:,} tokens, {targets:,} of them targets")
+    def __init__(self, args: argparse.Namespace, place: Place, folder: RunFolder):
+        self.args, self.place, self.folder, self.say = args, place, folder, folder.say
+        self.checkpoint, self.config, self.tokenizer = together(lambda: read_start(args))
+        self.data = self.read_chats(args.data)
+        self.val = self.read_chats(args.val) if args.val else None
         epochs = args.epochs or (None if args.max_steps else 1)
         self.order = Order(len(self.data.samples), args.global_batch_size, epochs, args.seed, args.shuffle)
-        self.total = min(args.max_steps or self.order.steps, self.order.steps or args.max_steps)
-
+        self.total = min(args.max_steps or math.inf, self.order.steps)
         self.model = self.build_model()
         self.optimizer = Optimizer(self.model, args.betas, args.eps, args.weight_decay, args.optimizer == "adamw")
-        trained = bool(self.optimizer.buckets)
+        trained = bool(self.optimizer.parts)
         self.pipeline = Pipeline(place, self.forward, self.config.hidden_size, self.model.dtype, trained)
         self.thread = ThreadPoolExecutor(max_workers=1)  # decodes images while the model computes
-        self.signal = 0  # the signal that this rank got
-        self.due, self.stop, self.saved = False, 0, time.monotonic()  # what all ranks agreed on; see Trainer.agree
         self.target_tokens = 0  # N, of the batch that is going through the pipeline
         self.losses: list[tuple[MicroBatch, torch.Tensor]] = []  # last stage: its micro-batches, sums (B,) per sample
-        same = ("seed", "shuffle", "global_batch_size", "optimizer")
-        self.settings = {name: getattr(args, name) for name in same} | {  # what a resumed run must not change
-            "data": self.data.fingerprint(),
-            "freeze": sorted(set(args.freeze)),
-            "lora": [args.lora_rank, args.lora_alpha],
-        }
 
-    def say(self, text: str) -> None:
-        if self.metrics:
-            self.metrics.say(text)
-        elif self.place.rank == 0:
-            print(text, file=sys.stderr, flush=True)
+    def read_chats(self, path: str) -> Chats:
+        chats = Chats(path, self.tokenizer, self.config, self.args.max_length, self.place)
+        tokens = sum(len(sample.ids) for sample in chats.samples)
+        targets = sum(sample.target_tokens for sample in chats.samples)
+        said = f"{len(chats.samples)} samples, {chats.dropped} dropped (--max-length)"
+        self.say(f"{path}: {said}; {tokens:,} tokens, {targets:,} of them targets")
+        return chats
 
     def build_model(self) -> MistralMedium:
         args, place = self.args, self.place
@@ -165,88 +150,31 @@ class Trainer:
             model.vision.vision_tower.activation_checkpointing = args.activation_checkpointing
         return model
 
-    def run(self) -> None:
-        args, first, started = self.args, self.first_step(), time.monotonic()
-        self.announce(first)
-        self.metrics = together(lambda: Metrics(args.out, first - 1, self.total) if self.place.rank == 0 else None)
-
-        def record(line: dict) -> None:
-            together(lambda: self.metrics.write(line) if self.metrics else None)
-
-        with caught(self.note), self.metrics or nullcontext():
-            upcoming = self.upcoming(first) if first <= self.total else None
-            for step in range(first, self.total + 1):
-                current, upcoming = upcoming, self.upcoming(step + 1) if step < self.total else None
-                record(self.step(step, current))
-                last = step == self.total
-                if self.val and (last or (args.val_every and step % args.val_every == 0)):
-                    record(self.validate(step))
-                due = step % args.save_every == 0 if args.save_every else self.due
-                if last or due or self.stop:
-                    save_state(self.states, step, self.optimizer, self.settings, args.keep)
-                    self.saved = time.monotonic()
-                self.end_on_signal(step)
-        self.agree()  # a signal may have come after the last step
-        self.end_on_signal(self.total)
-        with finishing(args.out, what_decides(args) | {"step": self.total}, self.place.rank) as folder:
-            together(lambda: draw_loss(os.path.join(folder, "loss.png"), self.metrics.lines) if self.metrics else None)
-            if args.lora_rank:
-                adapters, base = os.path.join(folder, "adapters"), args.ckpt or args.init
-                export_adapters(adapters, self.model, args.lora_rank, args.lora_alpha, base)
-            export(os.path.join(folder, "model"), self.model, args.export, args.ckpt or args.tokenizer)
-        if self.metrics:
-            took, model = timedelta(seconds=round(time.monotonic() - started)), os.path.join(args.out, "model")
-            self.say(f"done in {took}: {self.metrics.summary()}; {os.path.join(args.out, 'loss.png')} shows it")
-            self.say(f"try it: python generate.py --ckpt {shlex.quote(model)}")
-
-    def announce(self, first: int) -> None:
-        """What the run will do."""
-        args, owned = self.args, [t for t in held_tensors(self.model) if t.owner and self.place.dp_rank == 0]
-        trained = sum(t.parameter.numel() for t in owned if t.parameter.requires_grad)
-        trained, every = over_ranks([trained, sum(t.parameter.numel() for t in owned)])
-        batch, count = args.global_batch_size, len(self.data.samples)
-        epochs = min(self.total * batch, count * (self.order.epochs or math.inf)) / count
-        self.say(f"steps {first} to {self.total}, {batch} samples each: {epochs:.3g} times through the data")
-        memory = f"; by the plan this takes at most {self.planned / 1e9:.2g} GB" if self.planned else ""
-        self.say(f"trains {trained:,.0f} of {every:,.0f} parameters{memory}")
-        often = f"every {args.save_every} steps" if args.save_every else f"every {SAVE_SECONDS // 60} minutes"
-        self.say(f"saves its state {often} in {self.states}, the newest {args.keep} stay; Ctrl-C stops after a step")
-
-    def note(self, number: int, frame) -> None:
-        """Called on a signal: the step goes on. A second Ctrl-C ends the program at once."""
-        self.signal = number
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-
-    def agree(self) -> int:
-        """Find out, on all ranks alike, whether saving is `due` and which signal says `stop`; returns bytes of memory.
-
-        Signals reach the ranks at different moments, and clocks differ: each rank acts on what all of them know.
-        """
-        due = self.place.rank == 0 and time.monotonic() - self.saved > SAVE_SECONDS
-        memory, due, stop = over_ranks([peak_memory(self.place), due, self.signal], dist.ReduceOp.MAX)
-        self.due, self.stop = bool(due), int(stop)
-        return int(memory)
-
-    def end_on_signal(self, step: int) -> None:
-        if self.stop:
-            name = signal.Signals(self.stop).name
-            error = UserError(f"{name}: stopped after step {step}, which is saved; the same with --resume goes on")
-            error.status = 128 + self.stop
-            raise error
-
-    def first_step(self) -> int:
-        """1, or the step after the newest saved state, which is loaded here."""
-        args, seen = self.args, gather_objects(newest_state(self.states))  # a rank may see a new folder late
-        newest = max(seen, key=lambda path: step_of(os.path.basename(path or "")))
+    def train(self) -> None:
+        """Take the steps that are left to take, and leave the model in the run's folder."""
+        args, folder = self.args, self.folder
         if not any(gather_objects(self.pipeline.gradient_here)):
             raise UserError("--freeze leaves nothing to train; name less")
-        step = together(lambda: load_state(newest, self.optimizer, self.settings, args.data)) if newest else 0
-        if newest:
-            self.say(f"resumed after step {step} from {newest}")
-        elif args.resume:
-            self.say(f"{args.out}: holds no saved state; the run starts from its beginning")
-        return step + 1
+        first = folder.start(self.optimizer, self.settings(), self.total) + 1
+        self.announce(first)
+        with postponed(tell=folder.say_stopping) as folder.signals:  # a step is always finished: see RunFolder.due
+            upcoming = self.upcoming(first)
+            for step in range(first, self.total + 1):
+                current, upcoming = upcoming, self.upcoming(step + 1)
+                folder.record(self.step(step, current))
+                if self.val and (step == self.total or step % (args.val_every or self.total) == 0):
+                    folder.record(self.validate(step))
+                if folder.due(step):
+                    folder.save(step, self.optimizer)
+        folder.finish(self.model)
+        self.say(f"try it: python generate.py --ckpt {shlex.quote(os.path.join(args.out, 'model'))}")
+
+    def upcoming(self, step: int) -> Split | None:
+        """The samples of `step`, split; None after the last step. The longest come first, for little padding."""
+        if step > self.total:
+            return None
+        samples = sorted((self.data.samples[i] for i in self.order.batch(step)), key=lambda sample: -len(sample.ids))
+        return self.split(samples, self.data.base, self.args.micro_batch_size)
 
     def split(self, samples: list[Sample], base: str, size: int) -> Split:
         """(all micro-batches of `samples`, this replica's, a function that waits for the images of the latter)."""
@@ -257,11 +185,6 @@ class Trainer:
         wait = self.thread.submit(*decode).result if place.first_stage else lambda: None
         # One rank's broken image is an error of all ranks. Without images there is nothing to agree on.
         return batches, mine, partial(together, wait) if any(batch.images for batch in batches) else wait
-
-    def upcoming(self, step: int) -> Split:
-        """The samples of `step`, split. Their order is free: the longest first, for little padding."""
-        samples = sorted((self.data.samples[i] for i in self.order.batch(step)), key=lambda sample: -len(sample.ids))
-        return self.split(samples, self.data.base, self.args.micro_batch_size)
 
     def step(self, step: int, upcoming: Split) -> dict:
         """One optimizer step; returns its line for metrics.jsonl."""
@@ -280,10 +203,10 @@ class Trainer:
         lr = learning_rate(step, self.total, args.lr, args.min_lr, args.warmup_steps)
         # Clipping as torch.nn.utils.clip_grad_norm_ does it: all gradients shrink by the same factor.
         self.optimizer.step(lr, min(1.0, args.max_grad_norm / (norm + 1e-6)) if args.max_grad_norm else 1.0)
-        memory = self.agree()
+        (memory,) = over_ranks([peak_memory(self.place)], dist.ReduceOp.MAX)
         seconds, tokens = time.perf_counter() - started, sum(batch.length for batch in batches)
         line = dict(step=step, loss=loss, grad_norm=norm, lr=lr, target_tokens=self.target_tokens)
-        return line | dict(tokens_per_s=tokens / seconds, step_s=seconds, peak_memory_bytes=memory)
+        return line | dict(tokens_per_s=tokens / seconds, step_s=seconds, peak_memory_bytes=int(memory))
 
     def forward(self, x: torch.Tensor | None, batch: MicroBatch) -> torch.Tensor:
         """This rank's part of the model, as the pipeline calls it.
@@ -326,7 +249,7 @@ class Trainer:
         lines = sorted(bad) or sorted(line for batch in batches for line in batch.lines)
         shown = ", ".join(map(str, lines[:8])) + (f" and {len(lines) - 8} more" if len(lines) > 8 else "")
         what = f"the loss is {loss}" if bad or not math.isfinite(loss) else f"the gradient norm is {norm}"
-        newest = newest_state(self.states)
+        newest = newest_state(self.folder.states)
         rest = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
         raise Diverged(
             f"step {step}: {what}, from {self.args.data} line {shown}; the step was not taken, {rest}; "
@@ -344,7 +267,6 @@ class Trainer:
             asked = [sample for sample in samples if sample.targets[-1]]  # the last answer may have weight 0
             exact = self.exact_answers(asked[: None if self.args.val_generate else SHOWN * self.place.dp_size])
             line |= {"val_exact": exact / len(asked)} if self.args.val_generate and asked else {}
-        self.agree()  # that may have taken long
         return line
 
     def spell(self, ids: list[int]) -> str:
@@ -376,12 +298,56 @@ class Trainer:
                     self.say("  expected {!r}\n  answered {!r}".format(*map(self.spell, (expected, answer.tokens))))
         return int(over_ranks([exact])[0]) // (place.tp_size * place.pp_size)  # all ranks of a replica counted them
 
+    def settings(self) -> dict:
+        """What a resumed run must not change."""
+        same = ("seed", "shuffle", "global_batch_size", "optimizer")
+        return {name: getattr(self.args, name) for name in same} | {
+            "data": self.data.fingerprint(),
+            "freeze": sorted(set(self.args.freeze)),
+            "lora": [self.args.lora_rank, self.args.lora_alpha],
+        }
+
+    def announce(self, first: int) -> None:
+        """Say what the run will do."""
+        args, owned = self.args, [t for t in held_tensors(self.model) if t.owner and self.place.dp_rank == 0]
+        trained = sum(t.parameter.numel() for t in owned if t.parameter.requires_grad)
+        trained, every = over_ranks([trained, sum(t.parameter.numel() for t in owned)])
+        batch, count = args.global_batch_size, len(self.data.samples)
+        epochs = min(self.total * batch / count, self.order.epochs or math.inf)
+        self.say(f"steps {first} to {self.total}, {batch} samples each: {epochs:.3g} times through the data")
+        memory = f"; by the plan this takes at most {self.planned / 1e9:.2g} GB" if self.planned else ""
+        self.say(f"trains {trained:,.0f} of {every:,.0f} parameters{memory}")
+        often = f"every {args.save_every} steps" if args.save_every else f"every {SAVE_SECONDS // 60} minutes"
+        states = self.folder.states
+        self.say(f"saves its state {often} in {states}, the newest {args.keep} stay; Ctrl-C stops after a step")
+
 
 RATE, BETA, POSITIVE = number(float, 0, 1e9), number(float, 0, 1), number(float, 1e-30, 1e9)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__, usage="%(prog)s --data FILE.jsonl --out DIR [options]")
+    add_training_options(parser)
+    add_running_options(parser)
+    args = parser.parse_args(argv)
+    started = (args.ckpt is None) != (args.init is None) and (args.init is None) == (args.tokenizer is None)
+    mistakes = {
+        "start from --ckpt DIR, or from --init CONFIG.json with --tokenizer DIR": not started,
+        "--val-every and --val-generate need --val FILE.jsonl": not args.val and (args.val_every or args.val_generate),
+        "--val-generate does not go with --sequence-parallel: a new token cannot be split": args.sequence_parallel
+        and args.val_generate,
+        "--lora-alpha goes with --lora-rank N": args.lora_alpha and not args.lora_rank,
+        "--betas must lie below 1, and --min-lr must not exceed --lr": max(args.betas) == 1 or args.min_lr > args.lr,
+    }
+    for message, mistaken in mistakes.items():
+        if mistaken:
+            raise UserError(message)
+    args.lora_alpha = args.lora_alpha or 4.0 * (args.lora_rank or 0)
+    return args
+
+
+def add_training_options(parser: Parser) -> None:
+    """What is trained, from what, on what, and how."""
     add = parser.add_argument_group("from what to what").add_argument
     add("--ckpt", metavar="DIR", help="start from this checkpoint, any layout")
     add("--init", metavar="CONFIG.json", help="or from random weights of this shape")
@@ -409,6 +375,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--freeze", nargs="+", default=[], choices=sorted(FREEZABLE), metavar="NAME", help=", ".join(FREEZABLE))
     add("--lora-rank", type=SIZE, metavar="N", help="train adapters of this rank on the decoder's linears, only these")
     add("--lora-alpha", type=POSITIVE, metavar="F", help="adapters count alpha / rank times; default 4 times the rank")
+
+
+def add_running_options(parser: Parser) -> None:
+    """Where it runs, and what is saved and measured meanwhile."""
     add = parser.add_argument_group("processes and memory").add_argument
     add("--tp", type=SIZE, default=1, metavar="N", help="tensor-parallel size")
     add("--pp", type=SIZE, default=1, metavar="N", help="pipeline-parallel size; the rest is data-parallel")
@@ -416,7 +386,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--micro-batch-size", type=SIZE, default=1, metavar="N", help="samples that go through the model together")
     add("--activation-checkpointing", action="store_true", help="keep layers' inputs only: less memory, more time")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of weights and activations")
-    add("--timeout", type=number(float, 5, 1e9), default=300, metavar="S", help="a rank silent for so long is gone")
+    add("--timeout", type=number(float, 5, 1e9), default=300, metavar="S", help="a rank silent for this long is gone")
     add = parser.add_argument_group("saving and validating").add_argument
     add("--save-every", type=SIZE, metavar="N", help="steps between saved states; default: ten minutes")
     add("--keep", type=SIZE, default=2, metavar="N", help="how many saved states are kept, the newest")
@@ -424,36 +394,18 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--val", metavar="FILE.jsonl", help="chats to validate with")
     add("--val-every", type=SIZE, metavar="N", help="steps between validations; default: one after the last step")
     add("--val-generate", action="store_true", help="answer the validation chats too, and count exact answers")
-    args = parser.parse_args(argv)
-    if (args.ckpt is None) == (args.init is None) or (args.init is None) != (args.tokenizer is None):
-        raise UserError("start from --ckpt DIR, or from --init CONFIG.json with --tokenizer DIR")
-    if not args.val and (args.val_every or args.val_generate):
-        raise UserError("--val-every and --val-generate need --val FILE.jsonl")
-    if args.sequence_parallel and args.val_generate:
-        raise UserError("--val-generate does not go with --sequence-parallel: a new token cannot be split")
-    if args.lora_alpha and not args.lora_rank:
-        raise UserError("--lora-alpha goes with --lora-rank N")
-    args.lora_alpha = args.lora_alpha or 4.0 * (args.lora_rank or 0)
-    if max(args.betas) == 1 or args.min_lr > args.lr:
-        raise UserError("--betas must lie below 1, and --min-lr must not exceed --lr")
-    return args
-
-
-def what_decides(args: argparse.Namespace) -> dict:
-    """The options that decide with what a run ends."""
-    names = "max_steps epochs seed shuffle global_batch_size optimizer freeze lora_rank lora_alpha export".split()
-    return {"data": os.path.realpath(args.data)} | {name: getattr(args, name) for name in names}
 
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     place = find_place(args.tp, args.pp)
     place = replace(place, sequence_parallel=args.sequence_parallel and args.tp > 1)
-    with claimed(args, what_decides(args), place.rank) as finished:
-        if not finished:
-            Trainer(args, place).run()
-        elif place.rank == 0:
-            print(f"{args.out}: this run is finished; its model is {os.path.join(args.out, 'model')}", file=sys.stderr)
+    with RunFolder(args, place) as folder:
+        if folder.finished:
+            model = os.path.join(args.out, "model")
+            folder.say(f"{args.out}: this run is finished; its model is {model}; move it away to take more steps")
+        else:
+            Trainer(args, place, folder).train()
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
-"""The model's eyes: from an image file to the embeddings that stand at its `[IMG]` tokens.
+"""Vision: from pixels to the features that stand at an image's `[IMG]` tokens.
 
-1. **Pixels.** An image is resized to a whole number of cells of 28 × 28 pixels (2 × 2 patches of 14); a cell will be
-   one token. The arithmetic is that of mistral-common, which calls OpenCV; here torch does it.
+1. **Pixels** come from `runtime/images.py`: an image resized to whole cells of 28 × 28 pixels (2 × 2 patches
+   of 14); a cell will be one token.
 2. **The tower** (Pixtral, arXiv:2410.07073) is a transformer over the patches of all images, laid end to end. A patch
-   sees every patch of its own image and none of another. Its position is (row, column): half of a head's frequencies
-   turn with the row, half with the column.
+   attends to every patch of its own image and to none of another. Its position is (row, column): half of a head's
+   frequencies turn with the row, half with the column.
 3. **The projector** merges the patches of a cell into one vector of the decoder's width.
 4. In `MistralMedium.embed` the features replace the embeddings of the `[IMG]` tokens; the tokens between,
    `[IMG_BREAK]` after a row and `[IMG_END]` after the last, are ordinary ones.
 
 An image has at most (1540 / 14)² = 12,100 patches, so attention is the part to be careful with: it runs image by image
-through the fused kernel, and no mask is ever built. Images go through the tower a few at a time.
+through the fused kernel, and no mask is ever built. Images go through the tower a few at a time. The decoder knows
+nothing of this file: it is handed a `VisionEncoder`, and a question without an image never comes here.
 
-Shapes: N patches of this call, H heads of this rank, D head_dim, C the tower's hidden_size.
+Shapes, with this model's sizes: N patches of this call, H heads of this rank (16), D head_dim (104), C the tower's
+hidden_size (1,664).
 """
 
 from collections.abc import Iterable, Iterator

@@ -33,6 +33,7 @@ from generate import Engine  # noqa: E402
 from model import MistralMedium  # noqa: E402
 from runtime.checkpoint import Checkpoint, fill  # noqa: E402
 from runtime.config import read_config  # noqa: E402
+from runtime.cpu import speed_up  # noqa: E402
 from runtime.data import IGNORE  # noqa: E402
 from runtime.launch import find_place  # noqa: E402
 from runtime.requests import Request  # noqa: E402
@@ -50,8 +51,8 @@ def load(folder: str, dtype: torch.dtype) -> MistralMedium:
     """The model as generate.py loads it."""
     checkpoint = Checkpoint(folder)
     model = build_model(checkpoint.fit(read_config(folder)), dtype=dtype)
-    model.join()
     fill(model, checkpoint)
+    speed_up(model)
     return model
 
 
@@ -289,7 +290,8 @@ def training(args: argparse.Namespace, what: str, dtype: str, images: bool, tabl
             write_tekken(ckpt)  # one that has the tokens of chats
         argv = ["--ckpt", ckpt, "--data", data, "--out", os.path.join(folder, "out"), "--dtype", dtype]
         argv += ["--micro-batch-size", "2", "--global-batch-size", "4", "--min-lr", "1e-5"]
-        ours = train.Trainer(train.parse_args(argv), find_place(1, 1))
+        args, place = train.parse_args(argv), find_place(1, 1)
+        ours = train.Trainer(args, place, train.RunFolder(args, place))
         kind = AutoModelForImageTextToText if images else AutoModelForCausalLM
         theirs = kind.from_pretrained(ckpt, dtype=getattr(torch, dtype)).train()
         optimizer, pad = torch.optim.Adam(theirs.parameters(), lr=1e-5), ours.tokenizer.pad_id or 0

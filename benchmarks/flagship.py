@@ -24,7 +24,7 @@ from torch import nn
 from fp8 import E4M3, has_fp8_matmul
 from generate import Engine
 from model import Config, MistralMedium
-from parallel import Linear, Place
+from parallel import Place
 from runtime.config import read_config
 from runtime.launch import find_place, gather_objects, run_program
 from runtime.lora import add_adapters
@@ -88,12 +88,9 @@ def layers_that_fit(config: Config, place: Place) -> int:
     return min(config.num_hidden_layers, 1 + int((free - SPARE - one) // each))
 
 
-def build(config: Config, place: Place, fast: bool = False) -> MistralMedium:
-    """The model with random FP8 weights, drawn on the device itself, and scales that keep activations near 1; `fast`:
-    as for inference."""
+def build(config: Config, place: Place) -> MistralMedium:
+    """The model with random FP8 weights, drawn on the device itself, and scales that keep activations near 1."""
     model = build_model(config, place, torch.bfloat16, keep_fp8=True)
-    if fast:
-        model.join()
     fill_at_random(model, place.device)
     return model
 
@@ -104,23 +101,20 @@ def fill_at_random(model: nn.Module, device: torch.device) -> None:
         for name, parameter in list(layer.named_parameters(recurse=False)):
             if parameter.device.type != "meta":
                 continue
-            shape = dict(dtype=parameter.dtype, device=device)
-            weight = layer.allocate(device) if isinstance(layer, Linear) else torch.empty(parameter.shape, **shape)
+            weight = torch.empty_like(parameter, device=device)
             in_fp8 = weight.dtype == E4M3
             deviation = 1 if in_fp8 or weight.dim() == 1 else 0.02
             for rows in weight.split(1024):  # so that what is drawn stays small beside the weight
                 rows.copy_(torch.randn(rows.shape, dtype=torch.bfloat16, device=device) * deviation)
             setattr(layer, name, nn.Parameter(weight, requires_grad=False))
             if in_fp8:
-                layer.weight_scale = torch.full((), 0.02, device=device)
+                layer.weight_scale = torch.full(layer.weight_scale.shape, 0.02, device=device)
                 layer.activation_scale = torch.full((), 1 / 16, device=device)
 
 
 def layer_weights(model: MistralMedium) -> int:
     """Numbers in the matrices of this rank's decoder layers."""
-    return sum(
-        t.parameter.numel() for t in held_tensors(model) if t.name.startswith("layers.") and t.parameter.dim() > 1
-    )
+    return sum(t.size for t in held_tensors(model) if t.name.startswith("layers.") and t.parameter.dim() > 1)
 
 
 def measure_lora(model: MistralMedium, length: int, rank: int = 8) -> float:
@@ -178,7 +172,7 @@ def benchmark(config: Config, place: Place, layers: int, sizes: argparse.Namespa
     lora = measure_lora(model, sizes.length)
     row(f"LoRA, passes of {sizes.length:,} tokens", lora, 6 * weights * sizes.length / limits.bf16)
     del model  # there may be no room for another one beside it
-    model = build(replace(config, num_hidden_layers=layers), place, fast=True)
+    model = build(replace(config, num_hidden_layers=layers), place)
     head, per_token = model.lm_head.weight.nbytes, model.new_cache(1, 1).nbytes
     for count in (1, 16):
         _, step = measure_generation(model, count, sizes.decode_at, sizes.new_tokens)

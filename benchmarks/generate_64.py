@@ -21,7 +21,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 from helpers import ROPES, layout_config, text_fields, vision_fields, write_tekken
 
-from runtime.checkpoint import initialize, layers_with_slices
+from parallel import parts_of
+from runtime.checkpoint import initialize
 from runtime.config import parse_config
 from runtime.export import save
 from vision import build_model
@@ -42,10 +43,10 @@ def make_checkpoint(directory: str) -> None:
     config = parse_config(layout_config(fields, "new", "static")[1])
     model = build_model(config, dtype=torch.bfloat16)
     initialize(model, seed=1)
-    layers = layers_with_slices(model)
-    shapes = {name: part.shape for name, (_, part) in layers.items()}
-    weights = ((name, layer.weight.data, None, torch.tensor(0.01)) for name, (layer, _) in layers.items())
-    save(os.path.join(directory, "model"), config, shapes, weights, directory)
+    layers = parts_of(model)
+    scale = torch.tensor(0.01)
+    weights = ((name, part.rows_of(layer.weight.data), None, scale) for name, (layer, part) in layers.items())
+    save(os.path.join(directory, "model"), config, weights, directory)
 
 
 def write_requests(directory: str) -> str:

@@ -28,6 +28,7 @@ from generate import Engine  # noqa: E402
 from model import MistralMedium  # noqa: E402
 from runtime.checkpoint import Checkpoint, fill  # noqa: E402
 from runtime.config import parse_config, read_config  # noqa: E402
+from runtime.cpu import speed_up  # noqa: E402
 from runtime.requests import Request  # noqa: E402
 from vision import build_model  # noqa: E402
 
@@ -133,8 +134,8 @@ def main() -> None:
         config = parse_config(text_fields(num_hidden_layers=args.layers, **SIZES))
         ckpt = make_checkpoint(os.path.join(folder, "ckpt"), config)
         model = build_model(read_config(ckpt))
-        model.join()
         fill(model, Checkpoint(ckpt))
+        speed_up(model)
         found = generation(model, args.rounds)
         del model
         found["training"] = training(folder, ckpt)

@@ -19,7 +19,6 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TERM": "xter
 LINES = (  # what is typed
     "Which shape is topmost?",
     "And what is below it?",
-    "What colour is the circle?",
     "/effort high",
     "How many circles are there, plus two?",
     "/exit",

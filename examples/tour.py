@@ -71,14 +71,14 @@ def picture(image: Image.Image, values: torch.Tensor, vision) -> dict:
 
 def ask(session: Session, spec: dict, limits: dict[str, float]):
     """(the request, what was watched, the answer) of one question."""
-    request, watch = session.request(spec), measure.Watch(session.model, limits)
+    (request, _), watch = session.requests.read(spec), measure.Watch(session.model, limits)
     session.engine.groups.clear()  # else a beginning that two questions share would be in the cache already, unseen
     with watch.watching():
-        (answer,) = session.engine.generate([request])
-    if not answer.tokens:
+        (answer,) = session.answer([spec])
+    if not answer["tokens"]:
         raise UserError("the question fills the context and leaves no room for an answer; shorten it")
-    said = measure.speech(session.model, watch.steps, answer.tokens, len(request.prompt))
-    return request, watch, {**session.result(request, answer), "effort": spec["reasoning_effort"], "said": said}
+    said = measure.speech(session.model, watch.steps, answer["tokens"], len(request.prompt))
+    return request, watch, {**answer, "effort": spec["reasoning_effort"], "said": said}
 
 
 def tokens_of(tokenizer, words: list[dict], answers: list[dict]) -> dict[int, tuple]:

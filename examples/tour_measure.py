@@ -28,9 +28,9 @@ import fp8
 import model as decoder
 from generate import Session
 from model import Config, MistralMedium, rope_frequencies
-from parallel import Pipeline, Place, Slice, TopologyError, nucleus
+from parallel import Pipeline, Place, Slice, TopologyError, nucleus, parts_of
 from runtime import tokenizer as tokenizer_module
-from runtime.checkpoint import Checkpoint, hf_name, layers_with_slices, scale_names
+from runtime.checkpoint import Checkpoint, hf_name, scale_names
 from runtime.files import UserError
 from runtime.launch import find_place, gather_objects
 from runtime.plan import parse_args, places, plan_rank
@@ -192,8 +192,10 @@ def positions(model: MistralMedium, request: Request, tokens: list[int]) -> dict
     for i in range(GAPS):
         gap = round((size - len(ids)) ** (i / (GAPS - 1))) if i else 0
         found["far"].append([gap])
+        positions = torch.arange(len(ids), device=usual.device)
+        positions[cut:] += gap
         for model.frequencies in (usual, plain) if rope.yarn else (usual,):
-            states = model(x, model.span([(0, 0, cut), (0, cut + gap, len(ids) - cut)]))
+            states = model(x, decoder.Whole(*model.tables(positions[None])))
             logits = model.logits(states[0, len(request.prompt) - 1 : -1])
             found["far"][-1].append(model.lm_head.log_probabilities(logits, y).mean().exp().item())
     model.frequencies = usual
@@ -244,11 +246,12 @@ def held(config: Config, *topologies: tuple[int, int]) -> dict:
         one, ranks = replace(config, num_hidden_layers=pp, vision=vision), []  # a layer for each stage
         with suppress(TopologyError):
             for place in (place for stage in places(tp, pp) for place in stage):
-                plan, _ = plan_rank(config, place, args, False, activations=False)
+                plan, _ = plan_rank(config, place, args, False)
                 rank = {"tp": place.tp_rank, "pp": place.pp_rank, "layers": plan.layers, "parameters": plan.parameters}
                 rank |= {"memory": [plan.weight_bytes, plan.gradient_bytes, plan.optimizer_bytes], "slices": []}
-                for name, (_, part) in layers_with_slices(build_model(one, place)).items():
+                for name, (_, part) in parts_of(build_model(one, place)).items():
                     name = name.replace(f"layers.{place.pp_rank}.", f"layers.{plan.layers[0]}.")
+                    part = part.slice
                     rank["slices"].append((name, part.dim, part.start, part.start + part.length, part.shape))
                 ranks.append(rank)
             return {"sizes": (tp, pp), "ranks": ranks}
@@ -278,7 +281,7 @@ def work(rank: int, port: int, pipe: Connection, args, spec: dict, sizes: tuple[
         except UserError:
             return  # the process that started this one meets the same mistake, and says so
         record(found["messages"], session)
-        session.engine.generate([session.request({**spec, "max_new_tokens": 2})])
+        session.engine.generate([session.requests.read({**spec, "max_new_tokens": 2})[0]])
         found["bytes_read"] = session.bytes_read
     everything = gather_objects(found)
     if rank == 0:

@@ -1,4 +1,4 @@
-"""From a chat to token ids. (The way back, from ids to text, reasoning and tool calls, is `session.ReplyParser`.)
+"""The chat format both ways: messages to token ids (`encode_chat`), and ids to a reply (`ReplyParser`).
 
 Mistral's chat format changed with every tokenizer version; `FORMATS` lists all that differs. This model's is v15:
 
@@ -16,18 +16,25 @@ that a user types can become a control token (a literal "[/INST]" is encoded as 
 the end of one text with the start of the next (so every text has the ids that the model saw in training), and the loss
 mask falls exactly between tokens.
 
-The ids are those of mistral-common's `encode_chat_completion`. Where that would accept a conversation that makes no
-sense (a tool result that answers no call), this file raises UserError.
+The ids are those of mistral-common's `encode_chat_completion`. The two differ in what they accept:
+
+                                                               mistral-common              here
+    a tool result that answers no call, or one twice           accepted                    refused
+    a message key that neither knows                           ignored                     refused unless empty
+    thinking as a list of texts (the API's form)               refused                     accepted
+    tool calls in the form that `generate.py --json` prints    refused                     accepted
+    "weight": 0 on an assistant's message                      kept for a trainer to read  not trained on
+    images at web addresses; audio; tokenizers v1 and v2       accepted                    refused
 """
 
 import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import groupby
+from dataclasses import dataclass, field, replace
+from itertools import groupby, pairwise
 
-from runtime.files import UserError
+from runtime.files import require
 from runtime.tokenizer import SentencePiece, StreamDecoder, Tekken
 
 
@@ -66,18 +73,25 @@ FORMATS = {
 
 NAME = re.compile("[a-zA-Z0-9_-]{1,64}")  # of a function
 
-KEYS = {"role", "content", "name"}  # of every message; a name says nothing to the model
-
-ROLES = {  # role -> what else its messages may hold; other keys only if they are empty, as clients send them
-    "system": set(),
-    "user": set(),
-    "assistant": {"tool_calls", "prefix", "weight", "reasoning", "reasoning_content"},
-    "tool": {"tool_call_id"},
+KEYS = {  # role -> the keys that its messages may hold; others only if they are empty, as clients send them
+    "system": {"role", "content", "name"},  # `name` says nothing to the model
+    "user": {"role", "content", "name"},
+    "assistant": {"role", "content", "name", "tool_calls", "prefix", "weight", "reasoning", "reasoning_content"},
+    "tool": {"role", "content", "name", "tool_call_id"},
 }
+
+EMPTY = (None, "", [], {})
+
+CANNOT_FOLLOW = {("system", "tool"), ("user", "tool"), ("assistant", "system"), ("tool", "system")}  # (role, next role)
 
 PLACES = [f"call{i:05d}" for i in range(100)]  # ids for calls in the form of generate.py's output, which has none
 
-CANNOT_FOLLOW = {("system", "tool"), ("user", "tool"), ("assistant", "system"), ("tool", "system")}  # (role, next role)
+BRACKETS = {  # role -> what its turns begin and end with
+    "system": (["[SYSTEM_PROMPT]"], ["[/SYSTEM_PROMPT]"]),
+    "user": (["[INST]"], ["[/INST]"]),
+    "assistant": ([], ["</s>"]),
+    "tool": (["[TOOL_RESULTS]"], ["[/TOOL_RESULTS]"]),
+}
 
 
 @dataclass
@@ -98,7 +112,7 @@ class Part:
     closed: bool = True  # False: thinking that the model is to continue
 
 
-@dataclass
+@dataclass(eq=False)
 class Message:
     """One message that was checked; after merging, one turn."""
 
@@ -107,6 +121,7 @@ class Message:
     content: list[Part]
     calls: list[dict] = field(default_factory=list)  # {"name", "arguments": any JSON value, "id" if it has one}
     call_id: str | None = None  # of the call that a tool message answers
+    place: int = 0  # of that call among its answer's calls
     prefix: bool = False  # the model is to continue this message
     weight: float | None = None  # 0: not trained on
 
@@ -126,129 +141,232 @@ def encode_chat(
     (rows, columns) of [IMG] tokens; without it images are refused. Raises UserError, which names the message.
     """
     form = FORMATS.get(tokenizer.version)
-    _check(form, f"tokenizer version {tokenizer.version} has no supported chat format ({', '.join(FORMATS)})")
-    preamble = []
-    settings = _read_settings(tokenizer, reasoning_effort)
-    for name, value in (("AVAILABLE_TOOLS", _read_tools(tools)), ("MODEL_SETTINGS", settings)):
-        preamble += [f"[{name}]", _json(value), f"[/{name}]"] if value else []
+    require(form, f"tokenizer version {tokenizer.version} has no supported chat format ({', '.join(FORMATS)})")
+    preamble = [
+        *_wrapped("AVAILABLE_TOOLS", _read_tools(tools)),
+        *_wrapped("MODEL_SETTINGS", _read_settings(tokenizer, reasoning_effort)),
+    ]
     turns = _merge(_read_messages(messages, form, training), form)
     users = [turn for turn in turns if turn.role == "user"]
+    after_preamble = users[:1] if form.tools_first else users[-1:]
 
     ids, targets = [tokenizer.bos_id], [False]
     for turn in turns:
         pieces = _pieces(turn, form, image_grid)
-        if turn.role == "user" and turn is users[0 if form.tools_first else -1]:
-            pieces = preamble + pieces
-        for piece in pieces:
-            if isinstance(piece, Part):
-                ids += tokenizer.encode(piece.value)
-            else:
-                _check(piece in tokenizer.special, f"the tokenizer has no {piece} token, which this chat needs")
-                ids.append(tokenizer.special[piece])
+        for piece in preamble + pieces if turn in after_preamble else pieces:
+            ids += tokenizer.encode(piece.value) if isinstance(piece, Part) else [_control(tokenizer, piece)]
         targets += [turn.role == "assistant" and turn.weight != 0] * (len(ids) - len(targets))
     return Encoded(ids, targets, [part.value for turn in turns for part in turn.content if part.kind == "image_url"])
 
 
-def _pieces(turn: Message, form: Format, image_grid: Callable[[str], tuple[int, int]] | None) -> list[str | Part]:
-    """A turn, spelled out: a str is the name of a control token, a Part is text, whatever it may look like."""
-    content = []
-    for part in turn.content:
-        if part.kind == "text":
-            content.append(part)
-        elif part.kind == "thinking":
-            content += ["[THINK]", Part(part.value), *(["[/THINK]"] if part.closed else [])]
-        else:  # each row of an image ends with [IMG_BREAK], except that the last ends with [IMG_END]
-            _check(image_grid, f"{turn.where} has an image, but this checkpoint takes no images")
-            rows, columns = image_grid(part.value)
-            content += ((["[IMG]"] * columns + ["[IMG_BREAK]"]) * rows)[:-1] + ["[IMG_END]"]
-
-    if turn.role == "system":
-        return ["[SYSTEM_PROMPT]", *content, "[/SYSTEM_PROMPT]"]
-    if turn.role == "user":
-        return ["[INST]", *content, "[/INST]"]
-    if turn.role == "tool":
-        if form.results == "json":
-            text = content[0].value if content else "{}"
-            content = [_json({"content": _json_or_text(text), "call_id": turn.call_id})]
-        elif form.results == "id":
-            content = [Part(turn.call_id), "[TOOL_CONTENT]", *content]
-        return ["[TOOL_RESULTS]", *content, "[/TOOL_RESULTS]"]
-    if turn.calls and form.calls == "list":
-        content += ["[TOOL_CALLS]", _json(turn.calls)]
-    else:
-        for call in turn.calls:
-            call_id = ["[CALL_ID]", Part(call["id"])] if form.calls == "id" and "id" in call else []
-            content += ["[TOOL_CALLS]", Part(call["name"]), *call_id, "[ARGS]", _json(call["arguments"])]
-    return content if turn.prefix else [*content, "</s>"]
+# ---- messages: the user's JSON, checked
 
 
-def _json(value: object) -> Part:
-    return Part(json.dumps(value, ensure_ascii=False))
+def _read_messages(messages: list[dict], form: Format, training: bool) -> list[Message]:
+    require(isinstance(messages, list) and messages, "messages must be a list with at least one message")
+    read = [_read_message(f"messages[{i}]", raw, form) for i, raw in enumerate(messages)]
+    _check_order(read, training)
+    _match_results(read, form, training)
+    return read
 
 
-def _json_or_text(text: str) -> object:
-    """The value of a JSON text, or the text itself if it is not JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
+def _read_message(where: str, raw: dict, form: Format) -> Message:
+    require(isinstance(raw, dict), f"{where} must be an object with role and content")
+    role = "system" if raw.get("role") == "developer" else raw.get("role")  # OpenAI's newer name
+    require(role in list(KEYS), f"{where}: unknown role {role!r}; use system, user, assistant or tool")
+    strange = [key for key, value in raw.items() if key not in KEYS[role] and value not in EMPTY]
+    require(not strange, f"{where}: unknown key {', '.join(map(repr, strange))} in a message of role {role}")
+    raw = {key: raw.get(key) for key in KEYS[role]}
+    if role == "assistant" and raw["content"] is None:
+        raw["content"] = ""
+    if role == "tool" and raw["name"] is not None:
+        _read_name(where, raw["name"])
+    weight = raw.get("weight")
+    good = weight in (None, 0, 1) and not isinstance(weight, bool)
+    require(good, f"{where}: weight should be 0 (do not train on this message) or 1, not {weight!r}")
+    return Message(
+        where,
+        role,
+        content=_read_reasoning(where, raw, form) + _read_content(f"{where}.content", raw["content"], role, form),
+        calls=_read_calls(where, raw.get("tool_calls") or [], form),
+        call_id=_read_id(where, raw.get("tool_call_id"), form),
+        prefix=raw.get("prefix") is True,
+        weight=weight,
+    )
 
 
-def _check(holds: object, problem: str) -> None:
-    if not holds:
-        raise UserError(problem)
+def _read_reasoning(where: str, raw: dict, form: Format) -> list[Part]:
+    """vLLM and SGLang return thinking under a key of its own."""
+    for key in ("reasoning", "reasoning_content"):
+        if raw.get(key) is not None:
+            return [_read_part(f"{where}.{key}", {"type": "thinking", "thinking": raw[key]}, "assistant", form)]
+    return []
 
 
-def opening(system: str | None) -> list[dict]:
-    return [] if system is None else [{"role": "system", "content": system}]
+def _read_content(where: str, content: str | list[dict], role: str, form: Format) -> list[Part]:
+    if isinstance(content, str):
+        return [Part(content)] if content else []
+    require(isinstance(content, list), f"{where} must be a string or a list of parts")
+    return [_read_part(f"{where}[{i}]", part, role, form) for i, part in enumerate(content)]
 
 
-def user_turn(images: list[str], text: str) -> dict:
-    parts = [{"type": "image_url", "image_url": {"url": path}} for path in images]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
+def _read_part(where: str, part: dict, role: str, form: Format) -> Part:
+    kind = part.get("type") if isinstance(part, dict) else None
+    holders = {"text": (role,), "image_url": form.images, "thinking": form.thinking}
+    require(kind in list(holders), f"{where}: a part must have the type text, image_url or thinking, not {kind!r}")
+    require(role in holders[kind], f"{where}: with this tokenizer, {role} messages hold no parts of type {kind}")
+    if kind == "thinking":  # a string, or in the API's own form a list of text parts
+        texts = _read_content(f"{where}.thinking", part.get("thinking"), "thinking", form)
+        return Part("".join(text.value for text in texts), kind, part.get("closed") is not False)
+    value = image_url(part) if kind == "image_url" else part.get("text")
+    require(isinstance(value, str), f"{where}: a part of type {kind!r} needs a string under {kind!r}")
+    return Part(value, kind)
 
 
-def image_url(part: dict) -> str | None:
-    """Of a message's part that is an image."""
-    url = part.get("image_url")
-    return url.get("url") if isinstance(url, dict) else url
+def _read_calls(where: str, calls: list[dict], form: Format) -> list[dict]:
+    require(isinstance(calls, list), f"{where}: tool_calls must be a list")
+    return [_read_call(f"{where}.tool_calls[{i}]", i, call, form) for i, call in enumerate(calls)]
+
+
+def _read_call(where: str, place: int, raw: dict, form: Format) -> dict:
+    function = raw.get("function") if isinstance(raw, dict) else None
+    if isinstance(raw, dict) and "name" in raw and function is None:  # as generate.py writes them
+        function, raw = raw, {"id": raw.get("id") or PLACES[min(place, 99)]}
+    complete = isinstance(function, dict) and "name" in function and "arguments" in function
+    require(complete, f'{where} must look like {{"id": …, "function": {{"name": …, "arguments": …}}}}')
+    arguments = "{}" if function["arguments"] in (None, "") else function["arguments"]
+    require(isinstance(arguments, dict | str), f"{where}: arguments must be an object or a JSON string")
+    arguments = _json_or_text(arguments) if isinstance(arguments, str) else arguments
+    call = {"name": _read_name(where, function["name"]), "arguments": arguments}
+    if raw.get("id") not in (None, "null"):
+        call["id"] = _read_id(where, raw["id"], form)
+    return call
+
+
+def _read_name(where: str, name: str) -> str:
+    good = isinstance(name, str) and NAME.fullmatch(name)
+    require(good, f"{where}: the function name {name!r} must be 1 to 64 letters, digits, underscores or dashes")
+    return name
+
+
+def _read_id(where: str, id: str | None, form: Format) -> str | None:
+    if id is None:
+        return None
+    require(isinstance(id, str) and id, f"{where}: the tool call id must be a string that is not empty, not {id!r}")
+    good = form.free_ids or re.fullmatch("[a-zA-Z0-9]{9}", id)
+    require(good, f"{where}: this tokenizer's tool call ids are nine letters or digits, not {id!r}")
+    return id
+
+
+def _check_order(messages: list[Message], training: bool) -> None:
+    for before, message in pairwise(messages):
+        good = (before.role, message.role) not in CANNOT_FOLLOW
+        require(good, f"{message.where}: a {message.role} message cannot follow a {before.role} message")
+    for message in messages:
+        good = not message.prefix or (message is messages[-1] and not training)
+        require(good, f'{message.where}: only the last message may have "prefix": true, and not in training')
+    end = 'to be answered they must end with a user or tool message (or an assistant\'s with "prefix": true)'
+    end = "for training they must end with an assistant message" if training else end
+    good = message.prefix or message.role in (("assistant",) if training else ("user", "tool"))
+    require(good, f"messages end with role {message.role}; {end}")
+
+
+def _match_results(messages: list[Message], form: Format, training: bool) -> None:
+    """See that each tool call has one result before the next answer, and write its place into the result."""
+    ids, waiting = [], []  # of the latest answer's calls; those that have no result yet
+    for message in messages:
+        where = message.where
+        if message.role == "assistant":
+            require(not waiting, f"{where}: {len(waiting)} of the tool calls before it have no result")
+            ids = [call["id"] for call in message.calls if "id" in call]
+            waiting = list(dict.fromkeys(ids))
+            may_lack = training and message is messages[-1] and not form.free_ids  # no result will refer to them
+            good = len(waiting) == (len(ids) if may_lack else len(message.calls))
+            require(good, f"{where}: each tool call needs an id of its own")
+        elif message.role == "tool":
+            if message.call_id is None:  # a result of calls that have no ids but their places
+                message.call_id = next((id for id in waiting if id in PLACES), None)
+            id = message.call_id
+            require(id, f"{where}: a tool message needs the tool_call_id of the call that it answers")
+            require(id in waiting, f"{where}: tool_call_id {id!r} is not that of a tool call that waits for a result")
+            waiting.remove(id)
+            message.place = ids.index(id)
+    require(training or not waiting, f"{where}: {len(waiting)} of the latest tool calls have no result yet")
+
+
+def _read_tools(tools: list[dict] | None) -> list[dict]:
+    """The tools with only the keys, in the order, that the model was trained on."""
+    require(tools is None or isinstance(tools, list), "tools must be a list")
+    return [_read_tool(f"tools[{i}]", tool) for i, tool in enumerate(tools or [])]
+
+
+def _read_tool(where: str, tool: dict) -> dict:
+    function = tool.get("function") if isinstance(tool, dict) else None
+    good = isinstance(function, dict) and tool.get("type", "function") == "function"
+    require(good, f'{where} must look like {{"type": "function", "function": {{"name": …, …}}}}')
+    name, description = _read_name(where, function.get("name")), function.get("description") or ""
+    parameters = function.get("parameters") or {}
+    good = isinstance(description, str) and isinstance(parameters, dict)
+    require(good, f"{where}: description must be a string and parameters an object")
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+
+
+def _read_settings(tokenizer: Tekken | SentencePiece, effort: str | None) -> dict:
+    setting = (tokenizer.model_settings or {}).get("reasoning_effort")
+    if setting is None:
+        require(effort in (None, "none"), f"reasoning effort {effort!r}: this checkpoint has no such setting")
+        return {}
+    effort, known = setting["default"] if effort is None else effort, setting["values"]
+    require(effort in known, f"reasoning effort {effort!r}: this checkpoint knows {', '.join(known)}")
+    return {"reasoning_effort": effort}
+
+
+# ---- turns
 
 
 def _merge(messages: list[Message], form: Format) -> list[Message]:
     """The turns: neighbouring messages of one role and weight become one, except for system messages and tool results.
     In a format without system turns, the system prompt goes into the last user turn."""
     turns, prompts = [], []
-    for (role, weight), group in groupby(messages, key=lambda message: (message.role, message.weight)):
+    for (role, _), group in groupby(messages, key=lambda message: (message.role, message.weight)):
         group = list(group)
         if role == "system" and not form.system_turn:
-            prompts += [form.text_join.join(p.value for p in m.content if p.value) for m in group if m.content]
-            continue
-        if role == "tool" and form.sort_results:
-            call_ids = [call.get("id") for call in turns[-1].calls]
-            group.sort(key=lambda message: call_ids.index(message.call_id))
-        for run in [group] if role in ("user", "assistant") else [[message] for message in group]:
-            content = _join([message.content for message in run], form.text_join)
-            calls = [call for message in run for call in message.calls]
-            turns.append(Message(run[0].where, role, content, calls, run[0].call_id, run[-1].prefix, weight))
-    if not form.system_turn and turns[0].role != "user":
-        turns.insert(0, Message(turns[0].where, "user", []))  # the older formats always begin with one
+            prompts += group
+        elif role in ("user", "assistant"):
+            turns.append(_one_turn(group, form))
+        else:
+            group.sort(key=lambda message: message.place if form.sort_results else 0)
+            turns += [_one_turn([message], form) for message in group]
+    if not form.system_turn:
+        if turns[0].role != "user":
+            turns.insert(0, Message(turns[0].where, "user", []))  # the older formats always begin with one
+        _put_prompts(prompts, turns, form)
+    return turns
 
-    for turn in turns:
-        kinds = [part.kind for part in turn.content]
-        if turn.role == "user" and kinds == ["text", "image_url"]:
-            turn.content.reverse()  # mistral-common puts a single image before its text; other mixtures stay
-        elif turn.role == "assistant":
-            _check(kinds or turn.calls, f"{turn.where} has neither content nor tool_calls")
-            both = kinds and turn.calls and not form.text_with_calls
-            _check(not both, f"{turn.where} has content and tool_calls; this checkpoint takes only one")
-            if kinds == ["text"]:
-                turn.content[0].value = turn.content[0].value.rstrip(" ")
-    if prompt := "\n\n".join(prompts):
+
+def _one_turn(group: list[Message], form: Format) -> Message:
+    where, content = group[0].where, _join([message.content for message in group], form.text_join)
+    turn = replace(group[-1], where=where, content=content, calls=[call for message in group for call in message.calls])
+    kinds = [part.kind for part in content]
+    if turn.role == "user" and kinds == ["text", "image_url"]:
+        content.reverse()  # mistral-common puts a single image before its text; other mixtures stay
+    elif turn.role == "assistant":
+        require(kinds or turn.calls, f"{where} has neither content nor tool_calls")
+        both = kinds and turn.calls and not form.text_with_calls
+        require(not both, f"{where} has content and tool_calls; this checkpoint takes only one")
+        if kinds == ["text"]:
+            content[0].value = content[0].value.rstrip(" ")
+    return turn
+
+
+def _put_prompts(prompts: list[Message], turns: list[Message], form: Format) -> None:
+    """The system messages open the last user turn."""
+    contents = [[part.value for part in prompt.content if part.value] for prompt in prompts if prompt.content]
+    if prompt := "\n\n".join(map(form.text_join.join, contents)):
         last = [turn for turn in turns if turn.role == "user"][-1]
         last.content.insert(0, Part(f"{prompt}\n\n"))
         if [part.kind for part in last.content] == ["text", "text"]:  # only a lone text becomes one with the prompt
             last.content = [Part("".join(part.value for part in last.content))]
-    return turns
 
 
 def _join(contents: list[list[Part]], text_join: str) -> list[Part]:
@@ -269,144 +387,91 @@ def _join(contents: list[list[Part]], text_join: str) -> list[Part]:
     return parts
 
 
-def _read_messages(messages: list[dict], form: Format, training: bool) -> list[Message]:
-    _check(isinstance(messages, list) and messages, "messages must be a list with at least one message")
-    read = []
-    answered = {}  # the ids of the latest tool calls; has each one's result come?
-    for index, raw in enumerate(messages):
-        where, last = f"messages[{index}]", index == len(messages) - 1
-        message = _read_message(where, raw, form)
-        if read and (read[-1].role, message.role) in CANNOT_FOLLOW:
-            raise UserError(f"{where}: a {message.role} message cannot follow a {read[-1].role} message")
-        misplaced = message.prefix and (training or not last)
-        _check(not misplaced, f'{where}: only the last message may have "prefix": true, and not in training')
-        if message.role == "assistant":
-            came = sum(answered.values())
-            _check(came == len(answered), f"{where}: the tool calls before it have {came} results of {len(answered)}")
-            ids = [call["id"] for call in message.calls if "id" in call]
-            may_lack = training and last and not form.free_ids  # no result will refer to these calls
-            answered = dict.fromkeys(ids, False)
-            good = len(answered) == (len(ids) if may_lack else len(message.calls))
-            _check(good, f"{where}: each tool call needs an id of its own")
-        elif message.role == "tool":
-            if message.call_id is None:  # a result of calls that have no ids but their places
-                message.call_id = next((id for id, came in answered.items() if not came and id in PLACES), None)
-                _check(message.call_id, f"{where}: a tool message needs the tool_call_id of the call that it answers")
-            id = message.call_id
-            _check(id in answered, f"{where}: tool_call_id {id!r} is not that of a tool call before it")
-            _check(not answered[id], f"{where}: tool call {id!r} has a result already")
-            answered[id] = True
-        read.append(message)
-    complete = training or all(answered.values())
-    _check(complete, f"{where}: {list(answered.values()).count(False)} of the latest tool calls have no result yet")
-    end = 'to be answered they must end with a user or tool message (or an assistant\'s with "prefix": true)'
-    end = "for training they must end with an assistant message" if training else end
-    good = message.prefix or message.role in (("assistant",) if training else ("user", "tool"))
-    _check(good, f"messages end with role {message.role}; {end}")
-    return read
+# ---- pieces: a str is the name of a control token, a Part is text, whatever it may look like
 
 
-def _read_message(where: str, raw: dict, form: Format) -> Message:
-    _check(isinstance(raw, dict), f"{where} must be an object with role and content")
-    role, content = raw.get("role"), raw.get("content")
-    role = "system" if role == "developer" else role  # OpenAI's newer name
-    _check(
-        isinstance(role, str) and role in ROLES, f"{where}: unknown role {role!r}; use system, user, assistant or tool"
-    )
-    strange = [key for key, value in raw.items() if key not in KEYS | ROLES[role] and value not in (None, "", [], {})]
-    _check(not strange, f"{where}: unknown key {(strange or [None])[0]!r} in a message of role {role}")
-    if isinstance(content, str) or (content is None and role == "assistant"):
-        content = [{"type": "text", "text": content}] if content else []
-    _check(isinstance(content, list), f"{where}: content must be a string or a list of parts")
-    message = Message(where, role, [_read_part(f"{where}.content[{i}]", p, role, form) for i, p in enumerate(content)])
-    if role == "assistant":
-        # vLLM and SGLang return thinking under a key of its own.
-        key = "reasoning_content" if raw.get("reasoning") is None else "reasoning"
-        if raw.get(key) is not None:
-            thought = {"type": "thinking", "thinking": raw[key]}
-            message.content.insert(0, _read_part(f"{where}.{key}", thought, role, form))
-        calls = raw.get("tool_calls") or []
-        _check(isinstance(calls, list), f"{where}: tool_calls must be a list")
-        message.calls = [_read_call(f"{where}.tool_calls[{i}]", i, call, form) for i, call in enumerate(calls)]
-        message.prefix, message.weight = raw.get("prefix") is True, raw.get("weight")
-        good = message.weight in (None, 0, 1) and not isinstance(message.weight, bool)
-        _check(good, f"{where}: weight should be 0 (do not train on this message) or 1, not {message.weight!r}")
-    elif role == "tool":
-        if raw.get("tool_call_id") is not None:
-            message.call_id = _read_id(where, raw["tool_call_id"], form)
-        if raw.get("name") is not None:
-            _read_name(where, raw["name"])
-    return message
+def _pieces(turn: Message, form: Format, image_grid: Callable[[str], tuple[int, int]] | None) -> list[str | Part]:
+    content = []
+    for part in turn.content:
+        if part.kind == "text":
+            content.append(part)
+        elif part.kind == "thinking":
+            content += ["[THINK]", Part(part.value), *(["[/THINK]"] if part.closed else [])]
+        else:  # each row of an image ends with [IMG_BREAK], except that the last ends with [IMG_END]
+            require(image_grid, f"{turn.where} has an image, but this checkpoint takes no images")
+            rows, columns = image_grid(part.value)
+            content += ((["[IMG]"] * columns + ["[IMG_BREAK]"]) * rows)[:-1] + ["[IMG_END]"]
+    if turn.role == "tool" and form.results == "json":
+        text = content[0].value if content else "{}"
+        content = [_json({"content": _json_or_text(text), "call_id": turn.call_id})]
+    elif turn.role == "tool" and form.results == "id":
+        content = [Part(turn.call_id), "[TOOL_CONTENT]", *content]
+    opening, closing = BRACKETS[turn.role]
+    return [*opening, *content, *_call_pieces(turn.calls, form), *([] if turn.prefix else closing)]
 
 
-def _read_part(where: str, part: dict, role: str, form: Format) -> Part:
-    kind = part.get("type") if isinstance(part, dict) else None
-    known = kind in ("text", "image_url", "thinking")
-    _check(known, f"{where}: a part must have the type text, image_url or thinking, not {kind!r}")
-    allowed = kind == "text" or role in (form.images if kind == "image_url" else form.thinking)
-    _check(allowed, f"{where}: with this tokenizer, {role} messages hold no parts of type {kind}")
-    value = part.get(kind)
-    if kind == "image_url" and isinstance(value, dict):
-        value = value.get("url")
-    if kind == "thinking" and isinstance(value, list):  # the API's own form: text parts
-        texts = [_read_part(f"{where}.{kind}[{i}]", text, "user", form) for i, text in enumerate(value)]
-        value = "".join(text.value for text in texts if text.kind == "text") if texts else ""
-    _check(isinstance(value, str), f"{where}: a part of type {kind!r} needs a string under {kind!r}")
-    return Part(value, kind, closed=part.get("closed") is not False)
+def _call_pieces(calls: list[dict], form: Format) -> list[str | Part]:
+    if form.calls == "list":
+        return ["[TOOL_CALLS]", _json(calls)] if calls else []
+    pieces = []
+    for call in calls:
+        call_id = ["[CALL_ID]", Part(call["id"])] if form.calls == "id" and "id" in call else []
+        pieces += ["[TOOL_CALLS]", Part(call["name"]), *call_id, "[ARGS]", _json(call["arguments"])]
+    return pieces
 
 
-def _read_call(where: str, place: int, raw: dict, form: Format) -> dict:
-    function = raw.get("function") if isinstance(raw, dict) else None
-    if isinstance(raw, dict) and "name" in raw and function is None:  # as generate.py writes them
-        function, raw = raw, {"id": raw.get("id") or PLACES[min(place, 99)]}
-    complete = isinstance(function, dict) and "name" in function and "arguments" in function
-    _check(complete, f'{where} must look like {{"id": …, "function": {{"name": …, "arguments": …}}}}')
-    arguments = "{}" if function["arguments"] in (None, "") else function["arguments"]
-    _check(isinstance(arguments, dict | str), f"{where}: arguments must be an object or a JSON string")
-    arguments = _json_or_text(arguments) if isinstance(arguments, str) else arguments
-    call = {"name": _read_name(where, function["name"]), "arguments": arguments}
-    if raw.get("id") not in (None, "null"):
-        call["id"] = _read_id(where, raw["id"], form)
-    return call
+def _wrapped(name: str, value: list | dict) -> list[str | Part]:
+    return [f"[{name}]", _json(value), f"[/{name}]"] if value else []
 
 
-def _read_name(where: str, name: str) -> str:
-    good = isinstance(name, str) and NAME.fullmatch(name)
-    _check(good, f"{where}: the function name {name!r} must be 1 to 64 letters, digits, underscores or dashes")
-    return name
+def _control(tokenizer: Tekken | SentencePiece, name: str) -> int:
+    require(name in tokenizer.special, f"the tokenizer has no {name} token, which this chat needs")
+    return tokenizer.special[name]
 
 
-def _read_id(where: str, id: str, form: Format) -> str:
-    _check(isinstance(id, str) and id, f"{where}: the tool call id must be a string that is not empty, not {id!r}")
-    good = form.free_ids or re.fullmatch("[a-zA-Z0-9]{9}", id)
-    _check(good, f"{where}: this tokenizer's tool call ids are nine letters or digits, not {id!r}")
-    return id
+def _json(value: object) -> Part:
+    return Part(json.dumps(value, ensure_ascii=False))
 
 
-def _read_tools(tools: list[dict] | None) -> list[dict]:
-    """The tools with only the keys, in the order, that the model was trained on."""
-    _check(tools is None or isinstance(tools, list), "tools must be a list")
-    read = []
-    for i, tool in enumerate(tools or []):
-        where, function = f"tools[{i}]", tool.get("function") if isinstance(tool, dict) else None
-        good = isinstance(function, dict) and tool.get("type", "function") == "function"
-        _check(good, f'{where} must look like {{"type": "function", "function": {{"name": …, …}}}}')
-        description, parameters = function.get("description") or "", function.get("parameters") or {}
-        function = {"name": _read_name(where, function.get("name")), "description": description}
-        good = isinstance(description, str) and isinstance(parameters, dict)
-        _check(good, f"{where}: description must be a string and parameters an object")
-        read.append({"type": "function", "function": {**function, "parameters": parameters}})
-    return read
+def _json_or_text(text: str, **finite: Callable) -> object:
+    """The value of a JSON text, or the text itself if it is not JSON (cut off, for example)."""
+    try:
+        return json.loads(text, **finite)
+    except (ValueError, RecursionError):
+        return text
 
 
-def _read_settings(tokenizer: Tekken | SentencePiece, effort: str | None) -> dict:
-    setting = (tokenizer.model_settings or {}).get("reasoning_effort")
-    if setting is None:
-        _check(effort in (None, "none"), f"reasoning effort {effort!r}: this checkpoint has no such setting")
-        return {}
-    effort, known = setting["default"] if effort is None else effort, setting["values"]
-    _check(effort in known, f"reasoning effort {effort!r}: this checkpoint knows {', '.join(known)}")
-    return {"reasoning_effort": effort}
+# ---- messages, as programs write them
+
+
+def opening(system: str | None) -> list[dict]:
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def user_turn(images: list[str], text: str) -> dict:
+    parts = [{"type": "image_url", "image_url": {"url": path}} for path in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
+
+
+def image_url(part: dict) -> str | None:
+    """Of a message's part that is an image."""
+    url = part.get("image_url")
+    return url.get("url") if isinstance(url, dict) else url
+
+
+# ---- the way back
+
+
+def _finite(number: str) -> float:
+    """Python's JSON reader lets NaN, Infinity and 1e999 through, but they cannot be written as JSON again."""
+    if not math.isfinite(float(number)):
+        raise ValueError
+    return float(number)
+
+
+FINITE = {"parse_float": _finite, "parse_constant": _finite}
+
+READER = json.JSONDecoder(**FINITE)
 
 
 @dataclass
@@ -428,7 +493,7 @@ class ReplyParser:
     """
 
     def __init__(self, tokenizer: Tekken | SentencePiece, prompt: list[int] = (), stop: list[str] = (), raw=False):
-        self.reply, self.stop, self.stopped, self.ended = Reply(), list(stop), False, False
+        self.reply, self.stop, self.stopped = Reply(), list(stop), False
         self._tokenizer, special = tokenizer, tokenizer.special
         marks = ("[THINK]", "[/THINK]", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
         self._marks = {} if raw else {special[name]: name for name in marks if name in special}
@@ -444,11 +509,9 @@ class ReplyParser:
 
     def add(self, id: int) -> list[tuple[str, str]]:
         mark = self._marks.get(id)
-        if self.stopped or self.ended:
+        if self.stopped:
             return []
-        if id == self._tokenizer.eos_id:
-            self.ended = True
-        elif mark == "[THINK]":
+        if mark == "[THINK]":
             self._into, self.reply.reasoning = "reasoning", self.reply.reasoning or ""
         elif mark == "[/THINK]":
             self._into = "text" if self._into == "reasoning" else self._into  # one that nothing opened closes nothing
@@ -460,44 +523,36 @@ class ReplyParser:
         elif self._into == "calls":
             self._part.append(id)
         elif self._into == "reasoning":
-            return self._think(self._thought.add(id))
+            return self._emit("reasoning", self._thought.add(id))
         else:
             return self._say(self._text.add(id))
         return []
 
     def finish(self) -> list[tuple[str, str]]:
         """The rest: halves of characters, text held back, and what stood where a call should be and is none."""
-        pieces = self._think(self._thought.flush()) if self.reply.reasoning is not None else []
+        pieces = self._emit("reasoning", self._thought.flush()) if self.reply.reasoning is not None else []
         if not self.stopped:
             rest, self._held = self._held + self._text.flush(), ""
             for call in self._calls:
                 rest += self._read_call(call)
-            pieces += self._emit(rest)
+            pieces += self._emit("text", rest)
         return pieces
 
-    def _think(self, new: str) -> list[tuple[str, str]]:
-        self.reply.reasoning += new
-        return [("reasoning", new)] if new else []
-
     def _say(self, new: str) -> list[tuple[str, str]]:
-        before, text = len(self._held), self._held + new
-        # (where it is complete, its place in the list, where it begins) of every stop string that ends in `new`
-        found = []
-        for order, stop in enumerate(self.stop):
-            start = text.find(stop, max(0, before - len(stop) + 1))
-            if start >= 0:
-                found.append((start + len(stop), order, start))
-        if found:
-            self.stopped, self._held = True, ""
-            return self._emit(text[: min(found)[2]])
-        starts = (i for i in range(len(text)) if any(stop.startswith(text[i:]) for stop in self.stop))
-        keep = next(starts, len(text)) if self.stop else len(text)
-        self._held = text[keep:]
-        return self._emit(text[:keep])
+        said = ""
+        for character in new:
+            text = self._held + character
+            if stop := next(filter(text.endswith, self.stop), None):
+                self.stopped, self._held = True, ""
+                return self._emit("text", said + text.removesuffix(stop))
+            begun = (text[i:] for i in range(len(text)) if any(stop.startswith(text[i:]) for stop in self.stop))
+            self._held = next(begun, "")
+            said += text.removesuffix(self._held)
+        return self._emit("text", said)
 
-    def _emit(self, text: str) -> list[tuple[str, str]]:
-        self.reply.text += text
-        return [("text", text)] if text else []
+    def _emit(self, kind: str, text: str) -> list[tuple[str, str]]:
+        setattr(self.reply, kind, getattr(self.reply, kind) + text)
+        return [(kind, text)] if text else []
 
     def _read_call(self, ids: dict[str, list[int]]) -> str:
         """Add what one [TOOL_CALLS] introduces to the reply's calls; returns the text in it that is no call."""
@@ -505,13 +560,13 @@ class ReplyParser:
         if "[ARGS]" in ids:
             if not NAME.fullmatch(name):
                 return name + self._tokenizer.decode(ids["[ARGS]"])
-            arguments = _arguments(self._tokenizer.decode(ids["[ARGS]"]))
+            arguments = _json_or_text(self._tokenizer.decode(ids["[ARGS]"]), **FINITE)
             self.reply.tool_calls.append({"name": name, "arguments": arguments})
             return ""
         # The older form: [{"name": …, "arguments": …}, …]
         start = match.start() if (match := re.search(r"\[\s*\{", name)) else 0
         try:
-            calls, end = _READER.raw_decode(name, start)
+            calls, end = READER.raw_decode(name, start)
             calls = [{"name": call["name"], "arguments": call.get("arguments", {})} for call in calls]
             if not all(NAME.fullmatch(call["name"]) for call in calls):
                 return name
@@ -519,21 +574,3 @@ class ReplyParser:
             return name
         self.reply.tool_calls += calls
         return name[:start] + name[end:]
-
-
-def _arguments(text: str) -> object:
-    """The JSON value, or the text itself where it is not JSON (cut off, for example)."""
-    try:
-        return json.loads(text, parse_float=_finite, parse_constant=_finite)
-    except (ValueError, RecursionError):
-        return text
-
-
-def _finite(number: str) -> float:
-    """Python's JSON reader lets NaN, Infinity and 1e999 through, but they cannot be written as JSON again."""
-    if not math.isfinite(float(number)):
-        raise ValueError
-    return float(number)
-
-
-_READER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)

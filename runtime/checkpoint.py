@@ -15,6 +15,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from safetensors import safe_open
@@ -31,6 +32,8 @@ DTYPES = ("BF16", "F16", "F32", "F8_E4M3")  # those that a tensor may be stored 
 MAPPED = 1 << 26  # bytes read from a file before it is opened anew
 
 BLOCK = 1 << 24  # elements that are checked, converted or drawn at a time: bounds a float32 copy to 64 MiB
+
+PIECE = re.compile(r"(.+)@(\d{1,12}):(\d{1,12})")  # NAME@START:STOP, a piece of a tensor: see `Checkpoint.fill_part`
 
 # Scales of an FP8 cache and of fake quantization, in the files' own words: they change nothing that is computed here.
 PASSED_OVER = re.compile(r"\.[kv]_scale$|fake_quantizer\.qscale_act$")
@@ -90,7 +93,7 @@ class Checkpoint:
 
     def _files(self) -> tuple[dict[str, list[str]], bool]:
         """File -> names in it, from an index where there is one; and whether the layout is the native one."""
-        for stem, native in (("model", False), ("consolidated", True)):
+        for stem, native in (("model", False), ("consolidated", True), ("state", False)):  # "state": see `fill_part`
             whole = os.path.join(self.directory, f"{stem}.safetensors")
             if os.path.exists(index := f"{whole}.index.json"):
                 files: dict[str, list[str]] = {}
@@ -173,6 +176,33 @@ class Checkpoint:
             at = self.tensors[name]
             raise UserError(f"{at.file}: {at.key} holds NaN or infinity; copy or download the file again")
         return tensor
+
+    @cached_property
+    def pieces(self) -> dict[str, list[tuple[int, int, str]]]:
+        """Of each tensor that lies in pieces: (start, stop, the piece's name)."""
+        found = {}
+        for key in self.tensors:
+            if match := PIECE.fullmatch(key):
+                found.setdefault(match[1], []).append((int(match[2]), int(match[3]), key))
+        return found
+
+    def fill_part(self, name: str, part: Slice, out: torch.Tensor) -> None:
+        """Copy the part `part` of a tensor that lies in pieces along `part.dim` into `out`, which has no padding.
+
+        The ranks of a run save its state like this; their topology may have been another one.
+        """
+        done = 0
+        for start, stop, key in sorted(self.pieces.get(name, ())):
+            low, high = max(start, part.start), min(stop, part.start + part.length)
+            if low < high:
+                shape = Slice(part.shape, part.dim, start, stop).local_shape
+                values = self.read(key, Slice(shape, part.dim, low - start, high - start))
+                if values.dtype != out.dtype:
+                    raise UserError(f"{self.tensors[key].file}: {key} is stored as {values.dtype}, not {out.dtype}")
+                out.narrow(part.dim, low - part.start, high - low).copy_(values)
+            done = stop if start == done else done
+        if done != part.shape[part.dim]:
+            raise UserError(f"{self.directory}: holds no whole {name}")
 
     def scale(self, name: str) -> torch.Tensor | None:
         """A 0-d float32 scale, stored as one element of any shape; None where there is none of this name."""
@@ -283,12 +313,15 @@ def fill(model: nn.Module, checkpoint: Checkpoint, progress: Callable[[int, int]
 def allocate(layer: nn.Module, device: torch.device) -> None:
     """Memory for the weight of `layer`, and for its scale where it keeps FP8, if they are still on `meta`.
 
-    A new Parameter, since one on `meta` cannot be given memory on another device.
+    A new Parameter, since one on `meta` cannot be given memory on another device. (Not `empty_like`: of a tensor on
+    `meta` it imports sympy, which takes a second.)
     """
-    if layer.weight.is_meta:
-        layer.weight = nn.Parameter(torch.empty_like(layer.weight, device=device), layer.weight.requires_grad)
+    weight = layer.weight
+    if weight.is_meta:
+        memory = torch.empty(weight.shape, dtype=weight.dtype, device=device)
+        layer.weight = nn.Parameter(memory, weight.requires_grad)
         if keeps_fp8(layer):
-            layer.weight_scale = torch.empty_like(layer.weight_scale, device=device)
+            layer.weight_scale = torch.empty(layer.weight_scale.shape, device=device)
 
 
 def keeps_fp8(layer: nn.Module) -> bool:

@@ -26,7 +26,6 @@ from parallel import Linear
 FLOAT32_ROWS = 64  # a CPU without matrix units multiplies at least this many BF16 rows in float32
 FLOAT32_ROWS_AVX2 = 8  # one that has no BF16 instructions at all, this many
 PACKED_FLOAT32_ROWS = 256  # and this many where a packed weight has to be unpacked for it
-FEW_ROWS = 32  # products of at most this many rows are worth another layout of the weight
 STEPS_BEFORE_TRACING = 16  # making a graph takes as long as some 50 steps gain by it
 BLOCK, CACHED = 1 << 24, 1 << 18  # elements of a weight converted to float32 at a time; and so that they stay in cache
 
@@ -38,14 +37,13 @@ def speed_up(model: MistralMedium, inference: bool = True) -> None:
     model.chunk_attention = attend_in_two
     if model.dtype != torch.bfloat16:
         return
-    linears = [module for module in model.modules() if isinstance(module, Linear)]
-    products = [Product(linear, inference) for linear in linears if linear.weight_scale is None]
-    for product in products:
-        product.linear.multiply = product
+    named = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
+    for name, linear in named:
+        if linear.weight_scale is None and ".adapter" not in name:
+            linear.multiply = Product(linear, inference)
     if inference:
         model.requires_grad_(False)  # a graph's constants may not want gradients
-    if inference and model.place.world_size == 1 and not model.keep_fp8:
-        model.forward = Traced(model, [product for product in products if product.linear.weight is not None])
+        model.forward = Traced(model)
 
 
 # ----------------------------------------------------------------------------------------------------- products
@@ -75,7 +73,7 @@ class Product:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         rows, weight = x.numel() // x.shape[-1], self.linear.weight
-        self.calls += rows <= FEW_ROWS
+        self.calls += rows < FLOAT32_ROWS
         if self.inference and self.calls == 2 and self.packed is None and weight is not None:
             self.packed = pack(weight.data)
             if self.packed is not None:
@@ -86,7 +84,7 @@ class Product:
             weight = self.linear.holder[0].weight
         if not has_matrix_units() and rows >= (FLOAT32_ROWS if knows_bf16() else FLOAT32_ROWS_AVX2):
             return Float32Matmul.apply(x, weight)
-        if has_matrix_units() and self.inference and 0 < rows <= FEW_ROWS:
+        if has_matrix_units() and self.inference and 0 < rows < FLOAT32_ROWS:
             # With W on the left it is read once, as it lies in memory. On the right it would be rearranged first.
             flat = x.reshape(rows, -1)
             y = weight @ flat[0] if rows == 1 else (weight @ flat.t()).t().contiguous()
@@ -207,21 +205,23 @@ class Traced:
     graph, too; a trace knows a tensor by its identity.
     """
 
-    def __init__(self, model: MistralMedium, products: list[Product]):
+    def __init__(self, model: MistralMedium):
         self.forward, self.steps, self.graphs = model.forward, collections.Counter(), {}
-        inside = {id(module) for layer in model.layers.values() for module in layer.modules()}
-        self.products = [product for product in products if id(product.linear) in inside]
+        inside = [module for module in model.layers.modules() if isinstance(module, Linear)]
+        self.products = [module.multiply for module in inside if isinstance(module.multiply, Product)]
+        # All of the weights have to be inputs of the graph; messages between ranks cannot be part of it.
+        self.possible = bool(self.products) and model.place.world_size == 1 and not model.keep_fp8
+        self.possible &= knows_bf16() and sys.version_info < (3, 14)  # which has no TorchScript
 
     def __call__(self, x: torch.Tensor, span=None, cache: KVCache | None = None) -> torch.Tensor:
         # From some rows on other products may be used.
-        if not isinstance(span, Step) or len(x) >= FLOAT32_ROWS or torch.is_grad_enabled():
+        if not (self.possible and isinstance(span, Step) and len(x) < FLOAT32_ROWS):
             return self.forward(x, span, cache)
         alone = len(x) == 1
         self.steps[alone] += 1
-        weights = [product.packed.weight for product in self.products if isinstance(product.packed, OneDNNWeight)]
-        packed = 0 < len(weights) == len(self.products) and sys.version_info < (3, 14)  # which has no TorchScript
-        if self.steps[alone] <= STEPS_BEFORE_TRACING or not packed:
+        if self.steps[alone] <= STEPS_BEFORE_TRACING:  # by then all weights are packed
             return self.forward(x, span, cache)
+        weights = [product.packed.weight for product in self.products]
         tensors = {name: value for name, value in vars(span).items() if isinstance(value, torch.Tensor)}
         seen = [layer[:, :, :, : span.length] for layer in cache.layers]
         if alone not in self.graphs:

@@ -1,9 +1,11 @@
 """Chats as micro-batches: samples, their order, padding, images."""
 
 import hashlib
+import math
 import os
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 
 import torch
 
@@ -48,21 +50,19 @@ class Chats:
 
     def __init__(self, path: str, tokenizer, config: Config, max_length: int, place: Place):
         self.path, self.base = path, os.path.dirname(path)
-        mine = {}  # line number -> Sample, or what is wrong with the line
-        for number, line in together(lambda: read_lines(path)):
-            if number % place.world_size == place.rank:
-                try:
-                    mine[number] = self._read(line, number, tokenizer, config)
-                except UserError as error:
-                    mine[number] = str(error)
-                    break
-        # Ranks stop at their own first error. The one to report is the first in the file, the same on every rank.
-        read = {number: sample for part in gather_objects(mine) for number, sample in part.items()}
-        everything = [sample for _, sample in sorted(read.items())]
-        if errors := [sample for sample in everything if isinstance(sample, str)]:
-            raise UserError(errors[0])
-        if not everything:
+        lines = together(lambda: read_lines(path))
+        samples, errors = [], []
+        for number, line in lines[place.rank :: place.world_size]:
+            try:
+                samples.append(self._read(line, number, tokenizer, config))
+            except UserError as error:
+                errors.append((number, str(error)))
+        # The first error in the file is reported, the same on every rank.
+        if errors := sorted(error for part in gather_objects(errors) for error in part):
+            raise UserError(errors[0][1])
+        if not lines:
             raise UserError(f"{path}: is empty; it should hold one chat a line")
+        everything = sorted(chain(*gather_objects(samples)), key=lambda sample: sample.line)
         self.samples = [sample for sample in everything if len(sample.ids) <= max_length]
         self.dropped = len(everything) - len(self.samples)
         if not self.samples:
@@ -98,7 +98,7 @@ class Order:
     def __init__(self, count: int, batch_size: int, epochs: int | None, seed: int, shuffle: bool):
         self.count, self.batch_size, self.epochs = count, batch_size, epochs
         self.seed, self.shuffle = seed, shuffle
-        self.steps = -(-count * epochs // batch_size) if epochs else None  # rounded up; None: no end
+        self.steps = -(-count * epochs // batch_size) if epochs else math.inf  # rounded up
 
     def epoch(self, number: int) -> list[int]:
         if not self.shuffle:
@@ -119,8 +119,8 @@ class Order:
 class MicroBatch:
     """B samples side by side, padded on the right to T tokens: what goes through the model in one pass.
 
-    Padding needs no attention mask. Attention is causal, so no token of a sample sees the padding to its right; and
-    what the padding itself computes is not learned from, since its targets are IGNORE.
+    Padding needs no attention mask. Attention is causal, so no token attends to the padding on its right; and what is
+    computed for the padding itself is not learned from, since its targets are IGNORE.
     """
 
     tokens: torch.Tensor  # (B, T) int64

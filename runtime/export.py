@@ -10,12 +10,13 @@ saw becomes its static activation scale. Without, scales that are there stay, or
 
 import glob
 import json
-import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -24,12 +25,12 @@ from torch import nn
 
 import fp8
 from model import Config, MistralMedium
-from parallel import Place, parts_of
+from parallel import Place, Slice, parts_of
 from runtime.checkpoint import Checkpoint, check_names, fill, hf_name, is_quantized, scale_names
 from runtime.config import read_config
 from runtime.data import Chats, MicroBatch, decode_images, micro_batches
-from runtime.files import UserError, write_json, writing
-from runtime.launch import Parser, gather_objects, new_folder, together
+from runtime.files import UserError, flush_to_disk, new_folder, write_json, writing
+from runtime.launch import Parser, gather_objects, together
 from runtime.lora import merged
 from runtime.memory import cpu_memory
 from runtime.optimizer import held_tensors
@@ -38,79 +39,125 @@ from vision import build_model
 
 SHARD_BYTES = 4_000_000_000  # a file written is at most about this large
 
+# The decoder's linears, as peft finds them. Those of the vision tower have other names.
+PEFT_TARGETS = r".*layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 
-def save(directory: str, config: Config, shapes: dict[str, tuple], weights: Iterable, source: str | None) -> None:
+
+@contextmanager
+def staged(path: str, rank: int = 0, advice: str = "make room, or choose another place") -> Iterator[str]:
+    """A new folder for all ranks to write into; it takes the name `path` when it is whole and on the disk.
+
+    All ranks come here: what stops one of them in the block stops all, and nothing is left behind. If `path` holds
+    files already, those of the same names are replaced and the others stay. Raises UserError, on all ranks.
+    """
+    # In containers process ids repeat, so the name is random, and rank 0's is everyone's.
+    partial = gather_objects(f"{path.rstrip('/')}.partial-{secrets.token_hex(4)}")[0]
+    mistake = None
+
+    def on_rank_0(action: Callable) -> None:
+        with writing(path, advice):
+            action() if rank == 0 else None
+
+    def finish() -> None:
+        # A model counts as whole as soon as its config.json is there, a saved state with its index.
+        names = sorted(os.listdir(partial), key=lambda name: (name == "config.json", name))
+        for name in ("", *names):
+            flush_to_disk(os.path.join(partial, name))
+        if os.path.isdir(path) and os.listdir(path):
+            for name in names:
+                os.replace(os.path.join(partial, name), os.path.join(path, name))
+        else:
+            os.rename(partial, path)
+        flush_to_disk(os.path.dirname(os.path.abspath(path)))
+
+    with ExitStack() as stack:
+        together(lambda: on_rank_0(lambda: stack.enter_context(new_folder(partial))))
+        try:
+            with writing(path, advice):
+                yield partial
+        except UserError as error:
+            mistake = error
+        for error in filter(None, gather_objects(mistake)):
+            raise error
+        together(lambda: on_rank_0(finish))
+
+
+def save(directory: str, config: Config, weights: Iterable, source: str | None) -> None:
+    """Write a checkpoint into a new folder, which appears under its name when it is whole; see `write_model`."""
+    if os.path.exists(directory) and not (os.path.isdir(directory) and not os.listdir(directory)):
+        raise UserError(f"{directory}: already exists; choose a new folder or remove it")
+    with staged(directory) as folder:
+        write_model(folder, config, weights, source)
+
+
+def write_model(folder: str, config: Config, weights: Iterable, source: str | None) -> None:
     """Write a checkpoint in the HF layout: sharded safetensors with an index, `config.json`, and the tokenizer's files.
 
     `weights` yields (canonical name, whole tensor of any dtype), followed by its scale if it is FP8 already, and by its
-    input's static scale if there is one; see `stored`. `shapes` gives all names and whole shapes in the same order, so
-    that the shards can be planned before the first tensor is there. `config` decides what is written: with `config.fp8`
-    the decoder's linears in E4M3, all else in BF16. `source` is the directory whose other small files come along. The
-    folder appears under its name when it is whole, or not at all. Raises UserError.
+    input's static scale if there is one; see `stored`. `config` decides what is written: with `config.fp8` the
+    decoder's linears in E4M3, all else in BF16. `source` is the directory whose other small files come along.
     """
-    if os.path.exists(directory) and not (os.path.isdir(directory) and not os.listdir(directory)):
-        raise UserError(f"{directory}: already exists; choose a new folder or remove it")
-    partial = f"{directory.rstrip('/')}.partial-{secrets.token_hex(4)}"  # in containers, process ids repeat
-    with writing(directory), new_folder(partial):
-        shards, filled = [[]], 0
-        for name, shape in shapes.items():
-            size = math.prod(shape) * (1 if config.fp8 and is_quantized(name) else 2)
-            if shards[-1] and filled + size > SHARD_BYTES:
-                shards, filled = [*shards, []], 0
-            shards[-1].append(name)
-            filled += size
-        weight_map, total, stream = {}, 0, iter(weights)
-        for number, names in enumerate(shards, 1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            shard = {}
-            for _, weight in zip(names, stream):  # `names` first, so that zip takes nothing beyond them from the stream
-                shard |= stored(config, *weight)
-            shard = {hf_name(name, config): tensor.contiguous() for name, tensor in shard.items()}
-            weight_map |= dict.fromkeys(shard, file)
-            total += sum(tensor.nbytes for tensor in shard.values())
-            save_file(shard, os.path.join(partial, file), metadata={"format": "pt"})
-            os.chmod(os.path.join(partial, file), 0o644)  # make it world-readable; save_file does not
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(os.path.join(partial, "model.safetensors.index.json"), index)
-        write_json(os.path.join(partial, "config.json"), to_hf(config))
-        for path in glob.glob(os.path.join(glob.escape(source), "*")) if source else ():
-            name = os.path.basename(path)
-            own = name in ("config.json", "params.json") or name.endswith((".safetensors", ".index.json"))
-            if os.path.isfile(path) and not own:
-                shutil.copy(path, partial)
-        os.rename(partial, directory)
+    shards, total = [], 0  # the names in each file
+    for tensors in in_shards(stored(config, *weight) for weight in weights):
+        write_tensors(os.path.join(folder, str(len(shards))), tensors)
+        shards.append(list(tensors))
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    weight_map = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        os.rename(os.path.join(folder, str(number)), os.path.join(folder, file))
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(os.path.join(folder, "model.safetensors.index.json"), index)
+    write_json(os.path.join(folder, "config.json"), to_hf(config))
+    for path in glob.glob(os.path.join(glob.escape(source), "*")) if source else ():
+        is_model = path.endswith(("/config.json", "/params.json", ".safetensors", ".index.json"))
+        if os.path.isfile(path) and not is_model:
+            shutil.copy(path, folder)
+
+
+def in_shards(stream: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of `stream`, joined to dictionaries of at most SHARD_BYTES; what is larger stays alone."""
+    shard, filled = {}, 0
+    for tensors in stream:
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if shard and filled + size > SHARD_BYTES:
+            yield shard
+            shard, filled = {}, 0
+        shard |= tensors
+        filled += size
+    yield shard
+
+
+def write_tensors(path: str, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+    os.chmod(path, 0o644)  # readable for everyone; save_file makes it readable for its owner
 
 
 def stored(config: Config, name: str, weight: torch.Tensor, scale=None, input_scale=None) -> dict[str, torch.Tensor]:
-    """What a weight becomes in the file, by canonical name: one tensor in BF16, or E4M3 with its scales.
+    """What a weight becomes in the file, by name in the HF layout: one tensor in BF16, or E4M3 with its scales.
 
     A weight that is FP8 already has a `scale` (0-d float32) and stays as it is; where there is none, it is measured.
     """
     if not (config.fp8 and is_quantized(name)):
-        return {name: weight.bfloat16() if scale is None else fp8.dequantize(weight, scale, torch.bfloat16)}
+        weight = weight.bfloat16() if scale is None else fp8.dequantize(weight, scale, torch.bfloat16)
+        return {hf_name(name, config): weight.contiguous()}
     if scale is None:
         scale = fp8.scale_of(weight.abs().amax())
         weight = fp8.quantize(weight, scale)
-    tensors = dict(zip((name, *scale_names(name)), (weight, scale, input_scale)))
-    return {key: t for key, t in tensors.items() if t is not None}
-
-
-def export_config(config: Config, in_fp8: bool, activation_scheme: str = "dynamic") -> Config:
-    """The config of the model as written: its precision, whatever the checkpoint's was."""
-    raw = json.loads(json.dumps(config.raw))
-    for fields in (raw, raw.get("text_config"), raw.get("vision_config")):
-        if fields and ("dtype" in fields or "torch_dtype" in fields or fields is raw):
-            fields.pop("torch_dtype", None)
-            fields["dtype"] = "bfloat16"
-    return replace(config, raw=raw, fp8=in_fp8, activation_scheme=activation_scheme)
+    tensors = zip((name, *scale_names(name)), (weight.contiguous(), scale, input_scale))
+    return {hf_name(key, config): tensor for key, tensor in tensors if tensor is not None}
 
 
 def to_hf(config: Config) -> dict:
-    """The `config.json` of an export: what was read, with the head and the quantization that `config` has by now."""
-    raw = {name: value for name, value in config.raw.items() if name != "quantization_config"}
-    raw |= dict(tie_word_embeddings=config.tie_word_embeddings)
-    if "text_config" in raw:
-        raw["text_config"] = raw["text_config"] | dict(tie_word_embeddings=config.tie_word_embeddings)
+    """The `config.json` of an export: what was read, with the precision and the head that the model has by now."""
+    raw = json.loads(json.dumps(config.raw))
+    raw.pop("quantization_config", None)
+    for section in filter(None, (raw, raw.get("text_config"), raw.get("vision_config"))):
+        section.pop("torch_dtype", None)
+        section["dtype"] = "bfloat16"
+    for section in filter(None, (raw, raw.get("text_config"))):
+        section["tie_word_embeddings"] = config.tie_word_embeddings
     if config.fp8:
         raw["quantization_config"] = dict(
             quant_method="fp8",
@@ -128,49 +175,43 @@ def export(directory: str, model: nn.Module, precision: str, source: str) -> Non
     Adapters are merged on the way. FP8 has one scale per tensor and none for activations (they are scaled dynamically).
     The tokenizer comes from `source`.
     """
-    shapes, stream = collect(model, adapters=False)
-
-    def write() -> None:
+    config = replace(model.config, fp8=precision == "fp8", activation_scheme="dynamic")
+    stream = collect(model, adapters=False)
+    with staged(directory, model.place.rank) as folder:
         try:
-            save(directory, export_config(model.config, precision == "fp8"), shapes, stream, source)
+            if model.place.rank == 0:
+                write_model(folder, config, stream, source)
         finally:
-            for _ in stream:  # after an error the other ranks still wait to send the rest
+            for _ in stream:  # the other ranks send here; rank 0 receives the rest after an error
                 pass
 
-    together(write if model.place.rank == 0 else lambda: None)
 
+def collect(model: nn.Module, adapters: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model's tensors (or its adapters') on rank 0: (name, whole BF16 tensor on the CPU), one at a time.
 
-def collect(model: nn.Module, adapters: bool) -> tuple[dict[str, tuple], Iterator[tuple[str, torch.Tensor]]]:
-    """The whole shapes of the model's tensors (or its adapters') by name; and on rank 0 (name, BF16 tensor on the CPU).
-
-    All ranks call this together. The others send their parts, and rank 0 never holds more than one whole tensor.
+    All ranks go through this together. The others only send their parts.
     """
     place, layers = model.place, parts_of(model)
     owned = [t for t in held_tensors(model) if t.owner and place.dp_rank == 0 and (".adapter." in t.name) == adapters]
     holders = gather_objects({t.name: t.part for t in owned})  # of every rank, the parts that come from it
-    shapes = {name: part.shape for parts in holders for name, part in parts.items()}
+    for name in dict.fromkeys(chain(*holders)):
+        parts = {rank: held[name] for rank, held in enumerate(holders) if name in held}
+        own = merged(*layers[name], model.dtype).cpu().contiguous() if place.rank in parts else None
+        if place.rank == 0:
+            yield name, assemble(own, parts, model.dtype)
+        elif own is not None:
+            dist.send(own, dst=0)
 
-    def piece(name: str) -> torch.Tensor:
-        return merged(*layers[name], model.dtype).cpu().contiguous()
 
-    def received() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, shape in shapes.items():
-            whole = torch.empty(shape, dtype=torch.bfloat16)
-            for rank, parts in enumerate(holders):
-                if (part := parts.get(name)) is None:
-                    continue
-                found = piece(name) if rank == 0 else torch.empty(part.local_shape, dtype=model.dtype)
-                if rank > 0:
-                    dist.recv(found, src=rank)
-                whole.narrow(part.dim, part.start, part.length).copy_(found.narrow(part.dim, 0, part.length))
-            yield name, whole
-
-    if place.rank == 0:
-        return shapes, received()
-    for name in shapes:  # the order in which rank 0 receives: messages between two ranks match by order alone
-        if name in holders[place.rank]:
-            dist.send(piece(name), dst=0)
-    return shapes, iter(())
+def assemble(own: torch.Tensor | None, parts: dict[int, Slice], dtype: torch.dtype) -> torch.Tensor:
+    """The whole tensor on rank 0, in BF16, from its `own` part and what other ranks send; `parts` are by rank."""
+    whole = torch.empty(next(iter(parts.values())).shape, dtype=torch.bfloat16)
+    for rank, part in parts.items():
+        piece = own if rank == 0 else torch.empty(part.local_shape, dtype=dtype)
+        if rank > 0:
+            dist.recv(piece, src=rank)
+        whole.narrow(part.dim, part.start, part.length).copy_(piece.narrow(part.dim, 0, part.length))
+    return whole
 
 
 def export_adapters(directory: str, model: nn.Module, rank: int, alpha: float, base: str) -> None:
@@ -179,22 +220,16 @@ def export_adapters(directory: str, model: nn.Module, rank: int, alpha: float, b
     `rank` and `alpha` are the adapters' own, `base` is the checkpoint beside which they were trained; all ranks call
     this together.
     """
-    tensors = dict(collect(model, adapters=True)[1])
-
-    def write() -> None:
-        inside = "model.language_model." if model.config.vision is not None else "model."
-        renamed = {f"base_model.model.{inside}{name.replace('.adapter.', '.')}": t for name, t in tensors.items()}
-        config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none")
-        targets = r".*layers\.\d+\.(self_attn|mlp)\.\w+_proj"  # the vision tower's have other names
-        config |= dict(target_modules=targets, inference_mode=True, base_model_name_or_path=os.path.abspath(base))
-        with writing(directory):
-            os.makedirs(directory, exist_ok=True)
-            path = os.path.join(directory, "adapter_model.safetensors")
-            save_file(renamed, path, metadata={"format": "pt"})
-            os.chmod(path, 0o644)  # as in `save`
-            write_json(os.path.join(directory, "adapter_config.json"), config)
-
-    together(write if model.place.rank == 0 else lambda: None)
+    tensors = list(collect(model, adapters=True))
+    with staged(directory, model.place.rank) as folder:
+        if model.place.rank == 0:
+            inside = "model.language_model." if model.config.vision is not None else "model."
+            renamed = {f"base_model.model.{inside}{name.replace('.adapter.', '.')}": t for name, t in tensors}
+            config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=0.0)
+            config |= dict(bias="none", inference_mode=True, base_model_name_or_path=os.path.abspath(base))
+            config |= dict(target_modules=PEFT_TARGETS)
+            write_tensors(os.path.join(folder, "adapter_model.safetensors"), renamed)
+            write_json(os.path.join(folder, "adapter_config.json"), config)
 
 
 def convert(source: str, target: str, to_fp8: bool, chats: str | None) -> None:
@@ -218,8 +253,8 @@ def convert(source: str, target: str, to_fp8: bool, chats: str | None) -> None:
         for name, part in parts.items():
             yield name, *checkpoint.weight(name, part, config), scales.get(name)
 
-    written = export_config(config, to_fp8, "static" if chats or inputs else "dynamic")
-    save(target, written, {name: part.shape for name, part in parts.items()}, weights(), source)
+    scheme = "static" if chats or inputs else "dynamic"
+    save(target, replace(config, fp8=to_fp8, activation_scheme=scheme), weights(), source)
 
 
 def measure_inputs(model: MistralMedium, batches: Iterable[MicroBatch]) -> dict[str, torch.Tensor]:

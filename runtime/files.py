@@ -1,7 +1,9 @@
 """User errors and the files that they are about: guards around reading, JSON, writing so that nothing is half there."""
 
+import errno
 import json
 import os
+import shutil
 import stat
 import sys
 from collections.abc import Collection, Iterator
@@ -23,6 +25,12 @@ class UserError(ValueError):
             message = message if len(message) <= 440 else f"{message[:280]} … {message[-157:]}"
             message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
         super().__init__(message[:440])
+
+
+def require(holds: object, problem: str) -> None:
+    """Raises UserError unless `holds`. `problem` is put together in any case, so it must not fail where it holds."""
+    if not holds:
+        raise UserError(problem)
 
 
 MEGABYTE, DEEPEST = 1 << 20, 64  # levels of JSON
@@ -187,6 +195,23 @@ def writing(path: str, advice: str = "make room, or choose another place") -> It
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be written ({reason}); {advice}") from None
+
+
+UNFINISHED: set[str] = set()  # folders that whoever ends the process without Python's `finally` should remove
+
+
+@contextmanager
+def new_folder(path: str) -> Iterator[None]:
+    """A folder for the block to fill and to rename. Whatever ends the block early, a signal too, removes it again."""
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+    UNFINISHED.add(path)
+    try:
+        os.makedirs(path)
+        yield
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        UNFINISHED.discard(path)
 
 
 def flush_to_disk(path: str) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
 from model import VisionConfig
-from runtime.files import UserError, read_file, reading
+from runtime.files import UserError, read_file, reading, require
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green, blue in CLIP's training images (arXiv:2103.00020)
 
@@ -60,15 +60,15 @@ def _opened(url: str, base: str) -> Iterator[Image.Image]:
     if url[:5].lower() == "data:":
         name = url if len(url) <= 48 else url[:48] + "…"
         header, _, payload = url.partition(",")
-        if not header.lower().endswith(";base64"):
-            raise UserError(f"image {name!r}: a data: URL must read data:image/…;base64,…")
+        good = header.lower().endswith(";base64")
+        require(good, f"image {name!r}: a data: URL must read data:image/…;base64,…")
         try:
             source = io.BytesIO(base64.b64decode("".join(payload.split()), validate=True))
         except ValueError as error:
             raise UserError(f"image {name!r}: the data: URL is not valid base64 ({error})") from None
     else:
-        if re.match(r"[a-z][a-z0-9+.-]*://|(https?|ftp|file|blob):", url, re.IGNORECASE):
-            raise UserError(f"image {url!r}: nothing is fetched from the network; give a path or a base64 data: URL")
+        remote = re.match(r"[a-z][a-z0-9+.-]*://|(https?|ftp|file|blob):", url, re.IGNORECASE)
+        require(not remote, f"image {url!r}: nothing is fetched from the network; give a path or a base64 data: URL")
         name = source = os.path.join(base, url)
         read_file(source)  # refuses a pipe or a device, which could block for ever
     # A broken file can make Pillow's decoders raise anything.
@@ -77,8 +77,8 @@ def _opened(url: str, base: str) -> Iterator[Image.Image]:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(source) as image:
-                if image.format == "EPS":  # Pillow would hand it to Ghostscript, which runs the file as a program
-                    raise UserError("PostScript is not supported; convert it to PNG")
+                # Pillow would hand PostScript to Ghostscript, which runs the file as a program.
+                require(image.format != "EPS", "PostScript is not supported; convert it to PNG")
                 yield image
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise UserError(f"has more than {Image.MAX_IMAGE_PIXELS} pixels; scale it down first") from None

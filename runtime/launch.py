@@ -1,10 +1,20 @@
-"""How a program runs on many ranks: what is agreed among them, and how all of them end when one of them must.
+"""How a program starts on many ranks, and how all of them end when one of them must.
 
-The rules: a user error prints exactly one line, and every rank exits with status 2; anything else that ends the job
-prints one line with its cause, from one rank; no rank waits for ever for one that is gone.
+**Errors.** A user error prints one line, and every rank exits with status 2. Whatever else ends the job prints one line
+with its cause, from one rank. No rank waits for ever for one that is gone.
 
-All that ranks agree on outside the model's own collectives is a few counters in a store, a small server beside them (in
-the launcher, or in rank 0 where there is none), so it still answers when collectives hang or have failed.
+**Signals.** One rule for SIGINT, SIGTERM, SIGUSR1 and SIGHUP, which `run_program` puts in force:
+
+- a signal raises `SystemExit(128 + number)` in the main thread, so `finally` blocks and context managers tidy up;
+- in a `with postponed() as signals:` block it is only noted, as `signals.number`, and comes again after the block;
+- a main thread that waits in C, for a collective say, runs no Python: then the thread of `Watch` ends the process after
+  GRACE seconds, and removes the folders that were half written.
+
+Before `run_program`, while torch is imported, the kernel's default ends the process.
+
+**Ranks.** Rank 0 has a connection to every other rank, and the watching threads at its ends send each other a byte a
+second. When it closes, the other process has ended; when it is silent for --timeout seconds, the process is stopped, or
+its machine cut off. Beyond that, ranks agree by counters in torch's store, which answers while collectives hang.
 """
 
 import argparse
@@ -30,15 +40,19 @@ import torch
 import torch.distributed as dist
 
 from parallel import Place, TopologyError
-from runtime.files import UserError
+from runtime.files import UNFINISHED, UserError
 
-LOST_SECONDS = 10  # a rank that lost another one waits so long before it says so: the cause should be said first
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # SIGUSR1 is Slurm's warning of the end
+
+GRACE = 5  # seconds that the main thread has to tidy up after a signal
+
+LOST_SECONDS = 10  # a rank whose collective failed waits this long before it says so: another may know the cause
 
 HUNG = timedelta(minutes=30)  # for one collective, among ranks that are all there
 
 PATIENT = timedelta(days=30)  # ranks rightly wait for a disk, or a person; `Watch` ends a wait for one that is gone
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; the end of a job; Slurm's warning that it is near
+ALIVE, SAID = b"\0", b"\1"  # what ranks send each other; SAID: the line that says why the job ends is printed
 
 # What every program calls the flags that a TopologyError is about; the layers that raise it know of no flags.
 WHAT_TO_DO = "choose other --tp and --pp; their product, times the data-parallel replicas, is the number of processes"
@@ -48,6 +62,9 @@ OUT_OF_MEMORY = "can't allocate memory|Cannot allocate memory|bad_alloc|out of m
 MORE_MEMORY = "use more processes with --tp or --pp, fewer or shorter requests or samples at once, or more memory"
 
 
+# ----------------------------------------------------------------------------------------------------- the command line
+
+
 class Help(argparse.RawDescriptionHelpFormatter):
     """--help for 80 columns, with every default."""
 
@@ -55,11 +72,11 @@ class Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=28, width=80)
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        said, default = action.help or "", action.default
-        if "default" in said or action.required or action.nargs == 0:
-            return said
+        text, default = action.help or "", action.default
+        if "default" in text or action.required or action.nargs == 0:
+            return text
         default = " ".join(map(str, default)) if isinstance(default, list) else default
-        return f"{said}; default {'none' if default in (None, '') else default}".removeprefix("; ")
+        return f"{text}; default {'none' if default in (None, '') else default}".removeprefix("; ")
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,26 +125,216 @@ def variable(name: str, low: int, high: int, default: int | None = None) -> int:
         raise UserError(f"environment variable {name}: {reason}; start with torchrun, which sets it") from None
 
 
-def start_world(patience: float = 300.0, met: Callable[[dist.Store, int, int], None] | None = None) -> None:
-    """Join the processes that torchrun started, if it did: NCCL on GPUs, Gloo on CPUs.
+# --------------------------------------------------------------------------------- signals, and the ends of other ranks
 
-    Within `patience` seconds they meet at a store; `met(store, rank, world)` is called before they connect otherwise.
+
+class Postponed:
+    """A block in which signals are only noted.
+
+    `number`: the signal that came, or 0. While `waiting` is set, a signal also ends the wait, by KeyboardInterrupt.
     """
+
+    def __init__(self, numbers: tuple[int, ...] = SIGNALS, tell: Callable[[], None] | None = None):
+        self.numbers, self.tell, self.number, self.waiting = numbers, tell, 0, False
+        self.heard: list[int] = []  # by the watching thread
+
+
+BLOCKS: list[Postponed] = []  # the open ones
+
+LEAVING = Postponed()  # the last block of a program: what comes while it tidies up must not interrupt that
+
+
+def block_for(number: int) -> Postponed | None:
+    return next((block for block in reversed(BLOCKS) if number in block.numbers), None)
+
+
+def on_signal(number: int, frame) -> None:
+    """The one handler."""
+    block = block_for(number)
+    if block is None:
+        BLOCKS.append(LEAVING)
+        raise SystemExit(128 + number)
+    block.number = number
+    if block.waiting:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def postponed(*numbers: int, tell: Callable[[], None] | None = None) -> Iterator[Postponed]:
+    """Note signals (`numbers`; without, all) while the block lasts. What `number` still says then comes again.
+
+    `tell` is for a block that goes on for long: it is called at once, by the watching thread, and a second Ctrl-C ends
+    the program.
+    """
+    signals = Postponed(numbers or SIGNALS, tell)
+    BLOCKS.append(signals)
+    try:
+        yield signals
+    finally:
+        BLOCKS.remove(signals)
+    if signals.number:
+        signal.raise_signal(signals.number)
+
+
+class Watch:
+    """A thread that hears signals and the other ranks, and ends the process while the main thread waits in C."""
+
+    def __init__(self, patience: float):
+        self.patience, self.rank, self.store = patience, 0, None
+        self.peers: dict[socket.socket, int] = {}  # whose connections: on rank 0 all others, elsewhere rank 0
+        self.silent: dict[socket.socket, int] = {}  # seconds since the last byte
+        self.said = False  # whether the line that says why the job ends is printed
+        self.limit: tuple[float, int, str | None] = (math.inf, 0, None)  # end at this time, with this status and line
+        self.leaving = threading.Event()
+        self.terminal = termios.tcgetattr(0) if os.isatty(0) else None  # a chat changes how it reads keys
+        self.ear, self.mouth = socket.socketpair()  # Python writes the number of each signal that comes
+        self.mouth.setblocking(False)
+        signal.set_wakeup_fd(self.mouth.fileno(), warn_on_full_buffer=False)
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, on_signal)
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def join(self, store: dist.Store, rank: int, world: int) -> None:
+        """Connect rank 0 with the others; they find its port in the store."""
+        if rank == 0:
+            ipv6 = dict(family=socket.AF_INET6, dualstack_ipv6=True) if socket.has_dualstack_ipv6() else {}
+            with socket.create_server(("", 0), backlog=world, **ipv6) as server:
+                store.set("watch", str(server.getsockname()[1]))
+                accepted = [server.accept()[0] for _ in range(1, world)]
+            peers = {peer: int.from_bytes(peer.recv(4, socket.MSG_WAITALL)) for peer in accepted}
+        else:
+            peer = socket.create_connection((os.environ["MASTER_ADDR"], int(store.get("watch"))))
+            peer.sendall(rank.to_bytes(4))
+            peers = {peer: 0}
+        for peer in peers:
+            peer.setblocking(False)
+        # A connection of its own to the store: the main thread may wait for long on the other one.
+        self.rank, self.store, self.peers, self.limit = rank, store.clone(), peers, (math.inf, 0, None)
+        self.mouth.send(ALIVE)  # the thread should look at them now, not in a second
+
+    def run(self) -> None:
+        """Handle what comes, and once a second look for what does not come.
+
+        Seconds of silence are counted, not timed: if the whole job was stopped for an hour, no rank is to blame.
+        """
+        due = time.monotonic() + 1
+        while not self.leaving.is_set():
+            for source in select.select([self.ear, *self.peers], [], [], max(0, due - time.monotonic()))[0]:
+                self.hear(source.recv(1)[0]) if source is self.ear else self.listen(source)
+            if time.monotonic() >= due:
+                due = time.monotonic() + 1
+                self.look()
+
+    def hear(self, number: int) -> None:
+        """A signal came. Its handler runs in the main thread, once that is back from C."""
+        block = block_for(number)
+        if number in SIGNALS and block in (None, LEAVING):
+            self.limit = min(self.limit, (time.monotonic() + GRACE, 128 + number, stopped_by(number)))
+        elif block and block.tell:
+            block.heard.append(number)
+            if len(block.heard) == 1:
+                with contextlib.suppress(OSError):  # nobody reads that any more
+                    block.tell()
+            if block.heard.count(signal.SIGINT) == 2:
+                self.end(128 + number, stopped_by(number))
+
+    def listen(self, peer: socket.socket) -> None:
+        """Another rank sent something, or its process ended."""
+        try:
+            news = peer.recv(1024)
+        except OSError:
+            news = b""
+        self.silent[peer] = 0
+        self.said |= SAID in news
+        if not news:
+            line = f"rank {self.peers[peer]} was killed, or crashed; the kernel's log (dmesg) may say why"
+            self.end(1, line, lost=True)
+
+    def look(self) -> None:
+        if time.monotonic() > self.limit[0]:
+            self.end(*self.limit[1:])
+        self.tell(ALIVE)
+        self.silent = {peer: self.silent.get(peer, 0) + 1 for peer in self.peers}
+        longest = max(self.silent.values(), default=0)
+        if longest >= self.patience - 1:
+            gone = [str(self.peers[peer]) for peer, seconds in self.silent.items() if seconds > longest / 2]
+            who = "rank 0, where all ranks meet," if self.rank else f"rank {', '.join(gone)}"
+            line = f"{who} gave no sign of life for {self.patience:g} s (--timeout); it is stopped or cut off"
+            self.end(1, line, lost=True)
+
+    def tell(self, news: bytes) -> None:
+        for peer in self.peers:
+            with contextlib.suppress(OSError):  # it is gone, or has enough to read
+                peer.send(news)
+
+    def end(self, status: int, line: str | None, lost: bool = False) -> None:
+        """End the process. Of a rank that is `lost` rank 0 speaks; of rank 0, whose store may be gone, rank 1."""
+        if self.leaving.is_set():
+            return
+        if not lost:
+            self.speak(line)
+        elif self.rank <= 1 and not self.said:
+            say(line)
+        self.tell(SAID)
+        for path in list(UNFINISHED):
+            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(termios.error):  # that terminal was closed
+            if self.terminal:
+                termios.tcsetattr(0, termios.TCSANOW, self.terminal)
+        if self.peers:
+            time.sleep(1)  # a launcher should see the rank that is the cause end first
+        os._exit(status)
+
+    def speak(self, line: str | None) -> None:
+        """Say why the job ends, if no rank has yet."""
+        if line and not self.said and self.add("spoken", 1) <= 1:
+            say(line)
+        if line:
+            self.tell(SAID)
+
+    def add(self, name: str, more: int) -> int:
+        """Add to a counter that all ranks share. It is 0 for one process alone, and huge once the store is gone."""
+        try:
+            return self.store.add(name, more) if self.store else 0
+        except RuntimeError:
+            return 1 << 40
+
+
+def stopped_by(number: int) -> str | None:
+    return f"stopped by {signal.Signals(number).name}" if "RANK" in os.environ else None  # alone, one knows
+
+
+def say(line: str) -> None:
+    """Print an error in one line of printable characters."""
+    line = "".join(c if c.isprintable() else " " for c in f"error: {line}")
+    with contextlib.suppress(OSError):
+        print(line if len(line) <= 500 else f"{line[:300]} … {line[-190:]}", file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ the start
+
+
+def start_world(watch: Watch | None = None) -> None:
+    """Join the processes that torchrun started, if it did: NCCL on GPUs, Gloo on CPUs. Raises UserError."""
     world = variable("WORLD_SIZE", 1, 1 << 20, 1)
     rank = variable("RANK", 0, world - 1, 0 if world == 1 else None)
     gpu, gpus = variable("LOCAL_RANK", 0, world - 1, 0), torch.cuda.device_count()
     if world == 1 or dist.is_initialized():
         return
     address, port = os.environ.get("MASTER_ADDR", ""), variable("MASTER_PORT", 1, 65535)
+    where, patience = f"MASTER_ADDR {address!r}, MASTER_PORT {port}", watch.patience if watch else 300.0
     try:
         socket.getaddrinfo(address or "?", port)
-        store = next(dist.rendezvous("env://", timeout=timedelta(seconds=patience)))[0]
-        if met is not None:
-            met(store, rank, world)
+        if watch:  # torch waits without end for one that takes the connection and says nothing
+            watch.limit = time.monotonic() + patience - 1, 2, f"{where}: no answer within {patience:g} s (--timeout)"
+        store = next(dist.rendezvous("env://", timeout=timedelta(seconds=patience - 2)))[0]
+        if watch:
+            watch.join(store, rank, world)
     except (OSError, ValueError, dist.DistError) as error:
         used = "EADDRINUSE" in str(error)
         what = "in use on this machine; set a free one" if used else f"not all ranks came to meet here ({error})"
-        raise UserError(f"MASTER_ADDR {address!r}, MASTER_PORT {port}: {what}") from None
+        raise UserError(f"{where}: {what}") from None
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENT)
     if gpus:
@@ -174,7 +381,7 @@ def find_place(tp: int | None, pp: int | None) -> Place:
         return group
 
     columns = grid.permute(1, 2, 0).reshape(-1, pp)  # the ranks that differ in their stage only
-    place = Place(
+    return Place(
         *(rank, tp_rank, tp, pp_rank, pp, dp_rank, dp),
         tp_group=groups(grid.reshape(-1, tp)),
         pp_group=groups(columns),
@@ -182,25 +389,6 @@ def find_place(tp: int | None, pp: int | None) -> Place:
         answer_group=groups(columns),
         device=device,
     )
-    keep_alive()
-    return place
-
-
-def keep_alive() -> None:
-    """Let the kernel break every idle connection of this process whose other machine does not answer for 40 seconds.
-
-    A machine that lost its network or its power closes no connection, and those who wait for it would go on waiting.
-    A process that is only stopped is different: its kernel still answers. TCP_USER_TIMEOUT would break it, too.
-    """
-    for name in os.listdir("/proc/self/fd") if dist.is_initialized() and sys.platform == "linux" else ():
-        with contextlib.suppress(OSError):  # not a socket, or not of TCP
-            connection = socket.socket(fileno=int(name))
-            try:
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                for option, value in (("KEEPIDLE", 10), ("KEEPINTVL", 10), ("KEEPCNT", 3)):
-                    connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{option}"), value)
-            finally:
-                connection.detach()  # it is not ours to close
 
 
 def gather_objects(value) -> list:
@@ -228,139 +416,7 @@ def together(action: Callable):
     return result
 
 
-class Watch:
-    """Watches the other ranks while this one works, and ends this process when one of them is gone.
-
-    A rank that waits in a collective hears no signal, and learns of another's end only if a connection to it breaks. So
-    two threads look out, whatever the main thread does. What they notice:
-
-    - a process on this machine that ended: at once, before a launcher can say so and stop this one;
-    - a rank that gave no sign of life for `patience` seconds, which is stopped, or its machine is cut off. Every rank
-      counts its beats in the store, one a second;
-    - SIGINT and SIGTERM, unless the program has set handlers of its own.
-    """
-
-    def __init__(self, store: dist.Store, rank: int, world: int, patience: float):
-        self.rank, self.store, self.patience, self.leaving = rank, store.clone(), patience, threading.Event()
-        self.names = [f"beats of rank {each}" for each in range(world)]
-        self.store.add(self.names[rank], 1)
-        # Processes see each other where they have the same host and the same numbering of processes.
-        machine = f"{socket.gethostname()} {os.path.basename(os.path.realpath('/proc/self/ns/pid'))}"
-        self.store.set(f"process {rank}", f"{machine}\n{os.getpid()}")
-        self.processes: dict[int, int] = {}  # file descriptor that becomes readable when a rank's process ends -> rank
-        for each, process in enumerate(self.store.multi_get([f"process {each}" for each in range(world)])):
-            where, pid = process.decode().split("\n")
-            if where == machine and each != rank:
-                with contextlib.suppress(OSError, AttributeError):  # not every system has pidfd_open
-                    self.processes[os.pidfd_open(int(pid))] = each
-        # Of every rank; None: the store is gone. Read here, since a rank may be stopped before the thread's first look.
-        self.beats: list[bytes] | None = self.store.multi_get(self.names)
-        self.signals, written = os.pipe()  # the number of each signal that comes
-        os.set_blocking(written, False)
-        signal.set_wakeup_fd(written, warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, left_to_watch)
-        self.terminal = termios.tcgetattr(0) if os.isatty(0) else None  # a chat changes how it reads keys
-        self.threads = [threading.Thread(target=work, daemon=True) for work in (self.beat, self.look)]
-        for thread in self.threads:
-            thread.start()
-
-    def beat(self) -> None:
-        """In a thread of its own, because a store that is stopped lets its callers wait for ever."""
-        try:
-            while not self.leaving.wait(1.0):
-                self.store.add(self.names[self.rank], 1)
-                self.beats = self.store.multi_get(self.names)
-        except RuntimeError:
-            self.beats = None
-
-    def look(self) -> None:
-        # Silence is counted in looks, not by the clock: if the whole job was stopped for an hour, nobody is to blame.
-        before, silent = self.beats, [0] * len(self.names)
-        while not self.leaving.is_set():
-            events = select.select([*self.processes, self.signals], [], [], 1.0)[0]
-            beats = self.beats
-            for event in events:
-                if (rank := self.processes.get(event)) is not None:
-                    self.end(f"rank {rank} was killed, or crashed; the kernel's log (dmesg) may say why")
-                elif signal.getsignal(number := os.read(event, 1)[0]) is left_to_watch:
-                    self.end(f"stopped by {signal.Signals(number).name}", 128 + number)
-            if beats is None:
-                self.end("rank 0, or the launcher, is gone, and with it the place where ranks meet", ask=False)
-            if events:
-                continue
-            silent = [count + 1 if now == then else 0 for count, now, then in zip(silent, beats, before)]
-            before = beats
-            if max(silent) >= max(2, self.patience - 2):  # 2: a beat, and a look
-                gone = [rank for rank, count in enumerate(silent) if count > max(silent) / 2]
-                stuck = self.rank in gone  # not even this rank's own beats arrive
-                who = "rank 0, where all ranks meet," if stuck else f"rank {', '.join(map(str, gone))}"
-                line = f"{who} gave no sign of life for {self.patience:g} s (--timeout); it is stopped or cut off"
-                self.end(line, ask=not stuck)
-
-    def end(self, line: str, status: int = 1, ask: bool = True) -> None:
-        if not self.leaving.is_set():
-            if not ask or Counters(self.store).add("spoken", 1) <= 1:
-                say(line)
-            time.sleep(1)  # a launcher should see the rank that is the cause end first
-            if self.terminal:
-                termios.tcsetattr(0, termios.TCSANOW, self.terminal)
-            os._exit(status)
-
-
-@contextlib.contextmanager
-def caught(handler: Callable) -> Iterator[dict]:
-    """Inside the block a signal calls `handler(number, frame)`; yields what it would have called before, by number."""
-    before = {number: signal.signal(number, handler) or signal.SIG_DFL for number in SIGNALS}
-    try:
-        yield before
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
-
-
-@contextlib.contextmanager
-def new_folder(path: str) -> Iterator[None]:
-    """A folder for the block to fill and to rename. Whatever ends the block early, a signal too, removes it again."""
-
-    def remove(number: int, frame) -> None:
-        shutil.rmtree(path, ignore_errors=True)
-        if not callable(before[number]):
-            os._exit(128 + number)
-        signal.signal(number, before[number])
-        signal.raise_signal(number)
-
-    with caught(remove) as before:
-        os.makedirs(path)
-        try:
-            yield
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def left_to_watch(number: int, frame) -> None:
-    """The handler of a signal that `Watch` reads from a pipe: Python would run it only when the main thread is free."""
-
-
-def say(line: str) -> None:
-    """Print an error in one line of printable characters."""
-    line = "".join(c if c.isprintable() else " " for c in f"error: {line}")
-    with contextlib.suppress(OSError):
-        print(line if len(line) <= 500 else f"{line[:300]} … {line[-190:]}", file=sys.stderr, flush=True)
-
-
-class Counters:
-    """Counters that all ranks share; 0 where there is one process, or once the store went down with rank 0."""
-
-    def __init__(self, store: dist.Store | None = None):
-        self.store = store
-
-    def add(self, name: str, more: int) -> int:
-        try:
-            return self.store.add(name, more) if self.store else 0
-        except RuntimeError:
-            self.store = None
-            return 0
+# -------------------------------------------------------------------------------------------------------------- the end
 
 
 def open_streams() -> None:
@@ -376,59 +432,79 @@ def open_streams() -> None:
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
-def run_program(main: Callable[[list[str]], None]) -> None:
+def run_program(main: Callable[[list[str]], None], alone: bool = False) -> None:
     """Run `main(arguments)` on every rank, then exit: with status 0, or with one line in all that says what went wrong.
 
-    A user error is raised on all ranks (see `together`), and their status is 2. Anything else that one rank meets ends
-    the job with status 1: the others notice that it is gone. One process alone shows the traceback of what is a bug.
+    A program that runs `alone` takes no notice of a launcher's variables, which a shell inside a job may have.
     """
-    status, line, all_know, patience, watch, counters = 0, None, True, 300.0, None, Counters()
+    open_streams()
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if alone else ():
+        os.environ.pop(name, None)
     early = Parser(add_help=False)  # ranks wait for each other before `main` knows its options
-    early.add_argument("--timeout", type=number(float, 5, 1e9), default=patience)
-
-    def met(store: dist.Store, rank: int, world: int) -> None:
-        nonlocal watch, counters
-        watch, counters = Watch(store, rank, world, patience), Counters(store)
-
+    early.add_argument("--timeout", type=number(float, 5, 1e9), default=300.0)
+    args = argparse.Namespace(timeout=300.0)
+    with contextlib.suppress(UserError):  # `main` will raise it again
+        early.parse_known_args(sys.argv[1:], args)
+    watch = Watch(args.timeout)
     try:
-        open_streams()
-        with contextlib.suppress(UserError):  # `main` will raise it again
-            patience = early.parse_known_args(sys.argv[1:])[0].timeout
-        start_world(patience, met)
+        start_world(watch)
         main(sys.argv[1:])
         sys.stdout.flush()
         if dist.is_initialized():
             dist.barrier()  # watched, too: this may take as long as the slowest rank does
-    except TopologyError as error:
-        status, line = 2, f"{error}; {WHAT_TO_DO}"
-    except UserError as error:
-        status, line = error.status, str(error)
-    except SystemExit as stop:  # --help
-        status = stop.code or 0
-    except KeyboardInterrupt:  # of one process alone
-        status = 130
-    except BrokenPipeError:  # the reader of our output went away, and knows
-        status, all_know = 1, False
-        line = "the reader of the output went away" if dist.is_initialized() else None
-    except Exception as error:
-        all_know, status, reason = False, 2, " ".join(str(error).split())
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(OUT_OF_MEMORY, reason):
-            line = f"out of memory; {MORE_MEMORY} ({reason[:200]})"
-        elif isinstance(error, OSError):
-            line = f"{error.filename or 'standard output, or a file'}: {error.strerror or reason}"
-        elif "RANK" not in os.environ:
-            raise
-        else:
-            file, at, *_ = traceback.extract_tb(error.__traceback__)[-1]
-            status, line = 1, f"{type(error).__name__}: {reason} ({os.path.basename(file)} line {at})"
-        # A broken connection is not the cause but its echo: another rank failed, and has the better line to print.
-        if isinstance(error, dist.DistError) or "gloo" in reason or "NCCL" in reason:
-            await_cause(counters)
-        line = f"rank {dist.get_rank()}: {line}" if dist.is_initialized() else line
-    if watch is not None:
-        watch.leaving.set()
-    if line is not None and counters.add("spoken", 1) <= 1:  # many ranks may come here with a line
-        say(line)
+        ending = 0, None, True
+    except BaseException as error:
+        BLOCKS.append(LEAVING)
+        ending = explain(error)
+        if is_echo(error):
+            time.sleep(LOST_SECONDS)
+    finish(watch, *ending)
+
+
+def explain(error: BaseException) -> tuple[int, str | None, bool]:
+    """(exit status, the line to print, whether all ranks have this error). A bug of one process alone is raised."""
+    reason, many = " ".join(str(error).split()), "RANK" in os.environ
+    if isinstance(error, UserError):
+        return error.status, str(error), True
+    if isinstance(error, TopologyError):
+        return 2, f"{error}; {WHAT_TO_DO}", True
+    if isinstance(error, SystemExit):  # by a signal, or --help
+        status = error.code or 0
+        return status, stopped_by(status - 128) if status > 128 else None, status <= 128
+    if isinstance(error, BrokenPipeError):  # the reader of our output went away, and knows
+        return 1, "the reader of the output went away" if many else None, False
+    status, line = 2, machine_failure(error, reason)
+    if line is None and not many:
+        raise error
+    if line is None:
+        file, at, *_ = traceback.extract_tb(error.__traceback__)[-1]
+        status, line = 1, f"{type(error).__name__}: {reason} ({os.path.basename(file)} line {at})"
+    return status, f"rank {dist.get_rank()}: {line}" if dist.is_initialized() else line, False
+
+
+def machine_failure(error: BaseException, reason: str) -> str | None:
+    """The line for what the machine refused: memory, or a file."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(OUT_OF_MEMORY, reason):
+        return f"out of memory; {MORE_MEMORY} ({reason[:200]})"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'standard output, or a file'}: {error.strerror or reason}"
+    return None
+
+
+def is_echo(error: BaseException) -> bool:
+    """A broken connection is not the cause: another rank failed, and it, or `Watch`, has the better line to print."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and re.search("gloo|NCCL", str(error)))
+
+
+def finish(watch: Watch, status: int, line: str | None, all_know: bool) -> None:
+    """Say what is to be said and exit. Where all ranks do so, with this status, they wait for each other.
+
+    A launcher kills the other ranks as soon as one exits with an error: their status would be a signal's.
+    """
+    BLOCKS.append(LEAVING)  # again, or first: of a program that went well
+    signal.set_wakeup_fd(-1)
+    watch.leaving.set()
+    watch.speak(line)
     try:
         sys.stdout.flush()
     except OSError:  # Python would try it once more when it exits, and complain
@@ -436,34 +512,17 @@ def run_program(main: Callable[[list[str]], None]) -> None:
     if not dist.is_initialized():
         sys.exit(status)
     if all_know:
-        wait_for_all(counters)  # a rank that exits early breaks its peers' connections
-    if status == 0:
-        dist.destroy_process_group()
-        for thread in watch.threads if watch else ():
-            thread.join(2)
-        sys.exit(0)
-    os._exit(status)  # tidying up could wait for ever, for ranks that are not there any more
+        wait_for(watch, "leaving", dist.get_world_size())
+        wait_for(watch, "left", dist.get_world_size() if watch.rank == 0 else 0)  # the store may be in rank 0
+    if status:
+        os._exit(status)  # tidying up could wait for ever, for ranks that are not there any more
+    dist.destroy_process_group()
+    sys.exit(0)
 
 
-def await_cause(counters: Counters) -> None:
-    """This rank lost another one. Give `Watch`, or that rank, LOST_SECONDS to say why and to end the job."""
-    deadline = time.monotonic() + LOST_SECONDS
-    while counters.add("spoken", 0) == 0 and time.monotonic() < deadline:
-        time.sleep(0.2)
-    time.sleep(1)  # the rank that spoke should be seen to end first
-
-
-def wait_for_all(counters: Counters) -> None:
-    """Return when all ranks are about to exit, each with the same status.
-
-    A launcher kills the other ranks as soon as one exits with an error: their status would be a signal's. So each says
-    in the store that it is leaving, and waits for all. Rank 0, where the store may live, waits until all have left it.
-    """
-    world, rank, deadline = dist.get_world_size(), dist.get_rank(), time.monotonic() + LOST_SECONDS
-    here = counters.add("leaving", 1)
-    while 0 < here < world and time.monotonic() < deadline:
+def wait_for(watch: Watch, counter: str, ranks: int) -> None:
+    """Count this rank, and wait until this many are counted, but not for long."""
+    deadline, counted = time.monotonic() + LOST_SECONDS, watch.add(counter, 1)
+    while counted < ranks and time.monotonic() < deadline:
         time.sleep(0.02)
-        here = counters.add("leaving", 0)
-    counters.add("left", 1)
-    while rank == 0 and counters.add("left", 0) < world and time.monotonic() < deadline:
-        time.sleep(0.02)
+        counted = watch.add(counter, 0)

@@ -22,45 +22,16 @@ def translate_params(raw: dict, where: str = "params.json") -> dict:
     top = Fields(raw, where)
     top.only(**dict.fromkeys(("moe", "lora", "sliding_window", "_sliding_window"), (None, False)))
     top.only(use_biases=(None, False), q_lora_rank=(None, False))
-    max_positions = top.size("max_position_embeddings")
-    # The HF layout has one field for both: the context before YaRN, and the period of query scaling.
-    original = "original_max_position_embeddings"
-    plain = {"rope_type": "default", "rope_theta": top.positive("rope_theta", float)}
-    rope = plain | {original: max_positions, "llama_4_scaling_beta": 0.0}
-    if yarn := top.section("yarn"):
-        rope |= {"rope_type": "yarn", "factor": yarn.positive("factor", float), original: yarn.size(original)}
-        rope |= dict(beta_fast=yarn.positive("beta", float), beta_slow=yarn.positive("alpha", float))
-        # Whether the attention factor applies: a zero leaves it m(1), equal multipliers cancel out to 1.
-        rope |= dict(mscale=1.0, mscale_all_dim=0.0 if yarn.get("apply_scale", bool) else 1.0)
-    if scaling := top.section("llama_4_scaling"):
-        if yarn:
-            scaling.agree(original, rope[original], "that of yarn")
-        rope |= {"llama_4_scaling_beta": scaling.get("beta", float), original: scaling.size(original, rope[original])}
-    # transformers' Ministral 3 always scales queries; its Mistral knows no such field.
-    family, rope = ("Ministral3", rope) if yarn or scaling else ("Mistral", plain)
+    family, rope = translate_rope(top)
     hf = {name: top.size(native) for name, native in NATIVE_SIZES.items()}
-    hf |= dict(rms_norm_eps=top.positive("norm_eps", float), max_position_embeddings=max_positions)
-    hf |= dict(tie_word_embeddings=top.get("tied_embeddings", bool, False), rope_parameters=rope)
+    hf |= dict(rms_norm_eps=top.positive("norm_eps", float), rope_parameters=rope)
+    hf |= dict(max_position_embeddings=top.size("max_position_embeddings"))
+    hf |= dict(tie_word_embeddings=top.get("tied_embeddings", bool, False))
     hf |= dict(model_type=family.lower(), hidden_act="silu", sliding_window=None, attention_dropout=0.0)
     hf |= dict(initializer_range=0.02, bos_token_id=1, eos_token_id=2, pad_token_id=11)
-    if tower := top.section("vision_encoder"):
-        tower.values = NATIVE_VISION | tower.values
-        tower.only(mm_projector_id=("patch_merge",), add_pre_mm_projector_layer_norm=(True,), adapter_bias=(False,))
-        tower.only(num_channels=(3,))
-        longest = "max_image_size" if "max_image_size" in tower.values else "image_size"
-        vision = {name: tower.size(name) for name in VISION_SIZES} | dict(image_size=tower.size(longest))
-        vision |= dict(model_type="pixtral", hidden_act="silu", num_channels=3)
-        vision["head_dim"] = vision["hidden_size"] // vision["num_attention_heads"]
-        vision["rope_parameters"] = dict(rope_type="axial", rope_theta=tower.positive("rope_theta", float, 10000.0))
-        hf = dict(
-            model_type="mistral3",
-            image_token_index=tower.get("image_token_id", int, 10),
-            spatial_merge_size=tower.size("spatial_merge_size"),
-            tie_word_embeddings=hf["tie_word_embeddings"],
-            text_config=hf,
-            vision_config=vision,
-        )
-        hf |= dict(vision_feature_layer=-1, multimodal_projector_bias=False, projector_hidden_act="gelu")
+    tower = top.section("vision_encoder")
+    if tower is not None:
+        hf = translate_vision(tower, hf)
     architecture = "Mistral3ForConditionalGeneration" if tower else f"{family}ForCausalLM"
     hf = dict(architectures=[architecture], dtype="bfloat16") | hf
     if quantization := top.section("quantization"):
@@ -68,6 +39,48 @@ def translate_params(raw: dict, where: str = "params.json") -> dict:
         static = quantization.values.get("qscheme_act", "TENSOR") == "TENSOR"
         hf["quantization_config"] = dict(quant_method="fp8", activation_scheme="static" if static else "dynamic")
     return hf
+
+
+def translate_rope(top: Fields) -> tuple[str, dict]:
+    """(the family of transformers' classes that the fields ask for, `rope_parameters`)."""
+    original = "original_max_position_embeddings"  # in the HF layout also the period of query scaling
+    plain = {"rope_type": "default", "rope_theta": top.positive("rope_theta", float)}
+    rope = plain | {original: top.size("max_position_embeddings"), "llama_4_scaling_beta": 0.0}
+    yarn, scaling = top.section("yarn"), top.section("llama_4_scaling")
+    if yarn is not None:
+        rope |= {"rope_type": "yarn", "factor": yarn.positive("factor", float), original: yarn.size(original)}
+        rope |= dict(beta_fast=yarn.positive("beta", float), beta_slow=yarn.positive("alpha", float))
+        # Whether the attention factor applies: a zero leaves it m(1), equal multipliers cancel out to 1.
+        rope |= dict(mscale=1.0, mscale_all_dim=0.0 if yarn.get("apply_scale", bool) else 1.0)
+        if scaling is not None:
+            scaling.agree(original, rope[original], "that of yarn")
+    if scaling is not None:
+        rope |= {"llama_4_scaling_beta": scaling.get("beta", float), original: scaling.size(original, rope[original])}
+    # transformers' Ministral 3 always scales queries; its Mistral knows no such field.
+    return ("Mistral", plain) if yarn is None and scaling is None else ("Ministral3", rope)
+
+
+def translate_vision(tower: Fields, text: dict) -> dict:
+    """The dictionary of a model that has this tower beside the decoder `text`."""
+    tower.values = NATIVE_VISION | tower.values
+    tower.only(mm_projector_id=("patch_merge",), add_pre_mm_projector_layer_norm=(True,), adapter_bias=(False,))
+    tower.only(num_channels=(3,))
+    longest = "max_image_size" if "max_image_size" in tower.values else "image_size"
+    vision = {name: tower.size(name) for name in VISION_SIZES} | dict(image_size=tower.size(longest))
+    vision |= dict(model_type="pixtral", hidden_act="silu", num_channels=3)
+    vision["head_dim"] = vision["hidden_size"] // vision["num_attention_heads"]
+    vision["rope_parameters"] = dict(rope_type="axial", rope_theta=tower.positive("rope_theta", float, 10000.0))
+    return dict(
+        model_type="mistral3",
+        image_token_index=tower.get("image_token_id", int, 10),
+        spatial_merge_size=tower.size("spatial_merge_size"),
+        tie_word_embeddings=text["tie_word_embeddings"],
+        text_config=text,
+        vision_config=vision,
+        vision_feature_layer=-1,
+        multimodal_projector_bias=False,
+        projector_hidden_act="gelu",
+    )
 
 
 NATIVE_NAMES = [

@@ -92,20 +92,39 @@ class Bucket:
 
     def __init__(self, parameters: list[nn.Parameter]):
         self.parameters = parameters
-        self.sizes, device = [p.numel() for p in parameters], parameters[0].device
-        self.masters, self.grads, self.exp_avg, self.exp_avg_sq = (
-            torch.zeros(sum(self.sizes), dtype=torch.float32, device=device) for _ in range(4)
+        sizes, device = [p.numel() for p in parameters], parameters[0].device
+        self.grads, self.masters, self.exp_avg, self.exp_avg_sq = (
+            torch.zeros(sum(sizes), dtype=torch.float32, device=device) for _ in range(4)
         )
         self.untouched: set[int] = set()  # parameters without a gradient so far, in this step
-        for parameter, master in zip(parameters, self.views("masters")):
-            master.copy_(parameter.data)
+        flat = {name: getattr(self, name).split(sizes) for name in ("grads", *STATE)}
+        # Each parameter's share of the flat tensors, in the parameter's shape.
+        self.views = [
+            {name: shares[i].view(parameter.shape) for name, shares in flat.items()}
+            for i, parameter in enumerate(parameters)
+        ]
+        for i, (parameter, views) in enumerate(zip(parameters, self.views)):
+            views["masters"].copy_(parameter.data)
             if parameter.dtype == torch.float32:
-                parameter.data = master
+                parameter.data = views["masters"]
+            parameter.register_post_accumulate_grad_hook(self._hook(i))
 
-    def views(self, name: str) -> list[torch.Tensor]:
-        """Each parameter's share of the flat tensor `name`, in the parameter's shape."""
-        shares = getattr(self, name).split(self.sizes)
-        return [share.view(parameter.shape) for share, parameter in zip(shares, self.parameters)]
+    def _hook(self, i: int) -> Callable[[nn.Parameter], None]:
+        """What autograd calls when a backward pass has found the whole gradient of parameter `i`, and put it in .grad.
+
+        The step's first gradient is copied over what the step before left, which is cheaper than zeros and a sum.
+        """
+        grad = self.views[i]["grads"]
+
+        def move(parameter: nn.Parameter) -> None:
+            if i in self.untouched:
+                self.untouched.remove(i)
+                grad.copy_(parameter.grad)
+            else:
+                grad.add_(parameter.grad)
+            parameter.grad = None  # frees it, before the next layer has its own
+
+        return move
 
 
 def in_buckets(items: list, size: Callable) -> list[list]:
@@ -135,42 +154,20 @@ class Optimizer:
         names = gather_objects({tensor.name for tensor in held})
         # What the first and the last stage hold both; ranks are numbered stage by stage.
         self.at_both_ends = names[0] & names[-1] if self.place.pp_size > 1 else set()
-        views = {}  # of a parameter: name of a flat tensor -> the parameter's share of it
-        for bucket in self.buckets:
-            columns = zip(*(bucket.views(name) for name in ("grads", *STATE)))
-            for i, (parameter, shares) in enumerate(zip(bucket.parameters, columns)):
-                views[id(parameter)] = dict(zip(("grads", *STATE), shares))
-                parameter.register_post_accumulate_grad_hook(self._hook(bucket, i, shares[0]))
-        # Each tensor with its rows of these.
-        self.parts: list[tuple[Held, dict[str, torch.Tensor]]] = [
-            (tensor, {name: tensor.rows.rows_of(view) for name, view in views[id(tensor.parameter)].items()})
-            for tensor in held
-        ]
-        self.adam = None
-        if self.buckets:
-            kind = torch.optim.AdamW if decoupled else torch.optim.Adam
-            masters = [nn.Parameter(bucket.masters) for bucket in self.buckets]
-            self.adam = kind(masters, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
-            for master, bucket in zip(masters, self.buckets):
-                count = torch.zeros((), device=master.device)
-                self.adam.state[master] = dict(step=count, exp_avg=bucket.exp_avg, exp_avg_sq=bucket.exp_avg_sq)
-                master.grad = bucket.grads
-
-    def _hook(self, bucket: Bucket, i: int, grad: torch.Tensor) -> Callable[[nn.Parameter], None]:
-        """What autograd calls when a backward pass has found the whole gradient of parameter `i`, and put it in .grad.
-
-        The step's first gradient is copied over what the step before left, which is cheaper than zeros and a sum.
-        """
-
-        def move(parameter: nn.Parameter) -> None:
-            if i in bucket.untouched:
-                bucket.untouched.remove(i)
-                grad.copy_(parameter.grad)
-            else:
-                grad.add_(parameter.grad)
-            parameter.grad = None  # frees it, before the next layer has its own
-
-        return move
+        # Each tensor with its rows of the flat tensors, by their names.
+        shares = {id(p): views for bucket in self.buckets for p, views in zip(bucket.parameters, bucket.views)}
+        self.parts: list[tuple[Held, dict[str, torch.Tensor]]] = []
+        for tensor in held:
+            views = {name: tensor.rows.rows_of(view) for name, view in shares[id(tensor.parameter)].items()}
+            self.parts.append((tensor, views))
+        kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+        masters = [nn.Parameter(bucket.masters) for bucket in self.buckets]
+        options = dict(betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        self.adam = kind(masters, **options) if masters else None  # a stage may have nothing to train
+        for master, bucket in zip(masters, self.buckets):
+            count = torch.zeros((), device=master.device)
+            self.adam.state[master] = dict(step=count, exp_avg=bucket.exp_avg, exp_avg_sq=bucket.exp_avg_sq)
+            master.grad = bucket.grads
 
     def start(self) -> None:
         """Forget the last step's gradients."""
@@ -181,7 +178,7 @@ class Optimizer:
         """Make every rank's gradients complete: the sum over replicas, sharers and the two ends of the pipeline."""
         for bucket in self.buckets:
             for i in bucket.untouched:  # no micro-batch of this replica used these: they hold the last step's gradients
-                bucket.views("grads")[i].zero_()
+                bucket.views[i]["grads"].zero_()
             if self.place.dp_group is not None:
                 dist.all_reduce(bucket.grads, group=self.place.dp_group)
         # A group for every set of sharers would be many; whole tensors, zero outside the own slice, are small. They go
@@ -237,6 +234,6 @@ class Optimizer:
     def write_weights(self) -> None:
         """Round the masters to the model's weights, where these are not the masters themselves."""
         for bucket in self.buckets:
-            for parameter, master in zip(bucket.parameters, bucket.views("masters")):
+            for parameter, views in zip(bucket.parameters, bucket.views):
                 if parameter.dtype != torch.float32:
-                    parameter.copy_(master)
+                    parameter.copy_(views["masters"])

@@ -1,13 +1,12 @@
 """The chat in the terminal, and how answers are printed."""
 
 import argparse
+import cmd
 import contextlib
-import itertools
 import json
 import math
 import os
 import random
-import re
 import readline
 import select
 import shlex
@@ -17,23 +16,36 @@ import termios
 from collections.abc import Iterator
 
 from runtime.chat import encode_chat, image_url, opening, user_turn
-from runtime.files import UserError, writing
+from runtime.files import UserError, require, writing
 from runtime.images import grid, load_image
-from runtime.launch import gather_objects, together
+from runtime.launch import Postponed, gather_objects, postponed, together
 from runtime.requests import NUMBERS, check_utf8, read_requests
 
 
-def note(text: str) -> None:
+def note(text: str, end: str = "\n") -> None:
     """A line beside the conversation, dimmed."""
-    print(f"\x1b[2m{text}\x1b[0m" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+    print(f"\x1b[2m{text}\x1b[0m" if sys.stderr.isatty() else text, end=end, file=sys.stderr, flush=True)
 
 
 def stream(session, spec: dict, base: str = "", stop=None) -> dict:
-    """The answer to one request, printed as it comes. `stop`: as the engine's."""
-    printer = Printer()
-    (result,) = session.answer([spec], base, printer, stop=stop)
+    """The answer to one request, printed as it comes: reasoning dimmed on stderr, text on stdout. `stop`: as the
+    engine's."""
+    thinks = False
+
+    def show(i: int, kind: str, text: str) -> None:
+        nonlocal thinks
+        if thinks and kind == "text":
+            note("")  # ends the line of what was thought
+        thinks = kind == "reasoning"
+        if thinks:
+            note(text, end="")
+        else:
+            print(text, end="", flush=True)
+
+    (result,) = session.answer([spec], base, show, stop=stop)
     if session.place.rank == 0:
-        printer.close()
+        if thinks:
+            note("")
         print_calls(result)
     return result
 
@@ -43,27 +55,6 @@ def print_calls(result: dict) -> None:
     for call in result["tool_calls"]:
         print(json.dumps(call, ensure_ascii=False))
     sys.stdout.flush()
-
-
-class Printer:
-    """Prints an answer as it comes: reasoning dimmed on stderr, text on stdout."""
-
-    def __init__(self):
-        self.kind = "text"
-
-    def __call__(self, i: int, kind: str, text: str) -> None:
-        if kind != self.kind:
-            self.close()
-            if kind == "reasoning" and sys.stderr.isatty():
-                print("\x1b[2m", end="", file=sys.stderr)
-        self.kind = kind
-        print(text, end="", file=sys.stderr if kind == "reasoning" else sys.stdout, flush=True)
-
-    def close(self) -> None:
-        """End what is dimmed, and its line."""
-        if self.kind == "reasoning":
-            print("\x1b[0m" if sys.stderr.isatty() else "", file=sys.stderr, flush=True)
-        self.kind = "text"
 
 
 HISTORY = "~/.mistral_history"  # what was typed into the chat, a JSON string a line
@@ -77,29 +68,21 @@ class Keyboard:
     """
 
     def __init__(self, rank: int):
-        self.terminal, self.interrupted, self.reading = rank == 0 and sys.stdin.isatty(), False, False
+        self.terminal, self.interrupted = rank == 0 and sys.stdin.isatty(), False
+        self.signals = Postponed()  # SIGINT in the chat, where a launcher sends it to the ranks
         self.draft = ""  # stands in the line when the next turn is read
-        self.ahead = b""  # was typed while an answer came
-        # Without stdout in the terminal too, `input` edits nothing.
-        self.readline = readline if self.terminal and sys.stdout.isatty() else None
+        self.edits = self.terminal and sys.stdout.isatty()  # without stdout in the terminal too, `input` edits nothing
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # see check_utf8
-        if not self.readline:
+        if not self.edits:
             return
-        self.brackets = "libedit" not in (readline.__doc__ or "")  # GNU's readline knows where a paste ends
         # Ctrl-C leaves the line with just this character in it: end of line, clear, the character quoted, return.
-        keys = r'"\C-c": "\C-e\C-u\C-v\C-c\C-m"' if self.brackets else 'bind -s "^C" "^E^U^V^C^M"'
-        readline.parse_and_bind(keys)
-        for setting in ("set enable-bracketed-paste on", "set bell-style none"):
-            readline.parse_and_bind(setting)
+        readline.parse_and_bind(r'"\C-c": "\C-e\C-u\C-v\C-c\C-m"')
+        readline.parse_and_bind("set enable-bracketed-paste on")  # a pasted block is one message
+        readline.parse_and_bind("set bell-style none")
         readline.set_auto_history(False)
         with contextlib.suppress(OSError, ValueError), open(os.path.expanduser(HISTORY), encoding="utf-8") as file:
             for line in list(file)[-1000:]:
                 readline.add_history(json.loads(line))
-
-    def interrupt(self, number: int, frame) -> None:
-        self.interrupted = True
-        if self.reading:
-            raise KeyboardInterrupt
 
     @contextlib.contextmanager
     def mode(self, canonical: bool) -> Iterator[None]:
@@ -118,40 +101,32 @@ class Keyboard:
             termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
     def stop(self) -> bool:
-        """Whether Ctrl-C was pressed while the answer came. Whatever else was typed is kept for the next turn."""
+        """Whether Ctrl-C was pressed while the answer came. Other keys are dropped."""
         with contextlib.suppress(OSError):  # the terminal is gone
-            while self.terminal and select.select([sys.stdin], [], [], 0)[0]:
-                self.ahead += os.read(sys.stdin.fileno(), 4096)
-        if b"\x03" in self.ahead:
-            self.interrupted, self.ahead = True, b""
+            if self.terminal and select.select([sys.stdin], [], [], 0)[0]:
+                self.interrupted |= b"\x03" in os.read(sys.stdin.fileno(), 4096)
+        self.interrupted |= self.signals.number > 0
         return self.interrupted
 
     def read(self, prompt: str = "\n> ") -> str | None:
-        """A line, or a pasted block; "\x03" for Ctrl-C, None at the end."""
-        ahead = edited(self.ahead.decode(errors="surrogateescape"))
-        draft, self.draft, self.ahead, self.interrupted = self.draft + ahead, "", b"", False
-        if draft == ahead and ahead.find("\n") == len(ahead) - 1 >= 0:  # a line; several are a paste, to be seen first
-            print(f"{prompt}{ahead}", end="", flush=True)
-            return ahead[:-1]
-        if self.readline:
-            readline.set_startup_hook(lambda: readline.insert_text(draft.rstrip("\n")))
+        """A line, or a pasted block; "\\x03" for Ctrl-C, None at the end."""
+        draft, self.draft, self.interrupted, self.signals.number = self.draft, "", False, 0
+        if self.edits:
+            readline.set_startup_hook(lambda: readline.insert_text(draft))
         elif self.terminal:
             print(prompt, end="", file=sys.stderr, flush=True)
         try:
-            self.reading = True
-            line = input(prompt if self.readline else "")
-            while self.readline and not self.brackets and select.select([sys.stdin], [], [], 0.05)[0]:
-                line += f"\n{input()}"  # lines that are there already were pasted
+            self.signals.waiting = True
+            return input(prompt if self.edits else "")
         except EOFError:
             return None
         except KeyboardInterrupt:
             return "\x03" if self.terminal else None
         finally:
-            self.reading = False
-        return line
+            self.signals.waiting = False
 
     def remember(self, text: str) -> None:
-        if self.readline and text.strip():
+        if self.edits and text.strip():
             readline.add_history(text)
             with contextlib.suppress(OSError):
                 path = os.open(os.path.expanduser(HISTORY), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -159,65 +134,35 @@ class Keyboard:
                     file.write(json.dumps(text) + "\n")
 
 
-# What these keys erase at the end of what was typed: a character, a word with the spaces after it, a line.
-ERASED = {"\b": r".\Z", "\x7f": r".\Z", "\x17": r"\S*[^\S\n]*\Z", "\x15": r".*\Z"}
+class Chat(cmd.Cmd):
+    """A conversation, on rank 0: messages, what was set for it, and the commands that change them.
 
-
-def edited(keys: str) -> str:
-    """The text that a terminal makes of `keys`, of which those that print nothing and erase nothing are left out."""
-    text = ""
-    for part in re.split("([\b\x15\x17\x7f])", re.sub(r"\x1b\[[\d;]*[A-Za-z~]|[^\n\b\x15\x17 -\U0010ffff]", "", keys)):
-        text = re.sub(ERASED[part], "", text) if part in ERASED else text + part
-    return text
-
-
-HELP = '''\
-/image PATH        a picture for the next message; without PATH: none
-/effort none|high  whether to reason; alone: the checkpoint's default
-/system TEXT       the system prompt; alone: none
-/set NAME VALUE    temperature, top-p, max-new-tokens, seed; without VALUE: the
-                   default; /set alone shows them
-/retry             answer again
-/undo              take back the last message
-/clear             forget the conversation
-/tool RESULT       what a tool call of the answer returned
-/save FILE         the conversation as a line for --requests; /load FILE reads it
-/exit              or Ctrl-D, or Ctrl-C twice
-Ctrl-C ends an answer. A pasted block is one message; by hand, """ opens and
-closes one of several lines.'''
-
-
-class Chat:
-    """A conversation, on rank 0: messages, what was set for it, and the commands that change them."""
+    `onecmd` of the library calls `do_NAME(rest)` for the line "/NAME rest"; what returns True ends the chat. The first
+    lines of these methods are what /help prints.
+    """
 
     def __init__(self, session, keyboard: Keyboard):
+        super().__init__()
         self.session, self.keyboard, self.messages = session, keyboard, []
         self.prompt, self.images = session.args.system or None, []
-        self.typed = ""  # the last turn, as it would be typed again
         self.options: dict = {}  # of the request: what was set here, instead of on the command line
         for path in session.args.image:
-            self.image(path)
+            self.do_image(path)
 
     def run(self) -> None:
-        names = "image effort system set retry undo clear tool save load".split()
-        commands = {f"/{name}": getattr(self, name) for name in names} | {"/help": lambda rest: note(HELP)}
         note("/help lists the commands, /exit ends")
-        pressed = False
-        while (text := self.keyboard.read()) is not None and text.strip() != "/exit":
+        pressed = ended = False
+        while not ended and (text := self.keyboard.read()) is not None:
             before, pressed = pressed, "\x03" in text
             if pressed and before:
-                break
-            if pressed:
+                ended = True
+            elif pressed:
                 note("Ctrl-C again ends the chat")
             elif text.strip():
-                try:
-                    self.turn(text, commands)
-                except UserError as error:
-                    note(f"error: {error}")
-                    self.keyboard.draft = self.typed
+                ended = self.turn(text)
 
-    def turn(self, text: str, commands: dict) -> None:
-        """A message, or a command."""
+    def turn(self, text: str) -> bool | None:
+        """A message, or a command. What fails stands in the line again."""
         block = text.strip().startswith('"""')
         if block:
             text = text.strip()[3:]
@@ -227,16 +172,23 @@ class Chat:
                     return note("dropped: it was not closed")
                 text += "\n" + line
             text = text[:-3].strip("\n")
-        self.typed = f'"""{text}"""' if block else text
-        self.keyboard.remember(self.typed)
-        check_utf8(text, "this turn")
-        command, _, rest = text.strip().partition(" ")
-        if block or "\n" in text or not text.startswith("/"):
-            self.say(text)
-        elif command in commands:
-            commands[command](rest.strip())
-        else:
-            raise UserError(f"no such command: {command}; /help lists them, and after a space it is text")
+        typed = f'"""{text}"""' if block else text
+        self.keyboard.remember(typed)
+        command = text.startswith("/") and not block and "\n" not in text
+        try:
+            check_utf8(text, "this turn")
+            return self.onecmd(text) if command else self.say(text)
+        except UserError as error:
+            note(f"error: {error}")
+            self.keyboard.draft = typed
+
+    def parseline(self, line: str) -> tuple[str, str, str]:
+        name, _, rest = line[1:].strip().partition(" ")
+        return name, rest.strip(), line
+
+    def default(self, line: str) -> None:
+        name = line.split()[0]
+        raise UserError(f"no such command: {name}; /help lists them, and after a space it is text")
 
     # --- what is said
 
@@ -248,15 +200,15 @@ class Chat:
             result = stream(self.session, spec, stop=self.keyboard.stop)
         # One cut off in its thoughts is none, and the next message continues the one that it should have answered.
         answer = {"role": "assistant", "content": result["text"], "tool_calls": result["tool_calls"]}
-        self.messages = [*messages, *([answer] if result["text"] or result["tool_calls"] else [])]
+        answers = [answer] if result["text"] or result["tool_calls"] else []
+        self.messages = [*messages, *answers]
         used, most = len(result["prompt_tokens"]) + len(result["tokens"]), self.session.max_context
-        why = {"cancelled": "stopped", "length": "cut off where the context ends" if used >= most else "cut off"}
-        words = [why.get(result["finish_reason"], ""), "" if answer in self.messages else "no answer"]
-        if words[0] == "cut off":
-            words[0] += " by max-new-tokens (/set)"
+        cut = "where the context ends" if used >= most else "by max-new-tokens (/set)"
+        words = {"cancelled": ["stopped"], "length": [f"cut off {cut}"], "stop": []}[result["finish_reason"]]
+        words += [] if answers else ["no answer"]
         words += [f"{len(result['tokens'])} tokens", f"{result['stats']['decode_tokens_per_s']:g} tokens/s"]
-        note(", ".join(filter(None, [*words, f"context {used:,} of {most:,}"])))
-        if calls := self.waiting():
+        note(", ".join([*words, f"context {used:,} of {most:,}"]))
+        if calls := len(self.waiting()):
             note(f"/tool RESULT answers {'the call' if calls == 1 else f'the {calls} calls, one after the other'}")
 
     def say(self, text: str) -> None:
@@ -267,35 +219,39 @@ class Chat:
         self.ask([*messages, user_turn(self.images, text)])
         self.images = []
 
-    def tool(self, text: str) -> None:
-        if not self.waiting():
-            raise UserError("no tool call waits for a result")
-        call = self.messages[self.last("assistant")]["tool_calls"][-self.waiting()]
-        id = {"tool_call_id": call["id"]} if call.get("id") else {}  # the model's own calls have none but their places
-        messages = [*self.messages, {"role": "tool", "content": text, **id}]
-        if self.waiting() == 1:
+    def do_tool(self, text: str) -> None:
+        """/tool RESULT: what a tool call of the answer returned"""
+        waiting = self.waiting()
+        require(waiting, "no tool call waits for a result")
+        id = waiting[0].get("id")  # the model's own calls have none but their places
+        messages = [*self.messages, {"role": "tool", "content": text, **({"tool_call_id": id} if id else {})}]
+        if len(waiting) == 1:
             self.ask(messages)
         else:
             self.messages = messages
 
-    def retry(self, rest: str) -> None:
+    def do_retry(self, rest: str) -> None:
+        """/retry: answer again"""
         messages = self.messages[:-1] if self.messages and self.messages[-1]["role"] == "assistant" else self.messages
-        if not messages:
-            raise UserError("nothing was said yet")
+        require(messages, "nothing was said yet")
         chosen = "seed" in self.options or self.session.args.seed is not None
         self.ask(messages, **({} if chosen else {"seed": random.getrandbits(32)}))
 
-    def undo(self, rest: str) -> None:
-        """The last message goes back into the line, and its pictures to those that wait for the next one."""
-        if (at := self.last("user")) < 0:
-            raise UserError("nothing was said yet")
+    def do_undo(self, rest: str) -> None:
+        """/undo: take back the last message
+
+        It goes back into the line, and its pictures to those that wait for the next one.
+        """
+        at = self.last("user")
+        require(at >= 0, "nothing was said yet")
         content, self.messages = self.messages[at]["content"], self.messages[:at]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         self.keyboard.draft = "\n".join(part["text"] for part in parts if part["type"] == "text")
         self.images = [url for url in map(image_url, parts) if url]
         note(f"taken back: {self.keyboard.draft[:60]}")
 
-    def clear(self, rest: str) -> None:
+    def do_clear(self, rest: str) -> None:
+        """/clear: forget the conversation"""
         self.messages, self.images = [], []
         note("forgotten")
 
@@ -303,21 +259,22 @@ class Chat:
         """Where the last message of `role` stands; -1: nowhere."""
         return max((i for i, message in enumerate(self.messages) if message["role"] == role), default=-1)
 
-    def waiting(self) -> int:
-        """How many calls of the last answer have no result yet."""
+    def waiting(self) -> list[dict]:
+        """The calls of the last answer that have no result yet."""
         at = self.last("assistant")
-        if at < 0 or self.last("user") > at:
-            return 0
-        return max(0, len(self.messages[at].get("tool_calls") or []) - (len(self.messages) - 1 - at))
+        if at < max(self.last("user"), 0):
+            return []
+        return (self.messages[at].get("tool_calls") or [])[len(self.messages) - 1 - at :]
 
     # --- what is set
 
-    def image(self, path: str) -> None:
+    def do_image(self, path: str) -> None:
+        """/image PATH: a picture for the next message; without PATH: none"""
         if not path:
             self.images = []
             return note("no picture goes with the next message")
-        if (vision := self.session.config.vision) is None:
-            raise UserError("this checkpoint takes no images")
+        vision = self.session.config.vision
+        require(vision, "this checkpoint takes no images")
         with contextlib.suppress(ValueError):  # as a shell reads it: quotes, and spaces after a backslash
             path = path if os.path.exists(path) else " ".join(shlex.split(path))
         path = os.path.abspath(os.path.expanduser(path))
@@ -325,20 +282,23 @@ class Chat:
         self.images.append(path)
         note("{}: {} × {} pixels, {} tokens, for the next message".format(path, *size, math.prod(grid(*size, vision))))
 
-    def effort(self, rest: str) -> None:
+    def do_effort(self, rest: str) -> None:
+        """/effort none|high: whether to reason; alone: the checkpoint's default"""
         encode_chat(self.session.tokenizer, [{"role": "user", "content": "?"}], None, rest or None)  # refuses others
         self.options["reasoning_effort"] = rest or None
         note(f"reasoning effort {rest or 'as the checkpoint has it'}")
 
-    def system(self, rest: str) -> None:
+    def do_system(self, rest: str) -> None:
+        """/system TEXT: the system prompt; alone: none"""
         self.prompt = rest or None
         note(f"system prompt: {rest or 'none'}")
 
-    def set(self, rest: str) -> None:
+    def do_set(self, rest: str) -> None:
+        """/set NAME [VALUE]: temperature, top-p, max-new-tokens or seed; alone: shows them"""
         name, _, value = rest.partition(" ")
         key = name.replace("-", "_")
-        if rest and key not in NUMBERS:
-            raise UserError(f"no such setting: {name}; there are temperature, top-p, max-new-tokens and seed")
+        known = not rest or key in NUMBERS
+        require(known, f"no such setting: {name}; there are temperature, top-p, max-new-tokens and seed")
         try:
             self.options |= {key: NUMBERS[key](value)} if value else {}
         except argparse.ArgumentTypeError as error:
@@ -346,18 +306,20 @@ class Chat:
         if not value:
             self.options.pop(key, None)
         thinks = self.options.get("reasoning_effort", self.session.args.reasoning_effort) == "high"
-        now = self.session.numbers({**self.options, "where": ""}, thinks)
+        now = self.session.requests.numbers({**self.options, "where": ""}, thinks)
         note(", ".join(f"{name.replace('_', '-')} {value}" for name, value in now.items() if value is not None))
 
     # --- files
 
-    def save(self, path: str) -> None:
-        """The last answer stands apart, since a request ends with its question."""
+    def do_save(self, path: str) -> None:
+        """/save FILE: the conversation as a line for --requests
+
+        The last answer stands apart, since a request ends with its question.
+        """
         args, messages, spec = self.session.args, [*opening(self.prompt), *self.messages], {}
         if messages and messages[-1]["role"] == "assistant":
             spec["answer"] = messages.pop()
-        if not messages or not path:
-            raise UserError("give /save the name of a new file, once something was said")
+        require(messages and path, "give /save the name of a new file, once something was said")
         names = ("reasoning_effort", *NUMBERS)
         given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         line = json.dumps({"messages": messages, **given, **self.options, **spec}, ensure_ascii=False)
@@ -366,27 +328,39 @@ class Chat:
             file.write(f"{line}\n")
         note(f"{path}: {len(messages) + len(spec)} messages")
 
-    def load(self, path: str) -> None:
+    def do_load(self, path: str) -> None:
+        """/load FILE: go on with a conversation that /save wrote"""
         (spec, *more), base = read_requests(argparse.Namespace(requests=os.path.expanduser(path) or "/load"))
-        if "messages" not in spec or more:
-            raise UserError(f"{path}: should hold one line, with 'messages'")
-        self.session.request({**spec}, base)  # refuses what could not be answered
+        require("messages" in spec and not more, f"{path}: should hold one line, with 'messages'")
+        self.session.requests.read({**spec}, base)  # refuses what could not be answered
         answer, _ = spec.pop("answer", None), spec.pop("where")
         messages = [*spec.pop("messages"), *([answer] if answer else [])]
-        lists = [message["content"] for message in messages if isinstance(message.get("content"), list)]
-        for part in itertools.chain(*lists):
-            if (url := image_url(part)) and url[:5].lower() != "data:":
-                part["image_url"] = {"url": os.path.abspath(os.path.join(base, url))}
+        for message in messages:
+            for part in message["content"] if isinstance(message.get("content"), list) else []:
+                if (url := image_url(part)) and url[:5].lower() != "data:":
+                    part["image_url"] = {"url": os.path.abspath(os.path.join(base, url))}
         self.prompt = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
         self.messages, self.options, self.images = messages, spec, []
         note(f"{path}: {len(messages)} messages" + ("" if answer else "; /retry answers the last"))
+
+    def do_help(self, rest: str) -> None:
+        """/help: this"""
+        for name, method in vars(Chat).items():
+            if name.startswith("do_"):
+                usage, _, what = method.__doc__.splitlines()[0].partition(": ")
+                note(f"{usage:18} {what}")
+        note('Ctrl-C ends an answer. A pasted block is one message; by hand, """ opens and')
+        note("closes one of several lines.")
+
+    def do_exit(self, rest: str) -> bool:
+        """/exit: or Ctrl-D, or Ctrl-C twice"""
+        return True
 
 
 def interact(session) -> None:
     """A chat. Rank 0 has the person; the others wait for what they are to answer with it."""
     keyboard = Keyboard(session.place.rank)
-    before = signal.signal(signal.SIGINT, keyboard.interrupt)  # where a launcher sends it to the ranks
-    with keyboard.mode(canonical=True):
+    with keyboard.mode(canonical=True), postponed(signal.SIGINT) as keyboard.signals:
         if chat := together(lambda: Chat(session, keyboard) if session.place.rank == 0 else None):
             chat.run()
             gather_objects(None)
@@ -394,4 +368,4 @@ def interact(session) -> None:
             while (spec := gather_objects(None)[0]) is not None:
                 with contextlib.suppress(UserError):  # rank 0 has it too, and says so
                     session.answer([spec], stop=keyboard.stop)  # which rank 0 alone will call
-    signal.signal(signal.SIGINT, before)
+        keyboard.signals.number = 0  # it was about an answer

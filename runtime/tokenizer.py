@@ -18,13 +18,13 @@ import heapq
 import os
 import re
 import unicodedata
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import groupby
 
 import sentencepiece
 
 from model import Config
-from runtime.files import MEGABYTE, UserError, find_folder, read_file, read_json, reading
+from runtime.files import MEGABYTE, UserError, find_folder, read_file, read_json, reading, require
 
 LARGEST_FILE = 1024 * MEGABYTE
 
@@ -41,11 +41,7 @@ CLASSIC_SPECIAL = (
 
 def _well_formed(text: str) -> str:
     """The text with lone surrogates, which have no UTF-8 form, replaced by U+FFFD (and halves of a pair joined)."""
-    try:
-        text.encode("utf-8")
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class Tekken:
@@ -64,44 +60,16 @@ class Tekken:
 
     def _read(self, data: dict) -> None:
         config = data["config"]
-        self.version, self.vocab_size = config["version"], config["default_vocab_size"]
-        if self.version not in VERSIONS:
-            raise UserError(f"tokenizer version {self.version!r} is unknown; known are {', '.join(VERSIONS)}")
-        self._num_special = num_special = config["default_num_special_tokens"]
-        if not 3 <= num_special <= MOST_SPECIAL:
-            raise UserError(f"default_num_special_tokens should be 3 to {MOST_SPECIAL}, found {num_special}")
-
-        listed = data.get("special_tokens")
-        if listed is None:
-            if VERSIONS.index(self.version) > VERSIONS.index("v7"):
-                raise UserError(f"a tokenizer of version {self.version} must list its special_tokens")
-            listed = [{"rank": rank, "token_str": name} for rank, name in enumerate(CLASSIC_SPECIAL)]
-        named = {entry["rank"]: entry["token_str"] for entry in listed}
-        names = {rank: f"<SPECIAL_{rank}>" for rank in range(num_special)} | named
-        self.special = {name: rank for rank, name in names.items()}
-        if not len(self.special) == len(names) == num_special or len(named) < len(listed):
-            raise UserError(f"special_tokens must have distinct names and distinct ranks from 0 to {num_special - 1}")
-
-        # The file may list more tokens than the model has ids for: only the first ones count.
-        vocab = data["vocab"][: self.vocab_size - num_special]
-        if len(vocab) < self.vocab_size - num_special:
-            raise UserError(f"vocab and special tokens do not make up default_vocab_size {self.vocab_size}")
-        self._bytes = [b""] * num_special + [base64.b64decode(entry["token_bytes"], validate=True) for entry in vocab]
-        self._ids = {token: id for id, token in enumerate(self._bytes) if id >= num_special}
-        if [entry["rank"] for entry in vocab] != list(range(len(vocab))) or len(self._ids) < len(vocab):
-            raise UserError("vocab must list distinct tokens in the order of their ranks 0, 1, 2, …")
-        if self._bytes[num_special : num_special + 256] != [bytes([byte]) for byte in range(256)]:
-            raise UserError("the first 256 tokens of vocab must be the single bytes in order")
-
+        self.version, self.vocab_size = _known(config["version"]), config["default_vocab_size"]
+        self._num_special = config["default_num_special_tokens"]
+        self.special = _read_special(data.get("special_tokens"), self._num_special, self.version)
         self.bos_id, self.eos_id, self.pad_id = self.special["<s>"], self.special["</s>"], self.special.get("<pad>")
+        words = _read_vocab(data["vocab"], self.vocab_size - self._num_special)
+        self._bytes = [b""] * self._num_special + words
+        self._ids = {word: id for id, word in enumerate(words, self._num_special)}
         image = data.get("image") or data.get("multimodal")
         self.image = {"spatial_merge_size": 1, **image} if image else None
-        self.model_settings = data.get("model_settings_builder")
-        if (self.version == "v15") != (self.model_settings is not None):
-            raise UserError("a model_settings_builder belongs to version v15, and to no other")
-        effort = (self.model_settings or {}).get("reasoning_effort")
-        if effort and (effort["default"] not in effort["values"] or set(map(type, effort["values"])) != {str}):
-            raise UserError(f"reasoning_effort must list texts, and its default among them: {effort['values']}")
+        self.model_settings = _read_settings(data.get("model_settings_builder"), self.version)
         self._pattern = config["pattern"]
         _word_pattern(self._pattern, LAST_BMP)  # so that a bad pattern is reported now
         self._merge_cached = lru_cache(50_000)(self._merge)
@@ -167,6 +135,46 @@ class Tekken:
         return _decode(self, ids)
 
 
+def _known(version: str) -> str:
+    require(version in VERSIONS, f"tokenizer version {version!r} is unknown; known are {', '.join(VERSIONS)}")
+    return version
+
+
+def _read_special(listed: list[dict] | None, count: int, version: str) -> dict[str, int]:
+    """Name -> id of the `count` special tokens; those that the file does not list are called <SPECIAL_n>."""
+    require(3 <= count <= MOST_SPECIAL, f"default_num_special_tokens should be 3 to {MOST_SPECIAL}, found {count}")
+    if listed is None:
+        require(version in ("v1", "v2", "v3", "v7"), f"a tokenizer of version {version} must list its special_tokens")
+        listed = [{"rank": rank, "token_str": name} for rank, name in enumerate(CLASSIC_SPECIAL)]
+    named = {entry["rank"]: entry["token_str"] for entry in listed}
+    names = {rank: f"<SPECIAL_{rank}>" for rank in range(count)} | named
+    special = {name: rank for rank, name in names.items()}
+    distinct = len(special) == len(names) == count and len(named) == len(listed)
+    require(distinct, f"special_tokens must have distinct names and distinct ranks from 0 to {count - 1}")
+    return special
+
+
+def _read_vocab(vocab: list[dict], count: int) -> list[bytes]:
+    """The bytes of the first `count` tokens. The file may list more, for which the model has no ids."""
+    vocab = vocab[:count]
+    require(len(vocab) == count, "vocab and special tokens do not make up default_vocab_size")
+    words = [base64.b64decode(entry["token_bytes"], validate=True) for entry in vocab]
+    ordered = [entry["rank"] for entry in vocab] == list(range(count)) and len(set(words)) == count
+    require(ordered, "vocab must list distinct tokens in the order of their ranks 0, 1, 2, …")
+    single = [bytes([byte]) for byte in range(256)]
+    require(words[:256] == single, "the first 256 tokens of vocab must be the single bytes in order")
+    return words
+
+
+def _read_settings(settings: dict | None, version: str) -> dict | None:
+    belongs = (version == "v15") == (settings is not None)
+    require(belongs, "a model_settings_builder belongs to version v15, and to no other")
+    if effort := (settings or {}).get("reasoning_effort"):
+        good = effort["default"] in effort["values"] and set(map(type, effort["values"])) == {str}
+        require(good, f"reasoning_effort must list texts, and its default among them: {effort['values']}")
+    return settings
+
+
 # SentencePiece prints one U+FFFD for each invalid byte, Python's "replace" one for each broken character.
 codecs.register_error("replace-each-byte", lambda error: ("\ufffd", error.start + 1))
 
@@ -187,34 +195,33 @@ class SentencePiece:
 
     def _read(self, path: str) -> None:
         contents = read_file(path, LARGEST_FILE)
-        if not contents:  # it would load as an empty model
-            raise UserError("the file is empty")
+        require(contents, "the file is empty")  # it would load as an empty model
         self._model = model = sentencepiece.SentencePieceProcessor(model_proto=contents)
-        self.vocab_size = model.vocab_size()
+        self.vocab_size, self.bos_id, self.eos_id = model.vocab_size(), model.bos_id(), model.eos_id()
+        self.pad_id = model.pad_id() if model.pad_id() >= 0 else None
         pieces = [model.id_to_piece(id) for id in range(self.vocab_size)]
         self.special = {piece: id for id, piece in enumerate(pieces) if model.is_control(id)}
-        self.bos_id, self.eos_id = model.bos_id(), model.eos_id()
-        self.pad_id = model.pad_id() if model.pad_id() >= 0 else None
-
         suffix = re.search(r"\.model\.(v\d+)(m1)?$", path)
-        self.version = suffix[1] if suffix else self._guess_version()
-        if self.version not in VERSIONS:
-            raise UserError(f"tokenizer version {self.version!r} is unknown; known are {', '.join(VERSIONS)}")
+        self.version = _known(suffix[1] if suffix else self._guess_version())
         image = {"image_patch_size": 16, "max_image_size": 1024, "spatial_merge_size": 1}
         self.image = image if suffix and suffix[2] else None
+        self._bytes = [self._bytes_of(id, piece) for id, piece in enumerate(pieces)]
+        self._leading = self._find_leading(pieces)
 
-        # The bytes of each piece, as SentencePiece decodes it. Byte pieces (<0x0A>) may form a character together.
-        self._is_byte = [model.is_byte(id) for id in range(self.vocab_size)]
-        self._bytes = [
-            b"" if model.is_control(id) else bytes([int(piece[3:5], 16)]) if byte else piece.replace("▁", " ").encode()
-            for id, (piece, byte) in enumerate(zip(pieces, self._is_byte))
-        ]
-        unknown = model.unk_id()
-        self._bytes[unknown] = model.decode([unknown]).encode()
-        # encode() puts a space before the text; decoding takes it off the first piece again, if this model does so.
-        spaced = [id for id, piece in enumerate(pieces) if re.match("▁[^▁]", piece)]
-        strips = bool(spaced) and not model.decode(spaced[:1]).startswith(" ")
-        self._leading = {id for id, piece in enumerate(pieces) if strips and piece.startswith("▁")}
+    def _find_leading(self, pieces: list[str]) -> set[int]:
+        """The pieces whose space goes where they begin a text: encode() puts one there, and most models take it off."""
+        spaced = next((id for id, piece in enumerate(pieces) if re.match("▁[^▁]", piece)), None)
+        if spaced is None or self._model.decode([spaced]).startswith(" "):
+            return set()
+        return {id for id, piece in enumerate(pieces) if piece.startswith("▁")}
+
+    def _bytes_of(self, id: int, piece: str) -> bytes:
+        """As SentencePiece decodes it."""
+        if self._model.is_control(id):
+            return b""
+        if self._model.is_byte(id):  # <0x0A>
+            return bytes([int(piece[3:5], 16)])
+        return (self._model.decode([id]) if id == self._model.unk_id() else piece.replace("▁", " ")).encode()
 
     def _guess_version(self) -> str:
         if "[SYSTEM_PROMPT]" in self.special:
@@ -230,7 +237,8 @@ class SentencePiece:
     def token_bytes(self, id: int, first: bool) -> tuple[bytes, bool]:
         if not 0 <= id < self.vocab_size:
             return b"", False
-        return self._bytes[id][1 if first and id in self._leading else 0 :], self._is_byte[id]
+        # Byte pieces may form a character together.
+        return self._bytes[id][1 if first and id in self._leading else 0 :], self._model.is_byte(id)
 
     def decode(self, ids: list[int]) -> str:
         return _decode(self, ids)
@@ -248,17 +256,24 @@ def load_tokenizer(directory: str, config: Config | None = None) -> Tekken | Sen
         tokenizer = SentencePiece(os.path.join(directory, models[-1]))
     else:
         raise UserError(f"{directory} has no tokenizer: expected tekken.json or a SentencePiece tokenizer.model")
-    if config and tokenizer.vocab_size > config.vocab_size:
-        sizes = f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {config.vocab_size}"
-        raise UserError(f"{directory}: {sizes}; they do not belong together")
-    if config and (vision := config.vision):
-        image = {"image_token_index": tokenizer.special.get("[IMG]"), **(tokenizer.image or {})}
-        known = dict(image_token_index=vision.image_token_id, image_patch_size=vision.patch_size)
-        for name, ours in (known | dict(spatial_merge_size=vision.spatial_merge_size)).items():
-            if (theirs := image.get(name)) not in (None, ours):
-                sizes = f"{name} is {theirs} in the tokenizer but {ours} in the config"
-                raise UserError(f"{directory}: {sizes}; they do not belong together")
+    if config is not None:
+        _check_config(tokenizer, config, directory)
     return tokenizer
+
+
+def _check_config(tokenizer: "Tekken | SentencePiece", config: Config, directory: str) -> None:
+    pairs = []  # (name, in the tokenizer, in the config)
+    if vision := config.vision:
+        image = tokenizer.image or {}
+        pairs = [
+            ("image_token_index", tokenizer.special.get("[IMG]"), vision.image_token_id),
+            ("image_patch_size", image.get("image_patch_size"), vision.patch_size),
+            ("spatial_merge_size", image.get("spatial_merge_size"), vision.spatial_merge_size),
+        ]
+    wrong = [f"{name} is {a} in the tokenizer but {b} in the config" for name, a, b in pairs if a not in (None, b)]
+    if tokenizer.vocab_size > config.vocab_size:
+        wrong.insert(0, f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {config.vocab_size}")
+    require(not wrong, f"{directory}: {''.join(wrong[:1])}; they do not belong together")
 
 
 class StreamDecoder:
@@ -339,8 +354,7 @@ def _class_body(name: str, negated: bool, last: int) -> str:
         ranges = list(WHITE_SPACE)
     else:
         ranges = sorted(r for category, found in _categories().items() if category.startswith(name) for r in found)
-    if not ranges:
-        raise UserError(f"the pattern uses \\p{{{name}}}, but only general categories such as L or Lu are supported")
+    require(ranges, f"the pattern uses \\p{{{name}}}, but only general categories such as L or Lu are supported")
     if negated:
         starts = [0] + [end + 1 for _, end in ranges]
         ends = [start - 1 for start, _ in ranges] + [LAST_UNICODE]
@@ -348,31 +362,39 @@ def _class_body(name: str, negated: bool, last: int) -> str:
     return "".join(f"\\U{start:08x}-\\U{min(end, last):08x}" for start, end in ranges if start <= last)
 
 
+# A pattern is cut into character classes and what stands between them; a "]" right after "[" or "[^" is a member.
+CLASS_OR_REST = re.compile(r"\[\^?\]?(?:\\.|[^\\\]])*\]?|(?:\\.|[^\\\[])+|.", re.DOTALL)
+
+ESCAPE = re.compile(r"\\(?:([pP])(?:\{(\w+)\}|([A-Z]))|([sS])|.)", re.DOTALL)
+
+# Rust has nested classes, intersections and differences; `re` would read the same signs as characters.
+NOT_IN_CLASS = re.compile(r"(?<=.)\[|&&|--|~~", re.DOTALL)
+
+# Where Rust takes linear time, `re` may take for ever: (a*)*b tries every way to cut a run of a's.
+REPEATED_GROUP = re.compile(r"\)[*+{]")
+
+
 def python_pattern(pattern: str, last: int = LAST_UNICODE) -> str:
     """A Rust regular expression rewritten for Python's `re`: `\\p{..}`, `\\P{..}`, `\\s` and `\\S` spelled out, in and
     out of brackets, for text whose code points do not exceed `last`. Raises UserError for what `re` cannot say."""
-    if len(pattern) > LONGEST_PATTERN:
-        raise UserError(f"the pattern has more than {LONGEST_PATTERN} characters, which is not supported")
-    out, in_class, before = [], False, ""
-    # One token per escape, bracket or other character; a "]" right after "[" or "[^" is a member of the class.
-    for token in re.findall(r"\\[pP](?:\{\w+\}|[A-Z])|\\.|\[\^?\]?|&&|--|~~|.", pattern, re.DOTALL):
-        if match := re.fullmatch(r"\\([pP])\{?(\w+)\}?|\\([sS])", token):
-            kind = match[1] or match[3]
-            body = _class_body(match[2] or "s", kind.isupper(), last)
-            before = ""
-            out.append(body if in_class else f"[{body}]")
-            continue
-        # Where Rust takes linear time, `re` may take for ever: (a*)*b tries every way to cut a run of a's.
-        if before == ")" and token in "*+{" and not in_class:
-            raise UserError(f"the pattern repeats a group, which is not supported: {pattern!r}")
-        before = token
-        # Rust has nested classes, intersections and differences; `re` would read the same signs as characters.
-        if in_class and (token[0] == "[" or token in ("&&", "--", "~~")):
-            raise UserError(f"the pattern has {token!r} inside a character class, which is not supported: {pattern!r}")
-        if token[0] == "[" or (token == "]" and in_class):
-            in_class = token != "]"
-        out.append(token)
+    fits = len(pattern) <= LONGEST_PATTERN
+    require(fits, f"the pattern has more than {LONGEST_PATTERN} characters, which is not supported")
+    out = []
+    for chunk in CLASS_OR_REST.findall(pattern):
+        is_class = chunk.startswith("[")
+        bare = ESCAPE.sub("_", chunk)
+        if found := (NOT_IN_CLASS if is_class else REPEATED_GROUP).search(bare):
+            what = f"has {found[0]!r} inside a character class" if is_class else "repeats a group"
+            raise UserError(f"the pattern {what}, which is not supported: {pattern!r}")
+        out.append(ESCAPE.sub(partial(_spelled_out, "{}" if is_class else "[{}]", last), chunk))
     return "".join(out)
+
+
+def _spelled_out(form: str, last: int, escape: re.Match) -> str:
+    letter, name, short, space = escape.groups()
+    if not letter and not space:
+        return escape[0]
+    return form.format(_class_body(name or short or "s", (letter or space).isupper(), last))
 
 
 @cache

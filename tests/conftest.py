@@ -27,7 +27,8 @@ def limited(item):
     def expire(number, frame):
         pytest.fail(f"took longer than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, expire)
+    before = {number: signal.getsignal(number) for number in (signal.SIGALRM, *launch.SIGNALS)}
+    signal.signal(signal.SIGALRM, expire)
     signal.alarm(seconds)
     faulthandler.dump_traceback_later(seconds + 60, exit=True)
     try:
@@ -35,7 +36,9 @@ def limited(item):
     finally:
         faulthandler.cancel_dump_traceback_later()
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        for number, handler in before.items():  # `run_program` leaves its own
+            signal.signal(number, handler)
+        launch.BLOCKS.clear()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -44,7 +44,9 @@ def real_config(layers: int | None, sizes: dict | None = None) -> Config:
     config = replace(config, **sizes, vision=None if tower is None else replace(config.vision, **tower))
     if layers is None:
         return config
-    return replace(config, num_hidden_layers=layers, vision=config.vision and replace(config.vision, num_hidden_layers=2))
+    return replace(
+        config, num_hidden_layers=layers, vision=config.vision and replace(config.vision, num_hidden_layers=2)
+    )
 
 
 class Shelf(checkpoint.Checkpoint):
@@ -138,7 +140,7 @@ def make_trainer(args, place: Place, config: Config, fp8: bool) -> train.Trainer
     trainer = train.Trainer.__new__(train.Trainer)
     trainer.args, trainer.place, trainer.config = args, place, config
     trainer.checkpoint = Shelf(config, fp8)
-    trainer.states, trainer.total, trainer.saved, trainer.signal = "states", 10, 0.0, 0
+    trainer.total = 10
     trainer.model = trainer.build_model()
     decoupled = args.optimizer == "adamw"
     trainer.optimizer = Optimizer(trainer.model, args.betas, args.eps, args.weight_decay, decoupled)

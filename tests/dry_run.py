@@ -65,7 +65,9 @@ def where() -> tuple[str, str]:
     while frame is not None:
         folder, file = os.path.split(frame.f_code.co_filename)
         name = frame.f_code.co_name
-        if folder == ROOT and not name.startswith("<"):  # older Pythons call a list comprehension <listcomp>
+        if folder in (ROOT, os.path.join(ROOT, "runtime")) and not name.startswith(
+            "<"
+        ):  # older Pythons call a list comprehension <listcomp>
             return f"{file}:{frame.f_lineno}", f"{file} {name}"
         frame = frame.f_back
     return "elsewhere", "elsewhere"  # the backward pass of an operation of torch's own
@@ -274,7 +276,8 @@ def pretend() -> Watch:
     # In inference mode operations would come here before they are taken apart into those of the GPU.
     torch.inference_mode = lambda mode=True: torch.no_grad() if mode else contextlib.nullcontext()
     logging.getLogger("torch._subclasses.fake_tensor").disabled = True  # what it raises is reported
-    # A CPU build of torch knows no kernel of CUDA's for it, and would take it apart into eight.
+    # CUDA has a kernel for it. A build without CUDA knows of none, and would take it apart into eight before the modes
+    # see it; what is registered here is never called.
     KERNELS.impl("silu_backward", torch.ops.aten.sigmoid_backward, "CUDA")
     watch = Watch()
     F.scaled_dot_product_attention, norm = attention(watch), F.rms_norm

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from model import Config, MistralMedium
-from parallel import Place
-from runtime.checkpoint import Checkpoint, fill, layers_with_slices
+from parallel import Place, parts_of
+from runtime.checkpoint import Checkpoint, fill
 from runtime.config import parse_config, read_config
+from runtime.cpu import speed_up
 from runtime.optimizer import held_tensors
 from vision import build_model
 
@@ -83,7 +84,7 @@ def random_state(fields: dict, seed: int = 0) -> dict[str, torch.Tensor]:
 def whole_state(fields: dict, seed: int = 0) -> dict[str, torch.Tensor]:
     """The same with the tower and the projector that `fields["vision_config"]` asks for."""
     draw, config = torch.Generator().manual_seed(seed), parse_config(layout_config(fields, "new")[1])
-    parts = {name: part.shape for name, (_, part) in layers_with_slices(build_model(config)).items()}
+    parts = {name: part.slice.shape for name, (_, part) in parts_of(build_model(config)).items()}
     return {name: randomize(name, torch.empty(shape), draw) for name, shape in parts.items()}
 
 
@@ -315,11 +316,9 @@ def load(
     directory, dtype=torch.float32, keep_fp8: bool = False, fast: bool = False, place: Place = Place()
 ) -> MistralMedium:
     model = build_model(read_config(str(directory)), place, dtype, keep_fp8)
-    if fast:
-        model.join()
     fill(model, Checkpoint(str(directory)))
     if fast:
-        model.pack()
+        speed_up(model)
     return model.eval()
 
 
@@ -334,7 +333,9 @@ def log_probabilities(model, tokens: list[int], sizes: list[int] | None = None) 
     for tensor in cache.layers:
         tensor.fill_(torch.nan)  # nothing may read what was not written
     for size in sizes:
-        out.append(model.logits(model(model.embed(ids[:, start : start + size]), start, cache))[0])
+        out.append(
+            model.logits(model(model.embed(ids[:, start : start + size]), model.prompts([(0, start, size)]), cache))[0]
+        )
         start += size
     return torch.cat(out).log_softmax(-1)
 
@@ -449,14 +450,18 @@ def formula(fields: dict, state: dict, tokens: list[int]) -> np.ndarray:
 
 def set_weights(model: MistralMedium, tensors: dict[str, torch.Tensor]) -> MistralMedium:
     """Give a model of one process exactly these whole tensors, by canonical name."""
-    layers = layers_with_slices(model)
-    assert sorted(layers) == sorted(tensors)
-    for name, (layer, _) in layers.items():
-        assert layer.weight.shape == tensors[name].shape, name
-        layer.weight = torch.nn.Parameter(tensors[name].to(layer.weight.dtype).clone())
+    parts = parts_of(model)
+    assert sorted(parts) == sorted(tensors)
+    for name, (layer, part) in parts.items():
+        if layer.weight.is_meta:
+            layer.weight = torch.nn.Parameter(torch.empty_like(layer.weight, device="cpu"))
+        rows = part.rows_of(layer.weight.data)
+        assert rows.shape == tensors[name].shape, name
+        rows.copy_(tensors[name])
     return model
 
 
-def whole(model: MistralMedium) -> dict[str, torch.Tensor]:
-    """The parameters of a model of one process by canonical name."""
-    return {name: layer.weight for name, (layer, _) in layers_with_slices(model).items()}
+def whole(model: MistralMedium, grad: bool = False) -> dict[str, torch.Tensor]:
+    """What a model of one process holds by canonical name, or the gradients of that."""
+    weights = {name: layer.weight.grad if grad else layer.weight for name, (layer, _) in parts_of(model).items()}
+    return {name: part.rows_of(weights[name]) for name, (_, part) in parts_of(model).items()}

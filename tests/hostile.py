@@ -17,9 +17,8 @@ from PIL import Image
 from train_cases import IMAGES, make_chats
 
 import generate
-import train
 from parallel import Place
-from runtime import chat, data, export, images, launch, optimizer, run, terminal
+from runtime import chat, curve, data, export, images, launch, optimizer, run, terminal
 from runtime.checkpoint import Checkpoint, fill, initialize
 from runtime.config import parse_config, read_config
 from runtime.files import UserError
@@ -122,7 +121,7 @@ def kind_requests(folder: str) -> Kind:
     def read() -> None:
         specs, base = generate.read_requests(argparse.Namespace(requests=path))
         for spec in specs:
-            session.request(spec, base)
+            session.requests.read(spec, base)
 
     return Kind(folder, ["requests.jsonl"], read)
 
@@ -146,16 +145,22 @@ def kind_saved(folder: str) -> Kind:
 
     def read() -> None:
         terminal.note = terminal.gather_objects = lambda said: None
-        terminal.stream = lambda session, spec, stop: session.request(spec) and answered
+        terminal.stream = lambda session, spec, stop: session.requests.read(spec) and answered
         answered = {"text": "a", "tool_calls": [], "finish_reason": "stop", "prompt_tokens": [], "tokens": []}
         answered["stats"] = {"decode_tokens_per_s": 1}
         keyboard = argparse.Namespace(mode=lambda canonical: contextlib.nullcontext(), stop=None, draft="")
         talk = terminal.Chat(session, keyboard)
-        talk.load(path)
-        for command, text in ((talk.tool, "4"), (talk.retry, ""), (talk.say, "on"), (talk.undo, ""), (talk.set, "")):
+        talk.do_load(path)
+        for command, text in (
+            (talk.do_tool, "4"),
+            (talk.do_retry, ""),
+            (talk.say, "on"),
+            (talk.do_undo, ""),
+            (talk.do_set, ""),
+        ):
             with contextlib.suppress(UserError):  # whose errors name the turn
                 command(text)
-        talk.save(f"{folder}/again.jsonl")
+        talk.do_save(f"{folder}/again.jsonl")
         os.remove(f"{folder}/again.jsonl")
 
     return Kind(folder, ["saved.jsonl"], read)
@@ -202,21 +207,20 @@ def trained() -> optimizer.Optimizer:
 
 def kind_state(folder: str) -> Kind:
     adam, settings = trained(), {"seed": 1, "shuffle": True, "data": "0123", "freeze": [], "lora": [None, 0.0]}
-    run.save_state(folder, 3, adam, settings, keep=2)
+    run.save_state(folder, 3, adam, settings)
     path = f"{folder}/step-3"
     return Kind(path, sorted(os.listdir(path)), lambda: run.load_state(path, adam, settings, "chats.jsonl"))
 
 
 def kind_run(folder: str) -> Kind:
     """The record in the folder of a finished run."""
-    out, decides = f"{folder}/out", {"seed": 1, "freeze": [], "data": "chats.jsonl"}
-    os.makedirs(f"{out}/checkpoints/step-3")
+    out = f"{folder}/out"
     os.makedirs(f"{out}/model")
-    run.write_record(out, decides | {"step": 3})
+    run.start_metrics(out, 0)
     options = dict.fromkeys(("ckpt", "init", "tokenizer", "data", "val")) | {"out": out, "resume": True}
 
     def read() -> None:
-        with run.claimed(argparse.Namespace(**options), decides, 0):
+        with run.RunFolder(argparse.Namespace(**options), Place()):
             pass
 
     return Kind(folder, ["out/run.json"], read)
@@ -230,9 +234,7 @@ def kind_metrics(folder: str) -> Kind:
         file.write(json.dumps(dict(step=3, val_loss=2.0)) + "\n")
 
     def read() -> None:
-        metrics = train.Metrics(folder, 3, 9)
-        metrics.write(line | dict(step=4, peak_memory_bytes=1))
-        train.draw_loss(f"{folder}/loss.png", metrics.lines)
+        curve.draw_loss(f"{folder}/loss.png", run.start_metrics(folder, 3))
 
     return Kind(folder, ["metrics.jsonl"], read)
 

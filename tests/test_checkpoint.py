@@ -13,12 +13,13 @@ from helpers import (
     spelled,
     text_fields,
     to_fp8,
+    whole,
     write_checkpoint,
 )
 from processes import run
 from safetensors.torch import save_file
 
-from parallel import Place, Slice
+from parallel import Place, Slice, parts_of
 from runtime import checkpoint, native
 from runtime.checkpoint import Checkpoint, canonical_name, fill
 from runtime.config import read_config
@@ -68,8 +69,8 @@ def test_every_rank_reads_its_part(tp, pp, layout, tmp_path):
             model, opened, seen = build_model(config, place, torch.float32), Checkpoint(directory), []
             fill(model, opened, lambda done, total: seen.append((done, total)))
             expected_bytes = 0
-            for name, parameter in model.named_parameters():
-                part = model.get_submodule(name.removesuffix(".weight")).slices["weight"]
+            for name, (layer, rows) in parts_of(model).items():
+                part, parameter = rows.slice, rows.rows_of(layer.weight)
                 whole = state[name].float().movedim(part.dim, 0)[part.start : part.stop]
                 expected_bytes += 2 * whole.numel()
                 padded = torch.zeros(part.stop - part.start, *whole.shape[1:])
@@ -78,7 +79,7 @@ def test_every_rank_reads_its_part(tp, pp, layout, tmp_path):
                 assert part.local_shape == parameter.shape
             assert opened.bytes_read == expected_bytes
             assert seen == [(i + 1, len(seen)) for i in range(len(seen))]
-            assert len(seen) == len(list(model.named_parameters()))
+            assert len(seen) == len(parts_of(model))
 
 
 def test_tied(tmp_path):
@@ -129,7 +130,7 @@ def test_a_file_is_opened_anew(most, tmp_path, monkeypatch):
     assert all(after - before <= most + largest for before, after in zip(opened, [*opened[1:], total]))
     assert all(after - before > most for before, after in zip(opened, opened[1:]))
     assert len(opened) == 1 if most > total else len(opened) > 2
-    for name, parameter in model.named_parameters():
+    for name, parameter in whole(model).items():
         assert torch.equal(parameter, state[name])
 
 

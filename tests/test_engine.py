@@ -5,7 +5,6 @@ import os
 import random
 import textwrap
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from helpers import (
 from processes import ENVIRONMENT, run
 
 from generate import Engine
+from model import generate_simply
 from parallel import nucleus
 from runtime.chat import ReplyParser
 from runtime.requests import Request
@@ -272,19 +272,16 @@ def test_stop_strings(model):
         first = text.index(stop) + len(stop)
         count = next(i for i, end in enumerate(ends) if end >= first) + 1
         for stops in ([stop], ["not there", stop], [stop, text[-1] * 50]):
-            shown = []
             reader = ReplyParser(tokenizer, request.prompt, stops)
-            (answer,) = Engine(model, tokenizer.eos_id, 4096).generate(
-                [replace(request, reader=reader)], lambda i, kind, text: shown.append(text)
-            )
+            (answer,) = Engine(model, tokenizer.eos_id, 4096).generate([request], listening([reader], shown := []))
             assert answer.tokens == free.tokens[:count]
             assert answer.finish_reason == "stop"
+            reader.finish()
             assert "".join(shown) == reader.reply.text == text[: first - len(stop)]
             tried += 1
     assert tried == 18
-    (answer,) = Engine(model, tokenizer.eos_id, 4096).generate(
-        [replace(request, reader=ReplyParser(tokenizer, request.prompt, ["ZZ"]))]
-    )
+    reader = ReplyParser(tokenizer, request.prompt, ["ZZ"])
+    (answer,) = Engine(model, tokenizer.eos_id, 4096).generate([request], listening([reader], []))
     assert answer.tokens == free.tokens and answer.finish_reason == "length"
 
 
@@ -292,9 +289,9 @@ def test_a_stop_string_in_the_prompt_does_not_count(model):
     prompt = [3, 4, 5]  # "abc"
     (free,) = Engine(model, Endless.eos_id, 4096).generate([Request(prompt, max_new_tokens=1)])
     letter = Endless().text(free.tokens)[0]
-    (answer,) = Engine(model, Endless.eos_id, 4096).generate(
-        [Request(prompt, max_new_tokens=5, reader=ReplyParser(Endless(), prompt, ["bc" + letter]))]
-    )
+    reader = ReplyParser(Endless(), prompt, ["bc" + letter])
+    request = Request(prompt, max_new_tokens=5)
+    (answer,) = Engine(model, Endless.eos_id, 4096).generate([request], listening([reader], []))
     assert len(answer.tokens) == 5
 
 
@@ -338,19 +335,43 @@ def test_prompt_log_probabilities(chunk, rows, model, monkeypatch):
         assert answer.logprobs == pytest.approx(expected[count - 1 :], abs=1e-4)
 
 
-def test_on_piece(model):
-    """The pieces of every row's reply, in order; joined, they are its text."""
-    requests, texts = sixteen(), {}
+def test_on_token(model):
+    """Every row's tokens and log-probabilities as they come; True ends that answer alone."""
+    requests, heard = sixteen(), {}
+    expected = Engine(model, Letters.eos_id, 4096).generate(requests)
 
-    def listen(i, kind, text):
-        assert kind == "text"
-        texts[i] = texts.get(i, "") + text
+    def listen(i: int, token: int, logprob: float) -> bool:
+        heard.setdefault(i, []).append((token, logprob))
+        return i % 5 == 3 and len(heard[i]) == 2
 
-    for request in requests:
-        request.reader = ReplyParser(Letters(), request.prompt)
     answers = Engine(model, Letters.eos_id, 4096).generate(requests, listen)
-    assert [texts.get(i, "") for i in range(16)] == [Letters().text(answer.tokens) for answer in answers]
-    assert [texts.get(i, "") for i in range(16)] == [request.reader.reply.text for request in requests]
+    for i, (answer, free) in enumerate(zip(answers, expected)):
+        assert heard.get(i, []) == [*zip(answer.tokens, answer.logprobs)]
+        cut = i % 5 == 3 and len(free.tokens) > 1
+        assert answer.tokens == free.tokens[: 2 if cut else None] and (answer.finish_reason == "stop" or not cut)
+
+
+def listening(readers: list[ReplyParser], shown: list[str]):
+    """For `on_token`: what the readers of the answers read goes into `shown`, and their stop strings end them."""
+
+    def listen(i: int, token: int, logprob: float) -> bool:
+        shown.extend(text for _, text in readers[i].add(token))
+        return readers[i].stopped
+
+    return listen
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_simply(seed, model):
+    """What all of it comes down to: the likeliest token, again and again, without a cache or a batch."""
+    draw = random.Random(seed)
+    requests = [
+        Request(random_tokens(draw.randint(1, 60), 301, seed=draw.getrandbits(30)), max_new_tokens=draw.randint(1, 12))
+        for _ in range(draw.randint(1, 7))
+    ]
+    answers = Engine(model, Letters.eos_id, 4096).generate(requests, width=draw.randint(1, 4))
+    for answer, request in zip(answers, requests):
+        assert answer.tokens == generate_simply(model, request.prompt, request.max_new_tokens, Letters.eos_id)
 
 
 # -------------------------------------------------------------------------------------------------------- memory
@@ -418,7 +439,7 @@ def test_memory_of_a_long_prompt(tmp_path):
 def test_a_step_costs_what_it_reads(model, alike):
     """Not what the cache could hold: writing one token must not copy it."""
     x, positions = torch.randn(3, 1, model.config.hidden_size), torch.tensor([40] * 3 if alike else [40, 7, 29])
-    span, times = model.step_span(positions, 41, alike), {64: [], 65_536: []}
+    span, times = model.step(positions, 41, alike), {64: [], 65_536: []}
     caches = {length: model.new_cache(4, length).rows(0, 3) for length in times}  # one row waits
     for _ in range(9):
         for length, cache in caches.items():

@@ -2,7 +2,6 @@
 
 import math
 import random
-import sys
 
 import pytest
 import torch
@@ -12,16 +11,13 @@ from request_cases import drawn_requests
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import fp8
 from generate import Engine
-from model import KVCache, MistralMedium, attend_step, product_attention
-from parallel import Linear, Place, VocabParallelHead, gumbel, nucleus
+from model import KVCache, attend_step, product_attention
+from parallel import Place, VocabParallelHead, gumbel, nucleus
 from runtime import requests
-from runtime.chat import ReplyParser
-from runtime.checkpoint import Checkpoint, fill, initialize
+from runtime.checkpoint import Checkpoint, fill
 from runtime.config import read_config
 from runtime.launch import find_place
-from runtime.lora import add_adapters
 from runtime.requests import Request
 from vision import build_model
 
@@ -136,7 +132,7 @@ def test_two_steps_are_the_same_operations(model, rows):
 
     def record(step):
         group = made.groups[0]
-        lasting = {memory(x) for x in (group.sampled, group.positions, group.seeds, group.heat)}
+        lasting = {memory(x) for x in (group.sampled, *group.state_of(0))}
         lasting |= {memory(x) for x in (*tree_leaves(group.cache.layers), *model.parameters())}
         return lambda: tapes.append(Tape(step).described(lasting))
 
@@ -144,27 +140,6 @@ def test_two_steps_are_the_same_operations(model, rows):
     made.generate([Request(random_tokens(5 + i, 301, seed=i), max_new_tokens=6, temperature=1.0) for i in range(rows)])
     assert len(tapes) == 4 and len(tapes[0]) > 50
     assert tapes[1] == tapes[2] == tapes[3]
-
-
-@pytest.mark.skipif(not fp8.knows_bf16() or sys.version_info >= (3, 14), reason="steps are not traced here")
-@pytest.mark.parametrize("seed, adapters", [(1, False), (2, False), (3, True), (4, True)])
-def test_traced_steps(seed, adapters, folder, monkeypatch):
-    """The numbers of steps that Python runs, whatever the rows and lengths were when a step was traced."""
-    monkeypatch.setattr(fp8, "PATIENCE", 2)
-    call, sizes = fp8.Traced.__call__, set()
-    monkeypatch.setattr(fp8.Traced, "__call__", lambda self, *given: sizes.add(len(given[2])) or call(self, *given))
-    model = build_model(read_config(folder), dtype=torch.bfloat16)
-    if adapters:
-        add_adapters(model, 3, 20.0)
-    model.join()
-    initialize(model, seed) if adapters else fill(model, Checkpoint(folder))
-    plain, traced = (Engine(model, Endless.eos_id, 4096) for _ in range(2))
-    plain.traced = None
-    for turn, rows in enumerate(random.Random(seed).sample((1, 2, 5, 9, 20, 70), k=6)):
-        requests = drawn_requests(rows, 10 * seed + turn)
-        wanted, found = (made.generate(requests, width=1 + turn * 20) for made in (plain, traced))
-        assert [(x.tokens, x.logprobs) for x in found] == [(x.tokens, x.logprobs) for x in wanted]
-    assert len(traced.traced.graphs) == 2 and max(sizes) < fp8.FLOAT32_ROWS  # of one row and of several
 
 
 def test_noise():
@@ -311,14 +286,12 @@ def test_rows_that_nobody_takes(seed, model, monkeypatch):
 def test_an_answer_that_is_broken_off(model):
     """An exception from outside leaves nothing half-done: the same engine answers as a new one would."""
     made, request = Engine(model, Endless.eos_id, 4096), Request(random_tokens(40, 301), max_new_tokens=9)
-    request.reader = ReplyParser(Endless(), request.prompt)
 
-    def interrupt(i: int, kind: str, text: str) -> None:
+    def interrupt(i: int, token: int, logprob: float) -> bool:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         made.generate([request], interrupt)
-    request.reader = None
     assert_same(made.generate([request]), [alone(model, request)])
     made, made.chunk = Engine(model, Endless.eos_id, 4096), 16
     run, turns = made.run_stage, []
@@ -400,43 +373,3 @@ def test_answers_can_be_stopped(folder, model, tp, pp):
         for i, (tokens, reason) in enumerate(said[:5]):
             assert reason == "cancelled" and tokens == whole[i][: len(tokens)] and (4 < len(tokens) < 12) == (i < 3)
         assert said[5:] == [(tokens, "length") for tokens in whole]
-
-
-@pytest.mark.parametrize("adapters, tied", [(False, False), (False, True), (True, False)])
-def test_packed_before_the_first_step(adapters, tied, tmp_path):
-    """Not before the first token, and only a model that was made for inference; BF16 answers stay what they were."""
-    fields = text_fields("yarn, short", tie_word_embeddings=tied)
-    folder = write_checkpoint(tmp_path, fields, random_state(fields, seed=8))
-    plain, fast = (build_model(read_config(folder), dtype=torch.bfloat16) for _ in range(2))
-    for model in (plain, fast):
-        if adapters:
-            add_adapters(model, 3, 6.0)
-        if model is fast:
-            model.join()
-        if adapters:
-            initialize(model, seed=1)
-            for linear in linears(model):  # else they would change next to nothing
-                if linear.adapter:
-                    linear.adapter.lora_B.weight.data.mul_(200)
-        else:
-            fill(model, Checkpoint(folder))
-    prompt, steps = random_tokens(30, 301), 0
-    for count in (1, 4, 1):  # the third time the prompt meets packed weights
-        wanted, found = (
-            Engine(model, Endless.eos_id, 200).generate([Request(prompt, max_new_tokens=count, logprobs=True)])[0]
-            for model in (plain, fast)
-        )
-        steps += count - 1
-        assert bool(fast.unpacked) == (steps == 0)
-        assert torch.tensor(found.prompt_logprobs[1:]).sub(torch.tensor(wanted.prompt_logprobs[1:])).abs().max() < 0.2
-    assert not plain.unpacked and all(linear.packed is None for linear in linears(plain))
-    alone = [linear for linear in linears(fast) if linear.joined is None]
-    assert len(alone) == (7 if adapters else 2) * len(fast.layers) + (not tied)
-    packs = fp8.pack(torch.ones(2, 2).bfloat16()) is not None  # on this CPU
-    assert all((linear.packed is not None, linear.weight is None) == (packs, packs) for linear in alone)
-
-
-def linears(model: MistralMedium) -> list[Linear]:
-    """Those that are not an adapter's, nor a head without a weight of its own."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
-    return [layer for name, layer in layers.items() if ".adapter" not in name and layer.slices]

@@ -6,13 +6,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import PROJECTIONS, load, random_state, text_fields, to_fp8, write_checkpoint, write_json, write_tekken
+from helpers import (
+    PROJECTIONS,
+    load,
+    random_state,
+    text_fields,
+    to_fp8,
+    whole,
+    write_checkpoint,
+    write_json,
+    write_tekken,
+)
 from safetensors.torch import load_file
 
-from runtime import export, launch
+from runtime import export
 from runtime.checkpoint import canonical_name
 from runtime.export import main, measure_inputs, save
-from runtime.files import UserError
+from runtime.files import UserError, new_folder
 
 LINEARS = [f"layers.{i}.{name}.weight" for i in range(3) for name in PROJECTIONS]
 
@@ -191,7 +201,7 @@ def test_a_leftover_of_another_process(source, tmp_path, monkeypatch):
     names, make = [], os.makedirs
     write_checkpoint(tmp_path / "in", *source)
     monkeypatch.setattr(os, "makedirs", lambda path, *more, **other: names.append(path) or make(path, *more, **other))
-    with pytest.raises(FileExistsError), launch.new_folder(str(tmp_path)):
+    with pytest.raises(FileExistsError), new_folder(str(tmp_path)):
         pass
     assert os.path.isdir(tmp_path)
     for number in (1, 2):
@@ -214,9 +224,8 @@ def test_the_largest_input_of_all_batches_counts(tmp_path, source):
 # ------------------------------------------------------------------------------------------------------- writing
 
 
-def pieces(model) -> tuple[dict, list]:
-    tensors = [(name, p.detach()) for name, p in model.named_parameters()]
-    return {name: tuple(t.shape) for name, t in tensors}, tensors
+def pieces(model) -> list:
+    return [(name, p.detach()) for name, p in whole(model).items()]
 
 
 @pytest.mark.parametrize("shard_bytes", [1 << 40, 30_000, 1])
@@ -229,13 +238,13 @@ def test_save_and_load(layout, shard_bytes, tmp_path, monkeypatch):
         write_json(f"{source}/{name}", name)
     os.mkdir(f"{source}/subfolder")
     model = load(source)
-    shapes, tensors = pieces(model)
+    tensors = pieces(model)
     out = str(tmp_path / "deep" / "out")
-    save(out, model.config, shapes, iter(tensors), source)
+    save(out, model.config, iter(tensors), source)
     again = load(out)
     assert again.config == model.config
-    for name, parameter in again.named_parameters():
-        assert torch.equal(parameter, model.get_parameter(name).bfloat16().float())
+    for name, parameter in whole(again).items():
+        assert torch.equal(parameter, whole(model)[name].bfloat16().float())
     files = sorted(name for name in os.listdir(out) if name.endswith(".safetensors"))
     with open(f"{out}/model.safetensors.index.json") as file:
         index = json.load(file)
@@ -259,7 +268,7 @@ def test_saved_for_transformers(tmp_path):
     state = {name: tensor.bfloat16() for name, tensor in random_state(fields).items()}  # what is written is BF16
     model = load(write_checkpoint(tmp_path / "in", fields, state, "native"))
     out = str(tmp_path / "out")
-    save(out, model.config, *pieces(model), None)
+    save(out, model.config, pieces(model), None)
     peer, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True, dtype=torch.float32)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     tokens = torch.arange(40)[None]
@@ -272,16 +281,16 @@ def test_save_refuses_and_leaves_nothing(tmp_path, monkeypatch):
     fields = text_fields(num_hidden_layers=1)
     good = write_checkpoint(tmp_path / "ckpt", fields, random_state(fields))
     model = load(good)
-    shapes, tensors = pieces(model)
+    tensors = pieces(model)
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(UserError, match="already exists"):
-        save(good, model.config, shapes, tensors, None)
+        save(good, model.config, tensors, None)
     blocker = tmp_path / "a file"
     blocker.write_text("")
     with pytest.raises(UserError, match="a file"):
-        save(str(blocker), model.config, shapes, tensors, None)
+        save(str(blocker), model.config, tensors, None)
     with pytest.raises(UserError, match="cannot be written"):
-        save(str(blocker / "out"), model.config, shapes, tensors, None)
+        save(str(blocker / "out"), model.config, tensors, None)
     blocker.unlink()
 
     def interrupted():
@@ -289,7 +298,7 @@ def test_save_refuses_and_leaves_nothing(tmp_path, monkeypatch):
         raise RuntimeError("the tensors end here")
 
     with pytest.raises(RuntimeError, match="end here"):
-        save(str(tmp_path / "out"), model.config, shapes, interrupted(), None)
+        save(str(tmp_path / "out"), model.config, interrupted(), None)
 
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
@@ -297,9 +306,9 @@ def test_save_refuses_and_leaves_nothing(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(export, "save_file", full)
         with pytest.raises(UserError, match="No space left"):
-            save(str(tmp_path / "out"), model.config, shapes, tensors, None)
+            save(str(tmp_path / "out"), model.config, tensors, None)
     assert sorted(os.listdir(tmp_path)) == before
     (tmp_path / "out").mkdir()
-    save(str(tmp_path / "out") + "/", model.config, shapes, tensors, None)  # an empty folder may be filled
+    save(str(tmp_path / "out") + "/", model.config, tensors, None)  # an empty folder may be filled
     load(tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == sorted([*before, "out"])

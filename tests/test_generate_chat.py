@@ -2,8 +2,7 @@
 
 import json
 import os
-import pty
-import random
+import re
 import shutil
 import signal
 import termios
@@ -16,7 +15,7 @@ from processes import run
 from terminal import Terminal
 
 import generate
-from runtime import chat, requests, terminal
+from runtime import chat, requests
 
 PASTE = "\x1b[200~{}\x1b[201~"
 ENDLESS = ("--temperature", 90, "--seed", 0)  # tokens at random, and with this seed a thousand without </s>
@@ -25,13 +24,13 @@ ENDLESS = ("--temperature", 90, "--seed", 0)  # tokens at random, and with this 
 @pytest.fixture
 def asked(monkeypatch) -> list[dict]:
     """What the session was asked, request by request."""
-    asked, request = [], generate.Session.request
+    asked, read = [], requests.RequestReader.read
 
     def record(self, spec, *more):
         asked.append(spec)
-        return request(self, spec, *more)
+        return read(self, spec, *more)
 
-    monkeypatch.setattr(generate.Session, "request", record)
+    monkeypatch.setattr(requests.RequestReader, "read", record)
     return asked
 
 
@@ -107,6 +106,15 @@ def test_undo_and_retry(ckpt, program, asked):
     said = [[m["content"] for m in spec["messages"] if m["role"] == "user"] for spec in asked]
     assert said == [["one"], ["one", "two"], ["one", "two"], ["one", "three"]]
     assert asked[2]["messages"] == asked[1]["messages"] and asked[2]["seed"] != asked[1].get("seed")
+
+
+def test_help(ckpt, program, asked):
+    """Every command with what it does, at 80 columns; what begins with a word of the library is a message."""
+    status, _, err = program("--ckpt", ckpt, "--interactive", "--max-new-tokens", 1, stdin=lines("/help", "EOF", "?"))
+    names = "image effort system set retry undo clear tool save load help exit".split()
+    assert status == 0 and not errors(err) and max(map(len, err.splitlines())) <= 80
+    assert all(re.search(f"^/{name} .* {{2,}}[a-z]", err, flags=re.M) for name in names), err
+    assert [spec["messages"][-1]["content"] for spec in asked] == ["EOF", "?"]
 
 
 def test_blocks(ckpt, program, asked):
@@ -186,7 +194,7 @@ def test_what_has_no_utf8_form(seeing, program, tmp_path):
 def test_files(seeing, program, asked, tmp_path, monkeypatch):
     """What /save writes, --requests answers, and /load reads again; nothing is overwritten."""
     monkeypatch.chdir(tmp_path)
-    common = ("--ckpt", seeing, "--max-new-tokens", 4)
+    common = ("--ckpt", seeing, "--max-new-tokens", 4, "--dtype", "float32")
     typed = ["/save x.jsonl", "/system Be brief.", "/image a b.png", "what?", "/save chat.jsonl", "/save chat.jsonl"]
     more = ["/clear", "/system", "/load chat.jsonl", "/retry", "/load none.jsonl"]
     status, out, err = program("--interactive", *common, "--seed", 5, stdin=lines(*typed, *more))
@@ -197,7 +205,7 @@ def test_files(seeing, program, asked, tmp_path, monkeypatch):
     assert spec["messages"][1]["content"][0]["image_url"]["url"] == str(tmp_path / "a b.png")
     assert (spec["seed"], spec["max_new_tokens"]) == (5, 4) and spec["answer"]["content"] == out.splitlines()[0]
     assert asked[-1]["messages"] == asked[0]["messages"] and out.splitlines()[0] == out.splitlines()[1]
-    (answer,) = answers(program("--ckpt", seeing, "--requests", tmp_path / "chat.jsonl", "--json"))
+    (answer,) = answers(program(*common, "--requests", tmp_path / "chat.jsonl", "--json"))
     assert answer["text"] == spec["answer"]["content"]
 
 
@@ -275,49 +283,16 @@ def test_in_a_terminal(ranks, ckpt, tmp_path):
     again.end()
 
 
-def test_typed_ahead_and_a_failed_turn(ckpt, tmp_path):
-    """What is typed during an answer waits for its turn; a turn that fails stands in the line again."""
+def test_a_failed_turn(ckpt, tmp_path):
+    """It stands in the line again, to be mended."""
     chat = Terminal("generate.py", "--ckpt", ckpt, *ENDLESS, "--max-new-tokens", 200, home=tmp_path)
-    chat.say("go on")
-    chat.press("/set seed 4\n")
-    chat.see(" tokens/s")
-    chat.see("> /set seed 4")
-    chat.see("seed 4")
     chat.say("/efort high")
     chat.see("no such command")
     chat.see("> /efort high")
     chat.press("\x01\x1b[C\x1b[C\x1b[Cf\r")
     chat.see("reasoning effort high")
-    chat.say("go on")
-    chat.press("\x7f/sett\x08\x7f\x7fet seed 95\x7f\n")  # typed ahead, with mistakes taken back
-    chat.see("> /set seed 9\r\n")
     chat.say("/exit")
     assert chat.end() == 0
-
-
-def terminals(keys: str) -> str:
-    """What the kernel makes of `keys` and a return, in a terminal that a program reads line by line."""
-    keyboard, screen = pty.openpty()
-    try:
-        mode = termios.tcgetattr(screen)
-        mode[0] |= 0o40000  # IUTF8: a character is erased, not a byte
-        mode[6][termios.VERASE], mode[6][termios.VWERASE], mode[6][termios.VKILL] = b"\x7f", b"\x17", b"\x15"
-        termios.tcsetattr(screen, termios.TCSANOW, mode)
-        os.write(keyboard, f"{keys}\n".encode())
-        return b"".join(os.read(screen, 4096) for _ in range(keys.count("\n") + 1)).decode()[:-1]
-    finally:
-        os.close(keyboard)
-        os.close(screen)
-
-
-def test_erasing_as_a_terminal_does():
-    """Drawn keystrokes; what counts as a word's end among other signs differs between terminals."""
-    draw = random.Random(6)
-    for _ in range(300):
-        keys = "".join(draw.choices("ab é\x7f\x17\x15\n", (5, 3, 4, 2, 4, 2, 0.4, 1), k=draw.randint(0, 30)))
-        assert terminal.edited(keys) == terminals(keys), keys
-        assert terminal.edited(keys.replace("\x7f", "\b")) == terminals(keys), keys
-    assert terminal.edited("a\x1b[1;5Db\x00\x1b[A\tc") == "abc"
 
 
 def test_a_failed_block_stands_in_the_line_again(ckpt, tmp_path):

@@ -165,7 +165,6 @@ def test_recorded_steps_in_fp8(tmp_path):
     stored, _ = to_fp8(random_state(fields, seed=4), True)
     write_checkpoint(tmp_path, fields, stored, fp8="static")
     model, requests = build(tmp_path, GPU, torch.bfloat16, True), drawn_requests(9, 5)
-    assert all(layer.self_attn.joined and layer.mlp.joined for layer in model.layers.values())
     once, again, plain = (generated(model, requests, 100, recorded) for recorded in (True, True, False))
     assert [a.tokens for a in once] == [a.tokens for a in again]
     same = sum(a.tokens == b.tokens for a, b in zip(once, plain))

@@ -3,19 +3,21 @@
 import json
 import os
 import random
+import re
 import signal
 import socket
 import sys
 import textwrap
+import threading
 import time
 from functools import partial
 
 import pytest
 from helpers import EYES, make_eyes, random_state, text_fields, write_checkpoint, write_tekken
-from processes import ROOT, run, run_on_ranks, run_ranks, start
+from processes import ROOT, run, run_on_ranks, start
 
 from runtime.files import UserError
-from runtime.launch import WHAT_TO_DO, find_place, start_world
+from runtime.launch import WHAT_TO_DO, start_world
 
 ASK = ("--raw", "--prompt", "the", "--json", "--dtype", "float32", "--temperature", "0")
 
@@ -172,16 +174,16 @@ def test_an_exception_on_one_rank(place, options, ckpt, failing):
     assert ended.errors == ["error: rank 1: RuntimeError: the oven is hot (failing.py line 24)"]
 
 
-@pytest.mark.slow
-def test_an_exception_without_a_launcher(ckpt, failing):
-    """Nobody ends the others: they do so themselves. Those that outlive rank 0, where all look, may say a line more."""
+@pytest.mark.parametrize("bad", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_exception_without_a_launcher(bad, ckpt, failing):
+    """Nobody ends the others: they do so themselves. Also where it is rank 0, and the store is gone with it."""
     started = time.monotonic()
-    ranks = run_on_ranks(4, *failing(ckpt, "raise", "decode", "--tp", "2", "--pp", "2"))
-    assert [status for status, _, _ in ranks] == [1] * 4 and time.monotonic() - started < 60
-    said = [line for _, _, err in ranks for line in err.splitlines() if line.startswith("error:")]
-    assert said.count("error: rank 1: RuntimeError: the oven is hot (failing.py line 24)") == 1
-    assert not any("error:" in err for rank, (_, _, err) in enumerate(ranks) if rank == 0)
-    assert not any("Traceback" in err for _, _, err in ranks)
+    prepare = partial(environment, {"BAD": str(bad)})
+    ranks = run_on_ranks(4, *failing(ckpt, "raise", "decode", "--tp", "2", "--pp", "2"), prepare=prepare)
+    assert [rank.status for rank in ranks] == [1] * 4 and time.monotonic() - started < 60
+    said = [line for rank in ranks for line in rank.errors]
+    assert said == [f"error: rank {bad}: RuntimeError: the oven is hot (failing.py line 24)"]
+    assert not any("Traceback" in rank.err for rank in ranks)
 
 
 KILLED = "error: rank 1 was killed, or crashed; the kernel's log (dmesg) may say why"
@@ -218,16 +220,13 @@ def test_a_stopped_rank(ckpt, failing):
 @pytest.mark.slow
 def test_rank_0_stopped_without_a_launcher(ckpt, failing):
     """The store, through which ranks see each other, is in that process."""
-    ranks = run_on_ranks(2, *failing(ckpt, "stop", "decode", "--tp", "2", "--timeout", "5"), prepare=swap_ranks)
+    prepare = partial(environment, {"BAD": "0"})
+    ranks = run_on_ranks(2, *failing(ckpt, "stop", "decode", "--tp", "2", "--timeout", "5"), prepare=prepare)
     assert [status for status, _, _ in ranks] == [-signal.SIGKILL, 1]
     said = [line for _, _, err in ranks for line in err.splitlines() if line.startswith("error:")]
     assert said == [
         "error: rank 0, where all ranks meet, gave no sign of life for 5 s (--timeout); it is stopped or cut off"
     ]
-
-
-def swap_ranks() -> None:
-    os.environ["BAD"] = "0"
 
 
 @pytest.mark.slow
@@ -407,32 +406,125 @@ def test_a_port_in_use(monkeypatch):
             start_world()
 
 
-def kept_alive() -> list[bool]:
-    """Of each of this process's TCP connections: whether the kernel looks after it."""
-    found = []
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            connection = socket.socket(fileno=os.dup(int(name)))
-        except OSError:
-            continue
-        with connection:
-            if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
-                option = connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-                names = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
-                numbers = (connection.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in names)
-                idle, between, count, unread = numbers  # the last would break connections to a process that is stopped
-                found.append(bool(option) and idle + between * count <= 60 and unread == 0)
-    return found
+def test_whoever_takes_the_connection_and_says_nothing(script):
+    """torch waits for an answer without end, whatever its own timeout."""
+    path = script("from runtime import launch\nlaunch.run_program(lambda argv: None)")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent_port = {**GOOD, "RANK": "1", "MASTER_PORT": str(silent.getsockname()[1])}
+        started = time.monotonic()
+        (ended,) = run_on_ranks(1, path, "--timeout", "5", prepare=partial(environment, silent_port))
+    assert ended.status == 2 and ended.err.count("\n") == 1 and time.monotonic() - started < 10
+    assert re.fullmatch(
+        r"error: MASTER_ADDR '127.0.0.1', MASTER_PORT \d+: no answer within 5 s \(--timeout\)\n", ended.err
+    )
 
 
-def connections_of_a_rank() -> tuple[list[bool], list[bool]]:
-    start_world()
-    before = kept_alive()
-    find_place(2, 1)
-    return before, kept_alive()
+@pytest.mark.parametrize("program", ["fp8.py", "parallel.py"])
+def test_programs_that_run_alone(program, ckpt, tmp_path):
+    """A shell inside a job may have a launcher's variables; nobody else comes to meet."""
+    config = os.path.join(ckpt, "config.json")
+    options = [ckpt, tmp_path / "out"] if program == "fp8.py" else ["--plan", "--config", config, "--tp", 2]
+    (ended,) = run_on_ranks(1, program, *options, prepare=partial(environment, GOOD), seconds=60)
+    assert ended.status == 0 and "error" not in ended.err
 
 
-def test_a_machine_that_is_cut_off():
-    """The kernel notices within a minute; tried with two network namespaces, whose link was cut."""
-    for before, after in run_ranks(connections_of_a_rank, 2):
-        assert before and not any(before) and len(after) > len(before) and all(after)
+# --------------------------------------------------------------------------------------------------------- signals
+
+HANG = """
+    import os, sys, time
+    import torch.distributed as dist
+    from runtime import launch
+    from runtime.files import new_folder
+
+    def main(argv):
+        what, folder = argv
+        if what == "postponed":
+            with launch.postponed(tell=lambda: print("soon\\n", end="", flush=True)) as signals:
+                print("ready\\n", end="", flush=True)
+                while not signals.number:
+                    time.sleep(0.01)
+                print(f"noted {signals.number}\\n", end="", flush=True)
+                time.sleep(60 if os.path.exists(folder) else 1)
+            print("never", flush=True)
+        with new_folder(folder):
+            print("ready\\n", end="", flush=True)
+            if what == "waits":  # in C: a collective that the other rank never comes to
+                dist.barrier() if os.environ.get("RANK") == "1" else time.sleep(600)
+            time.sleep(60)
+
+    launch.run_program(main)
+"""
+
+
+def signalled(script, numbers: list[int], *arguments) -> tuple[int, str, str]:
+    """Start HANG and send it signals, each once it has said something more."""
+    process = start(script(HANG), *arguments)
+    said = ""
+    for number in numbers:
+        said += process.stdout.readline()
+        process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, said + out, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal(number, script, tmp_path):
+    """The folder that was being written goes, and nothing is said."""
+    assert signalled(script, [number], "sleeps", tmp_path / "new") == (128 + number, "ready\n", "")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_signal_that_is_postponed(script, tmp_path):
+    """Noted, told of, and delivered after the block; there a second Ctrl-C ends the program at once."""
+    status, out, err = signalled(script, [signal.SIGTERM], "postponed", tmp_path / "new")
+    assert (status, err) == (143, "") and sorted(out.splitlines()) == ["noted 15", "ready", "soon"]
+    started = time.monotonic()
+    status, out, err = signalled(script, [signal.SIGINT] * 2, "postponed", tmp_path)
+    assert (status, err) == (130, "") and time.monotonic() - started < 50
+
+
+def test_ignored_signals_stay_ignored(script, tmp_path):
+    """As under nohup."""
+    process = start(
+        script(HANG), "sleeps", tmp_path / "new", preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 143
+
+
+def signal_myself(folder: str) -> None:
+    """To rank 1, a second after it began to wait in C."""
+
+    def wait() -> None:
+        while not os.path.exists(f"{folder}.1"):
+            time.sleep(0.01)
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if os.environ["RANK"] == "1":
+        threading.Thread(target=wait, daemon=True).start()
+
+
+def test_a_signal_to_a_rank_that_waits(script, tmp_path):
+    """Its main thread waits in C and runs no handler; the watching thread ends it, tidies up, and so do the others."""
+    path = script(HANG.replace("new_folder(folder)", "new_folder(f'{folder}.{os.environ[\"RANK\"]}')"))
+    started = time.monotonic()
+    prepare = partial(signal_myself, str(tmp_path / "new"))
+    ranks = run_on_ranks(2, path, "waits", tmp_path / "new", prepare=prepare, seconds=60)
+    assert [rank.status for rank in ranks] == [1, 143] and time.monotonic() - started < 30
+    assert [line for rank in ranks for line in rank.errors] == ["error: stopped by SIGTERM"]
+    assert not [name for name in os.listdir(tmp_path) if name.startswith("new")]
+
+
+def test_an_interrupt_while_torch_is_imported():
+    """No traceback, in any of the four programs."""
+    for program in ("generate.py", "train.py", "fp8.py", "parallel.py"):
+        process = start(program, "--help")
+        time.sleep(0.4)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode in (-signal.SIGINT, 130, 0) and "Traceback" not in err

@@ -10,12 +10,13 @@ import warnings
 
 import pytest
 import torch
-from helpers import load, log_probabilities
+from helpers import load, log_probabilities, whole
 from processes import run_on_ranks
 from safetensors.torch import load_file, save_file
-from train_cases import IMAGES, arguments, metrics, train_on_ranks, trainer, worst
+from train_cases import IMAGES, arguments, metrics, run_to_its_end, train_on_ranks, trainer, worst
 
 import train
+from runtime.checkpoint import is_quantized
 from runtime.export import main as convert
 from runtime.files import UserError
 from runtime.lora import merged
@@ -33,27 +34,27 @@ def cases(text, images, tmp_path_factory):
 
 def test_the_base_stays_frozen_and_fp8(cases, tmp_path):
     run = trainer(cases["images"], tmp_path, **OPTIONS)
-    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in whole(run.model).items()}
     for step in (1, 2):
         run.step(step, run.upcoming(step))
-    trained = {tensor.name for bucket in run.optimizer.buckets for tensor in bucket.tensors}
+    trained = {tensor.name for tensor, _ in run.optimizer.parts}
     assert len(trained) == 2 * 7 * IMAGES.num_hidden_layers
-    for name, parameter in run.model.named_parameters():
+    for name, parameter in whole(run.model).items():
         assert torch.equal(parameter, before[name]) == (name not in trained), name
-        assert (parameter.dtype == torch.float8_e4m3fn) == name.endswith("_proj.weight") or "vision" in name, name
+        assert (parameter.dtype == torch.float8_e4m3fn) == is_quantized(name), name
 
 
 @pytest.mark.parametrize("name", ["images", "text"])
 def test_what_is_written(name, cases, tmp_path):
     """model/ is the base with the adapters merged; adapters/ is what was added, in peft's names."""
     run = trainer(cases[name], tmp_path, **OPTIONS, export="bfloat16")
-    run.run()
+    run_to_its_end(run)
     base, after = load(cases[name][0]), load(str(tmp_path / "model"))
     added = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
     inside = "model.language_model" if name == "images" else "model"
     changed = 0
-    for key, old in base.state_dict().items():
-        new, expected = after.state_dict()[key], old.bfloat16().float()
+    for key, old in whole(base).items():
+        new, expected = whole(after)[key], old.bfloat16().float()
         path = f"base_model.model.{inside}.{key.removesuffix('.weight')}"
         if f"{path}.lora_A.weight" in added:
             a, b = (added[f"{path}.lora_{x}.weight"].double() for x in "AB")
@@ -118,7 +119,7 @@ def test_merging_is_the_sum(cases, tmp_path):
     layer = run.model.layers["2"].mlp.down_proj
     x = torch.randn(5, 56)
     with torch.no_grad():
-        torch.testing.assert_close(x @ merged(layer, torch.float32).t(), layer(x), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(x @ merged(layer, layer.parts[0], torch.float32).t(), layer(x), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.time_limit(300)
@@ -127,10 +128,10 @@ def test_answering_with_them(name, weights, cases, tmp_path):
     """generate.py --lora beside the base, FP8 or not, on one rank and on 2: as with the adapters merged in float32."""
     train.main(arguments(*cases[name], tmp_path / "run", **{**OPTIONS, "max_steps": 2}))
     added = load_file(tmp_path / "run" / "adapters" / "adapter_model.safetensors")
-    whole, inside = load(cases[name][0]), "model.language_model" if name == "images" else "model"
+    merged_model, inside = load(cases[name][0]), "model.language_model" if name == "images" else "model"
     base, tokens = load(cases[name][0]), None
     with torch.no_grad():
-        for path, weight in whole.named_parameters():
+        for path, weight in whole(merged_model).items():
             stem = f"base_model.model.{inside}.{path.removesuffix('.weight')}"
             if f"{stem}.lora_A.weight" in added:
                 a, b = (added[f"{stem}.lora_{x}.weight"].float() for x in "AB")
@@ -142,7 +143,7 @@ def test_answering_with_them(name, weights, cases, tmp_path):
         assert [first.status, *(other.status for other in others)] == [0] * (1 + len(others)), first.err
         answer = json.loads(first.out)
         tokens = answer["prompt_tokens"]
-        after, before = (log_probabilities(model, tokens) for model in (whole, base))
+        after, before = (log_probabilities(model, tokens) for model in (merged_model, base))
         expected, plain = ([float(x[i, id]) for i, id in enumerate(tokens[1:])] for x in (after, before))
         assert answer["prompt_logprobs"][1:] == pytest.approx(expected, abs=1e-4)
         assert answer["prompt_logprobs"][1:] != pytest.approx(plain, abs=1e-2)
@@ -204,10 +205,12 @@ def test_resuming(cases, tmp_path):
     """A run that was cut, and goes on with two stages, ends where the whole one does."""
     train.main(arguments(*cases["images"], tmp_path, **OPTIONS, save_every=2))
     whole = metrics(tmp_path)
-    shutil.rmtree(tmp_path / "checkpoints" / "step-6")
+    for gone in ("checkpoints/step-6", "model"):
+        shutil.rmtree(tmp_path / gone)
     said = train_on_ranks(arguments(*cases["images"], tmp_path, **OPTIONS, resume=True), (1, 2, 1))
     assert "resumed after step 4" in said
     assert worst(metrics(tmp_path), whole, "loss") < 1e-4
+    shutil.rmtree(tmp_path / "model")
     with pytest.raises(UserError, match="lora"):
         train.main(arguments(*cases["images"], tmp_path, **{**OPTIONS, "lora_rank": 4}, resume=True))
 

@@ -13,15 +13,18 @@ import time
 from functools import partial
 
 import pytest
+import torch
 from processes import run_on_ranks, start
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from train_cases import arguments, on, trained, trainer
 
 import train
+from parallel import Slice
 from runtime import export, launch, run
-from runtime.files import UserError
-from runtime.run import claimed, load_state
+from runtime.checkpoint import Checkpoint
+from runtime.curve import draw_loss
+from runtime.files import UserError, new_folder
+from runtime.run import INDEX, load_state
 
 SHORT = {"max_steps": 3, "global_batch_size": 2}
 
@@ -77,7 +80,8 @@ def test_a_run_is_refused_without_resume_and_a_finished_one_says_so(out, text, c
     refused(arguments(*text, out, **SHORT), "holds a run already; --resume goes on")
     capsys.readouterr()
     train.main(arguments(*text, out, resume=True, **SHORT))
-    assert capsys.readouterr().err == f"{out}: this run is finished; its model is {out}/model\n"
+    said = f"{out}: this run is finished; its model is {out}/model; move it away to take more steps\n"
+    assert capsys.readouterr().err == said
     shutil.rmtree(out / "checkpoints")  # they are large, and nobody needs them any more
     train.main(arguments(*text, out, resume=True, **SHORT))
     assert files(out) == {name: data for name, data in before.items() if not name.startswith("checkpoints")}
@@ -104,38 +108,55 @@ def test_a_mistake_leaves_no_folder(text, tmp_path):
 def test_one_run_per_folder(text, tmp_path):
     argv = arguments(*text, tmp_path / "out", **SHORT)
     args = train.parse_args(argv)
-    with claimed(args, train.what_decides(args), 0):
+    with train.RunFolder(args, train.find_place(1, 1)):
         refused(argv, "another run is writing there")
         assert os.listdir(tmp_path / "out") == []
     train.main(argv)
 
 
+def test_killed_in_its_first_moment(text, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json.partial").write_text('{"prog')
+    train.main(arguments(*text, tmp_path / "out", **{**SHORT, "max_steps": 1}))
+    assert not leftovers(tmp_path) and (tmp_path / "out" / "model").exists()
+
+
+def test_a_folder_that_is_there_gets_the_files_one_by_one(tmp_path, monkeypatch):
+    """Whoever is killed in between leaves a model without config.json, which counts as none."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "notes.txt").write_text("mine")
+    seen, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: seen.append(os.path.basename(paths[1])) or replace(*paths))
+    with export.staged(str(tmp_path / "model")) as folder:
+        for name in ("config.json", "tekken.json", "a.safetensors"):
+            with open(os.path.join(folder, name), "w") as file:
+                file.write(name)
+    assert seen == ["a.safetensors", "tekken.json", "config.json"]
+    assert set(files(tmp_path / "model")) == {"notes.txt", *seen} and os.listdir(tmp_path) == ["model"]
+
+
 def test_killed_in_its_last_moment(out, text):
-    """What was replaced is not removed yet: the run is finished all the same, and its model stays as it is."""
-    (out / ".partial" / "old model").mkdir(parents=True)
+    """Its last step is saved, and its model nearly written: it is written again. What others stage in there stays."""
     model = files(out / "model")
+    os.rename(out / "model", out / "model.partial-0a1b2c3d")
+    (out / "checkpoints" / "step-2.partial-3d4e5f67").mkdir()
+    (out / "fp8.partial-01234567").mkdir()  # of fp8.py
     train.main(arguments(*text, out, resume=True, **SHORT))
-    assert not leftovers(out) and files(out / "model") == model
+    assert leftovers(out) == [str(out / "fp8.partial-01234567")] and files(out / "model") == model
 
 
-def test_a_longer_run_replaces_the_model(out, text):
-    """Of which the files that this program did not write stay."""
-    old = files(out / "model")
+def test_a_finished_run_goes_on_once_its_model_is_moved_away(out, text):
+    """It says so, whatever the options are by now. Files of the user's stay."""
+    model = files(out / "model")
     train.main(arguments(*text, out, resume=True, **{**SHORT, "max_steps": 4}))
-    middle = files(out / "model")
-    assert set(middle) == set(old) and middle["model.safetensors"] != old["model.safetensors"]
-    assert not (out / "model.old").exists() and not leftovers(out)
+    assert files(out / "model") == model
+    os.rename(out / "model", out / "first")
+    os.mkdir(out / "model")
     (out / "model" / "notes.txt").write_text("mine")
-    train.main(arguments(*text, out, resume=True, **{**SHORT, "max_steps": 5}))
-    assert files(out / "model.old") == middle | {"notes.txt": b"mine"}
-    assert files(out / "model")["model.safetensors"] != middle["model.safetensors"]
-
-
-def test_a_model_that_the_run_did_not_write(out, text):
-    (out / "run.json").write_text('{"program": "train.py", "finished": null}')
-    before = files(out)
-    refused(arguments(*text, out, resume=True, **SHORT), "model: was not written by the run in")
-    assert files(out) == before
+    train.main(arguments(*text, out, resume=True, **{**SHORT, "max_steps": 4}))
+    again = files(out / "model")
+    assert again.pop("notes.txt") == b"mine" and set(again) == set(model) and not leftovers(out)
+    assert again["model.safetensors"] != model["model.safetensors"] and files(out / "first") == model
 
 
 # ------------------------------------------------------------------------------------- when a run saves, and what
@@ -146,7 +167,7 @@ def test_a_model_that_the_run_did_not_write(out, text):
 )
 def test_saved_by_the_clock(options, kept, text, tmp_path, monkeypatch):
     """The newest few stay. With --save-every the clock does not count."""
-    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(run, "SAVE_SECONDS", 0)
     train.main(arguments(*text, tmp_path / "out", **{**SHORT, "max_steps": 5, **options}))
     assert sorted(os.listdir(tmp_path / "out" / "checkpoints")) == [f"step-{step}" for step in kept]
 
@@ -156,9 +177,10 @@ def test_removing_old_states_spares_other_files(text, tmp_path, monkeypatch):
     train.main(arguments(*text, out, **SHORT))
     assert os.listdir(out / "checkpoints") == ["step-3"]  # the clock is far from ten minutes
     (out / "checkpoints" / "step-3" / "notes.txt").write_text("mine")
+    shutil.rmtree(out / "model")
     train.main(arguments(*text, out, resume=True, save_every=1, **{**SHORT, "max_steps": 6}))
-    assert sorted(os.listdir(out / "checkpoints")) == ["step-3.partial", "step-5", "step-6"]
-    assert files(out / "checkpoints" / "step-3.partial") == {"notes.txt": b"mine"}
+    assert sorted(os.listdir(out / "checkpoints")) == ["step-3", "step-5", "step-6"]
+    assert files(out / "checkpoints" / "step-3") == {"notes.txt": b"mine"}
 
 
 # ---------------------------------------------------------------------------------------------------- signals
@@ -173,12 +195,13 @@ def test_a_signal_saves(number, text, tmp_path, monkeypatch, ended):
             os.kill(os.getpid(), number)
         return step(self, at, upcoming)
 
-    before, out = signal.getsignal(number), tmp_path / "out"
+    out = tmp_path / "out"
+    signal.signal(number, launch.on_signal)
     with monkeypatch.context() as patch:
         patch.setattr(train.Trainer, "step", signalled)
         with pytest.raises(UserError, match=f"^{number.name}: stopped after step 2, .* --resume goes on$") as caught:
             train.main(arguments(*text, out, **SHORT))
-    assert caught.value.status == 128 + number and signal.getsignal(number) == before
+    assert caught.value.status == 128 + number and not launch.BLOCKS
     assert os.listdir(out / "checkpoints") == ["step-2"] and not leftovers(out)
     train.main(arguments(*text, out, resume=True, **SHORT))
     assert trained(out) == trained(ended)
@@ -218,22 +241,19 @@ def test_a_rank_that_does_not_see_the_state(rank, text, tmp_path):
     """A folder listed late, as over NFS: all ranks go on from the newest state that one of them sees."""
     argv = on(arguments(*text, tmp_path / "out", max_steps=2), (1, 2, 1))
     assert [rank.status for rank in run_on_ranks(2, "train.py", *argv)] == [0, 0]
+    shutil.rmtree(tmp_path / "out" / "model")
     argv = on(arguments(*text, tmp_path / "out", max_steps=3, resume=True), (1, 2, 1))
     ranks = run_on_ranks(2, "train.py", *argv, prepare=partial(blind, rank), seconds=60)
     assert [rank.status for rank in ranks] == [0, 0] and "resumed after step 2" in ranks[0].err
 
 
 def test_a_signal_while_a_folder_is_written(tmp_path):
-    """It removes the unfinished folder, then does what it would have done."""
-    seen = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(os.listdir(tmp_path)))
-    try:
-        with launch.new_folder(str(tmp_path / "new")):
-            assert os.listdir(tmp_path) == ["new"]
-            os.kill(os.getpid(), signal.SIGTERM)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert seen == [[]]
+    """It ends the program, and the unfinished folder is gone."""
+    signal.signal(signal.SIGTERM, launch.on_signal)
+    with pytest.raises(SystemExit) as end, new_folder(str(tmp_path / "new")):
+        assert os.listdir(tmp_path) == ["new"]
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert end.value.code == 143 and os.listdir(tmp_path) == []
 
 
 # --------------------------------------------------------------------------------------- states that are damaged
@@ -241,11 +261,11 @@ def test_a_signal_while_a_folder_is_written(tmp_path):
 
 def damaged(draw: random.Random, folder) -> str:
     """Damage one file of a saved state; says how."""
-    state, weights = folder / "state.json", folder / "rank-00000.safetensors"
+    index, weights = folder / INDEX, folder / "rank-00000.safetensors"
     strange = [None, True, -1, 0, 10**400, 1e400, float("nan"), "", "1", [], {}, [[1]], {"a": 1}]
-    how = draw.choice(["lost", "garbage", "cut", "key", "value", "nested", "folder", "slices", "tensor", "metadata"])
+    how = draw.choice(["lost", "garbage", "cut", "key", "value", "nested", "folder", "piece", "file", "tensor"])
     if how in ("lost", "garbage", "cut", "folder"):
-        path = draw.choice([state, weights])
+        path = draw.choice([index, weights])
         data = path.read_bytes()
         path.unlink()
         if how == "garbage":
@@ -254,30 +274,43 @@ def damaged(draw: random.Random, folder) -> str:
             path.write_bytes(data[: draw.randrange(len(data) - 1)])
         elif how == "folder":
             path.mkdir()
-    elif how in ("key", "value"):
-        facts = json.loads(state.read_text())
-        name = draw.choice(list(facts))
-        value = draw.choice(
-            [value for value in strange if value != facts[name] or type(value) is not type(facts[name])]
-        )
-        facts.pop(name) if how == "key" else facts.update({name: value})
-        state.write_text(json.dumps(facts))
     elif how == "nested":
-        state.write_text("[" * 100_000 + "]" * 100_000)
-    else:
+        index.write_text("[" * 100_000 + "]" * 100_000)
+    elif how == "tensor":
         tensors = load_file(weights)
-        with safe_open(weights, framework="pt") as file:
-            slices = json.loads(file.metadata()["slices"])
-        name = draw.choice(list(slices))
-        if how == "slices":
-            slices[name] = draw.choice([[0, 1], [1, 10**9], [-5, 0], ["a", "b"], [0], None, [0.0, 5.0], [5, 0]])
-        elif how == "tensor":
-            key = f"{name}/{draw.choice(['masters', 'exp_avg', 'exp_avg_sq'])}"
-            change = draw.choice([None, lambda t: t[:1], lambda t: t.bfloat16(), lambda t: t * float("nan")])
-            tensor = tensors.pop(key)
-            if change:
-                tensors[key] = change(tensor).contiguous()
-        save_file(tensors, weights, metadata=None if how == "metadata" else {"slices": json.dumps(slices)})
+        key = draw.choice(list(tensors))
+        change = draw.choice([None, lambda t: t[:1], lambda t: t.bfloat16(), lambda t: t * float("nan")])
+        tensor = tensors.pop(key)
+        if change:
+            tensors[key] = change(tensor).contiguous()
+        save_file(tensors, weights)
+    else:
+        contents = json.loads(index.read_text())
+        facts, pieces = contents["metadata"], contents["weight_map"]
+        name, key = draw.choice(list(facts)), draw.choice(list(pieces))
+        if how == "key":
+            del facts[name]
+        elif how == "value":
+            others = [value for value in strange if value != facts[name] or type(value) is not type(facts[name])]
+            facts[name] = draw.choice(others)
+        elif how == "file":
+            pieces[key] = draw.choice([*strange, "rank-00001.safetensors", INDEX])
+        else:
+            whole, piece = key.split("@")
+            strange = [
+                "1:9",
+                "-1:9",
+                "0:",
+                "a",
+                "0:" + "9" * 5000,
+                "9" * 12 + ":0",
+                "0@0:1",
+                "0:" + "9" * 12,
+                "0:1",
+                "0:0",
+            ]
+            pieces[f"{whole}@{draw.choice([other for other in strange if other != piece])}"] = pieces.pop(key)
+        index.write_text(json.dumps(contents))
     return how
 
 
@@ -290,20 +323,43 @@ def test_damaged_states(seed, ended, text, tmp_path):
         shutil.copytree(ended / "checkpoints" / "step-3", folder)
         seen.add(how := damaged(draw, folder))
         with pytest.raises(UserError) as caught:
-            load_state(str(folder), job.optimizer, job.settings, "chats.jsonl")
+            load_state(str(folder), job.optimizer, job.settings(), "chats.jsonl")
             pytest.fail(f"{how} was not noticed")
         line = str(caught.value)
         assert line.startswith(str(folder)) and line.isprintable() and len(line) < 500, (how, line)
         assert f"remove {folder} to resume" in line or "was made with" in line, (how, line)
         shutil.rmtree(folder)
     assert len(seen) > 5
-    assert load_state(str(ended / "checkpoints" / "step-3"), job.optimizer, job.settings, "") == 3
+    assert load_state(str(ended / "checkpoints" / "step-3"), job.optimizer, job.settings(), "") == 3
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_tensor_in_pieces(dim, tmp_path):
+    """Any slice of it, padded or not; and none of it without all of its pieces."""
+    whole = torch.randn(11, 11)
+    cuts = [(0, 4), (4, 5), (5, 11), (12, 12)]  # the last rank had nothing but padding
+    pieces = {f"x@{a}:{b}": whole.narrow(dim, min(a, 11), b - a).contiguous() for a, b in cuts}
+    for missing in (None, *pieces):
+        kept = {name: piece for name, piece in pieces.items() if name != missing}
+        save_file(kept, tmp_path / "file.safetensors")
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(kept, "file.safetensors")}))
+        state = Checkpoint(str(tmp_path))
+        for first, stop in [(0, 11), (3, 6), (4, 5), (7, 14), (12, 14)]:
+            part = Slice((11, 11), dim, first, stop)
+            out = torch.zeros(part.local_shape).narrow(dim, 0, part.length)
+            if missing in (None, "x@12:12"):
+                state.fill_part("x", part, out)
+                assert torch.equal(out, whole.narrow(dim, min(first, 11), part.length))
+            else:
+                with pytest.raises(UserError, match="holds no whole x"):
+                    state.fill_part("x", part, out)
 
 
 @pytest.mark.parametrize(
     "text_, words", [("x\n{}\n", "line 1: not JSON"), ("[]\n{}\n", "line 1: should be"), ("{}\n", "no step")]
 )
 def test_damaged_metrics(text_, words, out, text):  # fmt: skip
+    shutil.rmtree(out / "model")
     (out / "metrics.jsonl").write_text(text_)
     refused(arguments(*text, out, resume=True, **{**SHORT, "max_steps": 4}), rf"metrics.jsonl.*{words}")
     os.remove(out / "metrics.jsonl")
@@ -313,10 +369,10 @@ def test_damaged_metrics(text_, words, out, text):  # fmt: skip
 
 def test_losses_that_cannot_be_drawn(tmp_path):
     strange = [{"step": 1}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": "a"}, {"step": 4, "val_loss": None}]
-    run.draw_loss(str(tmp_path / "loss.png"), [*strange, {"step": 5, "loss": 10**400}])
-    run.draw_loss(str(tmp_path / "loss.png"), [])
+    draw_loss(str(tmp_path / "loss.png"), [*strange, {"step": 5, "loss": 10**400}])
+    draw_loss(str(tmp_path / "loss.png"), [])
     with pytest.raises(UserError, match="nowhere/loss.png: cannot be written"):
-        run.draw_loss(str(tmp_path / "nowhere" / "loss.png"), [])
+        draw_loss(str(tmp_path / "nowhere" / "loss.png"), [])
 
 
 # ------------------------------------------------------------------------------------------------------- slow

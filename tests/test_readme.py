@@ -101,13 +101,18 @@ def test_what_is_said_of_training():
         text = " ".join(file.read().split())
     for pattern, options in (
         (r"takes at most ([\d.]+) GB on each of 64", re.search(r"`--plan (--tp 8 --pp 8[^`]*)`", text)[1]),
-        (
-            r"the 128B takes ([\d.]+) GB per GPU on four",
-            re.search(r"config.json (--tp 4 --lora-rank[^`]*?) ```", text)[1],
-        ),
+        (r"weights ([\d.]+) GB per GPU on four", re.search(r"`--plan (--tp 4 --lora-rank[^`]*)`", text)[1]),
     ):
         said = plan(*options.split())
         peaks = [float(row.split()[-2]) for row in re.findall(r"^ +\d+ .*(?:yes|no)$", said, re.M)]
         assert abs(max(peaks) - float(re.search(pattern, text)[1])) <= 0.0501
         if bubble := re.search(r"pipeline bubble of ([\d.]+) %", text) if "--pp" in options else None:
             assert f"{bubble[1]} %" in said
+
+
+def test_from_python():
+    """The lines of Python, run as they stand."""
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        (code,) = re.findall(r"^```python\n(.*?)^```$", file.read(), re.M | re.S)
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=100, capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stdout.strip() == code.rsplit("#", 1)[1].strip(), ended.stderr

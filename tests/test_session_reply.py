@@ -76,7 +76,7 @@ CALL = '{"name": "f", "arguments": {"a": 1}}'
     ("generated", "text", "reasoning", "calls"),
     [
         ("", "", None, []),
-        ("</s>never read", "", None, []),
+        ("a</s>", "a", None, []),
         ("[THINK]not finish", "", "not finish", []),
         ("[THINK]a[/THINK]b[THINK]c[/THINK]d", "bd", "ac", []),
         ("nothing opened[/THINK]b", "nothing openedb", None, []),

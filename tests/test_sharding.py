@@ -37,7 +37,7 @@ def gradients(directory: str, place: Place) -> dict:
     x = model(model.embed(tokens, features))
     losses = model.lm_head.cross_entropy(model.logits(x[0]), (tokens[0] * 7 + 3) % config.vocab_size)
     losses.mean().backward()
-    found = {t.name: (t.part, t.sharers, t.parameter.grad) for t in held_tensors(model)}
+    found = {t.name: (t.part, t.sharers, t.rows.rows_of(t.parameter.grad)) for t in held_tensors(model)}
     return {"features": features.detach(), "losses": losses.detach(), "gradients": found}
 
 

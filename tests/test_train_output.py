@@ -1,6 +1,5 @@
 """What a training run says: what it will do, a line a step, sampled answers, how it went; and its picture."""
 
-import math
 import os
 import random
 import re
@@ -8,10 +7,10 @@ import re
 import pytest
 from PIL import Image
 from terminal import Terminal
-from train_cases import arguments, train_on_ranks
+from train_cases import arguments, train_on_ranks, trainer
 
 import train
-from runtime import run
+from runtime.curve import draw_loss
 
 OPTIONS = {"max_steps": 12, "micro_batch_size": 3, "warmup_steps": 3}
 
@@ -51,48 +50,38 @@ def test_in_a_terminal(stopped, text, tmp_path):
     if stopped:
         run.press("\x03")
     assert run.end() == (130 if stopped else 0)
-    screen = [
-        re.sub(r".*\r(?!$)", "", line).replace("\x1b[K", "") for line in run.shown.replace("\r\n", "\n").split("\n")
-    ]
+    screen = re.sub(r"[^\n]*\r\x1b\[K", "", run.shown.replace("\r\n", "\n"))
+    screen = re.sub(r"[^\n]*\n\x1b\[A\x1b\[2K", "", screen).split("\n")
     shown = [line for line in screen if line.startswith("step ")]
     assert len(shown) <= 2 and shown[-1] in run.shown  # in all but the tenth, which a line follows, and the last
+    assert sum(line.startswith("stopping after this step") for line in screen) == stopped
     assert any(line.startswith("error: SIGINT" if stopped else "done in") for line in screen), screen
 
 
-def test_steps_without_end(tmp_path, capsys):
+def test_steps_without_end(text, tmp_path, capsys):
     """No calendar goes as far as these would take."""
-    metrics = run.Metrics(str(tmp_path), 0, 10**18)
+    folder = trainer(text, tmp_path / "out").folder
+    folder.total = 10**18
     for step in range(1, 12):
-        metrics.write({"step": step, "loss": 1.0, "grad_norm": 1.0, "tokens_per_s": 1.0, "step_s": 250.0})
+        folder.say_step({"step": step, "loss": 1.0, "grad_norm": 1.0, "tokens_per_s": 1.0, "step_s": 250.0})
     assert capsys.readouterr().err.count("left") == 12
 
 
-def test_round_numbers():
-    rng = random.Random(0)
-    for _ in range(2000):
-        low = rng.uniform(-10, 10) * 10 ** rng.uniform(-6, 6)
-        high = low + 10 ** rng.uniform(-3, 6) * max(1, abs(low))
-        marks = run.round_numbers(low, high)
-        assert 1 <= len(marks) <= 9 and all(low - 1e-9 * abs(low) <= x <= high + 1e-9 * abs(high) for x in marks)
-        apart = marks[1] - marks[0] if len(marks) > 1 else 1
-        assert min(abs(apart / 10 ** math.floor(math.log10(apart) + 1e-6) - n) for n in (1, 2, 5)) < 1e-6
-
-
 def test_the_picture(tmp_path):
-    """All four curves; the smoothed one follows the noise without leaning to its first value or to 0."""
+    """All three curves; the smoothed one runs through the middle of the noise."""
     rng, lines = random.Random(1), []
     for step in range(1, 101):
         lines.append({"step": step, "loss": 2 + rng.uniform(-0.5, 0.5), "lr": 1e-5 * step})
         lines += [{"step": step, "val_loss": 2.0}] if step % 20 == 0 else []
-    run.draw_loss(str(tmp_path / "loss.png"), lines)
+    draw_loss(str(tmp_path / "loss.png"), lines)
     picture = Image.open(tmp_path / "loss.png")
     colors = [color for _, color in picture.getcolors(100_000)]
-    for wanted in ((0xBB, 0xBB, 0xBB), (0xB5, 0xD3, 0xEA), (0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)):
+    for wanted in ((0xB5, 0xD3, 0xEA), (0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)):
         assert wanted in colors
     blue = [y for x in range(250, 800) for y in range(50, 440) if picture.getpixel((x, y)) == (0x1F, 0x77, 0xB4)]
     assert 150 < min(blue) and max(blue) < 350
     first = [y for x in range(60, 250) for y in range(50, 500) if picture.getpixel((x, y)) == (0x1F, 0x77, 0xB4)]
     assert max(first) <= 440  # the axis
     for strange in ([{"step": 1, "loss": 1e29}], [{"step": 1, "loss": -3.0, "lr": 0.0}, {"step": 2, "loss": -3.0}]):
-        run.draw_loss(str(tmp_path / "loss.png"), strange)
+        draw_loss(str(tmp_path / "loss.png"), strange)
     assert os.path.getsize(tmp_path / "loss.png") > 500

@@ -11,29 +11,31 @@ import torch
 from helpers import load, log_probabilities, write_json, write_tekken
 from processes import run
 from safetensors.torch import load_file
-from train_cases import TEXT, arguments, metrics, train_on_ranks, trained, trainer
+from train_cases import TEXT, arguments, metrics, run_to_its_end, train_on_ranks, trained, trainer
 
 import train
+from parallel import parts_of
 from runtime import checkpoint
-from runtime.checkpoint import Checkpoint, layers_with_slices
+from runtime.checkpoint import Checkpoint
 from runtime.config import read_config
 from runtime.files import UserError
+from runtime.run import start_metrics
 
 
 def test_metrics_after_a_kill(tmp_path):
     """A line that was cut off goes, and so do the steps that will be taken again; any other damage is named."""
     path, whole = tmp_path / "metrics.jsonl", [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
     path.write_text("\n".join(whole) + '\n{"step": 4, "lo')
-    assert [line["step"] for line in train.Metrics(str(tmp_path), 9, 9).lines] == [1, 2, 3]
+    assert [line["step"] for line in start_metrics(str(tmp_path), 9)] == [1, 2, 3]
     assert path.read_text().splitlines() == whole
-    steps = [line["step"] for line in train.Metrics(str(tmp_path), 2, 9).lines]
+    steps = [line["step"] for line in start_metrics(str(tmp_path), 2)]
     assert steps == [1, 2] == [line["step"] for line in metrics(tmp_path)]
     path.write_text("\n".join([whole[0], "{", whole[1]]))
     with pytest.raises(UserError, match="metrics.jsonl line 2: not JSON"):
-        train.Metrics(str(tmp_path), 9, 9)
+        start_metrics(str(tmp_path), 9)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file: cannot be written"):
-        train.Metrics(str(tmp_path / "file"), 0, 9)
+    with pytest.raises(UserError, match="metrics.jsonl: cannot be written"):
+        start_metrics(str(tmp_path / "file"), 0)
 
 
 # ------------------------------------------------------------------------------------------------ not a number
@@ -45,9 +47,9 @@ def poison(byte: str) -> None:
 
     def fill(model, *arguments):
         load_weights(model, *arguments)
-        layer, part = layers_with_slices(model).get("embed_tokens.weight", (None, None))
-        if layer and part.start <= 40 + ord(byte) < part.stop:
-            layer.weight.data[40 + ord(byte) - part.start] = float("nan")
+        layer, part = parts_of(model).get("embed_tokens.weight", (None, None))
+        if layer and part.slice.start <= 40 + ord(byte) < part.slice.stop:
+            layer.weight.data[40 + ord(byte) - part.slice.start] = float("nan")
 
     checkpoint.fill = train.fill = fill
 
@@ -100,7 +102,7 @@ def test_export_is_the_trained_model(images, program, tmp_path):
     """In generate.py's engine and, where it is installed, in transformers."""
     options = {"max_steps": 3, "dtype": "bfloat16"}
     run = trainer(images, tmp_path, **options)
-    run.run()
+    run_to_its_end(run)
     exported = str(tmp_path / "model")
     model, tokens = load(exported), torch.randint(14, 300, (40,)).tolist()
     for name, parameter in model.named_parameters():

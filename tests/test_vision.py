@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import model
 import vision
 from model import Config, MistralMedium
-from parallel import Place
+from parallel import Place, parts_of
 from runtime.checkpoint import Checkpoint, fill
 from runtime.config import parse_config, read_config
 from vision import build_model
@@ -269,9 +269,9 @@ def test_gradients_equal_transformers():
         name.removeprefix("model.").removeprefix("language_model."): parameter.grad
         for name, parameter in reference.named_parameters()
     }
-    for name, parameter in whole(model).items():
+    for name, grad in whole(model, grad=True).items():
         scale = expected[name].abs().max()
-        assert (parameter.grad - expected[name]).abs().max() < 1e-4 * scale + 1e-7, (seed, name)
+        assert (grad - expected[name]).abs().max() < 1e-4 * scale + 1e-7, (seed, name)
 
 
 # ----------------------------------------------------------------------------------------------- own promises
@@ -317,7 +317,7 @@ def test_prefill_in_chunks_that_cut_an_image():
         count = chunk.count(config.vision.image_token_id)
         x = model.embed(torch.tensor([chunk]), features[seen : seen + count])
         seen += count
-        outs.append(model.logits(model(x, start, cache)).log_softmax(-1))
+        outs.append(model.logits(model(x, model.prompts([(0, start, len(chunk))]), cache)).log_softmax(-1))
     torch.testing.assert_close(torch.cat(outs, 1), whole, atol=1e-5, rtol=1e-5)
 
 
@@ -340,8 +340,8 @@ def test_gradients_equal_finite_differences(monkeypatch):
     layer = tower.transformer["layers"][0]
     for weight in [
         tower.patch_conv.weight,
-        layer.attention.q_proj.weight,
-        layer.feed_forward.gate_proj.weight,
+        layer.attention.qkv_proj.weight,
+        layer.feed_forward.gate_up_proj.weight,
         layer.ffn_norm.weight,
         projector.norm.weight,
         projector.patch_merger.merging_layer.weight,
@@ -393,20 +393,21 @@ def test_only_the_first_stage_has_eyes():
 def test_every_parameter_knows_its_slice():
     """On `meta`; the parts of two ranks are disjoint and together the whole, or both are the whole."""
     whole = build_model(SMALL)
-    ranks = [dict(build_model(SMALL, Place(tp_rank=r, tp_size=2)).named_modules()) for r in range(2)]
+    ranks = [parts_of(build_model(SMALL, Place(tp_rank=r, tp_size=2))) for r in range(2)]
     replicated = set()
-    for name, parameter in whole.named_parameters():
-        module, leaf = name.rsplit(".", 1)
-        assert parameter.is_meta and whole.get_submodule(module).slices[leaf].local_shape == parameter.shape
-        slices = [rank[module].slices[leaf] for rank in ranks]
-        assert all(getattr(r[module], leaf).shape == s.local_shape for r, s in zip(ranks, slices))
-        assert all(s.shape == parameter.shape for s in slices)
+    for name, (layer, part) in parts_of(whole).items():
+        shape = part.slice.shape
+        assert layer.weight.is_meta and part.slice.local_shape == shape == part.rows_of(layer.weight).shape
+        pairs = [rank[name] for rank in ranks]
+        slices = [held.slice for _, held in pairs]
+        assert all(held.rows_of(layer.weight).shape == held.slice.local_shape for layer, held in pairs)
+        assert all(s.shape == shape for s in slices)
         if slices[0] == slices[1]:
-            replicated.add(module.rsplit(".", 1)[-1])
+            replicated.add(name.split(".")[-2])
         else:
             dim = slices[0].dim
             assert slices[0].start == 0 and slices[0].stop == slices[1].start == slices[1].stop // 2
-            assert slices[1].stop == parameter.shape[dim]
+            assert slices[1].stop == shape[dim]
     norms = {"ln_pre", "attention_norm", "ffn_norm", "norm", "input_layernorm", "post_attention_layernorm"}
     assert replicated == norms | {"patch_conv"}
 

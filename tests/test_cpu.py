@@ -1,0 +1,163 @@
+"""What only makes a CPU faster gives the numbers of the plain formulas."""
+
+import random
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import Letters, random_state, random_tokens, text_fields, write_checkpoint
+from request_cases import drawn_requests
+
+from generate import Engine
+from model import MistralMedium, attend
+from parallel import Linear, Part, Slice
+from runtime import cpu
+from runtime.checkpoint import Checkpoint, fill, initialize
+from runtime.config import read_config
+from runtime.lora import add_adapters
+from runtime.requests import Request
+from vision import build_model
+
+
+def product_of(weight: torch.Tensor, inference: bool = True) -> cpu.Product:
+    """The product of a linear that has this weight."""
+    linear = Linear([Part(Slice.of(weight.shape, 0, 0, 1))], torch.bfloat16)
+    linear.weight = torch.nn.Parameter(weight)
+    return cpu.Product(linear, inference)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 70, 300])
+@pytest.mark.parametrize("kind", [cpu.OneDNNWeight, cpu.FBGEMMWeight, product_of])
+def test_bf16_on_a_cpu(kind, rows):
+    """Each way to multiply BF16 on this CPU, against float64: a BF16 number beside the exact one at most."""
+    if kind is cpu.OneDNNWeight and not cpu.knows_bf16():
+        pytest.skip("oneDNN has no BF16 kernels for this CPU")
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(617, 451, generator=generator).mul_(0.02).bfloat16()
+    weight[5], weight[7, 3] = weight[5] * 1e-4, 1e-9  # below what FP16 has digits for
+    x = torch.randn(min(rows, 2), rows, 451, generator=generator).bfloat16()
+    exact, sizes = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
+    with torch.inference_mode():
+        product = kind(weight)
+        for found in (product(x), product(x), product(x)):  # the second time in the layout of the kernels
+            assert found.dtype == torch.bfloat16 and found.shape == exact.shape and found.is_contiguous()
+            bound = exact.abs() * 2**-8 + sizes * 2**-20 + 451 * 3e-8
+            assert ((found.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("largest", [1e-3, 1e5, float("inf"), float("nan")])
+def test_what_fp16_cannot_hold(largest, monkeypatch):
+    """Weights that are very small or very large, or none at all, are multiplied as they are."""
+    monkeypatch.setattr(cpu, "knows_bf16", lambda: False)
+    weight = torch.randn(6, 5).bfloat16()
+    assert isinstance(cpu.pack(weight), cpu.FBGEMMWeight)
+    assert cpu.pack(weight * (largest / weight.abs().max())) is None
+
+
+@pytest.mark.parametrize("inference", [True, False])
+@pytest.mark.parametrize("units", [True, False])
+@pytest.mark.parametrize("seed", range(12))
+def test_products_and_gradients(seed, units, inference, monkeypatch):
+    """As CPUs with and without matrix units multiply, on any CPU: no rows, one, few, many; and gradients."""
+    monkeypatch.setattr(cpu, "has_matrix_units", lambda: units)
+    draw = random.Random(seed)
+    some = (draw.randint(0, 2 * cpu.FLOAT32_ROWS),)
+    shape = draw.choice([some, some, (1, 1), (), (draw.randint(1, 3), draw.randint(1, 90))]) if seed else (0,)
+    torch.manual_seed(seed)
+    x, weight = torch.randn(*shape, 37).bfloat16(), torch.randn(draw.randint(1, 90), 37).bfloat16()
+    exact, found = (
+        [t.detach().to(dtype).requires_grad_() for t in (x, weight)] for dtype in (torch.double, torch.bfloat16)
+    )
+    product = product_of(found[1].detach(), inference)
+    product.linear.weight = torch.nn.Parameter(found[1].detach())
+    found[1] = product.linear.weight
+    results = []
+    for multiply, (a, b) in ((F.linear, exact), (lambda a, _: product(a), found)):
+        y = multiply(a, b)
+        y.square().sum().backward()
+        results.append((y.detach(), a.grad, b.grad))
+    assert results[1][0].is_contiguous()
+    for mine, theirs in zip(results[1], results[0]):
+        assert mine.shape == theirs.shape and mine.dtype == torch.bfloat16
+        torch.testing.assert_close(mine.double(), theirs, rtol=0.03, atol=0.03 * max(1, float(theirs.norm()) / 5))
+
+
+@pytest.mark.parametrize("case", range(12))
+def test_a_later_chunk(case):
+    """A chunk attends to itself and to what came before it, apart; together that is one softmax, however steep."""
+    draw, sizes = torch.Generator().manual_seed(case), random.Random(case)
+    B, KV, G, D = sizes.randint(1, 3), sizes.randint(1, 3), sizes.randint(1, 4), sizes.choice((6, 32, 48))
+    T, before, steep = sizes.randint(1, 70), sizes.randint(1, 300), sizes.choice((1, 1, 30))
+    q, k, v = (torch.randn(B, h, n, D, generator=draw) for h, n in ((KV * G, T), (KV, before + T), (KV, before + T)))
+    q *= steep
+    torch.testing.assert_close(cpu.attend_in_two(q, k, v), attend(q, k, v), rtol=2e-5, atol=2e-5)
+
+
+class Endless(Letters):
+    eos_id = -1  # no answer ends by itself
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    fields = text_fields("yarn, short")
+    return write_checkpoint(tmp_path_factory.mktemp("cpu"), fields, random_state(fields, seed=8))
+
+
+@pytest.mark.skipif(not cpu.knows_bf16() or sys.version_info >= (3, 14), reason="steps are not traced here")
+@pytest.mark.parametrize("seed, adapters", [(1, False), (2, False), (3, True), (4, True)])
+def test_traced_steps(seed, adapters, folder, monkeypatch):
+    """The numbers of steps that Python runs, whatever the rows and lengths were when a step was traced."""
+    monkeypatch.setattr(cpu, "STEPS_BEFORE_TRACING", 2)
+    model = build_model(read_config(folder), dtype=torch.bfloat16)
+    if adapters:
+        add_adapters(model, 3, 20.0)
+    initialize(model, seed) if adapters else fill(model, Checkpoint(folder))
+    cpu.speed_up(model)
+    traced, engine = model.forward, Engine(model, Endless.eos_id, 4096)
+    for turn, rows in enumerate(random.Random(seed).sample((1, 2, 5, 9, 20, 70), k=6)):
+        requests, results = drawn_requests(rows, 10 * seed + turn), []
+        for forward in (traced.forward, traced):
+            model.forward = forward
+            results.append(engine.generate(requests, width=1 + turn * 20))
+            engine.groups.clear()
+        assert [(x.tokens, x.logprobs) for x in results[0]] == [(x.tokens, x.logprobs) for x in results[1]]
+    assert sorted(traced.graphs) == [False, True]  # of several rows and of one
+
+
+@pytest.mark.parametrize("adapters, tied", [(False, False), (False, True), (True, False)])
+def test_packed_by_the_first_steps(adapters, tied, tmp_path):
+    """Not before the first token, and only a model that is to answer; BF16 answers stay what they were."""
+    fields = text_fields("yarn, short", tie_word_embeddings=tied)
+    folder = write_checkpoint(tmp_path, fields, random_state(fields, seed=8))
+    plain, fast = (build_model(read_config(folder), dtype=torch.bfloat16) for _ in range(2))
+    for model in (plain, fast):
+        if adapters:
+            add_adapters(model, 3, 6.0)
+            initialize(model, seed=1)
+            for linear in linears(model):  # else they would change next to nothing
+                if linear.adapter:
+                    linear.adapter.lora_B.weight.data.mul_(200)
+        else:
+            fill(model, Checkpoint(folder))
+    cpu.speed_up(plain, inference=False)
+    cpu.speed_up(fast)
+    packs = cpu.pack(torch.ones(2, 2).bfloat16()) is not None  # on this CPU
+    prompt, steps = random_tokens(40, 301), 0
+    for count in (1, 4, 1):  # the third time the prompt meets packed weights
+        wanted, found = (
+            Engine(model, Endless.eos_id, 200).generate([Request(prompt, max_new_tokens=count, logprobs=True)])[0]
+            for model in (plain, fast)
+        )
+        steps += count - 1
+        inside = [linear for layer in fast.layers.values() for linear in linears(layer)]
+        assert len(inside) == 4 * len(fast.layers)
+        assert all((linear.weight is None) == (packs and steps > 1) for linear in inside)
+        assert torch.tensor(found.prompt_logprobs[1:]).sub(torch.tensor(wanted.prompt_logprobs[1:])).abs().max() < 0.2
+    assert all(linear.weight is not None for linear in linears(plain))
+
+
+def linears(model: MistralMedium) -> list[Linear]:
+    """Those that are not an adapter's, nor a head without a weight of its own."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
+    return [layer for name, layer in layers.items() if ".adapter" not in name and layer.parts]
