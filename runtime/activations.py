@@ -148,7 +148,7 @@ class Layer:
             c + (3 - inputs) * F,
             c - (1 + inputs) * F + (1 + adapters) * C + 2 * weights * self.inner,
             split * (c + 2 * C),
-            recomputed * (g + adapters * C + self.adding // self.size + (not inputs) * (g + F)),
+            recomputed * (g + split * c + adapters * C + self.adding // self.size + (not inputs) * (C + F)),
         )
         attention = received * c + max(
             g + (1 + adapters) * A + weights * self.heads * self.head_dim - adapters * (freed - A),
@@ -172,9 +172,14 @@ def tower_layer(config: Config, place: Place, patches: int, size: int, trained: 
     return Layer(v.hidden_size, heads, heads, v.head_dim, inner, patches, patches, size, trained, copied=True)
 
 
+def together(config: Config, patches: int) -> int:
+    """How many of so many patches go through the tower at a time, at most; a large image goes alone."""
+    return min(patches, max(PATCHES_AT_ONCE, (config.vision.image_size // config.vision.patch_size) ** 2))
+
+
 def tower_forward(config: Config, place: Place, patches: int, size: int) -> int:
     """Images on their way through the tower where nothing is kept: pixels, rotary tables with their angles, a layer."""
-    v, patches = config.vision, min(patches, PATCHES_AT_ONCE)
+    v, patches = config.vision, together(config, patches)
     pixels = v.num_channels * v.patch_size**2
     rotary = 2 * size * v.head_dim + FP32 * v.head_dim // 2
     return patches * (size * pixels + rotary) + tower_layer(config, place, patches, size).forward
@@ -201,13 +206,14 @@ def image_bytes(
     trains_tower, trains_projector = (part not in freeze for part in ("vision_tower", "projector"))
     patches, pixels = tokens * v.spatial_merge_size**2, v.num_channels * v.patch_size**2
     layer, width = tower_layer(config, place, patches, size, trains_tower), patches * v.hidden_size
-    each, again = layer.held(recomputed)
+    each, _ = layer.held(recomputed)
+    group = tower_layer(config, place, together(config, patches), size, trains_tower)
     tower = size * (patches * (pixels + 2 * v.head_dim) + width) + v.num_hidden_layers * each
     gelu, merged = tokens * C // tp, width + tokens * v.hidden_size
     projector = size * (width + gelu + trains_projector * (merged + gelu)) + FP32 * patches
     moments = (
         tower_forward(config, place, patches, size),
-        trains_tower * (again + layer.backward(recomputed)),
+        trains_tower * (group.held(recomputed)[1] + group.backward(recomputed)),
         trains_projector * size * (2 * C * C // tp + 3 * tokens * C),
     )
     return trains_tower * tower, (trains_tower or trains_projector) * projector, max(moments)
@@ -277,7 +283,7 @@ def prompt_bytes(config: Config, place: Place, context: int, fp8: bool, products
     states, images, tower = size * tokens * C, 0, 0
     if place.first_stage and config.vision is not None:
         v = config.vision
-        most = min(context * v.spatial_merge_size**2, max(PATCHES_AT_ONCE, (v.image_size // v.patch_size) ** 2))
+        most = together(config, context * v.spatial_merge_size**2)
         images = size * C * (most // v.spatial_merge_size**2) + states
         tower = tower_forward(config, place, most, size)
     chunk = images + states + rotary_bytes(config, place, tokens, size) + IDS * tokens

@@ -100,7 +100,9 @@ def drawn_options(rng: random.Random, tp: int, pp: int, batch: tuple[int, int], 
     return [*options, "--freeze", *frozen] if frozen else options
 
 
-@pytest.mark.parametrize("seeds", [range(30), *(slow(range(i, i + 30)) for i in range(30, 300, 30))], ids=str)
+@pytest.mark.parametrize(
+    "seeds", [range(12), range(12, 24), *(slow(range(i, i + 12)) for i in range(24, 300, 12))], ids=str
+)
 def test_drawn_training_steps(dry, seeds):
     """Any model, topology and options: a change of the model that keeps more than the formula says shows here."""
     for seed in seeds:
