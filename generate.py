@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import argparse
 import itertools
 import json
+import math
 import os
 import random
 import sys
@@ -149,7 +150,38 @@ class Piece(NamedTuple):
 
 
 class Engine:
-    """Answers requests with `model` (one rank's part of it). `max_context` bounds prompt and answer together."""
+    """Answers requests with `model` (one rank's part of it). `max_context` bounds prompt and answer together.
+
+    Prompts go through the model in chunks, then one token at a time for a whole batch of rows:
+
+        prompts     <s> Is it ? | <s> How many          tokens of several rows, end to end (`prefill_chunk`)
+          embed, layers: keys and values go into row 0, row 1 of the cache
+          logits after "?" and after "many", sampled    the first token of each answer
+        step        Yes | Three                         one token of every row (`step`)
+          embed, layers: each writes its key and value at its own position, and attends to its own row
+          logits, sampled, picked up by all ranks       the second token, and so on until a row is done
+
+    Every rank runs this same loop. A *group* is a batch of rows with one key/value cache. A row's next token cannot be
+    computed before the last one is known, so a single group would keep one pipeline stage busy and all others waiting.
+    The requests are therefore answered by as many groups as there are stages:
+
+        time ─────────────────────────────────────────────►
+        stage 0    g0   g1   g0   g1   g0                   `run_stage`: receive, run the layers, send on
+                     ╲ ╱  ╲ ╱  ╲ ╱  ╲                       hidden states go down to the next stage (pp_group) …
+        stage 1       g0   g1   g0   g1                     … sampled tokens come back up to all (answer_group)
+
+    The last stage samples; a broadcast brings the tokens to all (`post`), and each stage picks them up (`pick_up`) when
+    that group's turn comes again. Since every rank sees every token, all agree on each row's length and end without
+    asking. With one process the same loop has one stage, one group and no messages.
+
+    In its turn a group gives the places of rows that ended to requests that wait (continuous batching): their prompts
+    go through the model, the other rows get a token each, and all these tokens are posted together. Between calls the
+    caches stay. A new row begins with the longest beginning that its prompt shares with some row (prefix caching): a
+    chat's next turn computes only what is new.
+
+    Shapes: B rows of a group, T tokens of each that go through the model together, C hidden_size, V / tp logits per
+    rank.
+    """
 
     def __init__(self, model: MistralMedium, eos_id: int, max_context: int):
         self.model, self.place, self.eos_id, self.max_context = model, model.place, eos_id, max_context
@@ -412,6 +444,7 @@ class Engine:
         self.seconds[group.phase] += now - self.mark
         self.mark = now
         for row, (token, logprob) in zip(group.rows, sampled):
+            check_finite(logprob)
             if not row.done:
                 row.take(int(token), logprob, on_token(row.index, int(token), logprob))
 
@@ -423,6 +456,7 @@ class Engine:
             x = torch.cat(row.scores or [torch.empty(size, dtype=torch.float64, device=self.place.device)])
             if work := from_last_stage(x, self.place):
                 work.wait()
+            check_finite(float(x.sum()))
             row.answer.prompt_logprobs += x.tolist()
 
     # --- what the last stage computes
@@ -432,6 +466,17 @@ class Engine:
         head, ids = self.model.lm_head, torch.tensor(targets, device=self.place.device)
         pieces = zip(hidden[: len(targets)].split(LOGIT_ROWS), ids.split(LOGIT_ROWS))
         return [head.log_probabilities(self.model.logits(x), y).double() for x, y in pieces if len(y)]
+
+
+class NotFinite(UserError):
+    """The model's numbers are NaN or infinite, so there is no answer."""
+
+    status = 1
+
+
+def check_finite(logprob: float) -> None:
+    if not math.isfinite(logprob):
+        raise NotFinite("the model's log-probabilities are not finite; try --dtype float32, or other adapters")
 
 
 def sampling_flags(rows: list[Row]) -> tuple[bool, bool]:

@@ -288,8 +288,8 @@ class Linear(nn.Module):
     """`y = x W^T`: the base of the parallel linears. W is what this rank has of one matrix, or of several below each
     other (`parts`). This model has no biases.
 
-    With `keep_fp8` the weight stays E4M3; `weight_scale` (0-d, or (out, 1) for several matrices, float32) and, where
-    the checkpoint has one, `activation_scale` (0-d) are filled by the loader.
+    With `keep_fp8` the weight stays E4M3; `weight_scale` (out, 1) float32 and, where the checkpoint has one,
+    `activation_scale` (0-d) are filled by the loader.
     """
 
     def __init__(self, parts: list[Part], dtype: torch.dtype, keep_fp8: bool = False):
@@ -298,15 +298,15 @@ class Linear(nn.Module):
         rows, columns = sum(part.slice.local_shape[0] for part in parts), parts[0].slice.local_shape[1]
         weight = torch.empty(rows, columns, dtype=fp8.E4M3 if keep_fp8 else dtype, device="meta")
         self.weight = nn.Parameter(weight, requires_grad=not keep_fp8)
-        scale = torch.empty((rows, 1) if len(parts) > 1 else (), device="meta") if keep_fp8 else None
-        self.register_buffer("weight_scale", scale)
+        self.register_buffer("weight_scale", torch.empty(rows, 1, device="meta") if keep_fp8 else None)
         self.register_buffer("activation_scale", None)
         self.adapter: nn.Module | None = None  # see runtime/lora.py
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight_scale is None:
             return F.linear(x, self.weight)
-        return fp8.linear(x, self.weight, self.weight_scale, self.activation_scale)
+        scale = self.weight_scale if len(self.parts) > 1 else self.weight_scale[0, 0]
+        return fp8.linear(x, self.weight, scale, self.activation_scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.multiply(x)
@@ -431,7 +431,8 @@ class VocabParallelHead(Linear):
         keys = logits
         if temperature is not None:
             hot = temperature > 0
-            keys = logits / torch.where(hot, temperature, 1.0)
+            # In float64, where no temperature that float32 can hold makes a logit overflow.
+            keys = logits.double() / torch.where(hot, temperature, 1.0)
             if top_p is not None:
                 everything = all_gather(keys, self.group).transpose(0, 1).flatten(1)  # (B, V), padding included
                 inside = nucleus(everything, top_p) | (top_p >= 1)

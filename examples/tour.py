@@ -1,12 +1,16 @@
 """A tour of the model: one question through a checkpoint, and a page that shows what happened on the way.
 
-    python examples/tour.py --image examples/tiny/picture.png --prompt "What is right of the blue star?" --out tour.html
+    python examples/tour.py --image examples/tiny/picture.png --prompt "How many blue stars are there?" --out tour.html
 
 The page is one file, which needs no network. All its numbers are measured in this run, through the project's own
-modules: `tour_measure.py` watches them, and `tour_page.html` draws.
+modules: `tour_measure.py` watches them, and `tour_page.html` draws. `tour.png` shows its part about layers:
+
+    sed 's/<section id="s[^5]"/& hidden/' tour.html > layers.html
+    chromium --headless --hide-scrollbars --window-size=1280,1420 --screenshot=examples/tour.png layers.html
 """
 
 import base64
+import html
 import inspect
 import io
 import json
@@ -14,9 +18,9 @@ import os
 import pkgutil
 import re
 import sys
+import textwrap
 import time
 from dataclasses import asdict, replace
-from urllib.parse import quote
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -30,7 +34,7 @@ from generate import TINY, Session
 from runtime.checkpoint import Checkpoint
 from runtime.config import read_config
 from runtime.files import UserError, read_file, writing
-from runtime.images import MEAN, STD, grid, load_image
+from runtime.images import MEAN, STD, grid, load_image, pixels
 from runtime.launch import SIZE, Parser, find_place, run_program
 from runtime.requests import command_line_request
 from runtime.tokenizer import Tekken, load_tokenizer
@@ -40,16 +44,13 @@ LARGE = os.path.join(ROOT, "tests", "data", "config.json")  # of the 128B
 SIDE = 480  # pixels of a picture in the page, at most
 
 
-def link(file: str, line: int, out: str) -> list[str]:
-    """(address, text) of a line of code, seen from the page `out`."""
-    return [f"{quote(os.path.relpath(file, os.path.dirname(out)))}#L{line}", f"{os.path.basename(file)}:{line}"]
-
-
-def source(name: str, out: str) -> str:
-    """A link to "module.thing", as HTML."""
-    thing = pkgutil.resolve_name(name)
-    address, text = link(inspect.getsourcefile(thing), inspect.getsourcelines(thing)[1], out)
-    return f'<a class="source" href="{address}" title="{name}">{text}</a>'
+def source(match: re.Match) -> str:
+    """The code of "[[module.thing]]", as HTML that folds out."""
+    thing = pkgutil.resolve_name(match[1])
+    file, (code, line) = os.path.relpath(inspect.getsourcefile(thing), ROOT), inspect.getsourcelines(thing)
+    summary = f'{thing.__qualname__} <span class="soft">{file}:{line}</span>'
+    code = html.escape(textwrap.dedent("".join(code)), quote=False)
+    return f'<details class="source"><summary>{summary}</summary><pre class="card">{code}</pre></details>'
 
 
 def packed(x: torch.Tensor) -> dict:
@@ -69,16 +70,16 @@ def picture(image: Image.Image, values: torch.Tensor, vision) -> dict:
     return found
 
 
-def ask(session: Session, spec: dict, limits: dict[str, float]):
-    """(the request, what was watched, the answer) of one question."""
-    (request, _), watch = session.requests.read(spec), measure.Watch(session.model, limits)
+def ask(session: Session, spec: dict, limits: dict[str, float]) -> tuple[measure.Watch, dict]:
+    """What was watched, and the answer of one question."""
+    watch = measure.Watch(session.model, limits)
     session.engine.groups.clear()  # else a beginning that two questions share would be in the cache already, unseen
     with watch.watching():
         (answer,) = session.answer([spec])
     if not answer["tokens"]:
         raise UserError("the question fills the context and leaves no room for an answer; shorten it")
-    said = measure.speech(session.model, watch.steps, answer["tokens"], len(request.prompt))
-    return request, watch, {**answer, "effort": spec["reasoning_effort"], "said": said}
+    said = measure.speech(session.model, watch.steps, answer["tokens"], len(answer["prompt_tokens"]))
+    return watch, {**answer, "effort": spec["reasoning_effort"], "said": said}
 
 
 def tokens_of(tokenizer, words: list[dict], answers: list[dict]) -> dict[int, tuple]:
@@ -94,7 +95,7 @@ def tokens_of(tokenizer, words: list[dict], answers: list[dict]) -> dict[int, tu
 def write(out: str, data: str) -> None:
     """The page, all of it or nothing."""
     page = read_file(os.path.join(ROOT, "examples", "tour_page.html"), 1 << 20).decode()
-    page = re.sub(r"\[\[([\w.]+)\]\]", lambda name: source(name[1], out), page)
+    page = re.sub(r"\[\[([\w.]+)\]\]", source, page)
     temporary = f"{out}.{os.getpid()}"
     with writing(out):
         try:
@@ -136,28 +137,28 @@ def main(argv: list[str]) -> None:
     size = sum(map(os.path.getsize, {at.file for at in checkpoint.tensors.values()}))
     pipe = measure.start(args, spec, cut["sizes"] if size < CUT else None)
     session = Session(args, find_place(1, 1))
-    session.engine.record = session.engine.traced = None  # a replayed step calls no hooks
+    session.engine.record = None  # steps that are replayed call no hooks,
+    vars(session.model).pop("forward", None)  # neither on GPUs nor, as `runtime.cpu.Traced`, on CPUs
     limits = measure.input_limits(checkpoint, config.num_hidden_layers)
     efforts = ("high", "none") if "reasoning_effort" in (tokenizer.model_settings or {}) else (None,)
     asked = [ask(session, {**spec, "reasoning_effort": effort}, limits) for effort in efforts]
-    (request, watch, answer), answers = asked[0], [found for *_, found in asked]
+    (watch, answer), answers = asked[0], [answer for _, answer in asked]
     words = measure.merges(tokenizer, f"{own.word} {own.prompt}") if isinstance(tokenizer, Tekken) else []
+    seen = [pixels(image, config.vision)] if image else []
     places = len(watch.layers) * len(watch.heads) * len(watch.steps[-1].rows[0][0])
     steps = measure.spread(len(answer["said"]), max(1, measure.MAPS // places))
     data = {
         "ckpt": os.path.basename(os.path.abspath(own.ckpt)), "dtype": own.dtype, "prompt": own.prompt, "raw": args.raw,
         "words": words, "answers": answers, "tokens": tokens_of(tokenizer, words, answers),
         "config": asdict(replace(config, raw={})),
-        "picture": picture(image, request.pixels[0], config.vision) if image else None,
+        "picture": picture(image, seen[0], config.vision) if image else None,
         "tower": measure.tower_maps(watch.tower) if image else None,
-        "positions": measure.positions(session.model, request, answer["tokens"]),
+        "positions": measure.positions(session.model, answer["prompt_tokens"], answer["tokens"], seen),
         "attention": {"layers": watch.layers, "heads": watch.heads, "steps": steps},
         "rows": [torch.stack(watch.steps[i].rows) for i in steps], "shapes": watch.shapes,
         "weights": measure.weights(checkpoint, session.model), "inputs": watch.inputs, "limits": limits,
         "cut": cut, "large": measure.held(read_config(LARGE), (8, 8)), "found": measure.receive(pipe),
     }  # fmt: skip
-    for rank in data["found"]:
-        rank["messages"] = [(*message, *link(file, line, out)) for *message, file, line in rank["messages"]]
     data["seconds"] = round(time.monotonic() - began, 1)
     write(out, json.dumps(data, default=packed))
 

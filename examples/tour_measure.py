@@ -6,6 +6,7 @@ that are forked from this one and work while it measures the rest.
 """
 
 import heapq
+import inspect
 import multiprocessing
 import os
 import socket
@@ -34,7 +35,6 @@ from runtime.checkpoint import Checkpoint, hf_name, scale_names
 from runtime.files import UserError
 from runtime.launch import find_place, gather_objects
 from runtime.plan import parse_args, places, plan_rank
-from runtime.requests import Request
 from vision import build_model
 
 LAYERS, HEADS = 6, 6  # at most so many of each have their attention shown
@@ -84,9 +84,10 @@ class Watch:
         with ExitStack() as stack:
             for hook in hooks:
                 stack.callback(hook.remove)
-            for owner, name in ((decoder, "attend"), (decoder, "attend_step"), (F, "scaled_dot_product_attention")):
-                watched = partial(self.kernel if owner is F else self.attend, getattr(owner, name))
-                stack.enter_context(patch.object(owner, name, watched))
+            watched = ((self.model, "chunk_attention"), (decoder, "attend_step"), (F, "scaled_dot_product_attention"))
+            for owner, name in watched:
+                call = partial(self.kernel if owner is F else self.attend, getattr(owner, name))
+                stack.enter_context(patch.object(owner, name, call))
             yield
 
     def done(self, name: str, module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
@@ -177,17 +178,17 @@ def merges(tokenizer: tokenizer_module.Tekken, text: str) -> list[dict]:
 
 
 @torch.inference_mode()
-def positions(model: MistralMedium, request: Request, tokens: list[int]) -> dict:
+def positions(model: MistralMedium, prompt: list[int], tokens: list[int], pixels: list[torch.Tensor]) -> dict:
     """Rotary frequencies with and without YaRN, and how likely the answer `tokens` still is when the prompt's second
     part (with a picture, all behind it) stands far from the first, up to the end of the context."""
     rope, size, usual = model.config.rope, model.config.max_position_embeddings, model.frequencies
     plain = rope_frequencies(replace(rope, yarn=False), model.config.head_dim).to(usual)
-    found, ids = {"plain": plain.tolist(), "used": usual.tolist(), "far": []}, request.prompt + tokens
+    found, ids = {"plain": plain.tolist(), "used": usual.tolist(), "far": []}, prompt + tokens
     if len(ids) > min(LONGEST, size // 2):
         return found
-    picture = model.config.vision.image_token_id if request.pixels else None
-    cut = max((i + 1 for i, id in enumerate(request.prompt) if id == picture), default=len(request.prompt) // 2)
-    features = model.vision(request.pixels) if request.pixels else None
+    picture = model.config.vision.image_token_id if pixels else None
+    cut = max((i + 1 for i, id in enumerate(prompt) if id == picture), default=len(prompt) // 2)
+    features = model.vision(pixels) if pixels else None
     x, y = model.embed(torch.tensor([ids], device=usual.device), features), torch.tensor(tokens, device=usual.device)
     for i in range(GAPS):
         gap = round((size - len(ids)) ** (i / (GAPS - 1))) if i else 0
@@ -196,7 +197,7 @@ def positions(model: MistralMedium, request: Request, tokens: list[int]) -> dict
         positions[cut:] += gap
         for model.frequencies in (usual, plain) if rope.yarn else (usual,):
             states = model(x, decoder.Whole(*model.tables(positions[None])))
-            logits = model.logits(states[0, len(request.prompt) - 1 : -1])
+            logits = model.logits(states[0, len(prompt) - 1 : -1])
             found["far"][-1].append(model.lm_head.log_probabilities(logits, y).mean().exp().item())
     model.frequencies = usual
     return found | {"cut": cut}
@@ -214,9 +215,8 @@ def input_limits(checkpoint: Checkpoint, layers: int) -> dict[str, float]:
 def weights(checkpoint: Checkpoint, model: MistralMedium) -> list[dict]:
     """The matrices of a layer in the middle, and the head: what FP8 made, or would make, of their numbers."""
     config, middle, found = model.config, f"layers.{model.config.num_hidden_layers // 2}.", []
-    names = [name for name, _ in model.layers[middle.split(".")[1]].named_modules() if name.endswith("_proj")]
     head = "embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    for name in (*(f"{middle}{name}.weight" for name in names), head):
+    for name in (*(name for name in parts_of(model) if name.startswith(middle) and "_proj" in name), head):
         _, (rows, columns) = checkpoint.stored(name)
         # In whole heads, because a native checkpoint has the rows of a head in another order.
         some = max(1, ROWS // columns // config.head_dim) * config.head_dim
@@ -281,7 +281,7 @@ def work(rank: int, port: int, pipe: Connection, args, spec: dict, sizes: tuple[
         except UserError:
             return  # the process that started this one meets the same mistake, and says so
         record(found["messages"], session)
-        session.engine.generate([session.requests.read({**spec, "max_new_tokens": 2})[0]])
+        session.answer([{**spec, "max_new_tokens": 2}])
         found["bytes_read"] = session.bytes_read
     everything = gather_objects(found)
     if rank == 0:
@@ -323,11 +323,8 @@ def timetable(place: Place) -> list[tuple[str, int, float, float]]:
 
 
 def record(messages: list, session: Session) -> None:
-    """From here on note every message: (what, among whom, bytes, whose, while, file, line)."""
-    place, names = (
-        session.place,
-        {module: name.removeprefix("vision.") for name, module in session.model.named_modules()},
-    )
+    """From here on note every message: (what, among whom, bytes, whose, while, file:line, the code there)."""
+    names, place = {m: name.removeprefix("vision.") for name, m in session.model.named_modules()}, session.place
     groups = {place.answer_group: "answer", place.pp_group: "pp", place.tp_group: "tp"}
 
     def watched(name: str, call: Callable, x, *rest, **options):
@@ -335,7 +332,8 @@ def record(messages: list, session: Session) -> None:
         frame, size = sys._getframe(1), sum(t.nbytes for t in ([x] if torch.is_tensor(x) else x))
         while "self" not in frame.f_locals:
             frame = frame.f_back
-        who, at = frame.f_locals["self"], (frame.f_code.co_filename, frame.f_lineno)
+        who, at = frame.f_locals["self"], inspect.getframeinfo(frame)
+        at = f"{os.path.relpath(at.filename, os.path.dirname(fp8.__file__))}:{at.lineno}", at.code_context[0].strip()
         while frame.f_code.co_name not in ("prefill", "step", "post", "generate"):  # of the engine
             frame = frame.f_back
         who, when = names.get(who, type(who).__name__), frame.f_code.co_name

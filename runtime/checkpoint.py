@@ -26,6 +26,7 @@ from model import Config
 from parallel import Part, Slice, parts_of
 from runtime.files import UserError, find_folder, read_file, read_json, reading, warn
 from runtime.native import NATIVE_NAMES, half_split
+from vision import build_model
 
 DTYPES = ("BF16", "F16", "F32", "F8_E4M3")  # those that a tensor may be stored in, in safetensors' words
 
@@ -35,8 +36,12 @@ BLOCK = 1 << 24  # elements that are checked, converted or drawn at a time: boun
 
 PIECE = re.compile(r"(.+)@(\d{1,12}):(\d{1,12})")  # NAME@START:STOP, a piece of a tensor: see `Checkpoint.fill_part`
 
-# Scales of an FP8 cache and of fake quantization, in the files' own words: they change nothing that is computed here.
-PASSED_OVER = re.compile(r"\.[kv]_scale$|fake_quantizer\.qscale_act$")
+# In the files' own words: scales of an FP8 cache and of fake quantization, and frequencies that the config gives, too.
+# They change nothing that is computed here.
+PASSED_OVER = re.compile(r"\.[kv]_scale$|fake_quantizer\.qscale_act$|rotary_emb\.inv_freq$")
+
+# What may stand beside a weight.
+BESIDE = re.compile(r"\.(weight_scale_inv|activation_scale|adapter\.lora_[AB]\.weight)$")
 
 # The three HF spellings in use put different prefixes before the same names: model.layers.…, model.language_model.… or
 # language_model.model.…; model.vision_tower.… or vision_tower.…; lm_head.… or language_model.lm_head.…
@@ -259,24 +264,19 @@ def some(names: Iterable[str]) -> str:
 
 
 def check_names(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Every tensor of this rank's `model` is in the checkpoint, and nothing is that no rank has a place for.
+    """Every tensor of this rank's `model` is in the checkpoint, and nothing else that the whole model has no place for.
 
-    A rank knows its own tensors. Of the other stages it knows that their decoder layers are like its own, and what
-    lies before the first layer and after the last one. What it cannot tell (a stray tensor in the vision tower, on the
-    last stage) another rank can; with one process the check is complete.
+    Scales of inputs are there for all quantized weights or for none: without one a linear would measure its own.
     """
-    own, place, here = set(parts_of(model)), model.place, checkpoint.tensors
-    suffixes = {name.split(".", 2)[2] for name in own if name.startswith("layers.")}
-    known = own | {f"layers.{i}.{suffix}" for i in range(model.config.num_hidden_layers) for suffix in suffixes}
-    elsewhere = () if place.first_stage else ("embed_tokens.", "vision_tower.", "multi_modal_projector.")
-    elsewhere += () if place.last_stage else ("norm.", "lm_head.")
+    own, known, here = set(parts_of(model)), set(parts_of(build_model(model.config))), checkpoint.tensors
     if missing := own - set(here):
         raise UserError(f"{checkpoint.title}: {len(missing)} tensors are missing: {some(missing)}")
-    owners = {name: re.sub(r"\.(weight_scale_inv|activation_scale)$", ".weight", name) for name in here}
-    strangers = [name for name, owner in owners.items() if owner not in known and not owner.startswith(elsewhere)]
+    strangers = [at.key for name, at in here.items() if BESIDE.sub(".weight", name) not in known | own]
     if strangers:
-        what = some(here[name].key for name in strangers)
-        raise UserError(f"{checkpoint.title}: {len(strangers)} tensors have no place in the model: {what}")
+        raise UserError(f"{checkpoint.title}: {len(strangers)} tensors have no place in the model: {some(strangers)}")
+    inputs = {scale_names(name)[1] for name in known if scale_names(name)[0] in here}
+    if (lacking := inputs - set(here)) and lacking != inputs:
+        raise UserError(f"{checkpoint.title}: {len(lacking)} activation scales are missing: {some(lacking)}")
 
 
 def fill(model: nn.Module, checkpoint: Checkpoint, progress: Callable[[int, int], None] = lambda done, total: None):
@@ -336,10 +336,11 @@ def fill_part(
     if keeps_fp8(layer):
         if scale is None:
             raise UserError(f"{checkpoint.tensors[name].file}: {name} is not FP8; run with --weights dequantized")
-        fill_scales(layer, part, scale, checkpoint.scale(scale_names(name)[1]))
+        part.rows_of(layer.weight_scale).fill_(scale)
+        input_scale = checkpoint.scale(scale_names(name)[1])
+        if input_scale is not None:
+            layer.activation_scale = largest(layer.activation_scale, input_scale.to(target.device))
         scale = None
-    elif scale is not None:
-        scale = scale.to(target.device)
     # Always a copy: what was read is a view of the mapped file, and if somebody truncates that while the program runs,
     # touching the view kills the process. Padding must be zero: the head's backward pass multiplies these rows, too, by
     # their (zero) gradients, uninitialized memory may hold NaN, and 0 times NaN is NaN.
@@ -350,19 +351,12 @@ def fill_part(
     rows = max(1, BLOCK // max(1, weight[:1].numel()))
     for source, out in zip(weight.split(rows), inside.split(rows)):
         source = source.to(target.device)
-        out.copy_(source if scale is None else fp8.dequantize(source, scale, target.dtype))
+        out.copy_(source if scale is None else fp8.dequantize(source, scale.to(target.device), target.dtype))
 
 
-def fill_scales(layer: nn.Module, part: Part, scale: torch.Tensor, input_scale: torch.Tensor | None) -> None:
-    """Scales of a part whose weight stays FP8. Of several scales for the common input the largest counts."""
-    if layer.weight_scale.dim():
-        part.rows_of(layer.weight_scale).fill_(scale)
-    else:
-        layer.weight_scale.fill_(scale)
-    if input_scale is not None:
-        known = layer.activation_scale
-        input_scale = input_scale.to(layer.weight_scale.device)
-        layer.activation_scale = input_scale if known is None else torch.maximum(known, input_scale)
+def largest(known: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor:
+    """Of several scales for the common input of a linear's matrices the largest counts."""
+    return scale if known is None else torch.maximum(known, scale)
 
 
 # -------------------------------------------------------------------------------------------------- random values

@@ -64,6 +64,8 @@ def parse_config(raw: dict, where: str = "config.json") -> Config:
 def parse_rope(text: Fields) -> RopeConfig:
     """`rope_parameters`, or the older `rope_theta` + `rope_scaling`; the type is `rope_type` or, older, `type`."""
     rope = text.section("rope_parameters") or text.section("rope_scaling") or Fields({}, text.where)
+    if text.values.get("rope_scaling"):  # transformers lets it win, which people use to switch YaRN on
+        text.agree("rope_scaling", rope.values, "rope_parameters")
     theta = (text if rope.values.get("rope_theta") is None else rope).positive("rope_theta", float)
     text.agree("rope_theta", theta, "rope_theta inside rope_parameters")
     rope.only(rope_type=("default", "yarn"), type=("default", "yarn"), partial_rotary_factor=(1.0, None))

@@ -72,24 +72,31 @@ class Product:
         self.packed: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        rows, weight = x.numel() // x.shape[-1], self.linear.weight
+        rows = x.numel() // x.shape[-1]
         self.calls += rows < FLOAT32_ROWS
-        if self.inference and self.calls == 2 and self.packed is None and weight is not None:
-            self.packed = pack(weight.data)
-            if self.packed is not None:
-                self.linear.weight = None
+        if self.inference and self.calls == 2 and self.linear.weight is not None:
+            self.pack()
         if self.packed is not None:
             return self.packed(x)
-        if weight is None:  # a head that is tied to the embedding
-            weight = self.linear.holder[0].weight
-        if not has_matrix_units() and rows >= (FLOAT32_ROWS if knows_bf16() else FLOAT32_ROWS_AVX2):
-            return Float32Matmul.apply(x, weight)
-        if has_matrix_units() and self.inference and 0 < rows < FLOAT32_ROWS:
-            # With W on the left it is read once, as it lies in memory. On the right it would be rearranged first.
-            flat = x.reshape(rows, -1)
-            y = weight @ flat[0] if rows == 1 else (weight @ flat.t()).t().contiguous()
-            return y.reshape(*x.shape[:-1], -1)
-        return F.linear(x, weight)
+        # A head that is tied to the embedding has no weight of its own, and is never packed.
+        weight = self.linear.holder[0].weight if self.linear.weight is None else self.linear.weight
+        if has_matrix_units():
+            few = self.inference and 0 < rows < FLOAT32_ROWS
+            return with_weight_on_the_left(x, weight) if few else F.linear(x, weight)
+        many = rows >= (FLOAT32_ROWS if knows_bf16() else FLOAT32_ROWS_AVX2)
+        return Float32Matmul.apply(x, weight) if many else F.linear(x, weight)
+
+    def pack(self) -> None:
+        self.packed = pack(self.linear.weight.data)
+        if self.packed is not None:
+            self.linear.weight = None
+
+
+def with_weight_on_the_left(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """W x^T: the weight is read once, as it lies in memory. On the right it would be rearranged first."""
+    flat = x.reshape(-1, x.shape[-1])
+    y = weight @ flat[0] if len(flat) == 1 else (weight @ flat.t()).t().contiguous()
+    return y.reshape(*x.shape[:-1], -1)
 
 
 class Float32Matmul(torch.autograd.Function):
@@ -223,14 +230,16 @@ class Traced:
             return self.forward(x, span, cache)
         weights = [product.packed.weight for product in self.products]
         tensors = {name: value for name, value in vars(span).items() if isinstance(value, torch.Tensor)}
-        seen = [layer[:, :, :, : span.length] for layer in cache.layers]
+        inputs = weights, x, tensors, [layer[:, :, :, : span.length] for layer in cache.layers]
         if alone not in self.graphs:
-
-            def run(weights, x, tensors, seen):
-                return self.forward(x, replace(span, length=None, **tensors), KVCache(seen))
-
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that TorchScript is old, and that a graph has no `if`
-                self.graphs[alone] = torch.jit.trace(run, (weights, x, tensors, seen), check_trace=False)
+            self.graphs[alone] = self.trace(span, inputs)
         with torch.jit.optimized_execution(False):  # optimizing takes longer than it saves
-            return self.graphs[alone](weights, x, tensors, seen)
+            return self.graphs[alone](*inputs)
+
+    def trace(self, span: Step, inputs: tuple) -> Callable[..., torch.Tensor]:
+        def run(weights, x, tensors, seen):
+            return self.forward(x, replace(span, length=None, **tensors), KVCache(seen))
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that TorchScript is old, and that a graph has no `if`
+            return torch.jit.trace(run, inputs, check_trace=False)

@@ -1,4 +1,19 @@
-"""Chats as micro-batches: samples, their order, padding, images."""
+"""Chats as micro-batches: samples, their order, padding, images.
+
+A sample is a chat as token ids, and for each id whether an assistant wrote it: thinking, tool calls and the end token
+included. These alone are learned. The model predicts, at every position, the id that comes next, so inputs are the ids
+without the last one and targets are the ids without the first:
+
+    ids                     <s>     [INST]  Is it?   [/INST]  Yes      </s>
+    did an assistant?       no      no      no       no       yes      yes
+    inputs   (tokens)       <s>     [INST]  Is it?   [/INST]  Yes
+    targets                 IGNORE  IGNORE  IGNORE   Yes      </s>
+
+Every rank knows the ids of every sample. The order of the data, the shapes of all micro-batches and the number of
+targets in a step therefore need no communication later; only the reading is divided among ranks. Images remain files
+until their step comes near. The order is a function of the seed and the epoch, and a step's samples follow from its
+number: a resumed run has nothing else to restore.
+"""
 
 import hashlib
 import math

@@ -11,7 +11,7 @@ from torch import nn
 import fp8
 from parallel import Linear, Part, Place, Slice, parts_of
 from runtime.checkpoint import Checkpoint, Stored, allocate, canonical_name, draw
-from runtime.files import UserError, find_folder, read_json, reading
+from runtime.files import find_folder, read_json, reading, require
 
 
 class Adapter(nn.Module):
@@ -66,6 +66,16 @@ def initialize_adapters(model: nn.Module, seed: int) -> None:
             part.rows_of(layer.weight.data).copy_(values)
 
 
+# What peft's adapter_config.json may say without changing what is computed here; of other keys, that they are off.
+HARMLESS = set(
+    "r lora_alpha task_type auto_mapping peft_version base_model_name_or_path revision inference_mode".split()
+)
+HARMLESS |= set("target_modules exclude_modules lora_dropout layers_to_transform layers_pattern eva_config".split())
+HARMLESS |= {"megatron_core", "qalora_group_size"}
+# Other ways to initialize (pissa, olora, …) change the base beside which the adapters belong.
+ONLY = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
+
+
 def read_adapters(directory: str, checkpoint: Checkpoint) -> tuple[int, float]:
     """Adds adapters in peft's form, as train.py exports them, to the tensors of `checkpoint`; (rank, alpha)."""
     path, file = (
@@ -73,12 +83,14 @@ def read_adapters(directory: str, checkpoint: Checkpoint) -> tuple[int, float]:
     )
     fields = read_json(path)
     with reading(path, "adapter config"):
-        rank, alpha = int(fields["r"]), float(fields["lora_alpha"])
-        if not (0 < rank <= 1 << 16 and math.isfinite(alpha)):
-            raise UserError(f"rank {rank} and alpha {alpha} cannot be; r should be above 0 and lora_alpha finite")
-        for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
-            if fields.get(name):
-                raise UserError(f"{name} is not supported; --lora takes what train.py exports")
+        rank, alpha = fields["r"], float(fields["lora_alpha"])
+        whole = type(rank) is int and 0 < rank <= 1 << 16
+        require(whole and math.isfinite(alpha), f"r {rank!r} and lora_alpha {alpha} cannot be")
+        for name, value in fields.items():
+            known = name in HARMLESS or value in ONLY.get(name, (None, False, [], {}))
+            require(
+                known, f"{name} = {value!r} is not supported; --lora takes plain adapters, as train.py exports them"
+            )
     for key in checkpoint.file(file).keys():
         name = canonical_name(key.removeprefix("base_model.model."), native=False)
         checkpoint.tensors[name.replace(".lora_", ".adapter.lora_")] = Stored(file, key)
@@ -92,8 +104,7 @@ def merged(layer: nn.Module, part: Part, dtype: torch.dtype) -> torch.Tensor:
     adapter, scale, weight = getattr(layer, "adapter", None), getattr(layer, "weight_scale", None), layer.weight.data
     weight = part.rows_of(weight)
     if scale is not None:
-        scale = part.rows_of(scale) if scale.dim() else scale
-        weight = fp8.dequantize(weight, scale, torch.float32 if adapter else dtype)
+        weight = fp8.dequantize(weight, part.rows_of(scale), torch.float32 if adapter else dtype)
     if adapter is None:
         return weight
     i = layer.parts.index(part)

@@ -154,12 +154,7 @@ class Optimizer:
         names = gather_objects({tensor.name for tensor in held})
         # What the first and the last stage hold both; ranks are numbered stage by stage.
         self.at_both_ends = names[0] & names[-1] if self.place.pp_size > 1 else set()
-        # Each tensor with its rows of the flat tensors, by their names.
-        shares = {id(p): views for bucket in self.buckets for p, views in zip(bucket.parameters, bucket.views)}
-        self.parts: list[tuple[Held, dict[str, torch.Tensor]]] = []
-        for tensor in held:
-            views = {name: tensor.rows.rows_of(view) for name, view in shares[id(tensor.parameter)].items()}
-            self.parts.append((tensor, views))
+        self.parts = [(tensor, self.views_of(tensor)) for tensor in held]
         kind = torch.optim.AdamW if decoupled else torch.optim.Adam
         masters = [nn.Parameter(bucket.masters) for bucket in self.buckets]
         options = dict(betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
@@ -168,6 +163,12 @@ class Optimizer:
             count = torch.zeros((), device=master.device)
             self.adam.state[master] = dict(step=count, exp_avg=bucket.exp_avg, exp_avg_sq=bucket.exp_avg_sq)
             master.grad = bucket.grads
+
+    def views_of(self, tensor: Held) -> dict[str, torch.Tensor]:
+        """The rows of `tensor` in the flat tensors, by their names."""
+        pairs = [pair for bucket in self.buckets for pair in zip(bucket.parameters, bucket.views)]
+        (views,) = [views for parameter, views in pairs if parameter is tensor.parameter]
+        return {name: tensor.rows.rows_of(view) for name, view in views.items()}
 
     def start(self) -> None:
         """Forget the last step's gradients."""

@@ -135,6 +135,10 @@ def test_rope_spellings():
             dict(rope_parameters=dict(rope, type=kind)),
         ):
             assert parse_config(bare | spelled).rope == expected
+        both = dict(rope_parameters=dict(rope), rope_scaling=dict(rope))  # equal ones pass
+        assert parse_config(bare | both).rope == expected
+        with pytest.raises(UserError, match="rope_scaling = .* rope_parameters = "):  # transformers lets one win
+            parse_config(bare | both | dict(rope_scaling=dict(rope, factor=2.5)))
     bare = {k: v for k, v in text_fields("plain").items() if k != "rope_parameters"}
     assert parse_config(bare | dict(rope_theta=1e4)).rope == parse_config(text_fields("plain")).rope
     assert parse_config(bare | dict(rope_theta=1e4, rope_scaling=None)).rope == parse_config(text_fields("plain")).rope

@@ -65,6 +65,7 @@ def test_weights_and_dtype(ckpt, program, tmp_path):
     stored, _ = to_fp8(random_state(fields), static=True)
     write_checkpoint(tmp_path, fields, stored, fp8="static")
     linears = sum(t.numel() for t in stored.values() if t.dtype == torch.float8_e4m3fn)
+    rows = sum(len(t) for t in stored.values() if t.dtype == torch.float8_e4m3fn)
     others = sum(t.numel() for n, t in stored.items() if t.dim() and t.dtype != torch.float8_e4m3fn)
     common = ("--ckpt", tmp_path, "--raw", "--prompt", "a", "--json", "--max-new-tokens", 3, "--weights")
     texts = []
@@ -74,7 +75,8 @@ def test_weights_and_dtype(ckpt, program, tmp_path):
         ("fp8", "float32", linears + 4 * others),
     ]:
         (answer,) = answers(program(*common, weights, "--dtype", dtype))
-        assert expected <= answer["stats"]["weight_bytes"][0] <= expected + 4 * 7 + 3 * 7 * 8  # scales, frequencies
+        scales = 4 * rows + 3 * 7 * 4  # of each row of an FP8 weight, and of inputs
+        assert expected <= answer["stats"]["weight_bytes"][0] <= expected + 4 * 7 + scales * (weights == "fp8")
         assert answer["stats"]["bytes_read"][0] - linears - 4 * others in (4 * 3 * 7, 8 * 3 * 7)
         texts.append(answer["tokens"])
     if not torch.cuda.is_available():

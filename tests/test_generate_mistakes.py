@@ -211,3 +211,16 @@ def test_a_mistake_of_the_rank_that_has_the_person(ckpt, tmp_path):
     assert [status for status, _, _ in ranks] == [2, 2]
     said = "".join(err for _, _, err in ranks)
     assert said.count("error: ") == 1 and "images" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("more", [(), ("--json",), ("--max-new-tokens", 0, "--json", "--logprobs")])
+@pytest.mark.parametrize("size", [2e38, 3e38])
+def test_logits_that_are_not_finite(more, size, tmp_path, program):
+    """Weights are finite, but what they make of a prompt is not: no answer, and nothing that looks like one."""
+    root = tmp_path
+    fields = text_fields("yarn, short", vocab_size=write_tekken(root) + 3)
+    state = random_state(fields, seed=6)
+    state["layers.1.mlp.up_proj.weight"] = state["layers.1.mlp.up_proj.weight"] * 0 + size
+    write_checkpoint(root, fields, state)
+    status, out, err = program("--ckpt", root, "--raw", "the other thing", "--dtype", "float32", *more)
+    assert status == 1 and out == "" and err.count("error:") == 1 and "not finite" in err, (out, err)

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ import train
 from runtime.checkpoint import is_quantized
 from runtime.export import main as convert
 from runtime.files import UserError
-from runtime.lora import merged
+from runtime.lora import merged, read_adapters
 
 OPTIONS = {"lora_rank": 3, "lora_alpha": 10.0, "lr": 1e-2, "micro_batch_size": 2, "max_steps": 6}
 
@@ -147,6 +148,37 @@ def test_answering_with_them(name, weights, cases, tmp_path):
         expected, plain = ([float(x[i, id]) for i, id in enumerate(tokens[1:])] for x in (after, before))
         assert answer["prompt_logprobs"][1:] == pytest.approx(expected, abs=1e-4)
         assert answer["prompt_logprobs"][1:] != pytest.approx(plain, abs=1e-2)
+
+
+HARMLESS = {
+    "lora_dropout": 0.3, "task_type": "CAUSAL_LM", "init_lora_weights": "gaussian", "inference_mode": True,
+    "peft_version": "0.21.2", "revision": "main", "qalora_group_size": 16, "megatron_core": "megatron.core",
+    "eva_config": {"rho": 2.0}, "exclude_modules": ["lm_head"], "use_dora": False, "rank_pattern": {}, "bias": "none",
+}  # fmt: skip
+OTHERS = {
+    "init_lora_weights": ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "", 7, {"a": 1}],
+    "peft_type": ["VERA", "ADALORA", "lora", "IA3"], "bias": ["all", "lora_only"], "use_qalora": [True],
+    "alora_invocation_tokens": [[1, 2]], "use_dora": [True, "yes"], "use_rslora": [True], "lora_bias": [True, 1],
+    "modules_to_save": [["lm_head"]], "rank_pattern": [{"q_proj": 4}], "alpha_pattern": [{"q_proj": 4}],
+    "fan_in_fan_out": [True], "layer_replication": [[[0, 2]]], "trainable_token_indices": [[5]], "r": [2.5, True, "3"],
+    "target_parameters": [["x"]], "kasa_config": [{"a": 1}], "a_key_of_next_year": ["on", 1, [0]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_other_kinds_of_adapters(seed, tmp_path):
+    """Known harmless keys pass; whatever else is not off is refused by its name."""
+    draw = random.Random(seed)
+    fields = {"peft_type": "LORA", "r": 3, "lora_alpha": 10.0, "target_modules": ["q_proj"]}
+    fields |= dict(draw.sample(sorted(HARMLESS.items()), draw.randint(0, len(HARMLESS))))
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    base = SimpleNamespace(tensors={}, title="base", file=lambda path: {})
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    assert read_adapters(str(tmp_path), base) == (3, 10.0)
+    name = draw.choice(sorted(OTHERS))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields | {name: draw.choice(OTHERS[name])}))
+    with pytest.raises(UserError, match=rf"adapter_config.json: {name}\b"):
+        read_adapters(str(tmp_path), base)
 
 
 def test_adapters_that_do_not_fit(text, program, tmp_path):

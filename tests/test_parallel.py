@@ -1,5 +1,7 @@
 """Every topology gives one process's answers: text and images, batches, sampling, FP8, both layouts."""
 
+import random
+
 import pytest
 import torch
 from helpers import EYES, Tokens, make_eyes, random_tokens
@@ -7,7 +9,7 @@ from processes import run_ranks
 
 import generate
 from generate import Engine
-from parallel import Place
+from parallel import Place, VocabParallelHead
 from runtime.checkpoint import Checkpoint, fill
 from runtime.config import read_config
 from runtime.launch import find_place
@@ -102,3 +104,34 @@ def test_a_topology_equals_one_process(tp, pp, cases):
     for got, want in zip(ranks[0], expected, strict=True):
         assert got[0] == want[0]
         assert got[1] == pytest.approx(want[1], abs=1e-4) and got[2] == pytest.approx(want[2], abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- sampling at the edge
+
+DRAWS = 6000
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_temperature_samples_from_the_softmax(seed):
+    """Over the whole range that is accepted: a chi-square test against float64; below 1e-6 the likeliest token."""
+    draw, size = random.Random(seed), 23
+    generator = torch.Generator().manual_seed(seed)
+    logits = draw.choice((1, 8, 30)) * torch.randn(size, generator=generator)
+    tiny = [1e-45, 1e-44, 1e-40, 1e-38, 1e-20, 1e-7]
+    wide = [10 ** draw.uniform(-3, 2) for _ in range(3)]
+    for temperature in [draw.choice(tiny), *wide]:
+        head = VocabParallelHead(4, size, Place(), torch.float32)
+        column = torch.full((DRAWS, 1), temperature)
+        seeds, positions = torch.arange(DRAWS) + 10_000 * seed, torch.zeros(DRAWS, dtype=torch.long)
+        tokens = head.sample(logits.expand(DRAWS, -1), column, None, seeds, positions)[:, 0].long()
+        if temperature < 1e-6:
+            assert (tokens == logits.argmax()).all(), temperature
+            continue
+        expected = DRAWS * (logits.double() / column[0].double()).softmax(0)
+        counts = torch.bincount(tokens, minlength=size).double()
+        often = expected >= 5  # the rest together, as the test asks for
+        observed = torch.cat((counts[often], counts[~often].sum()[None]))
+        wanted = torch.cat((expected[often], expected[~often].sum()[None]))
+        statistic = float(((observed - wanted) ** 2 / wanted.clamp(min=1e-9)).where(wanted > 1e-3, observed).sum())
+        freedom = int(often.sum())
+        assert statistic < freedom + 5 * (2 * freedom) ** 0.5 + 10, (temperature, statistic, freedom)

@@ -9,7 +9,6 @@ import shutil
 import sys
 from collections import Counter
 from html import unescape
-from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -68,7 +67,7 @@ def plain(data) -> dict:
     linears, queries and keys of the tower."""
     model, found = load(TINY), {"states": [], "inputs": {}, "tower": []}
     readers = {"self_attn.o_proj": "self_attn.o_proj", "mlp.down_proj": "mlp.down_proj"}
-    readers |= {"input_layernorm": "self_attn.q_proj", "post_attention_layernorm": "mlp.up_proj"}
+    readers |= {"input_layernorm": "self_attn.qkv_proj", "post_attention_layernorm": "mlp.gate_up_proj"}
     for i, layer in model.layers.items():
         layer.register_forward_pre_hook(lambda m, inputs: found["states"].append(inputs[0][0]))
         for name, reader in readers.items():
@@ -89,23 +88,28 @@ def plain(data) -> dict:
 def test_one_file_that_needs_no_other(tiny):
     page, data = tiny
     assert len(page.encode()) < 5_000_000 and data["seconds"] < 20
-    assert "[[" not in page.split("<script")[0] and "{{" not in page
+    assert not re.search(r"\[\[[a-z][\w.]+\]\]", page.split("<script")[0]) and "{{data}}" not in page
     assert set(re.findall(r"https?://[^\s\"'<]+", page)) == {"http://www.w3.org/2000/svg"}
     assert set(re.findall(r'(?:src|href)="(\w+:)', page)) <= {"data:"}
 
 
-def test_every_part_links_to_the_line_that_does_it(tiny):
-    page = tiny[0]
-    links = re.findall(r'<a class="source" href="([^"]+)#L(\d+)" title="([\w.]+)">([\w.]+):(\d+)</a>', page)
-    assert len(links) > 20 and len(re.findall("<section", page)) == 8
+def test_every_part_shows_the_code_that_does_it(tiny):
+    page, data = tiny
+    pattern = r'<summary>([\w.]+) <span class="soft">([\w/.]+):(\d+)</span></summary><pre class="card">(.*?)</pre>'
+    shown = re.findall(pattern, page, re.S)
+    assert len(shown) > 20 and len(re.findall("<section", page)) == 8
     for part in re.findall(r"<section.*?</section>", page, re.S):
-        assert 'class="source"' in part
-    for path, line, name, file, shown in links:
-        folder = "runtime" if name.startswith("runtime.") else ""
-        with open(os.path.join(ROOT, folder, file), encoding="utf-8") as source:
-            code = source.readlines()[int(line) - 1 :][:3]
-        assert line == shown and os.path.basename(unquote(unescape(path))) == file
-        assert re.search(rf"(def|class) {name.split('.')[-1]}\b", "".join(code)), (name, code)
+        assert '<details class="source">' in part
+    for name, path, line, code in shown:
+        with open(os.path.join(ROOT, path), encoding="utf-8") as source:
+            lines = source.read().splitlines()[int(line) - 1 :]
+        assert re.search(rf"^(def|class) {name.split('.')[-1]}\b", unescape(code), re.M), (name, code)
+        for written, here in zip(lines, unescape(code).splitlines()):
+            assert written.strip() == here.strip(), name
+    for at, code in {tuple(message[-2:]) for rank in data["found"] for message in rank["messages"]}:
+        path, line = at.split(":")
+        with open(os.path.join(ROOT, path), encoding="utf-8") as source:
+            assert source.read().splitlines()[int(line) - 1].strip() == code != ""
 
 
 def test_tokens_and_merges(data):
@@ -189,6 +193,10 @@ def rotated(x: torch.Tensor, angles: torch.Tensor, factor: float = 1.0) -> torch
     return torch.cat((turned.real, turned.imag), -1) * factor
 
 
+def queries_and_keys(linear, x: torch.Tensor) -> list[torch.Tensor]:
+    return [x @ part.rows_of(linear.weight).detach().double().t() for part in linear.parts[:2]]
+
+
 def test_attention_of_the_decoder(data, plain):
     model, T, D = plain["model"], len(plain["ids"]), 48
     angles = torch.arange(T).double()[:, None] * torch.tensor(data["positions"]["used"]).double()
@@ -199,7 +207,7 @@ def test_attention_of_the_decoder(data, plain):
     for i, layer in model.layers.items():
         with torch.no_grad():
             x = layer.input_layernorm(plain["states"][int(i)]).double()
-        q, k = (x @ getattr(layer.self_attn, f"{name}_proj").weight.detach().double().t() for name in "qk")
+        q, k = queries_and_keys(layer.self_attn.qkv_proj, x)
         for head in range(4):
             query = rotated(q[:, head * D : head * D + D], angles, factor)
             key = rotated(k[:, head // 2 * D : head // 2 * D + D], angles, factor)
@@ -218,8 +226,8 @@ def test_attention_of_the_tower(data, plain):
     frequencies = 1e4 ** -(torch.arange(0, 32, 2).double() / 32)
     angles = torch.cat((place[:, :1] * frequencies[0::2], place[:, 1:] * frequencies[1::2]), -1)
     for i, (layer, x, *_) in enumerate(plain["tower"]):
-        x = layer.attention_norm(x).detach().double()
-        q, k = (x @ getattr(layer.attention, f"{name}_proj").weight.detach().double().t() for name in "qk")
+        x = layer.attention_norm(x[0]).detach().double()
+        q, k = queries_and_keys(layer.attention.qkv_proj, x)
         for head in range(4):
             query, key = (rotated(y[:, head * 32 : head * 32 + 32], angles) for y in (q, k))
             assert torch.allclose(maps[i, head], (query @ key.t() / math.sqrt(32)).softmax(-1), atol=1e-4), (i, head)
