@@ -172,14 +172,14 @@ def tower_layer(config: Config, place: Place, patches: int, size: int, trained: 
     return Layer(v.hidden_size, heads, heads, v.head_dim, inner, patches, patches, size, trained, copied=True)
 
 
-def together(config: Config, patches: int) -> int:
-    """How many of so many patches go through the tower at a time, at most; a large image goes alone."""
+def in_one_pass(config: Config, patches: int) -> int:
+    """How many of `patches` go through the tower at a time, at most; a large image goes alone."""
     return min(patches, max(PATCHES_AT_ONCE, (config.vision.image_size // config.vision.patch_size) ** 2))
 
 
 def tower_forward(config: Config, place: Place, patches: int, size: int) -> int:
     """Images on their way through the tower where nothing is kept: pixels, rotary tables with their angles, a layer."""
-    v, patches = config.vision, together(config, patches)
+    v, patches = config.vision, in_one_pass(config, patches)
     pixels = v.num_channels * v.patch_size**2
     rotary = 2 * size * v.head_dim + FP32 * v.head_dim // 2
     return patches * (size * pixels + rotary) + tower_layer(config, place, patches, size).forward
@@ -207,7 +207,7 @@ def image_bytes(
     patches, pixels = tokens * v.spatial_merge_size**2, v.num_channels * v.patch_size**2
     layer, width = tower_layer(config, place, patches, size, trains_tower), patches * v.hidden_size
     each, _ = layer.held(recomputed)
-    group = tower_layer(config, place, together(config, patches), size, trains_tower)
+    group = tower_layer(config, place, in_one_pass(config, patches), size, trains_tower)
     tower = size * (patches * (pixels + 2 * v.head_dim) + width) + v.num_hidden_layers * each
     gelu, merged = tokens * C // tp, width + tokens * v.hidden_size
     projector = size * (width + gelu + trains_projector * (merged + gelu)) + FP32 * patches
@@ -283,7 +283,7 @@ def prompt_bytes(config: Config, place: Place, context: int, fp8: bool, products
     states, images, tower = size * tokens * C, 0, 0
     if place.first_stage and config.vision is not None:
         v = config.vision
-        most = together(config, context * v.spatial_merge_size**2)
+        most = in_one_pass(config, context * v.spatial_merge_size**2)
         images = size * C * (most // v.spatial_merge_size**2) + states
         tower = tower_forward(config, place, most, size)
     chunk = images + states + rotary_bytes(config, place, tokens, size) + IDS * tokens

@@ -216,7 +216,7 @@ RECIPE_STEPS, MEDPIX = 100, 20_500  # of the published fine-tune; samples of its
 def stage_times(
     config: Config, place: Place, gpu: Gpu, layer: Layer, pairs: float, keys: int, passes: tuple[int, int] = (1, 0)
 ) -> torch.Tensor:
-    """(floor, estimate), in seconds, of a stage's passes over N tokens: so many forward and `passes`[1] times backward.
+    """(floor, estimate), in seconds, of a stage's passes over N tokens; `passes`: how often forward, and products backward.
 
     `pairs`: how many pairs of a query and a key each head has; `keys`: how many keys there are. Per token and layer:
 

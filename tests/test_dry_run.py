@@ -97,13 +97,13 @@ def training_syncs(micro_batches: int) -> dict[tuple[str, str], int]:
     }
 
 
-# Rank, images, other options; kernels, of which Adam takes 76 for a layer's nine tensors.
+# Rank, images, other options; kernels.
 STEPS = [
-    (0, True, [], 770),
-    (0, True, ["--sequence-parallel"], 820),
-    (28, False, [], 590),
-    (63, False, [], 735),
-    (63, False, ["--sequence-parallel"], 790),
+    (0, True, [], 490),
+    (0, True, ["--sequence-parallel"], 540),
+    (28, False, [], 335),
+    (63, False, [], 425),
+    (63, False, ["--sequence-parallel"], 480),
 ]
 
 
@@ -120,7 +120,7 @@ def test_a_training_step(dry, rank, images, more, kernels):
 def test_lora_on_fp8(dry):
     """TP=4: FP8 weights as they are stored, adapters beside them, two layers."""
     report = dry("training_step", rank=1, micro_batches=1, layers=2, tp=4, pp=1, more=["--lora-rank", "8"])
-    check(report, 590, training_syncs(1))
+    check(report, 455, training_syncs(1))
     assert set(report["attention"]) == {"flash"} and report["masks"] == []
     # Five a layer: two forward, two forward again less one that is not needed, two backward. The embedding's, three of
     # the loss; loss and norm, memory and signals; and one for all shares of the adapters' gradients.
