@@ -216,9 +216,10 @@ RECIPE_STEPS, MEDPIX = 100, 20_500  # of the published fine-tune; samples of its
 def stage_times(
     config: Config, place: Place, gpu: Gpu, layer: Layer, pairs: float, keys: int, passes: tuple[int, int] = (1, 0)
 ) -> torch.Tensor:
-    """(floor, estimate), in seconds, of a stage's passes over N tokens; `passes`: how often forward, and products backward.
+    """(floor, estimate), in seconds, of a stage's passes over N tokens.
 
-    `pairs`: how many pairs of a query and a key each head has; `keys`: how many keys there are. Per token and layer:
+    `pairs`: how many pairs of a query and a key each head has; `keys`: how many keys there are; `passes`: how many
+    forward, and how many products backward for each forward. Per token and layer:
 
     - four products, 2 · in · out operations each, which read the weight once; backward as many for the input's gradient
       and, where weights are trained, for theirs. In inference one position goes through the head; in training all.

@@ -129,7 +129,7 @@ def test_lora_on_fp8(dry):
 
 @pytest.mark.slow
 @pytest.mark.time_limit(400)
-@pytest.mark.parametrize("rank, beyond", [(0, 4.91), (28, 3.29), (63, 1.23)])
+@pytest.mark.parametrize("rank, beyond", [(0, 4.96), (28, 3.35), (63, 1.23)])
 def test_the_memory_of_a_whole_step(dry, rank, beyond):
     """All layers of the stage and 8 micro-batches, most of them of an image: GB beyond weights, gradients and Adam's
     state. A stage holds the activations of as many micro-batches as there are stages from it to the end."""
