@@ -86,8 +86,8 @@ def test_inference_of_this_model(medium):
     """FP8 weights, and 360,448 bytes of keys and values a token over all ranks."""
     fp8, rest = 88 * (LAYER - 2 * 12288), TOTAL - 88 * (LAYER - 2 * 12288)
     one = planned(medium, "--inference", "--gpu-memory-gb", 141)
-    # A scale for each row of q, k, v, gate and up, one for o and one for down, and four linears' inputs'.
-    scales = 88 * 4 * ((96 + 2 * 8) * 128 + 2 * 28672 + 2 + 4)
+    # A scale for each row of q, k, v; gate, up; o; down, and one for the inputs of these four.
+    scales = 88 * 4 * ((96 + 2 * 8) * 128 + 2 * 28672 + 2 * 12288 + 4)
     assert one["stages"][0]["weight_bytes"] == fp8 + 2 * rest + scales + 4 * 64
     assert one["stages"][0]["cache_bytes"] == 360_448 * 262_144 and not one["fits"]
     limit = one["largest_context"]
