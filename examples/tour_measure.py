@@ -246,7 +246,7 @@ def held(config: Config, *topologies: tuple[int, int]) -> dict:
         one, ranks = replace(config, num_hidden_layers=pp, vision=vision), []  # a layer for each stage
         with suppress(TopologyError):
             for place in (place for stage in places(tp, pp) for place in stage):
-                plan, _ = plan_rank(config, place, args, False, activations=False)
+                plan, _ = plan_rank(config, place, args, False)
                 rank = {"tp": place.tp_rank, "pp": place.pp_rank, "layers": plan.layers, "parameters": plan.parameters}
                 rank |= {"memory": [plan.weight_bytes, plan.gradient_bytes, plan.optimizer_bytes], "slices": []}
                 for name, (_, part) in parts_of(build_model(one, place)).items():

@@ -3,17 +3,15 @@
     python parallel.py --plan --config CONFIG.json --tp 8 --pp 8
     python parallel.py --plan --config CONFIG.json --inference --tp 8 --gpu h200
 
-Every rank's part of the model is built with the real classes on the `meta` device, where a tensor has a shape but no
-memory: parameters, weights, gradients and optimizer state are those of a real run. Activations and time come from
-running it there, forward and backward, under a `Meter` (meter.py) that counts living bytes, operations and messages;
-two of a stage's layers are built, and stand for the others. Images are taken at their worst, as if every token came
-from one. Adam needs room too, but when activations are gone: the larger counts. RESERVE is an estimate.
+Parameters, weights, gradients and optimizer state are counted on the real classes, built on the `meta` device, where a
+tensor has a shape but no memory: one layer of the stage and of the tower stands for all of them. Activations follow
+the formulas of activations.py, never too low and at most 10 % too high. RESERVE is an estimate.
 
-Time on paper, for text alone. The *estimate* sums up kernels and messages at a GPU's published peaks (`GPUS`), with the
-efficiencies of large products and copies, the launch of a kernel and NCCL's latency; the *floor* is
-max(operations / peak, bytes / bandwidth) of matrix products and attention alone:
+Time on paper, for text alone, from published peaks (`GPUS`). The *floor* is max(operations / peak, bytes / bandwidth)
+of matrix products and attention alone. The *estimate* is what a GPU may be hoped to do:
 
-    kernel: max(operations / (0.7 · peak), bytes / (0.8 · bandwidth), 3 µs)     message: 15 µs + bytes / (0.7 · link)
+    product: max(operations / (0.7 · peak), bytes / (0.8 · bandwidth), 3 µs)
+    other kernels: max(3 µs for each, bytes / (0.8 · bandwidth))        message: 15 µs + bytes / (0.7 · link)
 
 With p stages, m micro-batches or chunks, and t the time of one on the slowest stage, a token takes the sum of all
 stages, a prefill (m + p - 1) · t, a step (m + p - 1) · t + Adam's traffic.
@@ -34,22 +32,26 @@ import torch
 
 from model import CHUNK, Config
 from parallel import Place, TopologyError
+from runtime.activations import (
+    FP32,
+    Layer,
+    batch_shape,
+    count_micro_batches,
+    decoder_layer,
+    prompt_bytes,
+    training_bytes,
+)
 from runtime.config import read_config
 from runtime.files import UserError
 from runtime.launch import SIZE, Parser, gather_objects, number, together
 from runtime.lora import add_adapters
 from runtime.memory import cpu_memory
-from runtime.meter import COPIES, GPUS, LINKS, Gpu, Meter, infer_on_shapes, small, train_on_shapes
 from runtime.optimizer import BUCKET, FREEZABLE, Held, held_tensors, is_trained
-from vision import PATCHES_AT_ONCE, build_model
+from vision import build_model
 
 MOST_RANKS = 1024  # a smallest topology is looked for up to here
 
 RESERVE = 2_000_000_000  # bytes per GPU: CUDA context, libraries' workspaces, NCCL's buffers, what the allocator wastes
-
-FP32 = 4  # bytes per number
-
-IDS = 16  # bytes per token of what has a number for each: ids, targets, losses, log-probabilities
 
 
 @dataclass
@@ -101,7 +103,7 @@ def make_plan(config: Config, args: argparse.Namespace) -> dict:
         plan["largest_context"] = max(0, min(config.max_position_embeddings, *contexts))
     else:
         plan["micro_batches"] = m = count_micro_batches(args, args.dp)
-        plan["bubble"] = (args.pp - 1) / (m + args.pp - 1)  # see pipeline.py
+        plan["bubble"] = (args.pp - 1) / (m + args.pp - 1)  # see parallel.Pipeline
     return plan
 
 
@@ -112,39 +114,25 @@ def places(tp: int, pp: int, dp: int = 1, sequence: bool = False) -> list[list[P
     return [[Place(s * dp * tp + t, t, tp, s, pp, **more) for t in range(tp)] for s in range(pp)]
 
 
-def count_micro_batches(args: argparse.Namespace, dp: int) -> int:
-    """How many a replica runs per step; of the replica that has most."""
-    return math.ceil(math.ceil(args.global_batch_size / args.micro_batch_size) / dp)
-
-
-def batch_shape(args: argparse.Namespace, place: Place) -> tuple[int, int]:
-    """(B, T) of the largest micro-batch."""
-    return min(args.micro_batch_size, args.global_batch_size), -(
-        -args.max_length // place.token_parts
-    ) * place.token_parts
-
-
 def plan_rank(
-    config: Config, place: Place, args: argparse.Namespace, keep_fp8: bool, dtype=torch.bfloat16, activations=True
+    config: Config, place: Place, args: argparse.Namespace, keep_fp8: bool, dtype=torch.bfloat16
 ) -> tuple[StagePlan, Counter]:
     """What the rank at `place` needs, and what its parameters count as: "parameters" or "adapters" where it owns them,
     a kind of copy where another rank does, and "padding", the zeros past the end of a tensor cut into equal parts.
 
     Raises TopologyError where the topology does not divide the model.
     """
-    layers, (few, here) = place.layers(config.num_hidden_layers), small(config, place)
-    model = build_model(few, replace(here, rank=place.rank, tp_rank=place.tp_rank), dtype, keep_fp8)
+    layers, v = place.layers(config.num_hidden_layers), config.vision
+    few = replace(config, num_hidden_layers=place.pp_size, vision=v and replace(v, num_hidden_layers=1))
+    model = build_model(few, replace(place, device=torch.device("meta")), dtype, keep_fp8)
     if args.lora_rank:
         add_adapters(model, args.lora_rank, 1.0)
-    # The last of the layers that are built stands for those that are not.
-    unbuilt = [len(layers) - len(model.layers), 0]
-    repeats = {f"layers.{[*model.layers][-1]}.": unbuilt[0] + 1}
-    if config.vision is not None:
-        unbuilt[1] = config.vision.num_hidden_layers - few.vision.num_hidden_layers
-        repeats[f"vision_tower.transformer.layers.{few.vision.num_hidden_layers - 1}."] = unbuilt[1] + 1
 
-    def times(name: str) -> int:  # how many tensors the one of this name stands for
-        return next((count for prefix, count in repeats.items() if name.removeprefix("vision.").startswith(prefix)), 1)
+    def times(name: str) -> int:
+        """How many tensors the one of this name stands for."""
+        if name.startswith("layers."):
+            return len(layers)
+        return v.num_hidden_layers if ".layers." in name else 1
 
     weights = sum(times(name) * x.nbytes for name, x in [*model.named_parameters(), *model.named_buffers()])
     if config.activation_scheme == "static":  # the loader adds the scales of activations
@@ -153,31 +141,31 @@ def plan_rank(
     for tensor in held:
         inside = math.prod(tensor.part.shape) // tensor.part.shape[tensor.part.dim] * tensor.part.length
         counts[kind_of(tensor)] += times(tensor.name) * inside
-        counts["padding"] += times(tensor.name) * (tensor.parameter.numel() - inside)
-    parameters = sum(times(tensor.name) * tensor.parameter.numel() for tensor in held)
-    stage = StagePlan(place.pp_rank, [layers[0], layers[-1]], parameters, weights)
+        counts["padding"] += times(tensor.name) * (tensor.size - inside)
+    stage = StagePlan(place.pp_rank, [layers[0], layers[-1]], sum(counts.values()), weights)
     if args.inference:
-        cache = model.new_cache(1, args.max_context)
-        stage.cache_bytes = len(layers) * cache.layers[0].nbytes
-        tokens = min(CHUNK, args.max_context)
-        chunk = (args.max_context - tokens, tokens, keep_fp8, dtype, GPUS[args.gpu].fp8 > 0)
-        if activations:
-            stage.activation_bytes = infer_on_shapes(few, here, *chunk)[1] + IDS * tokens
+        stage.cache_bytes = len(layers) * model.new_cache(1, args.max_context).nbytes
+        products = keep_fp8 and GPUS[args.gpu].fp8 > 0
+        stage.activation_bytes = prompt_bytes(config, place, args.max_context, keep_fp8, products, dtype.itemsize)
     else:
-        freeze = tuple(FREEZABLE if args.lora_rank else args.freeze)
-        trained = [t for t in held if is_trained(t.name, freeze) or (args.lora_rank and ".adapter." in t.name)]
-        total = sum(times(tensor.name) * tensor.parameter.numel() for tensor in trained)
-        # In FP32 (see optimizer.py): the sum of gradients; the master weight and Adam's two moments.
-        stage.gradient_bytes, stage.optimizer_bytes = FP32 * total, 3 * FP32 * total
-        m, rows = count_micro_batches(args, place.dp_size), batch_shape(args, place)
-        most = min(place.pp_size - place.pp_rank, m)  # micro-batches that are held; see pipeline.py
-        run = min(most, 3) + (m > most)  # one more, if a stage gets to alternate between forward and backward passes
-        options = (args.activation_checkpointing, freeze, args.lora_rank, keep_fp8, dtype, tuple(unbuilt))
-        if activations:
-            _, peak, each = train_on_shapes(few, here, rows, run, *options)
-            peak += max(0, most - 3) * each + IDS * math.prod(rows)
-            stage.activation_bytes = max(peak, FP32 * min(BUCKET, total))
+        plan_training(stage, config, place, args, [(tensor, times(tensor.name)) for tensor in held], keep_fp8, dtype)
     return stage, counts
+
+
+def plan_training(
+    stage: StagePlan, config: Config, place: Place, args: argparse.Namespace, held: list, keep_fp8: bool, dtype
+) -> None:
+    """Adds to `stage` what training takes. `held`: its tensors, each with how many others it stands for."""
+    freeze = tuple(FREEZABLE if args.lora_rank else args.freeze)
+    trained = [(t, count) for t, count in held if ".adapter." in t.name or is_trained(t.name, freeze)]
+    total = sum(count * tensor.size for tensor, count in trained)
+    # In FP32 (see optimizer.py): the sum of gradients; the master weight and Adam's two moments.
+    stage.gradient_bytes, stage.optimizer_bytes = FP32 * total, 3 * FP32 * total
+    # After the passes the shares of a gradient are added up in whole tensors, a bucket at a time.
+    shared = [(count, math.prod(tensor.part.shape)) for tensor, count in trained if tensor.sharers > 1]
+    bucket = min(max([BUCKET, *(size for _, size in shared)]), sum(count * size for count, size in shared))
+    passes = training_bytes(config, place, args, freeze, keep_fp8, dtype.itemsize)
+    stage.activation_bytes = max(passes, FP32 * bucket)
 
 
 def kind_of(tensor: Held) -> str:
@@ -192,42 +180,130 @@ def kind_of(tensor: Held) -> str:
     return "key/value heads" if tensor.sharers > 1 else "patch_conv"
 
 
+# ------------------------------------------------------------------------------------------------------------- time
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Published peaks: operations/s of dense products, bytes/s of memory and, in one direction, of the links."""
+
+    bf16: float
+    fp8: float  # 0: it has none
+    memory: float
+    nvlink: float  # inside a node of 8
+    network: float  # between nodes, per GPU: HDR or NDR InfiniBand
+    gigabytes: float
+
+
+GPUS = {
+    "a100": Gpu(312e12, 0, 2.039e12, 300e9, 25e9, 80),
+    "h100": Gpu(989e12, 1979e12, 3.35e12, 450e9, 50e9, 80),
+    "h200": Gpu(989e12, 1979e12, 4.8e12, 450e9, 50e9, 141),
+}
+
+PRODUCTS, COPIES, LINKS = 0.7, 0.8, 0.7  # what is reached of them
+
+KERNEL, MESSAGE = 3e-6, 15e-6  # seconds that each takes at least
+
+KERNELS = 13  # of a layer's step, beside six products: norms, rotation, cache, softmax, silu, residuals
+ENDS = 22  # kernels of a stage before its layers, in a step; and of the last one after them, to sample the next token
+
 ADAM_BYTES = 82  # that a step of optimizer.py reads and writes per trained weight
 
 RECIPE_STEPS, MEDPIX = 100, 20_500  # of the published fine-tune; samples of its data
 
 
-def stage_seconds(config: Config, place: Place, gpu: Gpu, run: Callable[[Config, Place], Meter]) -> torch.Tensor:
-    """(floor, estimate) of `run` on the whole stage at `place`, from runs of one layer and of two: float64."""
-    one, two = (torch.tensor(run(*small(config, place, n)).seconds(gpu, place.pp_size)).double() for n in (1, 2))
-    return one + (len(place.layers(config.num_hidden_layers)) - 1) * (two - one)
+def stage_times(
+    config: Config, place: Place, gpu: Gpu, layer: Layer, pairs: float, keys: int, passes: tuple[int, int] = (1, 0)
+) -> torch.Tensor:
+    """(floor, estimate), in seconds, of a stage's passes over N tokens.
+
+    `pairs`: how many pairs of a query and a key each head has; `keys`: how many keys there are; `passes`: how many
+    forward, and how many products backward for each forward. Per token and layer:
+
+    - four products, 2 · in · out operations each, which read the weight once; backward as many for the input's gradient
+      and, where weights are trained, for theirs. In inference one position goes through the head; in training all.
+    - attention: 4 D operations per pair and head; in the backward pass, which forms the scores again, 10 D.
+    - other kernels read and write, in bytes: norms and residuals 8 C + 12 C; the rotation (roll, times cosine, plus
+      times sine) 4 + 4 + 6 for each number of q and k; the cache 8 KV D; silu and product 4 F + 6 F; quantizing to FP8
+      (divide, clamp, convert) 6 + 8 + 5 for each input of a product, or dequantizing 7 for each weight; putting an
+      adapter's output together, scaling and adding it 4 + 4 + 6 for each output. Backward, norms and residuals 12 C +
+      12 C, the rotation of a copy 4 Q + 14, silu, product and joining their gradients 6 F + 12 F + 8 F; and each
+      trained weight's gradient is added to a float32 sum, 10 bytes. Logits in training: 52 bytes for each.
+    - two all-reduces of 2 C bytes forward, two backward, in a ring: every part travels twice, but for a rank's own.
+      Computing a layer again ends before down_proj. One message goes to each neighbouring stage.
+    """
+    (forward, backward), tp, (A, Q, F, C, _) = passes, place.tp_size, replace(layer, tokens=1, own_tokens=1).sizes
+    N, layers, training = layer.tokens, len(place.layers(config.num_hidden_layers)), backward > 0
+    turned, V, last = (A + Q) // 2, config.vocab_size / tp, place.last_stage
+    matrices, fp8, adapters = [(C, Q), (A, C), (C, 2 * F), (F, C)], layer.products, layer.rank > 0
+    weights, quantized, outputs = sum(x * y for x, y in matrices), 19 * fp8 * (2 * C + A + F), Q + 2 * C + 2 * F
+    dequantizes, adding, again = layer.fp8 and not fp8, 14 * adapters * outputs, forward > 1 and not adapters
+    scored, peak = N if training else 1, gpu.fp8 if fp8 else gpu.bf16
+    # How often, operations, bytes, operations per second
+    products = [
+        (layers * 2 * (forward + 2.5 * training), 2 * pairs * A, 2 * keys * (turned - A) + 2 * N * A, gpu.bf16),
+        (last * (1 + backward), 2 * scored * C * V, 2 * (C * V + scored * (C + V)), gpu.bf16),
+    ]
+    for x, y in matrices:
+        times, nbytes = layers * (forward + backward - (again and x == F)), (2 - fp8) * (x * y + N * x) + 2 * N * y
+        products.append((times, 2 * N * x * y, nbytes, peak))
+        products.append((layers * adapters * (forward + 2), 2 * N * layer.rank * (x + y), 2 * N * (x + y), gpu.bf16))
+    # How often, kernels, bytes
+    moved = 20 * C + 14 * turned + 8 * (turned - A) + 10 * F + quantized + adding
+    kernels = KERNELS + 12 * fp8 + 8 * dequantizes + 20 * adapters
+    others = [
+        (layers * forward, kernels, N * moved),
+        (layers * training, kernels, N * (24 * C + 14 * turned + 4 * Q + 26 * F + adding)),
+        (layers * (forward + training) * dequantizes, 0, 7 * weights),
+        (layers * training * layer.trained, 0, 10 * weights),
+        (1, ENDS, 0),
+        (last, ENDS, 52 * training * N * V),
+    ]
+    # How often, bytes, bytes per second
+    sums = layers * (2 * forward + 2 * training - again) + place.first_stage + last
+    far = gpu.network if tp * place.pp_size > 8 else gpu.nvlink
+    messages = [
+        ((tp > 1) * sums, 4 * (1 - 1 / tp) * N * C, gpu.network if tp > 8 else gpu.nvlink),
+        ((not last) + training * (not place.first_stage), 2 * layer.own_tokens * C, far),
+    ]
+    floor = about = 0.0
+    for count, operations, nbytes, peak in products:
+        compute, memory = operations / peak, nbytes / gpu.memory
+        floor += count * max(compute, memory)
+        about += count * max(compute / PRODUCTS, memory / COPIES, KERNEL)
+    about += sum(count * max(n * KERNEL, nbytes / gpu.memory / COPIES) for count, n, nbytes in others)
+    about += sum(count * (MESSAGE + nbytes / link / LINKS) for count, nbytes, link in messages)
+    return torch.tensor([floor, about], dtype=torch.float64)
 
 
 def make_times(config: Config, args: argparse.Namespace, keep_fp8: bool, trained: int) -> dict[str, list[float]]:
     """What takes how long: name -> [floor, estimate], in seconds. `trained`: the most weights that a rank trains."""
-    gpu, p, dtype = GPUS[args.gpu], args.pp, torch.bfloat16
+    gpu, p, times = GPUS[args.gpu], args.pp, {}
     grid = [stage[0] for stage in places(args.tp, p, args.dp, args.sequence_parallel)]
-    ends = [grid[i] for i in sorted({0, min(1, p - 1), p - 1})]  # the stages between are alike
 
-    def infer(start: int, tokens: int) -> list[torch.Tensor]:
-        options = (start, tokens, keep_fp8, dtype, gpu.fp8 > 0, True)
-        return [stage_seconds(config, at, gpu, lambda *on: infer_on_shapes(*on, *options)[0]) for at in ends]
+    def infer(start: int, tokens: int) -> torch.Tensor:
+        """Of each stage, for `tokens` of one row from position `start` on: (p, 2)."""
+        options = dict(fp8=keep_fp8, products=keep_fp8 and gpu.fp8 > 0)
+        layer = decoder_layer(config, grid[0], tokens, 2, **options)
+        pairs = tokens * (start + (tokens + 1) / 2)
+        return torch.stack([stage_times(config, at, gpu, layer, pairs, start + tokens) for at in grid])
 
-    times = {}
     if args.inference:
         context = min(8192, args.max_context)
-        stages = infer(context - 1, 1)
-        times[f"a token after {context:,}"] = sum(stages) + max(0, p - 3) * stages[len(stages) // 2]
+        times[f"a token after {context:,}"] = infer(context - 1, 1).sum(0)
         for length in (n for n in (8192, 131072) if n <= args.max_context):
-            pairs = zip(infer(0, CHUNK), infer(length - CHUNK, CHUNK))
-            slowest = torch.stack([(first + last) / 2 for first, last in pairs]).amax(0)
+            slowest = (infer(0, CHUNK) + infer(length - CHUNK, CHUNK)).amax(0) / 2
             times[f"a prompt of {length:,}"] = (length // CHUNK + p - 1) * slowest
     else:
-        freeze = tuple(FREEZABLE if args.lora_rank else args.freeze)
-        options = (args.activation_checkpointing, freeze, args.lora_rank, keep_fp8, dtype, (0, 0), True)
-        rows = batch_shape(args, ends[0])
-        step = lambda *on: train_on_shapes(*on, rows, 1, *options)[0]  # noqa: E731
-        slowest = torch.stack([stage_seconds(config, at, gpu, step) for at in ends]).amax(0)
+        (B, T), whole = batch_shape(args, grid[0]), not (args.lora_rank or "language_model" in args.freeze)
+        options = dict(trained=whole, fp8=keep_fp8, rank=args.lora_rank or 0)
+        layer, passes = (
+            decoder_layer(config, grid[0], B * T, 2, **options),
+            (1 + args.activation_checkpointing, 1 + whole),
+        )
+        pairs = B * T * (T + 1) / 2
+        slowest = torch.stack([stage_times(config, at, gpu, layer, pairs, B * T, passes) for at in grid]).amax(0)
         adam = torch.tensor([1, 1 / COPIES]) * ADAM_BYTES * trained / gpu.memory
         adam[1] += 2 * (args.dp - 1) / args.dp * FP32 * trained / gpu.network / LINKS  # gradients of replicas
         times["a step"] = step = (count_micro_batches(args, args.dp) + p - 1) * slowest + adam
@@ -250,18 +326,13 @@ def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp
         wanted.max_context = min(longest, CHUNK + (args.max_new_tokens or CHUNK))
     dtype, gpu = getattr(torch, args.dtype), place.device.type == "cuda"
 
-    def needs(place: Place, room: float, exact: bool = False) -> StagePlan:
-        """Activations take a second to count, and are only bounded where that says already whether all of it fits."""
-        stage, _ = plan_rank(config, place, wanted, keep_fp8, dtype, activations=False)
+    def needs(place: Place) -> StagePlan:
+        stage, _ = plan_rank(config, place, wanted, keep_fp8, dtype)
         stage.reserve_bytes = RESERVE if gpu else 0
-        stage.activation_bytes = most_activations(config, place, wanted)
-        rest = stage.weight_bytes if exact else stage.peak_bytes - stage.activation_bytes
-        if stage.peak_bytes > room >= rest:
-            stage.activation_bytes = plan_rank(config, place, wanted, keep_fp8, dtype)[0].activation_bytes
         return stage
 
+    mine = together(lambda: needs(place))
     room = torch.cuda.mem_get_info(place.device)[0] if gpu else cpu_memory()
-    mine = together(lambda: needs(place, room if gpu else room / place.world_size, True))
     devices: dict[tuple, list] = {}
     for device, *numbers in gather_objects(
         ((socket.gethostname(), str(place.device)), mine.weight_bytes, mine.peak_bytes, room)
@@ -283,23 +354,9 @@ def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp
     return mine.peak_bytes
 
 
-def most_activations(config: Config, place: Place, args: argparse.Namespace) -> int:
-    """More bytes than activations can take, whatever the topology: 64 for each of the numbers that a layer computes."""
-    tokens = CHUNK if args.inference else math.prod(batch_shape(args, place))
-    held = min(place.pp_size - place.pp_rank, count_micro_batches(args, place.dp_size))
-    layers = 2 if args.inference else held * len(place.layers(config.num_hidden_layers)) + 2
-    width = 3 * config.hidden_size + 3 * config.intermediate_size + 4 * config.num_attention_heads * config.head_dim
-    most = tokens * (64 * layers * width + 16 * config.vocab_size)
-    if config.vision is not None and place.first_stage:
-        v, layers = config.vision, 2 if args.inference else held * config.vision.num_hidden_layers + 2
-        patches = max(tokens * v.spatial_merge_size**2, PATCHES_AT_ONCE)
-        most += 64 * patches * layers * 3 * (2 * v.hidden_size + v.intermediate_size)
-    return most + 8 * config.hidden_size * max(config.intermediate_size, config.vocab_size)  # a gradient; a weight
-
-
-def smallest_topology(needs: Callable[[Place, float], StagePlan], room: float) -> tuple[int, int] | None:
+def smallest_topology(needs: Callable[[Place], StagePlan], room: float) -> tuple[int, int] | None:
     """(tp, pp) of the fewest ranks that have `room` bytes each; tp within a machine of 8 where there is a choice."""
-    whole = needs(Place(), 0)
+    whole = needs(Place())
     fewest = math.ceil((whole.weight_bytes + whole.gradient_bytes + whole.optimizer_bytes) / max(1, room))
     step = 8 if fewest > 64 else 1  # whole machines
     for ranks in range(-(-max(1, fewest) // step) * step, min(2 * fewest + 16, MOST_RANKS), step):
@@ -309,7 +366,7 @@ def smallest_topology(needs: Callable[[Place, float], StagePlan], room: float) -
             # more activations than the later ones.
             some = [Place(0, 0, tp, stage, pp) for stage in sorted({0, min(1, pp - 1), pp - 1})]
             with contextlib.suppress(TopologyError):
-                if all(needs(place, room).peak_bytes <= room for place in some):
+                if all(needs(place).peak_bytes <= room for place in some):
                     return tp, pp
     return None
 
@@ -331,13 +388,18 @@ class Progress:
 
 def show(plan: dict, args: argparse.Namespace) -> str:
     """The plan as a table."""
-    middle = ["KV cache"] if args.inference else ["gradients", "optimizer"]
-    fields = ["cache_bytes"] if args.inference else ["gradient_bytes", "optimizer_bytes"]
-    names = ["stage", "layers", "parameters", "weights", *middle, "activations", "reserve*", "peak", "fits"]
-    fields = ["weight_bytes", *fields, "activation_bytes", "reserve_bytes", "peak_bytes"]
+    middle = (
+        {"KV cache": "cache_bytes"}
+        if args.inference
+        else {"gradients": "gradient_bytes", "optimizer": "optimizer_bytes"}
+    )
+    columns = {"weights": "weight_bytes", **middle, "activations": "activation_bytes", "reserve*": "reserve_bytes"}
+    columns["peak"] = "peak_bytes"
+    names, fits = ["stage", "layers", "parameters", *columns, "fits"], {True: "yes", False: "no"}
     rows = [
-        [str(s["stage"]), "{}-{}".format(*s["layers"]), f"{s['parameters']:,}", *(f"{s[f] / 1e9:.2f}" for f in fields)]
-        + ["yes" if s["fits"] else "no"]
+        [str(s["stage"]), "{}-{}".format(*s["layers"]), f"{s['parameters']:,}"]
+        + [f"{s[field] / 1e9:.2f}" for field in columns.values()]
+        + [fits[s["fits"]]]
         for s in plan["stages"]
     ]
     widths = [max(map(len, column)) for column in zip(names, *rows)]

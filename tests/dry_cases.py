@@ -22,9 +22,9 @@ import generate
 import train
 from generate import Engine
 from model import Config
-from parallel import Pipeline, Place, Slice
+from parallel import Pipeline, Place, Slice, parts_of
 from runtime import checkpoint
-from runtime.checkpoint import Stored, fill, is_quantized, layers_with_slices, scale_names
+from runtime.checkpoint import Stored, fill, is_quantized, scale_names
 from runtime.config import read_config
 from runtime.data import MicroBatch
 from runtime.optimizer import Optimizer
@@ -36,12 +36,17 @@ generate.record = lambda step: step  # there are no CUDA graphs here; what one w
 CONFIG = os.path.join(ROOT, "tests", "data", "config.json")
 
 
-def real_config(layers: int | None) -> Config:
-    """With `layers` the decoder has so many of them, and the tower two."""
-    config = read_config(CONFIG)
+def real_config(layers: int | None, sizes: dict | None = None) -> Config:
+    """With `layers` the decoder has this many of them, and the tower two. `sizes` replaces others, "vision" some of the
+    tower's, or the whole tower by None."""
+    config, sizes = read_config(CONFIG), dict(sizes or {})
+    tower = sizes.pop("vision", {})
+    config = replace(config, **sizes, vision=None if tower is None else replace(config.vision, **tower))
     if layers is None:
         return config
-    return replace(config, num_hidden_layers=layers, vision=replace(config.vision, num_hidden_layers=2))
+    return replace(
+        config, num_hidden_layers=layers, vision=config.vision and replace(config.vision, num_hidden_layers=2)
+    )
 
 
 class Shelf(checkpoint.Checkpoint):
@@ -49,7 +54,7 @@ class Shelf(checkpoint.Checkpoint):
 
     def __init__(self, config: Config, fp8: bool):
         self.title, self.native, self.bytes_read = "shelf", False, 0
-        names = list(layers_with_slices(build_model(config)))
+        names = list(parts_of(build_model(config)))
         self.quantized = {name for name in names if fp8 and is_quantized(name)}
         names += [scale for name in self.quantized for scale in scale_names(name)]
         self.tensors = {name: Stored(self.shard(name), name) for name in names}
@@ -82,7 +87,6 @@ def filling(watch: Watch, rank: int = 0, tp: int = 1, pp: int = 1, layers: int |
     with world(rank, tp, pp) as place, watch:
         watch.forget()
         model = build_model(config, place, torch.bfloat16, keep_fp8)
-        model.join()
         fill(model, Shelf(config, fp8=True))
         return watch.report()
 
@@ -105,31 +109,37 @@ def training_step(
     tp: int | None = None,
     pp: int | None = None,
     more: list[str] = (),
+    sizes: dict | None = None,
+    instead: list[str] | None = None,
+    fp8: bool = True,
 ):
-    """A step of the published recipe with the options `more` besides; `tp` and `pp` in place of its own.
+    """A step of the published recipe with the options `more` besides; `tp` and `pp` in place of its own. `instead`: all
+    options, in place of the recipe's. `sizes`: see `real_config`. `fp8`: what LoRA starts from.
 
-    Every sample has --max-length tokens, all of them targets. With `images` most of them are of one image each.
+    Every sample has --max-length tokens, all of them targets. With `images` all of them are of one image each.
     """
-    argv = ["--ckpt", "shelf", "--data", "chats.jsonl", "--val", "chats.jsonl", "--out", "run", *recipe(), *more]
+    argv = ["--ckpt", "shelf", "--data", "chats.jsonl", "--val", "chats.jsonl", "--out", "run"]
+    argv += [*(recipe() if instead is None else instead), *more]
     for flag, size in (("--tp", tp), ("--pp", pp)):
         argv += [flag, str(size)] if size else []
-    args, config = train.parse_args(argv), real_config(layers)
+    args, config = train.parse_args(argv), real_config(layers, sizes)
     train.check_memory = lambda *arguments: None  # `plan.py` has its own tests
     with world(rank, args.tp, args.pp) as place, watch:
         place = replace(place, sequence_parallel=args.sequence_parallel)
-        trainer = make_trainer(args, place, config)
-        batches = [micro_batch(i, args.max_length, config, images and place.first_stage) for i in range(micro_batches)]
+        trainer = make_trainer(args, place, config, fp8 and bool(args.lora_rank))
+        shape = args.micro_batch_size, args.max_length
+        batches = [micro_batch(i, shape, config, images and place.first_stage) for i in range(micro_batches)]
         watch.forget()
         trainer.step(1, (batches, batches, lambda: None))
         report = watch.report() | {"held": trainer.pipeline.most_held, "rank": rank}
     return report
 
 
-def make_trainer(args, place: Place, config: Config) -> train.Trainer:
+def make_trainer(args, place: Place, config: Config, fp8: bool) -> train.Trainer:
     """A Trainer but for its files: chats, tokenizer, states."""
     trainer = train.Trainer.__new__(train.Trainer)
     trainer.args, trainer.place, trainer.config = args, place, config
-    trainer.checkpoint = Shelf(config, fp8=bool(args.lora_rank))
+    trainer.checkpoint = Shelf(config, fp8)
     trainer.total = 10
     trainer.model = trainer.build_model()
     decoupled = args.optimizer == "adamw"
@@ -139,11 +149,17 @@ def make_trainer(args, place: Place, config: Config) -> train.Trainer:
     return trainer
 
 
-def micro_batch(number: int, length: int, config: Config, image: bool) -> MicroBatch:
-    tokens, cell = torch.zeros(1, length, dtype=torch.long), config.vision.patch_size * config.vision.spatial_merge_size
-    side = int(length**0.5) - 2  # cells; a row ends with one token more
-    pixels = [torch.zeros(3, side * cell, side * cell, dtype=torch.bfloat16)] if image else []
-    return MicroBatch(tokens, torch.zeros_like(tokens), [number], [], length, pixels)
+def micro_batch(number: int, shape: tuple[int, int], config: Config, image: bool) -> MicroBatch:
+    """B samples of T tokens; with an image each, which is as long as the sample: nobody looks at its tokens' values."""
+    (B, T), tokens = shape, torch.zeros(shape, dtype=torch.long)
+    pixels = [picture(config, 1, T) for _ in range(B)] if image else []
+    return MicroBatch(tokens, torch.zeros_like(tokens), [number] * B, [], B * T, pixels)
+
+
+def picture(config: Config, rows: int, columns: int) -> torch.Tensor:
+    """An image of rows × columns tokens."""
+    cell = config.vision.patch_size * config.vision.spatial_merge_size
+    return torch.zeros(3, rows * cell, columns * cell, dtype=torch.bfloat16)
 
 
 # ------------------------------------------------------------------------------------------------------- inference
@@ -169,7 +185,6 @@ def answering(
     config, seen = real_config(layers), []
     with world(rank, tp, pp) as place, watch:
         model = build_model(config, place, torch.bfloat16, keep_fp8)
-        model.join()
         fill(model, Shelf(config, fp8=keep_fp8))
         model.eval()
         engine = Engine(model, eos_id=2, max_context=config.max_position_embeddings)
@@ -203,8 +218,8 @@ def request(config: Config, length: int, image: bool, temperature: float, tokens
     """A prompt of `length` tokens, most of them of one image, if there is one."""
     prompt, pixels = [1] * length, []
     if image:
-        side, cell = int(length**0.5) - 2, config.vision.patch_size * config.vision.spatial_merge_size
-        pixels = [torch.zeros(3, side * cell, side * cell, dtype=torch.bfloat16)]
+        side = int(length**0.5) - 2  # a row ends with one token more
+        pixels = [picture(config, side, side)]
         prompt[1 : 1 + side * side] = [config.vision.image_token_id] * side * side
     return Request(prompt, pixels, tokens, temperature)
 

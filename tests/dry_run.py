@@ -54,6 +54,8 @@ device is_same_size numel size stride sym_size sym_stride sym_numel sym_storage_
 empty empty_like empty_strided new_empty new_empty_strided set_ resize_ record_stream _local_scalar_dense"""
 FREE = frozenset(FREE.split())
 
+KERNELS = torch.library.Library("aten", "IMPL")
+
 # ---------------------------------------------------------------------------------------------- what is watched
 
 
@@ -63,7 +65,9 @@ def where() -> tuple[str, str]:
     while frame is not None:
         folder, file = os.path.split(frame.f_code.co_filename)
         name = frame.f_code.co_name
-        if folder == ROOT and not name.startswith("<"):  # older Pythons call a list comprehension <listcomp>
+        if folder in (ROOT, os.path.join(ROOT, "runtime")) and not name.startswith(
+            "<"
+        ):  # older Pythons call a list comprehension <listcomp>
             return f"{file}:{frame.f_lineno}", f"{file} {name}"
         frame = frame.f_back
     return "elsewhere", "elsewhere"  # the backward pass of an operation of torch's own
@@ -128,7 +132,7 @@ class Watch(TorchDispatchMode):
         if name in ("_to_copy", "copy_") and everywhere == {"cpu", "cuda"}:
             # From or to pageable memory, which the host has to wait for. Within the GPU's queue it does not.
             self.sync("copy to the GPU" if made[0].device.type == "cuda" else "copy to the host")
-        if "cuda" in everywhere and name not in FREE:
+        if "cuda" in everywhere and name not in FREE and any(map(torch.Tensor.numel, made)):
             self.kernels[name] += 1
         for x in made:
             self.hold(x)
@@ -272,6 +276,9 @@ def pretend() -> Watch:
     # In inference mode operations would come here before they are taken apart into those of the GPU.
     torch.inference_mode = lambda mode=True: torch.no_grad() if mode else contextlib.nullcontext()
     logging.getLogger("torch._subclasses.fake_tensor").disabled = True  # what it raises is reported
+    # CUDA has a kernel for it. A build without CUDA knows of none, and would take it apart into eight before the modes
+    # see it; what is registered here is never called.
+    KERNELS.impl("silu_backward", torch.ops.aten.sigmoid_backward, "CUDA")
     watch = Watch()
     F.scaled_dot_product_attention, norm = attention(watch), F.rms_norm
     F.rms_norm = lambda x, shape, weight, eps: (

@@ -6,26 +6,21 @@ import random
 import re
 import sys
 import time
-import weakref
 
 import pytest
 import torch
 from helpers import SIZES, layout_config, make_eyes, text_fields, write_json, write_tekken
-from PIL import Image
 from processes import run, run_ranks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-import fp8
 import generate
-import model as decoder
 import train
 from parallel import Place
-from runtime import launch, meter, plan
+from runtime import launch, plan
 from runtime.checkpoint import Checkpoint, fill
 from runtime.config import read_config
 from runtime.files import UserError
 from runtime.launch import find_place
+from runtime.optimizer import STATE
 from vision import build_model
 
 MEDIUM = dict(
@@ -91,7 +86,9 @@ def test_inference_of_this_model(medium):
     """FP8 weights, and 360,448 bytes of keys and values a token over all ranks."""
     fp8, rest = 88 * (LAYER - 2 * 12288), TOTAL - 88 * (LAYER - 2 * 12288)
     one = planned(medium, "--inference", "--gpu-memory-gb", 141)
-    assert one["stages"][0]["weight_bytes"] == fp8 + 2 * rest + 88 * 7 * 8 + 4 * 64
+    # A scale for each row of q, k, v; gate, up; o; down, and one for the inputs of these four.
+    scales = 88 * 4 * ((96 + 2 * 8) * 128 + 2 * 28672 + 2 * 12288 + 4)
+    assert one["stages"][0]["weight_bytes"] == fp8 + 2 * rest + scales + 4 * 64
     assert one["stages"][0]["cache_bytes"] == 360_448 * 262_144 and not one["fits"]
     limit = one["largest_context"]
     assert 0 < limit < 262_144
@@ -123,31 +120,7 @@ def test_what_is_held_is_parameters_copies_and_padding(tied, tmp_path):
         assert ("tied embedding" in plan["copies"]) == (tied and pp > 1)
 
 
-# --------------------------------------------------------------------------------------- what is counted on shapes
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        (),
-        ("--activation-checkpointing", "--freeze", "embeddings"),
-        ("--lora-rank", 4),
-        ("--lora-rank", 4, "--activation-checkpointing"),
-        ("--sequence-parallel", "--activation-checkpointing"),
-        ("--sequence-parallel",),
-    ],
-)
-@pytest.mark.parametrize("tp, pp", [(2, 1), pytest.param(2, 4, marks=pytest.mark.slow)])
-def test_layers_that_are_not_built(options, tp, pp, tmp_path, monkeypatch):
-    """Two layers stand for six, to the byte."""
-    config = str(tmp_path / "config.json")
-    sizes = dict(hidden_size=256, intermediate_size=640, num_attention_heads=8, num_key_value_heads=2, head_dim=32)
-    write_json(config, layout_config(text_fields("yarn", **sizes, num_hidden_layers=6 * pp), "new")[1])
-    options = ("--tp", tp, "--pp", pp, "--max-length", 64, *options, "--global-batch-size", 6)
-    few = [stage["activation_bytes"] for stage in planned(config, *options)["stages"]]
-    small = meter.small
-    monkeypatch.setattr(plan, "small", lambda config, place, layers=2: small(config, place, 6))
-    assert few == [stage["activation_bytes"] for stage in planned(config, *options)["stages"]]
+# ------------------------------------------------------------------------------------------------------------- time
 
 
 @pytest.mark.parametrize("gpu, fp8", [("h100", True), ("h200", True), ("a100", False)])
@@ -165,35 +138,44 @@ def test_time(gpu, fp8, medium):
     assert all(eight[name][i] < one[name][i] for name in one for i in (0, 1))
     step = planned(medium, *RECIPE, "--gpu", gpu)["seconds"]
     floor, estimate = step["a step"]
-    operations = 8 * 64 * 2048 * TOTAL / 64 * 71 / 64  # forward twice, backward; and the bubble
+    # Forward twice, but for the layers' last product; backward; and the bubble.
+    operations = (8 * TOTAL - 2 * 88 * 28672 * 12288) * 64 * 2048 / 64 * 71 / 64
     assert operations / plan.GPUS[gpu].bf16 < floor < 1.3 * operations / plan.GPUS[gpu].bf16 and floor < estimate
     assert step["100 steps (the published fine-tune)"][1] == pytest.approx(100 * estimate)
 
 
+def test_time_by_hand(medium):
+    """On H100s at TP=8: what a layer takes, in microseconds, worked out from the sizes in plan.py's formulas.
+
+    A rank has 173.0 million weights of a layer, of them 44.0 in down_proj; 201.3 in the head. Reached are 692 and 1,385
+    TFLOP/s, 2.68 TB/s, and 315 and 35 GB/s of the links.
+    """
+    # A token after 8,192: FP8 weights; keys and values of 8,192 tokens in less than 3 µs each; 25 other kernels; two
+    # sums of 24.6 kB, of which 1.75 times travels. At the ends the head in BF16, 44 kernels, two messages.
+    layer = 173.0 / 2.68 + 2 * 3 + 25 * 3 + 2 * (15 + 0.14)
+    infer = planned(medium, "--inference", "--tp", 8)["seconds"]
+    assert infer["a token after 8,192"][1] * 1e6 == pytest.approx(
+        88 * layer + 2 * 201.3 / 2.68 + 44 * 3 + 30, rel=0.005
+    )
+    assert infer["a token after 8,192"][0] * 1e6 == pytest.approx(
+        (88 * (173.0 + 8192 * 512e-6) + 2 * 201.3) / 3.35, rel=0.005
+    )
+    # A chunk of 4,096 tokens, after 2,048 on average: 346 million operations a token, and 4 · 1,536 for each of 4,096
+    # keys; norms, residuals 246 kB, rotation 23, cache 1, silu 36, quantizing 564; two sums of 101 MB.
+    layer = 4096 * (346 / 1385 + 4 * 1536 * 4096e-6 / 692 + 0.870 / 2.68) + 2 * (15 + 1.75 * 101e3 / 315)
+    assert infer["a prompt of 8,192"][1] * 1e6 == pytest.approx(2 * 88 * layer, rel=0.01)
+    # A step of the recipe: 2,048 tokens through the last stage's 11 layers forward twice, but for down_proj, and
+    # backward; attention as often as 4.5 times forward, to 1,024 keys; 306 kB moved twice forward, 419 backward; 10
+    # bytes for each weight's gradient; five sums of 50 MB. The head three times, 52 bytes for each logit; one message.
+    layer = 2048 * (2 * (4 * 173.0 - 44.0) / 692 + 4.5 * 4 * 1536 * 1024e-6 / 692 + (2 * 0.306 + 0.419) / 2.68)
+    layer += 10 * 173.0 / 2.68 + 5 * (15 + 1.75 * 50.3e3 / 315)
+    head = 2048 * (3 * 2 * 201.3 / 692 + 52 * 0.016384 / 2.68) + 15 + 50.3e3 / 35
+    step = planned(medium, *RECIPE)
+    adam = 82 * step["stages"][7]["gradient_bytes"] / 4 / 2.68e6
+    assert step["seconds"]["a step"][1] * 1e6 == pytest.approx(71 * (11 * layer + head) + adam, rel=0.01)
+
+
 # ------------------------------------------------------------------------------------------------------- real runs
-
-
-class Live(TorchDispatchMode):
-    """The most bytes of tensors that were alive at once, beyond the `known` ones, while this mode was on."""
-
-    def __init__(self, known: list[torch.Tensor]):
-        super().__init__()
-        self.known, self.now, self.peak = {t.untyped_storage()._cdata for t in known}, 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self.known:
-                size = tensor.untyped_storage().nbytes()
-                self.known.add(key)
-                self.now += size
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(tensor.untyped_storage(), self.freed, key, size)
-        return out
-
-    def freed(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
 
 
 def nbytes(tensors) -> int:
@@ -201,27 +183,17 @@ def nbytes(tensors) -> int:
 
 
 def train_on_a_rank(argv: list[str]) -> dict:
-    """A step of train.py: what lasts, and the most that comes and goes during the passes and during Adam's step."""
-    fp8.FLOAT32_ROWS = fp8.FLOAT32_ROWS_AVX2 = 1 << 60  # BF16 products as a GPU forms them, without copies in float32
-    decoder.RMSNorm.forward = lambda norm, x: meter.FusedNorm.apply(x, norm.weight)  # a GPU has one kernel for it
+    """What lasts when train.py has taken a step: bytes by the names of the plan."""
     args = train.parse_args(argv)
     place = find_place(args.tp, args.pp)
     trainer = train.Trainer(args, place, train.RunFolder(args, place))
-    model, optimizer = trainer.model, trainer.optimizer
-    weights, buckets = [*model.parameters(), *model.buffers()], optimizer.buckets
-    grads = [bucket.grads for bucket in buckets]
-    state = [x for bucket in buckets for x in (bucket.masters, bucket.exp_avg, bucket.exp_avg_sq)]
-    batches, mine, wait = trainer.upcoming(1)
-    wait()
-    trainer.target_tokens = sum(int(batch.targets.sum()) for batch in batches)
-    optimizer.start()
-    with Live([*weights, *grads, *state]) as passes:
-        trainer.pipeline.train(mine, optimizer.before_last_backward)
-    optimizer.reduce()
-    with Live([*weights, *grads, *state]) as step:
-        optimizer.step(1e-5, 1.0)
-    measured = dict(weight_bytes=nbytes(weights), gradient_bytes=nbytes(grads), optimizer_bytes=nbytes(state))
-    return measured | dict(passes=passes.peak, step=step.peak, length=max(len(s.ids) for s in trainer.data.samples))
+    trainer.step(1, trainer.upcoming(1))
+    model, parts = trainer.model, [views for _, views in trainer.optimizer.parts]
+    return dict(
+        weight_bytes=nbytes([*model.parameters(), *model.buffers()]),
+        gradient_bytes=nbytes([views["grads"] for views in parts]),
+        optimizer_bytes=nbytes([views[name] for views in parts for name in STATE]),
+    )
 
 
 LARGER = dict(
@@ -236,45 +208,23 @@ FROZEN = ("--freeze", "vision_tower", "projector", "embeddings")
 
 
 @pytest.mark.time_limit(300)
-@pytest.mark.parametrize(
-    "tp, pp, options, image",
-    [
-        (2, 2, FROZEN, False),
-        (2, 2, ("--activation-checkpointing", *FROZEN), False),
-        (2, 2, ("--lora-rank", "4"), False),
-        pytest.param(1, 4, ("--activation-checkpointing", *FROZEN), False, marks=pytest.mark.slow),
-        pytest.param(1, 1, FROZEN, False, marks=pytest.mark.slow),
-        pytest.param(2, 2, FROZEN, True, marks=pytest.mark.slow),
-        pytest.param(1, 2, (), True, marks=pytest.mark.slow),
-        pytest.param(4, 1, ("--activation-checkpointing",), True, marks=pytest.mark.slow),
-    ],
-)
-def test_a_training_step(tp, pp, options, image, tmp_path):
-    """Weights, gradients and optimizer state to the byte; activations within the bounds below."""
+@pytest.mark.parametrize("tp, pp, options", [(2, 2, FROZEN), (2, 2, ("--lora-rank", "4")), (4, 1, ())])
+def test_a_training_step(tp, pp, options, tmp_path):
+    """Weights, gradients and optimizer state, to the byte. Activations are the subject of test_plan_dry.py."""
     folder = str(tmp_path)
-    fields = text_fields("yarn", **LARGER, num_key_value_heads=2)
     config = os.path.join(folder, "config.json")
-    write_json(config, layout_config(fields, "new")[1])
+    write_json(config, layout_config(text_fields("yarn", **LARGER, num_key_value_heads=2), "new")[1])
     write_tekken(folder)
-    Image.new("RGB", (8 * 21, 8 * 21)).save(os.path.join(folder, "i.png"))
-    question = [{"type": "image_url", "image_url": {"url": "i.png"}}] if image else "a"
-    chat = [dict(role="user", content=question), dict(role="assistant", content="1" * (20 if image else 300))]
     data = os.path.join(folder, "data.jsonl")
     with open(data, "w") as file:
+        chat = [dict(role="user", content="a"), dict(role="assistant", content="1")]
         file.write(4 * (json.dumps(dict(messages=chat)) + "\n"))
     common = ["--tp", str(tp), "--pp", str(pp), "--global-batch-size", "4", *options]
     argv = ["--init", config, "--tokenizer", folder, "--data", data, "--out", os.path.join(folder, "out"), *common]
     ranks = run_ranks(train_on_a_rank, tp * pp, argv, seconds=280)
-    planned_stages = planned(config, *common, "--max-length", ranks[0]["length"])["stages"]
+    stages = planned(config, *common, "--max-length", 64)["stages"]
     for rank, measured in enumerate(ranks):
-        stage = planned_stages[rank // tp]
-        for name in ("weight_bytes", "gradient_bytes", "optimizer_bytes"):
-            assert stage[name] == measured[name]
-        ratio = stage["activation_bytes"] / max(measured["passes"], measured["step"])
-        print(f"rank {rank}: plan / measurement {ratio:.2f}")
-        # The plan takes every token for a target, and for one of an image. With recomputation the worst moment is in a
-        # layer, where a CPU's kernels have other temporaries than a GPU's (test_plan_dry.py has these).
-        assert 0.97 < ratio < (1.45 if image else 1.3 if "--activation-checkpointing" in options else 1.06)
+        assert {name: stages[rank // tp][name] for name in measured} == measured
 
 
 def loaded_bytes(directory: str, tp: int, pp: int, dtype: torch.dtype, keep_fp8: bool) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """The plan against the dry run (dry_run.py): what it says activations take, and what tensors of a GPU's took."""
 
 import argparse
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -12,6 +13,10 @@ import train
 from runtime import plan
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +36,12 @@ def planned(argv: list[str], rank: int, config, keep_fp8: bool = False) -> int:
     return plan.plan_rank(config, place, args, keep_fp8)[0].activation_bytes
 
 
+def check(said: int, measured: int, at: str) -> None:
+    """Never less than what is needed, and at most a tenth more."""
+    print(f"plan {said / 1e6:.2f} MB, dry run {measured / 1e6:.2f} MB at {at}, {said / measured:.4f}")
+    assert 1 <= said / measured <= 1.1
+
+
 # Whole steps take minutes; two layers of a stage and few micro-batches, all of full size, are as exact.
 @pytest.mark.parametrize(
     "rank, layers, micro_batches, more",
@@ -46,35 +57,99 @@ def planned(argv: list[str], rank: int, config, keep_fp8: bool = False) -> int:
         pytest.param(63, None, 8, [], marks=[pytest.mark.slow, pytest.mark.time_limit(400)]),
     ],
 )
-def test_a_training_step(dry, rank, layers, micro_batches, more):
-    """The published recipe with the options `more`: never less than what is needed, and at most 3 % more."""
+def test_the_recipe(dry, rank, layers, micro_batches, more):
+    """A step of the published recipe with the options `more`."""
     sizes = {name: int(more[more.index(f"--{name}") + 1]) for name in ("tp", "pp") if f"--{name}" in more}
     options = [x for x in more if x not in ("--tp", "--pp", *map(str, sizes.values()))]
-    # Images where the tower is: the plan takes every token for one of theirs.
     report = dry(
         "training_step", rank=rank, micro_batches=micro_batches, layers=layers, images=True, more=options, **sizes
     )
     argv = [*recipe(), *more, "--global-batch-size", str(micro_batches)]
     said = planned(argv, rank, real_config(layers), keep_fp8="--lora-rank" in more)
-    measured = report["peak"] - report["before"]
-    print(f"plan {said / 1e9:.3f} GB, dry run {measured / 1e9:.3f} GB at {report['peak_at']}, {said / measured:.4f}")
-    assert 1 <= said / measured <= 1.03
+    check(said, report["peak"] - report["before"], report["peak_at"])
+
+
+def drawn_sizes(rng: random.Random, pp: int) -> dict:
+    """Of a model that any topology here divides; not round, with or without a tower."""
+    kv_heads, head_dim = rng.choice([1, 2, 4, 8]), rng.choice([64, 96, 128])
+    heads = kv_heads * rng.choice([1, 2, 3, 6])
+    heads *= 1 if heads % 4 == 0 else 4
+    width = 32 * rng.choice([8, 13, 24, 40, 50])
+    tower = dict(num_attention_heads=rng.choice([4, 8]), num_hidden_layers=rng.randint(1, 4))
+    tower["hidden_size"] = tower["num_attention_heads"] * rng.choice([32, 64, 104])
+    tower["intermediate_size"] = int(tower["hidden_size"] * rng.uniform(1.5, 5)) // 16 * 16
+    return dict(
+        hidden_size=width, intermediate_size=int(width * rng.uniform(1.5, 4)) // 16 * 16, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, head_dim=head_dim, vocab_size=rng.choice([1000, 5003, 20000, 33001]),
+        num_hidden_layers=rng.randint(2 * pp, 4 * pp), vision=rng.choice([None, tower]),
+    )  # fmt: skip
+
+
+def drawn_options(rng: random.Random, tp: int, pp: int, batch: tuple[int, int], sees: bool) -> list[str]:
+    """Of train.py, for micro-batches of `batch` (B, how many)."""
+    length = rng.choice([97, 300, 512, 1100, 2048])
+    options = ["--tp", tp, "--pp", pp, "--max-length", -(-length // tp) * tp, "--micro-batch-size", batch[0]]
+    options += ["--global-batch-size", batch[0] * batch[1]]
+    options += rng.choice([[], ["--activation-checkpointing"]])
+    options += ["--sequence-parallel"] if tp > 1 and rng.random() < 0.4 else []
+    if rng.random() < 0.3:
+        return [*options, "--lora-rank", rng.choice([4, 8, 32])]
+    frozen = [part for part in ("vision_tower", "projector", "embeddings") if rng.random() < 0.4]
+    if sees and rng.random() < 0.2:
+        frozen = ["language_model", *rng.choice([[], ["vision_tower"], ["projector"]])]
+    return [*options, "--freeze", *frozen] if frozen else options
 
 
 @pytest.mark.parametrize(
-    "rank, tp, pp, prompts",
-    [(0, 8, 1, [9000]), (0, 1, 1, [9000]), (3, 2, 2, [9000]), (0, 8, 1, [700]), (0, 8, 1, [50, 9000])],
+    "seeds", [range(12), range(12, 24), *(slow(range(i, i + 12)) for i in range(24, 300, 12))], ids=str
 )
-def test_a_prefill(dry, rank, tp, pp, prompts):
-    """FP8, text in chunks. A short prompt that shares the first chunk of a long one keeps none of its states."""
-    config = replace(real_config(2 * pp), vision=None)
-    phases = dry("answering", rank=rank, tp=tp, pp=pp, prompts=prompts, layers=2 * pp, tokens=2, logprobs=True)
-    measured = max(report["peak"] - report["before"] for name, report in phases if name == "prefill")
+def test_drawn_training_steps(dry, seeds):
+    """Any model, topology and options: a change of the model that keeps more than the formula says shows here."""
+    for seed in seeds:
+        rng = random.Random(seed)
+        tp, pp, batch = (
+            rng.choice([1, 1, 2, 4]),
+            rng.choice([1, 1, 2, 3, 4]),
+            (rng.choice([1, 1, 2, 3]), rng.randint(1, 5)),
+        )
+        sizes, rank, fp8 = drawn_sizes(rng, pp), rng.randrange(tp * pp), rng.random() < 0.6
+        options = [str(x) for x in drawn_options(rng, tp, pp, batch, sizes["vision"] is not None)]
+        print(seed, rank, batch, options, sizes)
+        report = dry(
+            "training_step", rank=rank, micro_batches=batch[1], images=sizes["vision"] is not None, sizes=sizes,
+            instead=options, fp8=fp8,
+        )  # fmt: skip
+        said = planned(options, rank, real_config(None, sizes), fp8 and "--lora-rank" in options)
+        check(said, report["peak"] - report["before"], report["peak_at"])
+
+
+@pytest.mark.parametrize(
+    "rank, tp, pp, prompts, options",
+    [
+        (0, 8, 1, [9000], {}),
+        (0, 1, 1, [9000], {}),
+        (3, 2, 2, [9000], {}),
+        (0, 8, 1, [700], {}),
+        (0, 8, 1, [50, 9000], {}),
+        (0, 1, 1, [9000], dict(keep_fp8=False)),
+        (0, 4, 1, [3000], dict(images=True)),
+    ],
+)
+def test_a_prefill(dry, rank, tp, pp, prompts, options):
+    """In chunks. A short prompt that shares the first chunk of a long one keeps none of its states."""
+    config = real_config(2 * pp)
+    if not options.get("images"):
+        config = replace(config, vision=None)
+    phases = dry(
+        "answering", rank=rank, tp=tp, pp=pp, prompts=prompts, layers=2 * pp, tokens=2, logprobs=True, **options
+    )
+    worst = max(
+        (report for name, report in phases if name == "prefill"), key=lambda seen: seen["peak"] - seen["before"]
+    )
     args = plan.parse_args(["--plan", "--config", "-", "--inference", "--max-context", str(prompts[-1])])
     place = plan.places(tp, pp)[rank // tp][rank % tp]
-    said = plan.plan_rank(config, place, args, keep_fp8=True)[0].activation_bytes
-    print(f"plan {said / 1e9:.4f} GB, dry run {measured / 1e9:.4f} GB, {said / measured:.4f}")
-    assert 1 <= said / measured <= 1.03
+    said = plan.plan_rank(config, place, args, keep_fp8=options.get("keep_fp8", True))[0].activation_bytes
+    check(said, worst["peak"] - worst["before"], worst["peak_at"])
 
 
 def test_the_flagship(dry):
