@@ -116,31 +116,12 @@ class Checkpoint:
         raise UserError(f"{self.directory}: holds no model*.safetensors and no consolidated*.safetensors")
 
     def fit(self, config: Config) -> Config:
-        """`config`, compared with the tensors before anything of its sizes is built.
-
-        Whether there is a head of its own is for the file to say, as in transformers.
-        """
-        C, D, v = config.hidden_size, config.head_dim, config.vision
-        last = f"layers.{config.num_hidden_layers - 1}"
-        shapes = {"embed_tokens.weight": (config.vocab_size, C)}
-        shapes[f"{last}.self_attn.q_proj.weight"] = (config.num_attention_heads * D, C)
-        shapes[f"{last}.self_attn.k_proj.weight"] = (config.num_key_value_heads * D, C)
-        shapes[f"{last}.mlp.up_proj.weight"] = (config.intermediate_size, C)
-        if v:
-            tower = f"vision_tower.transformer.layers.{v.num_hidden_layers - 1}"
-            shapes["vision_tower.patch_conv.weight"] = (v.hidden_size, v.num_channels, v.patch_size, v.patch_size)
-            shapes[f"{tower}.feed_forward.up_proj.weight"] = (v.intermediate_size, v.hidden_size)
-            merged = (v.hidden_size, v.hidden_size * v.spatial_merge_size**2)
-            shapes["multi_modal_projector.patch_merger.merging_layer.weight"] = merged
-        for name, shape in shapes.items():
-            if name not in self.tensors:
-                raise UserError(f"{self.directory}: tensors are missing: the config asks for {name}")
-            self.stored(name, shape)
+        """`config` with what the file says of it: whether there is a head of its own, as in transformers."""
         if config.tie_word_embeddings and "lm_head.weight" in self.tensors:
-            if True in [part.get("tie_word_embeddings") for part in (config.raw, config.raw.get("text_config") or {})]:
-                warn(
-                    f"{self.directory}: tie_word_embeddings is true in the config, but the file has a head: it is used"
-                )
+            sections = config.raw, config.raw.get("text_config") or {}
+            if any(section.get("tie_word_embeddings") for section in sections):
+                what = "tie_word_embeddings is true in the config, but the file has a head: it is used"
+                warn(f"{self.directory}: {what}")
             config = replace(config, tie_word_embeddings=False)
         return config
 
