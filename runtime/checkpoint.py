@@ -117,7 +117,11 @@ class Checkpoint:
 
     def fit(self, config: Config) -> Config:
         """`config` with what the file says of it: whether there is a head of its own, as in transformers."""
-        if config.tie_word_embeddings and "lm_head.weight" in self.tensors:
+        has_head = config.tie_word_embeddings and "lm_head.weight" in self.tensors
+        if has_head and "embed_tokens.weight" not in self.tensors:
+            # safetensors' save_model keeps one of the two names of a shared tensor.
+            self.tensors["embed_tokens.weight"] = self.tensors.pop("lm_head.weight")
+        elif has_head:
             sections = config.raw, config.raw.get("text_config") or {}
             if any(section.get("tie_word_embeddings") for section in sections):
                 what = "tie_word_embeddings is true in the config, but the file has a head: it is used"
@@ -158,9 +162,13 @@ class Checkpoint:
         start = min(part.start, shape[part.dim])
         tensor = lazy[(slice(None),) * part.dim + (slice(start, start + part.length),)]
         self.bytes_read += tensor.nbytes
-        if not all(map(is_finite, tensor.flatten().split(BLOCK))):
-            at = self.tensors[name]
+        largest = [largest_of(block) for block in tensor.flatten().split(BLOCK)]
+        at = self.tensors[name]
+        if not all(map(math.isfinite, largest)):
             raise UserError(f"{at.file}: {at.key} holds NaN or infinity; copy or download the file again")
+        # What an interrupted download leaves. (An adapter's B, and Adam's moments, may rightly be zeros.)
+        if name.endswith(".weight") and ".adapter." not in name and tensor.numel() and max(largest) == 0:
+            raise UserError(f"{at.file}: {at.key} is all zeros; copy or download the file again")
         return tensor
 
     @cached_property
@@ -217,11 +225,15 @@ class Checkpoint:
         return weight, scale
 
 
-def is_finite(values: torch.Tensor) -> bool:
+def largest_of(values: torch.Tensor) -> float:
+    """A number that is 0 if all `values` are, and not finite if one of them is not; else their largest magnitude."""
+    if values.numel() == 0:
+        return 0.0
     if values.dtype == fp8.E4M3:  # it has no infinity, and its two NaNs are the bytes 7F and FF
-        return not (values.view(torch.uint8) & 0x7F).eq(0x7F).any()
-    # The sum is one pass without temporaries. It is finite where all values are, unless it overflows.
-    return bool(values.sum().isfinite() or values.isfinite().all())
+        code = int((values.view(torch.uint8) & 0x7F).amax())  # in the order of the magnitudes
+        return math.nan if code == 0x7F else float(code)
+    low, high = values.aminmax()  # NaN if one is; one pass without temporaries
+    return max(-float(low), float(high)) if low == low else math.nan
 
 
 def is_quantized(name: str) -> bool:

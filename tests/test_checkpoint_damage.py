@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import random
 import shutil
 
 import pytest
@@ -11,8 +12,10 @@ from helpers import (
     layout_config,
     layout_tensors,
     load,
+    log_probabilities,
     make_eyes,
     random_state,
+    random_tokens,
     spelled,
     text_fields,
     to_fp8,
@@ -333,6 +336,35 @@ def test_tensors_that_are_passed_over(good, capsys, monkeypatch):
     load(directory)
     write_files(good[0], layout_tensors(state, fields, "text") | {"model.layers.0.self_attn.scale": torch.ones(1)})
     assert "no place" in refusal(good[0])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_zeros(seed, tmp_path):
+    """A hole in a file: any weight that is all zeros is named; some zeros, and tensors of a few numbers, are not."""
+    draw, fields = random.Random(seed), text_fields(num_hidden_layers=2)
+    state, fp8 = random_state(fields, seed=seed), draw.choice([None, "static"])
+    stored = to_fp8(state, static=True)[0] if fp8 else state
+    name = draw.choice([name for name in stored if name.endswith(".weight")])
+    holed = {**stored, name: torch.zeros(stored[name].shape).to(stored[name].dtype)}
+    said = refusal(write_checkpoint(tmp_path / "all", fields, holed, fp8=fp8), bool(fp8) and draw.random() < 0.5)
+    assert name in said and "all zeros" in said
+    one = holed[name].float()
+    one.view(-1)[draw.randrange(one.numel())] = 1.0
+    load(write_checkpoint(tmp_path / "one", fields, {**stored, name: one.to(stored[name].dtype)}, fp8=fp8))
+
+
+def test_a_tied_model_with_the_head_alone(tmp_path):
+    """safetensors' save_model keeps one of the two names of a shared tensor."""
+    fields = text_fields(tie_word_embeddings=True)
+    state = random_state(fields)
+    whole_model = load(write_checkpoint(tmp_path / "usual", fields, state))
+    state["lm_head.weight"] = state.pop("embed_tokens.weight")
+    directory = write_checkpoint(tmp_path / "head", fields, state)
+    checkpoint = Checkpoint(directory)
+    model = build_model(checkpoint.fit(read_config(directory)), dtype=torch.float32)
+    fill(model, checkpoint)
+    tokens = random_tokens(20, fields["vocab_size"])
+    assert torch.equal(log_probabilities(model, tokens), log_probabilities(whole_model, tokens))
 
 
 WRONG_SIZES = dict(

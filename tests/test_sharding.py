@@ -198,7 +198,7 @@ def write_large(directory, layers: int = 17) -> int:
             tensors[f"{stem}.{name}.weight"] = torch.ones(C, dtype=torch.bfloat16)
         write(f"model-{layer + 1:05d}.safetensors", tensors)
     for i, name in enumerate(("model.embed_tokens.weight", "lm_head.weight")):
-        write(f"model-{layers + i + 1:05d}.safetensors", {name: torch.zeros(V, C, dtype=torch.bfloat16)})
+        write(f"model-{layers + i + 1:05d}.safetensors", {name: torch.ones(V, C, dtype=torch.bfloat16)})
     write(f"model-{layers + 3:05d}.safetensors", {"model.norm.weight": torch.ones(C, dtype=torch.bfloat16)})
     write_json(os.path.join(directory, "model.safetensors.index.json"), {"weight_map": weight_map})
     return total
