@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from helpers import (
     PROJECTIONS,
     load,
     random_state,
+    random_tokens,
     text_fields,
     to_fp8,
     whole,
@@ -19,6 +21,7 @@ from helpers import (
 )
 from safetensors.torch import load_file
 
+from parallel import parts_of
 from runtime import export
 from runtime.checkpoint import canonical_name
 from runtime.export import main, measure_inputs, save
@@ -208,6 +211,24 @@ def test_a_leftover_of_another_process(source, tmp_path, monkeypatch):
         export.convert(str(tmp_path / "in"), str(tmp_path / f"out{number}"), False, None)
     made = [name.split("partial-")[1] for name in names if "partial-" in name]
     assert len(set(made)) == 2 and sorted(os.listdir(tmp_path)) == ["in", "out1", "out2"]
+
+
+def test_the_sign_of_inputs_does_not_count(tmp_path, source):
+    """Beside formulas of its own: the largest magnitude over all tokens, where it often is of a negative number."""
+    fields, state = source
+    model = load(write_checkpoint(tmp_path / "ckpt", fields, state))
+    tokens, extremes = torch.tensor([random_tokens(60, fields["vocab_size"], seed=4)]), {}
+
+    def watch(name, module, inputs) -> None:
+        extremes[name] = float(inputs[0].min()), float(inputs[0].max())
+
+    for name, (layer, _) in parts_of(model).items():
+        layer.register_forward_pre_hook(partial(watch, name))
+    with torch.no_grad():
+        model(model.embed(tokens))
+    found = measure_inputs(model, [SimpleNamespace(tokens=tokens, pixels=[], images=[])])
+    assert found == pytest.approx({name: max(-extremes[name][0], extremes[name][1]) / 448 for name in LINEARS})
+    assert 0 < sum(-extremes[name][0] > extremes[name][1] for name in LINEARS) < len(LINEARS)
 
 
 def test_the_largest_input_of_all_batches_counts(tmp_path, source):

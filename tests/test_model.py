@@ -4,6 +4,7 @@ All in float32 on random weights; the bound everywhere is 1e-4 in log-probabilit
 """
 
 import json
+import math
 import os
 import random
 
@@ -25,7 +26,7 @@ from helpers import (
 )
 from safetensors import safe_open
 
-from model import attend, rope_frequencies
+from model import RopeConfig, attend, rope_frequencies
 from runtime.config import read_config
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -159,6 +160,33 @@ def test_frequencies_of_this_model():
 
 
 # ------------------------------------------------------------------------------------------------- transformers
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_yarn_where_its_bounds_bite(seed):
+    """Against the paper's formula in float64, for settings whose ramp begins before the first pair or ends after the
+    last dimension, or has no length."""
+    draw = random.Random(seed)
+    D, theta, factor = 2 * draw.randint(2, 40), draw.choice((1.5, 10.0, 500.0, 1e6)), draw.uniform(1.5, 100)
+    original, truncate = draw.choice((2, 30, 4096, 1 << 28)), draw.random() < 0.5
+    slow = 10 ** draw.uniform(-3, 2)
+    rope = RopeConfig(
+        theta, yarn=True, factor=factor, original_max_position_embeddings=original, beta_slow=slow,
+        beta_fast=slow * draw.choice((1.0, 4.0, 1000.0)), truncate=truncate,
+    )  # fmt: skip
+
+    def dimension(rotations: float) -> float:
+        return D * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    low, high = (math.floor(low), math.ceil(high)) if truncate else (low, high)
+    low, high = max(low, 0), min(high, D - 1)
+    high += 0.001 if low == high else 0
+    pairs = torch.arange(D // 2, dtype=torch.float64)
+    ramp = ((pairs - low) / (high - low)).clamp(0, 1)
+    plain = theta ** (-2 * pairs / D)
+    expected = plain / factor * ramp + plain * (1 - ramp)
+    torch.testing.assert_close(rope_frequencies(rope, D).double(), expected, rtol=2e-5, atol=0)
 
 
 def test_golden(tmp_path):

@@ -135,3 +135,18 @@ def test_every_temperature_samples_from_the_softmax(seed):
         statistic = float(((observed - wanted) ** 2 / wanted.clamp(min=1e-9)).where(wanted > 1e-3, observed).sum())
         freedom = int(often.sum())
         assert statistic < freedom + 5 * (2 * freedom) ** 0.5 + 10, (temperature, statistic, freedom)
+
+
+@pytest.mark.parametrize("tp, size", [(2, 10), (4, 23), (3, 7), (8, 9)])
+def test_every_token_is_scored_by_one_rank(tp, size):
+    """Tokens at the borders of the slices, and past the vocabulary's end where it is padded."""
+    counts = torch.zeros(size, dtype=torch.long)
+    for rank in range(tp):
+        head = VocabParallelHead(4, size, Place(tp_rank=rank, tp_size=tp), torch.float32)
+        width = head.parts[0].slice.local_shape[0]
+        targets = torch.arange(size)
+        scores = head.log_probabilities(torch.randn(size, width), targets)
+        here = (targets >= rank * width) & (targets < (rank + 1) * width)
+        assert torch.equal(scores.isfinite(), here)
+        counts += scores.isfinite()
+    assert (counts == 1).all()
