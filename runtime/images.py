@@ -22,10 +22,27 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green, blue in CLIP's trai
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+ORIENTATION = 0x0112  # EXIF's tag: how a camera was held
+# Its values from 2 on, as what makes the picture upright. From 5 on width and height change places.
+UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270"}
+UPRIGHT |= {7: "TRANSVERSE", 8: "ROTATE_90"}
+
+
 def image_size(url: str, base: str = "") -> tuple[int, int]:
-    """(width, height) in pixels, from the header alone. Arguments and errors as `load_image`."""
+    """(width, height) in pixels, upright, from the header alone. Arguments and errors as `load_image`."""
     with _opened(url, base) as image:
-        return image.size
+        return image.size[::-1] if orientation(image) >= 5 else image.size
+
+
+def orientation(image: Image.Image) -> int:
+    """1 to 8; 1, upright, where EXIF does not say, or cannot be read. Pillow turns TIFFs by itself."""
+    if image.format == "TIFF":
+        return 1
+    try:
+        value = image.getexif().get(ORIENTATION)
+    except Exception:  # of a damaged block anything
+        return 1
+    return value if value in UPRIGHT else 1
 
 
 def image_name(url: str, base: str = "") -> str:
@@ -38,15 +55,20 @@ def image_name(url: str, base: str = "") -> str:
 def load_image(url: str, base: str = "") -> Image.Image:
     """The image at `url`, a path (relative to the folder `base`) or a base64 `data:` URL, in mode RGB.
 
-    As mistral-common: transparent becomes white, the first frame stands for an animation, the orientation in EXIF is
-    ignored. Unlike it, 16-bit grey is scaled to 8 bits, where Pillow's conversion would clip it to white.
+    As mistral-common: transparent becomes white, the first frame stands for an animation. Unlike it, a picture is
+    turned upright as EXIF says, and 16-bit grey is scaled to 8 bits, where Pillow's conversion would clip it to white.
     Raises UserError for anything that is not a whole image, and for all other URLs: nothing is ever fetched.
     """
     with _opened(url, base) as image:
-        if image.mode.startswith("I"):  # 16-bit grey; older Pillows call it "I"
-            grey = np.asarray(image).clip(0, 65535) / 257
+        turned = UPRIGHT.get(orientation(image))
+        if turned:
+            image = image.transpose(Image.Transpose[turned])
+        if image.mode in ("I", "F"):
+            raise UserError("has 32-bit numbers, and nobody can know which of them is white; convert it to 8 bits")
+        if image.mode.startswith("I;16"):
+            grey = np.asarray(image) / 257
             return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
-        if image.mode == "RGB":
+        if image.mode == "RGB" and "transparency" not in image.info:  # a colour that stands for none
             return image.copy()
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "WHITE")
@@ -69,14 +91,15 @@ def _opened(url: str, base: str) -> Iterator[Image.Image]:
     else:
         remote = re.match(r"[a-z][a-z0-9+.-]*://|(https?|ftp|file|blob):", url, re.IGNORECASE)
         require(not remote, f"image {url!r}: nothing is fetched from the network; give a path or a base64 data: URL")
-        name = source = os.path.join(base, url)
-        read_file(source)  # refuses a pipe or a device, which could block for ever
+        name = os.path.join(base, url)
+        read_file(name)  # refuses a pipe or a device, which could block for ever
+        source = open(name, "rb")  # not by name: Pillow maps such a TIFF into memory, and then does not turn it
     # A broken file can make Pillow's decoders raise anything.
     with reading(f"image {name!r}", "image; it may be cut off or damaged"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with Image.open(source) as image:
+            with source, Image.open(source) as image:
                 # Pillow would hand PostScript to Ghostscript, which runs the file as a program.
                 require(image.format != "EPS", "PostScript is not supported; convert it to PNG")
                 yield image
