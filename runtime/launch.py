@@ -12,9 +12,9 @@ with its cause, from one rank. No rank waits for ever for one that is gone.
 
 Before `run_program`, while torch is imported, the kernel's default ends the process.
 
-**Ranks.** Rank 0 has a connection to every other rank, and the watching threads at its ends send each other a byte a
-second. When it closes, the other process has ended; when it is silent for --timeout seconds, the process is stopped, or
-its machine cut off. Beyond that, ranks agree by counters in torch's store, which answers while collectives hang.
+**Ranks.** Rank 0 has a connection to every other rank, and the watching threads at its ends send each other a
+message a second. When it closes, the other process has ended; when it is silent for --timeout seconds, the process is
+stopped, or its machine cut off.
 """
 
 import argparse
@@ -35,6 +35,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from multiprocessing.connection import Connection
 
 import torch
 import torch.distributed as dist
@@ -52,7 +53,7 @@ HUNG = timedelta(minutes=30)  # for one collective, among ranks that are all the
 
 PATIENT = timedelta(days=30)  # ranks rightly wait for a disk, or a person; `Watch` ends a wait for one that is gone
 
-ALIVE, SAID = b"\0", b"\1"  # what ranks send each other; SAID: the line that says why the job ends is printed
+AT_END = "\n"  # between ranks; see `Watch`
 
 # What every program calls the flags that a TopologyError is about; the layers that raise it know of no flags.
 WHAT_TO_DO = "choose other --tp and --pp; their product, times the data-parallel replicas, is the number of processes"
@@ -177,15 +178,20 @@ def postponed(*numbers: int, tell: Callable[[], None] | None = None) -> Iterator
 
 
 class Watch:
-    """A thread that hears signals and the other ranks, and ends the process while the main thread waits in C."""
+    """A thread that hears signals and the other ranks, and ends the process while the main thread waits in C.
+
+    Ranks send each other messages: an empty one is a sign of life, AT_END says that a rank came to its end and waits
+    there for the others, and any other is a line that says why the job ends: rank 0 prints the first and passes it on.
+    """
 
     def __init__(self, patience: float):
-        self.patience, self.rank, self.store = patience, 0, None
-        self.peers: dict[socket.socket, int] = {}  # whose connections: on rank 0 all others, elsewhere rank 0
-        self.silent: dict[socket.socket, int] = {}  # seconds since the last byte
-        self.said = False  # whether the line that says why the job ends is printed
+        self.patience, self.rank, self.speaks = patience, 0, True
+        self.peers: dict[Connection, int] = {}  # whose connections: on rank 0 all others, elsewhere rank 0
+        self.silent: dict[Connection, int] = {}  # seconds since the last message, of those that are open
+        self.ended: set[Connection] = set()  # ranks at their end, and beyond
+        self.reason = threading.Lock()  # whoever gets it knows the first reason why the job ends
         self.limit: tuple[float, int, str | None] = (math.inf, 0, None)  # end at this time, with this status and line
-        self.leaving = threading.Event()
+        self.leaving = False
         self.terminal = termios.tcgetattr(0) if os.isatty(0) else None  # a chat changes how it reads keys
         self.ear, self.mouth = socket.socketpair()  # Python writes the number of each signal that comes
         self.mouth.setblocking(False)
@@ -201,17 +207,15 @@ class Watch:
             ipv6 = dict(family=socket.AF_INET6, dualstack_ipv6=True) if socket.has_dualstack_ipv6() else {}
             with socket.create_server(("", 0), backlog=world, **ipv6) as server:
                 store.set("watch", str(server.getsockname()[1]))
-                accepted = [server.accept()[0] for _ in range(1, world)]
-            peers = {peer: int.from_bytes(peer.recv(4, socket.MSG_WAITALL)) for peer in accepted}
+                accepted = [Connection(server.accept()[0].detach()) for _ in range(1, world)]
+            self.peers = {peer: int(peer.recv_bytes()) for peer in accepted}
         else:
-            peer = socket.create_connection((os.environ["MASTER_ADDR"], int(store.get("watch"))))
-            peer.sendall(rank.to_bytes(4))
-            peers = {peer: 0}
-        for peer in peers:
-            peer.setblocking(False)
-        # A connection of its own to the store: the main thread may wait for long on the other one.
-        self.rank, self.store, self.peers, self.limit = rank, store.clone(), peers, (math.inf, 0, None)
-        self.mouth.send(ALIVE)  # the thread should look at them now, not in a second
+            address = os.environ["MASTER_ADDR"], int(store.get("watch"))
+            peer = Connection(socket.create_connection(address).detach())
+            peer.send_bytes(str(rank).encode())
+            self.peers = {peer: 0}
+        self.rank, self.speaks, self.limit = rank, rank == 0, (math.inf, 0, None)
+        self.silent = dict.fromkeys(self.peers, 0)
 
     def run(self) -> None:
         """Handle what comes, and once a second look for what does not come.
@@ -219,8 +223,8 @@ class Watch:
         Seconds of silence are counted, not timed: if the whole job was stopped for an hour, no rank is to blame.
         """
         due = time.monotonic() + 1
-        while not self.leaving.is_set():
-            for source in select.select([self.ear, *self.peers], [], [], max(0, due - time.monotonic()))[0]:
+        while self.peers or not self.leaving:
+            for source in select.select([self.ear, *self.silent], [], [], max(0, due - time.monotonic()))[0]:
                 self.hear(source.recv(1)[0]) if source is self.ear else self.listen(source)
             if time.monotonic() >= due:
                 due = time.monotonic() + 1
@@ -229,54 +233,63 @@ class Watch:
     def hear(self, number: int) -> None:
         """A signal came. Its handler runs in the main thread, once that is back from C."""
         block = block_for(number)
-        if number in SIGNALS and block in (None, LEAVING):
+        if block in (None, LEAVING):
             self.limit = min(self.limit, (time.monotonic() + GRACE, 128 + number, stopped_by(number)))
-        elif block and block.tell:
+        elif block.tell:
             block.heard.append(number)
-            if len(block.heard) == 1:
+            if block.heard == [number]:
                 with contextlib.suppress(OSError):  # nobody reads that any more
                     block.tell()
-            if block.heard.count(signal.SIGINT) == 2:
+            elif block.heard.count(signal.SIGINT) == 2:
                 self.end(128 + number, stopped_by(number))
 
-    def listen(self, peer: socket.socket) -> None:
+    def listen(self, peer: Connection) -> None:
         """Another rank sent something, or its process ended."""
         try:
-            news = peer.recv(1024)
-        except OSError:
-            news = b""
-        self.silent[peer] = 0
-        self.said |= SAID in news
-        if not news:
-            line = f"rank {self.peers[peer]} was killed, or crashed; the kernel's log (dmesg) may say why"
-            self.end(1, line, lost=True)
+            message, self.silent[peer] = peer.recv_bytes().decode(), 0
+        except (EOFError, OSError):
+            message = AT_END
+            del self.silent[peer]
+            self.lose(f"rank {self.peers[peer]} was killed, or crashed; the kernel's log (dmesg) may say why")
+        if message == AT_END:
+            self.ended.add(peer)
+        else:
+            self.speak(message)
 
     def look(self) -> None:
         if time.monotonic() > self.limit[0]:
             self.end(*self.limit[1:])
-        self.tell(ALIVE)
-        self.silent = {peer: self.silent.get(peer, 0) + 1 for peer in self.peers}
-        longest = max(self.silent.values(), default=0)
-        if longest >= self.patience - 1:
-            gone = [str(self.peers[peer]) for peer, seconds in self.silent.items() if seconds > longest / 2]
-            who = "rank 0, where all ranks meet," if self.rank else f"rank {', '.join(gone)}"
-            line = f"{who} gave no sign of life for {self.patience:g} s (--timeout); it is stopped or cut off"
-            self.end(1, line, lost=True)
+        self.tell("")
+        for peer in self.silent:
+            self.silent[peer] += 1
+            if self.silent[peer] >= self.patience - 1:
+                who = "rank 0, where all ranks meet," if self.rank else f"rank {self.peers[peer]}"
+                self.lose(f"{who} gave no sign of life for {self.patience:g} s (--timeout); it is stopped or cut off")
 
-    def tell(self, news: bytes) -> None:
+    def lose(self, line: str) -> None:
+        """Without another rank, this one ends, too."""
+        self.speaks |= self.rank == 1  # what it lost is rank 0
+        self.end(1, line)
+
+    def tell(self, message: str) -> None:
         for peer in self.peers:
-            with contextlib.suppress(OSError):  # it is gone, or has enough to read
-                peer.send(news)
+            with contextlib.suppress(OSError):  # it is gone
+                peer.send_bytes(message.encode())
 
-    def end(self, status: int, line: str | None, lost: bool = False) -> None:
-        """End the process. Of a rank that is `lost` rank 0 speaks; of rank 0, whose store may be gone, rank 1."""
-        if self.leaving.is_set():
+    def speak(self, line: str | None) -> None:
+        """Say, in one line of printable characters, why the job ends, if no rank has yet."""
+        if line and self.reason.acquire(blocking=False):
+            line = "".join(c if c.isprintable() else " " for c in line)
+            line = line if len(line) <= 490 else f"{line[:290]} … {line[-190:]}"
+            with contextlib.suppress(OSError):
+                print(f"error: {line}", file=sys.stderr, flush=True) if self.speaks else None
+            self.tell(line)
+
+    def end(self, status: int, line: str | None) -> None:
+        """End the process."""
+        if self.leaving:
             return
-        if not lost:
-            self.speak(line)
-        elif self.rank <= 1 and not self.said:
-            say(line)
-        self.tell(SAID)
+        self.speak(line)
         for path in list(UNFINISHED):
             shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(termios.error):  # that terminal was closed
@@ -286,30 +299,17 @@ class Watch:
             time.sleep(1)  # a launcher should see the rank that is the cause end first
         os._exit(status)
 
-    def speak(self, line: str | None) -> None:
-        """Say why the job ends, if no rank has yet."""
-        if line and not self.said and self.add("spoken", 1) <= 1:
-            say(line)
-        if line:
-            self.tell(SAID)
-
-    def add(self, name: str, more: int) -> int:
-        """Add to a counter that all ranks share. It is 0 for one process alone, and huge once the store is gone."""
-        try:
-            return self.store.add(name, more) if self.store else 0
-        except RuntimeError:
-            return 1 << 40
+    def wait_for_all(self) -> None:
+        """Wait for all ranks to come to their end, but not for long. Rank 0, where they meet, is the last to go on."""
+        deadline = time.monotonic() + LOST_SECONDS
+        self.tell(AT_END if self.rank else "")
+        while len(self.ended) < len(self.peers) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self.tell(AT_END)
 
 
 def stopped_by(number: int) -> str | None:
     return f"stopped by {signal.Signals(number).name}" if "RANK" in os.environ else None  # alone, one knows
-
-
-def say(line: str) -> None:
-    """Print an error in one line of printable characters."""
-    line = "".join(c if c.isprintable() else " " for c in f"error: {line}")
-    with contextlib.suppress(OSError):
-        print(line if len(line) <= 500 else f"{line[:300]} … {line[-190:]}", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ the start
@@ -503,7 +503,7 @@ def finish(watch: Watch, status: int, line: str | None, all_know: bool) -> None:
     """
     BLOCKS.append(LEAVING)  # again, or first: of a program that went well
     signal.set_wakeup_fd(-1)
-    watch.leaving.set()
+    watch.leaving = True
     watch.speak(line)
     try:
         sys.stdout.flush()
@@ -512,17 +512,10 @@ def finish(watch: Watch, status: int, line: str | None, all_know: bool) -> None:
     if not dist.is_initialized():
         sys.exit(status)
     if all_know:
-        wait_for(watch, "leaving", dist.get_world_size())
-        wait_for(watch, "left", dist.get_world_size() if watch.rank == 0 else 0)  # the store may be in rank 0
+        watch.wait_for_all()
+    elif line:
+        time.sleep(0.5)  # for rank 0 to print it: a launcher will kill that at once
     if status:
         os._exit(status)  # tidying up could wait for ever, for ranks that are not there any more
     dist.destroy_process_group()
     sys.exit(0)
-
-
-def wait_for(watch: Watch, counter: str, ranks: int) -> None:
-    """Count this rank, and wait until this many are counted, but not for long."""
-    deadline, counted = time.monotonic() + LOST_SECONDS, watch.add(counter, 1)
-    while counted < ranks and time.monotonic() < deadline:
-        time.sleep(0.02)
-        counted = watch.add(counter, 0)
