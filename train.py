@@ -48,7 +48,7 @@ from runtime.config import read_config
 from runtime.cpu import speed_up
 from runtime.data import IGNORE, Chats, MicroBatch, Order, Sample, decode_images, micro_batches
 from runtime.files import UserError
-from runtime.launch import COUNT, SIZE, Parser, find_place, gather_objects, number, postponed, run_program, together
+from runtime.launch import COUNT, SIZE, Parser, Postponed, find_place, gather_objects, number, run_program, together
 from runtime.lora import add_adapters, initialize_adapters
 from runtime.memory import peak_memory
 from runtime.optimizer import FREEZABLE, Optimizer, held_tensors, is_trained
@@ -157,7 +157,7 @@ class Trainer:
             raise UserError("--freeze leaves nothing to train; name less")
         first = folder.start(self.optimizer, self.settings(), self.total) + 1
         self.announce(first)
-        with postponed(tell=folder.say_stopping) as folder.signals:  # a step is always finished: see RunFolder.due
+        with Postponed(tell=folder.say_stopping) as folder.signals:  # a step is always finished: see RunFolder.due
             upcoming = self.upcoming(first)
             for step in range(first, self.total + 1):
                 current, upcoming = upcoming, self.upcoming(step + 1)

@@ -12,11 +12,11 @@ import torch
 from model import Config, VisionConfig
 from parallel import Place
 from runtime.chat import encode_chat
-from runtime.files import UserError, parse_line, read_lines
+from runtime.files import UserError, parse_line, read_lines, reading, require
 from runtime.images import grid_of, load_image, pixels
 from runtime.launch import gather_objects, together
 
-KEYS = {"messages", "tools", "reasoning_effort"}
+KEYS = ("messages", "tools", "reasoning_effort")
 
 IGNORE = -1  # the target at positions that are not learned
 
@@ -58,27 +58,22 @@ class Chats:
             except UserError as error:
                 errors.append((number, str(error)))
         # The first error in the file is reported, the same on every rank.
-        if errors := sorted(error for part in gather_objects(errors) for error in part):
-            raise UserError(errors[0][1])
-        if not lines:
-            raise UserError(f"{path}: is empty; it should hold one chat a line")
+        for _, error in sorted(chain(*gather_objects(errors))):
+            raise UserError(error)
+        require(lines, f"{path}: is empty; it should hold one chat a line")
         everything = sorted(chain(*gather_objects(samples)), key=lambda sample: sample.line)
         self.samples = [sample for sample in everything if len(sample.ids) <= max_length]
         self.dropped = len(everything) - len(self.samples)
-        if not self.samples:
-            raise UserError(f"{path}: all {self.dropped} samples are longer than --max-length {max_length}")
+        require(self.samples, f"{path}: all {self.dropped} samples are longer than --max-length {max_length}")
 
     def _read(self, line: bytes, number: int, tokenizer, config: Config) -> Sample:
         where = f"{self.path} line {number}"
-        chat = parse_line(line, where, KEYS)
-        messages, tools, effort = (chat.get(key) for key in ("messages", "tools", "reasoning_effort"))
         see = partial(grid_of, base=self.base, vision=config.vision) if config.vision is not None else None
-        try:
-            chat = encode_chat(tokenizer, messages, tools, effort, see, training=True)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        if not any(chat.targets):
-            raise UserError(f"{where}: nothing in this chat is trained on; every assistant message has weight 0")
+        with reading(where, "chat"):
+            chat = parse_line(line, where, KEYS)
+            chat = encode_chat(tokenizer, *map(chat.get, KEYS), see, training=True)
+            trains = any(chat.targets)
+            require(trains, "nothing in this chat is trained on; every assistant message has weight 0")
         return Sample(torch.tensor(chat.ids, dtype=torch.int32), torch.tensor(chat.targets), chat.images, number)
 
     def fingerprint(self) -> str:

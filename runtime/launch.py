@@ -6,7 +6,7 @@ with its cause, from one rank. No rank waits for ever for one that is gone.
 **Signals.** One rule for SIGINT, SIGTERM, SIGUSR1 and SIGHUP, which `run_program` puts in force:
 
 - a signal raises `SystemExit(128 + number)` in the main thread, so `finally` blocks and context managers tidy up;
-- in a `with postponed() as signals:` block it is only noted, as `signals.number`, and comes again after the block;
+- in a `with Postponed() as signals:` block it is only noted, as `signals.number`, and comes again after the block;
 - a main thread that waits in C, for a collective say, runs no Python: then the thread of `Watch` ends the process after
   GRACE seconds, and removes the folders that were half written.
 
@@ -47,13 +47,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # SIGU
 
 GRACE = 5  # seconds that the main thread has to tidy up after a signal
 
+MOMENT = 0.5  # seconds that rank 0 has to print why another rank ends, before a launcher sees that and kills all
+
 LOST_SECONDS = 10  # a rank whose collective failed waits this long before it says so: another may know the cause
 
 HUNG = timedelta(minutes=30)  # for one collective, among ranks that are all there
 
 PATIENT = timedelta(days=30)  # ranks rightly wait for a disk, or a person; `Watch` ends a wait for one that is gone
 
-AT_END = "\n"  # between ranks; see `Watch`
+DONE = "\n"  # why a job ends, where nothing has to be said
 
 # What every program calls the flags that a TopologyError is about; the layers that raise it know of no flags.
 WHAT_TO_DO = "choose other --tp and --pp; their product, times the data-parallel replicas, is the number of processes"
@@ -130,14 +132,25 @@ def variable(name: str, low: int, high: int, default: int | None = None) -> int:
 
 
 class Postponed:
-    """A block in which signals are only noted.
+    """A block in which signals (`numbers`; without, all) are only noted. What `number` still says then comes again.
 
     `number`: the signal that came, or 0. While `waiting` is set, a signal also ends the wait, by KeyboardInterrupt.
+    `tell` is for a block that goes on for long: it is called at once, by the watching thread, and a second Ctrl-C ends
+    the program.
     """
 
-    def __init__(self, numbers: tuple[int, ...] = SIGNALS, tell: Callable[[], None] | None = None):
-        self.numbers, self.tell, self.number, self.waiting = numbers, tell, 0, False
+    def __init__(self, *numbers: int, tell: Callable[[], None] | None = None):
+        self.numbers, self.tell, self.number, self.waiting = numbers or SIGNALS, tell, 0, False
         self.heard: list[int] = []  # by the watching thread
+
+    def __enter__(self) -> "Postponed":
+        BLOCKS.append(self)
+        return self
+
+    def __exit__(self, error: type | None, *_) -> None:
+        BLOCKS.remove(self)
+        if self.number and error is None:
+            signal.raise_signal(self.number)
 
 
 BLOCKS: list[Postponed] = []  # the open ones
@@ -160,36 +173,18 @@ def on_signal(number: int, frame) -> None:
         raise KeyboardInterrupt
 
 
-@contextlib.contextmanager
-def postponed(*numbers: int, tell: Callable[[], None] | None = None) -> Iterator[Postponed]:
-    """Note signals (`numbers`; without, all) while the block lasts. What `number` still says then comes again.
-
-    `tell` is for a block that goes on for long: it is called at once, by the watching thread, and a second Ctrl-C ends
-    the program.
-    """
-    signals = Postponed(numbers or SIGNALS, tell)
-    BLOCKS.append(signals)
-    try:
-        yield signals
-    finally:
-        BLOCKS.remove(signals)
-    if signals.number:
-        signal.raise_signal(signals.number)
-
-
 class Watch:
     """A thread that hears signals and the other ranks, and ends the process while the main thread waits in C.
 
-    Ranks send each other messages: an empty one is a sign of life, AT_END says that a rank came to its end and waits
-    there for the others, and any other is a line that says why the job ends: rank 0 prints the first and passes it on.
+    Ranks send each other messages: an empty one is a sign of life, any other says why the job ends. Rank 0 prints the
+    first, and passes it on.
     """
 
     def __init__(self, patience: float):
         self.patience, self.rank, self.speaks = patience, 0, True
         self.peers: dict[Connection, int] = {}  # whose connections: on rank 0 all others, elsewhere rank 0
         self.silent: dict[Connection, int] = {}  # seconds since the last message, of those that are open
-        self.ended: set[Connection] = set()  # ranks at their end, and beyond
-        self.reason = threading.Lock()  # whoever gets it knows the first reason why the job ends
+        self.reason = threading.Lock()  # held once it is known why the job ends
         self.limit: tuple[float, int, str | None] = (math.inf, 0, None)  # end at this time, with this status and line
         self.leaving = False
         self.terminal = termios.tcgetattr(0) if os.isatty(0) else None  # a chat changes how it reads keys
@@ -223,7 +218,7 @@ class Watch:
         Seconds of silence are counted, not timed: if the whole job was stopped for an hour, no rank is to blame.
         """
         due = time.monotonic() + 1
-        while self.peers or not self.leaving:
+        while not self.leaving:
             for source in select.select([self.ear, *self.silent], [], [], max(0, due - time.monotonic()))[0]:
                 self.hear(source.recv(1)[0]) if source is self.ear else self.listen(source)
             if time.monotonic() >= due:
@@ -248,13 +243,11 @@ class Watch:
         try:
             message, self.silent[peer] = peer.recv_bytes().decode(), 0
         except (EOFError, OSError):
-            message = AT_END
             del self.silent[peer]
             self.lose(f"rank {self.peers[peer]} was killed, or crashed; the kernel's log (dmesg) may say why")
-        if message == AT_END:
-            self.ended.add(peer)
         else:
-            self.speak(message)
+            if message:
+                self.speak(message)
 
     def look(self) -> None:
         if time.monotonic() > self.limit[0]:
@@ -267,9 +260,10 @@ class Watch:
                 self.lose(f"{who} gave no sign of life for {self.patience:g} s (--timeout); it is stopped or cut off")
 
     def lose(self, line: str) -> None:
-        """Without another rank, this one ends, too."""
+        """Without another rank, this one ends, too: by itself, if it comes to its own end soon."""
         self.speaks |= self.rank == 1  # what it lost is rank 0
-        self.end(1, line)
+        self.speak(line)
+        self.limit = min(self.limit, (time.monotonic() + GRACE, 1, None))
 
     def tell(self, message: str) -> None:
         for peer in self.peers:
@@ -278,34 +272,25 @@ class Watch:
 
     def speak(self, line: str | None) -> None:
         """Say, in one line of printable characters, why the job ends, if no rank has yet."""
-        if line and self.reason.acquire(blocking=False):
+        if not self.reason.acquire(blocking=False):
+            return
+        self.tell(line or DONE)
+        if self.speaks and line and line != DONE:
             line = "".join(c if c.isprintable() else " " for c in line)
             line = line if len(line) <= 490 else f"{line[:290]} … {line[-190:]}"
             with contextlib.suppress(OSError):
-                print(f"error: {line}", file=sys.stderr, flush=True) if self.speaks else None
-            self.tell(line)
+                print(f"error: {line}", file=sys.stderr, flush=True)
 
     def end(self, status: int, line: str | None) -> None:
         """End the process."""
-        if self.leaving:
-            return
         self.speak(line)
         for path in list(UNFINISHED):
             shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(termios.error):  # that terminal was closed
             if self.terminal:
                 termios.tcsetattr(0, termios.TCSANOW, self.terminal)
-        if self.peers:
-            time.sleep(1)  # a launcher should see the rank that is the cause end first
+        time.sleep(MOMENT)
         os._exit(status)
-
-    def wait_for_all(self) -> None:
-        """Wait for all ranks to come to their end, but not for long. Rank 0, where they meet, is the last to go on."""
-        deadline = time.monotonic() + LOST_SECONDS
-        self.tell(AT_END if self.rank else "")
-        while len(self.ended) < len(self.peers) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        self.tell(AT_END)
 
 
 def stopped_by(number: int) -> str | None:
@@ -400,20 +385,26 @@ def gather_objects(value) -> list:
     return values
 
 
-def together(action: Callable):
-    """Run `action` on every rank and return its result; a UserError of any rank is raised on all.
+@contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """A block that all ranks come to, and that succeeds on all, or fails on all with the error of one.
 
     A mistake that only one rank can see (a damaged shard) would otherwise end that rank alone, while the others wait in
-    their next collective. So no rank leaves here before all have said how they fared: all have to come here.
+    their next collective. So no rank leaves here before all have said how they fared.
     """
-    error, result = None, None
+    error = None
     try:
-        result = action()
+        yield
     except (UserError, TopologyError) as mistake:
         error = mistake
     for mistake in filter(None, gather_objects(error)):
         raise mistake
-    return result
+
+
+def together(action: Callable):
+    """Run `action` on every rank and return its result; a UserError of any rank is raised on all."""
+    with all_or_none():
+        return action()
 
 
 # -------------------------------------------------------------------------------------------------------------- the end
@@ -452,7 +443,7 @@ def run_program(main: Callable[[list[str]], None], alone: bool = False) -> None:
         sys.stdout.flush()
         if dist.is_initialized():
             dist.barrier()  # watched, too: this may take as long as the slowest rank does
-        ending = 0, None, True
+        ending = 0, None
     except BaseException as error:
         BLOCKS.append(LEAVING)
         ending = explain(error)
@@ -461,25 +452,25 @@ def run_program(main: Callable[[list[str]], None], alone: bool = False) -> None:
     finish(watch, *ending)
 
 
-def explain(error: BaseException) -> tuple[int, str | None, bool]:
-    """(exit status, the line to print, whether all ranks have this error). A bug of one process alone is raised."""
+def explain(error: BaseException) -> tuple[int, str | None]:
+    """(exit status, the line to print). A bug of one process alone is raised."""
     reason, many = " ".join(str(error).split()), "RANK" in os.environ
     if isinstance(error, UserError):
-        return error.status, str(error), True
+        return error.status, str(error)
     if isinstance(error, TopologyError):
-        return 2, f"{error}; {WHAT_TO_DO}", True
+        return 2, f"{error}; {WHAT_TO_DO}"
     if isinstance(error, SystemExit):  # by a signal, or --help
         status = error.code or 0
-        return status, stopped_by(status - 128) if status > 128 else None, status <= 128
+        return status, stopped_by(status - 128) if status > 128 else None
     if isinstance(error, BrokenPipeError):  # the reader of our output went away, and knows
-        return 1, "the reader of the output went away" if many else None, False
+        return 1, "the reader of the output went away" if many else None
     status, line = 2, machine_failure(error, reason)
     if line is None and not many:
         raise error
     if line is None:
         file, at, *_ = traceback.extract_tb(error.__traceback__)[-1]
         status, line = 1, f"{type(error).__name__}: {reason} ({os.path.basename(file)} line {at})"
-    return status, f"rank {dist.get_rank()}: {line}" if dist.is_initialized() else line, False
+    return status, f"rank {dist.get_rank()}: {line}" if dist.is_initialized() else line
 
 
 def machine_failure(error: BaseException, reason: str) -> str | None:
@@ -496,11 +487,8 @@ def is_echo(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and re.search("gloo|NCCL", str(error)))
 
 
-def finish(watch: Watch, status: int, line: str | None, all_know: bool) -> None:
-    """Say what is to be said and exit. Where all ranks do so, with this status, they wait for each other.
-
-    A launcher kills the other ranks as soon as one exits with an error: their status would be a signal's.
-    """
+def finish(watch: Watch, status: int, line: str | None) -> None:
+    """Say what is to be said and exit."""
     BLOCKS.append(LEAVING)  # again, or first: of a program that went well
     signal.set_wakeup_fd(-1)
     watch.leaving = True
@@ -511,11 +499,8 @@ def finish(watch: Watch, status: int, line: str | None, all_know: bool) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if not dist.is_initialized():
         sys.exit(status)
-    if all_know:
-        watch.wait_for_all()
-    elif line:
-        time.sleep(0.5)  # for rank 0 to print it: a launcher will kill that at once
     if status:
+        time.sleep(MOMENT)
         os._exit(status)  # tidying up could wait for ever, for ranks that are not there any more
     dist.destroy_process_group()
     sys.exit(0)
