@@ -47,7 +47,7 @@ from runtime.checkpoint import Checkpoint, fill, initialize
 from runtime.config import read_config
 from runtime.cpu import speed_up
 from runtime.data import IGNORE, Chats, MicroBatch, Order, Sample, decode_images, micro_batches
-from runtime.files import UserError
+from runtime.files import UserError, require
 from runtime.launch import COUNT, SIZE, Parser, Postponed, find_place, gather_objects, number, run_program, together
 from runtime.lora import add_adapters, initialize_adapters
 from runtime.memory import peak_memory
@@ -63,12 +63,6 @@ Split = tuple[list[MicroBatch], list[MicroBatch], Callable[[], None]]  # see Tra
 SHOWN = 3  # answers of a validation
 
 VALIDATE_AT_ONCE = 8  # micro-batches per replica whose images are in memory together
-
-
-class Diverged(UserError):
-    """The loss or a gradient is not a finite number any more."""
-
-    status = 1
 
 
 def learning_rate(step: int, total: int, lr: float, min_lr: float, warmup: int) -> float:
@@ -98,8 +92,8 @@ def read_start(args: argparse.Namespace) -> tuple[Checkpoint | None, Config, obj
     config = read_config(args.ckpt or args.init)
     if checkpoint:
         config = checkpoint.fit(config)
-    if args.max_length > config.max_position_embeddings:
-        raise UserError(f"--max-length goes up to {config.max_position_embeddings} with this model")
+    longest = config.max_position_embeddings
+    require(args.max_length <= longest, f"--max-length goes up to {longest} with this model")
     return checkpoint, config, load_tokenizer(args.ckpt or args.tokenizer, config)
 
 
@@ -153,8 +147,7 @@ class Trainer:
     def train(self) -> None:
         """Take the steps that are left to take, and leave the model in the run's folder."""
         args, folder = self.args, self.folder
-        if not any(gather_objects(self.pipeline.gradient_here)):
-            raise UserError("--freeze leaves nothing to train; name less")
+        require(any(gather_objects(self.pipeline.gradient_here)), "--freeze leaves nothing to train; name less")
         first = folder.start(self.optimizer, self.settings(), self.total) + 1
         self.announce(first)
         with Postponed(tell=folder.say_stopping) as folder.signals:  # a step is always finished: see RunFolder.due
@@ -251,10 +244,8 @@ class Trainer:
         what = f"the loss is {loss}" if bad or not math.isfinite(loss) else f"the gradient norm is {norm}"
         newest = newest_state(self.folder.states)
         rest = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
-        raise Diverged(
-            f"step {step}: {what}, from {self.args.data} line {shown}; the step was not taken, {rest}; "
-            "look at these samples, or lower --lr"
-        )
+        problem = f"step {step}: {what}, from {self.args.data} line {shown}; the step was not taken, {rest}"
+        raise UserError(f"{problem}; look at these samples, or lower --lr", status=1)
 
     def validate(self, step: int) -> dict:
         """The mean loss over the file's target tokens, and the share of exact answers: a line for metrics.jsonl."""
@@ -388,17 +379,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             group.add_argument(flag, default=default, help=text, **takes)
     args = parser.parse_args(argv)
     started = (args.ckpt is None) != (args.init is None) and (args.init is None) == (args.tokenizer is None)
-    mistakes = {
-        "start from --ckpt DIR, or from --init CONFIG.json with --tokenizer DIR": not started,
-        "--val-every and --val-generate need --val FILE.jsonl": not args.val and (args.val_every or args.val_generate),
-        "--val-generate does not go with --sequence-parallel: a new token cannot be split": args.sequence_parallel
-        and args.val_generate,
-        "--lora-alpha goes with --lora-rank N": args.lora_alpha and not args.lora_rank,
-        "--betas must lie below 1, and --min-lr must not exceed --lr": max(args.betas) == 1 or args.min_lr > args.lr,
-    }
-    for message, mistaken in mistakes.items():
-        if mistaken:
-            raise UserError(message)
+    require(started, "start from --ckpt DIR, or from --init CONFIG.json with --tokenizer DIR")
+    validates = args.val_every or args.val_generate
+    require(args.val or not validates, "--val-every and --val-generate need --val FILE.jsonl")
+    split = args.val_generate and args.sequence_parallel
+    require(not split, "--val-generate does not go with --sequence-parallel: a new token cannot be split")
+    require(args.lora_rank or not args.lora_alpha, "--lora-alpha goes with --lora-rank N")
+    below = max(args.betas) < 1 and args.min_lr <= args.lr
+    require(below, "--betas must lie below 1, and --min-lr must not exceed --lr")
     args.lora_alpha = args.lora_alpha or 4.0 * (args.lora_rank or 0)
     return args
 

@@ -13,18 +13,17 @@ from safetensors import SafetensorError
 
 
 class UserError(ValueError):
-    """A mistake of the user's: one line that says what is wrong and what to do. Programs exit with `status`.
+    """A mistake of the user's: a line that says what is wrong and what to do. Programs exit with `status`.
 
     Messages quote files, which may hold anything: what does not print is escaped, and a long line loses its middle.
     """
 
-    status = 2
-
-    def __init__(self, message: str):
+    def __init__(self, message: str, status: int = 2):
         for _ in range(2):  # again, since what is escaped grows
             message = message if len(message) <= 440 else f"{message[:280]} … {message[-157:]}"
             message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
         super().__init__(message[:440])
+        self.status = status
 
 
 def require(holds: object, problem: str) -> None:

@@ -43,17 +43,15 @@ def test_replicas_show_answers_once(text, tmp_path):
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_in_a_terminal(stopped, text, tmp_path):
-    """A step's line takes the place of the last one's, and nothing else is written over it."""
+    """A line a step; the first Ctrl-C stops the run after a step, and says so."""
     steps = 400 if stopped else 12
     run = Terminal("train.py", *arguments(*text, tmp_path / "run", **{**OPTIONS, "max_steps": steps}), home=tmp_path)
     run.see("step 2/")
     if stopped:
         run.press("\x03")
     assert run.end() == (130 if stopped else 0)
-    screen = re.sub(r"[^\n]*\r\x1b\[K", "", run.shown.replace("\r\n", "\n"))
-    screen = re.sub(r"[^\n]*\n\x1b\[A\x1b\[2K", "", screen).split("\n")
-    shown = [line for line in screen if line.startswith("step ")]
-    assert len(shown) <= 2 and shown[-1] in run.shown  # in all but the tenth, which a line follows, and the last
+    screen = run.shown.replace("\r\n", "\n").replace("^C", "").split("\n")
+    assert stopped or sum(line.startswith("step ") for line in screen) == 12
     assert sum(line.startswith("stopping after this step") for line in screen) == stopped
     assert any(line.startswith("error: SIGINT" if stopped else "done in") for line in screen), screen
 
