@@ -260,12 +260,6 @@ class Trainer:
             line |= {"val_exact": exact / len(asked)} if self.args.val_generate and asked else {}
         return line
 
-    def spell(self, ids: list[int]) -> str:
-        """An answer in a line, thoughts apart from it."""
-        end = self.tokenizer.special.get("[/THINK]")
-        at = ids.index(end) if end in ids else 0
-        return shorten(" → ".join(filter(None, map(self.tokenizer.decode, (ids[:at], ids[at:])))), 100)
-
     def windows(self, every: list[Sample], size: int) -> Iterator[tuple[list[Sample], list[MicroBatch]]]:
         """Samples of the validation file, some at a time: (they, this replica's micro-batches of `size`)."""
         at_once = VALIDATE_AT_ONCE * self.place.dp_size * size
@@ -286,7 +280,8 @@ class Trainer:
             for answer, (_, expected) in zip(answers, splits):
                 exact += answer.tokens == expected
                 if (shown := shown + 1) <= SHOWN:
-                    self.say("  expected {!r}\n  answered {!r}".format(*map(self.spell, (expected, answer.tokens))))
+                    texts = (shorten(self.tokenizer.decode(ids), 100) for ids in (expected, answer.tokens))
+                    self.say("  expected {!r}\n  answered {!r}".format(*texts))
         return int(over_ranks([exact])[0]) // (place.tp_size * place.pp_size)  # all ranks of a replica counted them
 
     def settings(self) -> dict:

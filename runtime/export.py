@@ -253,8 +253,11 @@ def convert(source: str, target: str, to_fp8: bool, chats: str | None) -> None:
     save(target, replace(config, fp8=to_fp8, activation_scheme=scheme), weights(), source)
 
 
-def measure_inputs(model: MistralMedium, batches: Iterable[MicroBatch]) -> dict[str, torch.Tensor]:
-    """Static activation scales: the largest input of every decoder linear over `batches`, over 448. By weight name."""
+def measure_inputs(model: MistralMedium, batches: list[MicroBatch], base: str) -> dict[str, torch.Tensor]:
+    """Static activation scales: the largest input of every decoder linear over `batches`, over 448. By weight name.
+
+    Image paths are relative to `base`.
+    """
     largest: dict[str, torch.Tensor] = {}
 
     def watch(name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -265,8 +268,10 @@ def measure_inputs(model: MistralMedium, batches: Iterable[MicroBatch]) -> dict[
     handles = [layer.register_forward_pre_hook(partial(watch, name)) for name, layer in quantized]
     with torch.inference_mode():
         for batch in batches:
+            decode_images([batch], base, model.config.vision, torch.bfloat16)
             features = model.vision(batch.pixels) if batch.pixels else None
             model(model.embed(batch.tokens, features))
+            batch.pixels = []
     for handle in handles:
         handle.remove()
     return {name: fp8.scale_of(amax) for name, amax in largest.items()}
@@ -281,14 +286,7 @@ def calibrate(directory: str, chats_file: str, config: Config, checkpoint: Check
     require(size <= room, f"{sizes}: no --calibrate here")
     chats = Chats(chats_file, load_tokenizer(directory, config), config, config.max_position_embeddings, Place())
     fill(model, checkpoint)
-
-    def decoded() -> Iterator:
-        for batch in micro_batches(chats.samples, 1, 0):
-            decode_images([batch], chats.base, config.vision, torch.bfloat16)
-            yield batch
-            batch.pixels = []
-
-    return measure_inputs(model, decoded())
+    return measure_inputs(model, micro_batches(chats.samples, 1, 0), chats.base)
 
 
 def main(argv: list[str]) -> None:

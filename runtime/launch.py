@@ -49,13 +49,13 @@ GRACE = 5  # seconds that the main thread has to tidy up after a signal
 
 MOMENT = 0.5  # seconds that rank 0 has to print why another rank ends, before a launcher sees that and kills all
 
-LOST_SECONDS = 10  # a rank whose collective failed waits this long before it says so: another may know the cause
+LOST_SECONDS = 10  # a rank whose collective failed waits this long before it says so: others know the cause
 
 HUNG = timedelta(minutes=30)  # for one collective, among ranks that are all there
 
 PATIENT = timedelta(days=30)  # ranks rightly wait for a disk, or a person; `Watch` ends a wait for one that is gone
 
-DONE = "\n"  # why a job ends, where nothing has to be said
+ALIVE = "\n"  # what ranks send each other, besides the line that says why the job ends
 
 # What every program calls the flags that a TopologyError is about; the layers that raise it know of no flags.
 WHAT_TO_DO = "choose other --tp and --pp; their product, times the data-parallel replicas, is the number of processes"
@@ -176,8 +176,8 @@ def on_signal(number: int, frame) -> None:
 class Watch:
     """A thread that hears signals and the other ranks, and ends the process while the main thread waits in C.
 
-    Ranks send each other messages: an empty one is a sign of life, any other says why the job ends. Rank 0 prints the
-    first, and passes it on.
+    Ranks send each other ALIVE, and why the job ends: a line, or "" if nothing has to be said. Rank 0 prints the first,
+    and passes it on.
     """
 
     def __init__(self, patience: float):
@@ -185,7 +185,7 @@ class Watch:
         self.peers: dict[Connection, int] = {}  # whose connections: on rank 0 all others, elsewhere rank 0
         self.silent: dict[Connection, int] = {}  # seconds since the last message, of those that are open
         self.reason = threading.Lock()  # held once it is known why the job ends
-        self.limit: tuple[float, int, str | None] = (math.inf, 0, None)  # end at this time, with this status and line
+        self.limit = (math.inf, 0, "")  # end at this time, with this status and line
         self.leaving = False
         self.terminal = termios.tcgetattr(0) if os.isatty(0) else None  # a chat changes how it reads keys
         self.ear, self.mouth = socket.socketpair()  # Python writes the number of each signal that comes
@@ -209,7 +209,7 @@ class Watch:
             peer = Connection(socket.create_connection(address).detach())
             peer.send_bytes(str(rank).encode())
             self.peers = {peer: 0}
-        self.rank, self.speaks, self.limit = rank, rank == 0, (math.inf, 0, None)
+        self.rank, self.speaks, self.limit = rank, rank == 0, (math.inf, 0, "")
         self.silent = dict.fromkeys(self.peers, 0)
 
     def run(self) -> None:
@@ -217,9 +217,9 @@ class Watch:
 
         Seconds of silence are counted, not timed: if the whole job was stopped for an hour, no rank is to blame.
         """
-        due = time.monotonic() + 1
+        due = 0.0
         while not self.leaving:
-            for source in select.select([self.ear, *self.silent], [], [], max(0, due - time.monotonic()))[0]:
+            for source in select.select([self.ear, *self.silent], [], [], 0.1)[0]:
                 self.hear(source.recv(1)[0]) if source is self.ear else self.listen(source)
             if time.monotonic() >= due:
                 due = time.monotonic() + 1
@@ -246,13 +246,13 @@ class Watch:
             del self.silent[peer]
             self.lose(f"rank {self.peers[peer]} was killed, or crashed; the kernel's log (dmesg) may say why")
         else:
-            if message:
+            if message != ALIVE:
                 self.speak(message)
 
     def look(self) -> None:
         if time.monotonic() > self.limit[0]:
             self.end(*self.limit[1:])
-        self.tell("")
+        self.tell(ALIVE)
         for peer in self.silent:
             self.silent[peer] += 1
             if self.silent[peer] >= self.patience - 1:
@@ -263,25 +263,25 @@ class Watch:
         """Without another rank, this one ends, too: by itself, if it comes to its own end soon."""
         self.speaks |= self.rank == 1  # what it lost is rank 0
         self.speak(line)
-        self.limit = min(self.limit, (time.monotonic() + GRACE, 1, None))
+        self.limit = min(self.limit, (time.monotonic() + GRACE, 1, ""))
 
     def tell(self, message: str) -> None:
         for peer in self.peers:
             with contextlib.suppress(OSError):  # it is gone
                 peer.send_bytes(message.encode())
 
-    def speak(self, line: str | None) -> None:
+    def speak(self, line: str) -> None:
         """Say, in one line of printable characters, why the job ends, if no rank has yet."""
         if not self.reason.acquire(blocking=False):
             return
-        self.tell(line or DONE)
-        if self.speaks and line and line != DONE:
+        self.tell(line)
+        if self.speaks and line:
             line = "".join(c if c.isprintable() else " " for c in line)
             line = line if len(line) <= 490 else f"{line[:290]} … {line[-190:]}"
             with contextlib.suppress(OSError):
                 print(f"error: {line}", file=sys.stderr, flush=True)
 
-    def end(self, status: int, line: str | None) -> None:
+    def end(self, status: int, line: str) -> None:
         """End the process."""
         self.speak(line)
         for path in list(UNFINISHED):
@@ -293,8 +293,8 @@ class Watch:
         os._exit(status)
 
 
-def stopped_by(number: int) -> str | None:
-    return f"stopped by {signal.Signals(number).name}" if "RANK" in os.environ else None  # alone, one knows
+def stopped_by(number: int) -> str:
+    return f"stopped by {signal.Signals(number).name}" if "RANK" in os.environ else ""  # alone, one knows
 
 
 # ------------------------------------------------------------------------------------------------------------ the start
@@ -443,16 +443,16 @@ def run_program(main: Callable[[list[str]], None], alone: bool = False) -> None:
         sys.stdout.flush()
         if dist.is_initialized():
             dist.barrier()  # watched, too: this may take as long as the slowest rank does
-        ending = 0, None
+        ending = 0, ""
     except BaseException as error:
         BLOCKS.append(LEAVING)
         ending = explain(error)
-        if is_echo(error):
-            time.sleep(LOST_SECONDS)
+        if isinstance(error, RuntimeError) and re.search("^Dist|gloo|NCCL", f"{type(error).__name__}: {error}"):
+            time.sleep(LOST_SECONDS)  # a broken connection is not the cause: another rank failed
     finish(watch, *ending)
 
 
-def explain(error: BaseException) -> tuple[int, str | None]:
+def explain(error: BaseException) -> tuple[int, str]:
     """(exit status, the line to print). A bug of one process alone is raised."""
     reason, many = " ".join(str(error).split()), "RANK" in os.environ
     if isinstance(error, UserError):
@@ -461,33 +461,28 @@ def explain(error: BaseException) -> tuple[int, str | None]:
         return 2, f"{error}; {WHAT_TO_DO}"
     if isinstance(error, SystemExit):  # by a signal, or --help
         status = error.code or 0
-        return status, stopped_by(status - 128) if status > 128 else None
+        return status, stopped_by(status - 128) if status > 128 else ""
     if isinstance(error, BrokenPipeError):  # the reader of our output went away, and knows
-        return 1, "the reader of the output went away" if many else None
+        return 1, "the reader of the output went away" if many else ""
     status, line = 2, machine_failure(error, reason)
-    if line is None and not many:
+    if not line and not many:
         raise error
-    if line is None:
+    if not line:
         file, at, *_ = traceback.extract_tb(error.__traceback__)[-1]
         status, line = 1, f"{type(error).__name__}: {reason} ({os.path.basename(file)} line {at})"
     return status, f"rank {dist.get_rank()}: {line}" if dist.is_initialized() else line
 
 
-def machine_failure(error: BaseException, reason: str) -> str | None:
+def machine_failure(error: BaseException, reason: str) -> str:
     """The line for what the machine refused: memory, or a file."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(OUT_OF_MEMORY, reason):
         return f"out of memory; {MORE_MEMORY} ({reason[:200]})"
     if isinstance(error, OSError):
         return f"{error.filename or 'standard output, or a file'}: {error.strerror or reason}"
-    return None
+    return ""
 
 
-def is_echo(error: BaseException) -> bool:
-    """A broken connection is not the cause: another rank failed, and it, or `Watch`, has the better line to print."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and re.search("gloo|NCCL", str(error)))
-
-
-def finish(watch: Watch, status: int, line: str | None) -> None:
+def finish(watch: Watch, status: int, line: str) -> None:
     """Say what is to be said and exit."""
     BLOCKS.append(LEAVING)  # again, or first: of a program that went well
     signal.set_wakeup_fd(-1)
