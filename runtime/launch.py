@@ -41,7 +41,7 @@ import torch
 import torch.distributed as dist
 
 from parallel import Place, TopologyError
-from runtime.files import UNFINISHED, UserError
+from runtime.files import UNFINISHED, UserError, require
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # SIGUSR1 is Slurm's warning of the end
 
@@ -228,9 +228,9 @@ class Watch:
     def hear(self, number: int) -> None:
         """A signal came. Its handler runs in the main thread, once that is back from C."""
         block = block_for(number)
-        if block in (None, LEAVING):
+        if number in SIGNALS and block in (None, LEAVING):
             self.limit = min(self.limit, (time.monotonic() + GRACE, 128 + number, stopped_by(number)))
-        elif block.tell:
+        elif block and block.tell:
             block.heard.append(number)
             if block.heard == [number]:
                 with contextlib.suppress(OSError):  # nobody reads that any more
@@ -323,10 +323,8 @@ def start_world(watch: Watch | None = None) -> None:
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENT)
     if gpus:
-        crowded = torch.tensor(int(gpu >= gpus))
-        dist.all_reduce(crowded, dist.ReduceOp.MAX)
-        if crowded:
-            raise UserError(f"more processes than the {gpus} GPUs of a machine; lower --nproc-per-node")
+        with all_or_none():
+            require(gpu < gpus, f"more processes than the {gpus} GPUs of a machine; lower --nproc-per-node")
         torch.cuda.set_device(gpu)
 
 

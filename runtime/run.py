@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from datetime import datetime, timedelta
 
@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from parallel import Place
+from parallel import Place, Slice
 from runtime.checkpoint import Checkpoint
 from runtime.curve import draw_loss, points_of
 from runtime.export import export, export_adapters, staged
@@ -252,6 +252,13 @@ def newest_state(directory: str) -> str | None:
     return next(iter(newest_states(directory, 1)), None)
 
 
+def unpadded(parts: Iterable) -> Iterator[tuple[str, Slice, torch.Tensor]]:
+    """The tensors of the optimizer's `parts` by their names, without padding, which depends on the topology."""
+    for held, views in parts:
+        for kind in STATE:
+            yield f"{held.name}/{kind}", held.part, views[kind].narrow(held.part.dim, 0, held.part.length)
+
+
 def save_state(directory: str, step: int, optimizer: Optimizer, settings: dict) -> None:
     """Write `directory`/step-N with every rank's part of the run's state; all ranks call this together.
 
@@ -262,12 +269,8 @@ def save_state(directory: str, step: int, optimizer: Optimizer, settings: dict) 
     place, tensors = optimizer.place, {}
     file = f"rank-{place.rank:05d}.safetensors"
     owned = [entry for entry in optimizer.parts if entry[0].owner]
-    for held, views in owned[place.dp_rank :: place.dp_size]:
-        part = held.part  # written without its padding, which depends on the topology
-        for kind in STATE:
-            inside = views[kind].narrow(part.dim, 0, part.length)
-            piece = f"{held.name}/{kind}@{part.start}:{part.start + part.length}"
-            tensors[piece] = inside.contiguous().cpu()
+    for name, part, values in unpadded(owned[place.dp_rank :: place.dp_size]):
+        tensors[f"{name}@{part.start}:{part.start + part.length}"] = values.contiguous().cpu()
     names = gather_objects(dict.fromkeys(tensors, file))
     final, advice = os.path.join(directory, f"step-{step}"), "earlier checkpoints are whole: make room, then --resume"
     with staged(final, place.rank, advice) as folder:
@@ -311,9 +314,7 @@ def load_state(path: str, optimizer: Optimizer, settings: dict, data: str) -> in
         require(found[name] == value, f"{made}, but this run has {value}")
     with reading(path, "saved state", advice), torch.no_grad():
         state = Checkpoint(path)
-        for held, views in optimizer.parts:
-            for kind in STATE:
-                inside = views[kind].narrow(held.part.dim, 0, held.part.length)
-                state.fill_part(f"{held.name}/{kind}", held.part, inside)
+        for name, part, values in unpadded(optimizer.parts):
+            state.fill_part(name, part, values)
     optimizer.resume(settings["step"])
     return settings["step"]
