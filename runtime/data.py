@@ -12,7 +12,7 @@ import torch
 from model import Config, VisionConfig
 from parallel import Place
 from runtime.chat import encode_chat
-from runtime.files import UserError, parse_line, read_lines, reading, require
+from runtime.files import parse_line, read_lines, reading, require
 from runtime.images import grid_of, load_image, pixels
 from runtime.launch import gather_objects, together
 
@@ -51,17 +51,11 @@ class Chats:
     def __init__(self, path: str, tokenizer, config: Config, max_length: int, place: Place):
         self.path, self.base = path, os.path.dirname(path)
         lines = together(lambda: read_lines(path))
-        samples, errors = [], []
-        for number, line in lines[place.rank :: place.world_size]:
-            try:
-                samples.append(self._read(line, number, tokenizer, config))
-            except UserError as error:
-                errors.append((number, str(error)))
-        # The first error in the file is reported, the same on every rank.
-        for _, error in sorted(chain(*gather_objects(errors))):
-            raise UserError(error)
         require(lines, f"{path}: is empty; it should hold one chat a line")
-        everything = sorted(chain(*gather_objects(samples)), key=lambda sample: sample.line)
+        # Each rank reads a part of the file. `together` raises the lowest rank's error: the first in the file.
+        start, stop = (len(lines) * rank // place.world_size for rank in (place.rank, place.rank + 1))
+        own = together(lambda: [self._read(line, number, tokenizer, config) for number, line in lines[start:stop]])
+        everything = list(chain(*gather_objects(own)))
         self.samples = [sample for sample in everything if len(sample.ids) <= max_length]
         self.dropped = len(everything) - len(self.samples)
         require(self.samples, f"{path}: all {self.dropped} samples are longer than --max-length {max_length}")
