@@ -47,8 +47,8 @@ from runtime.checkpoint import Checkpoint, fill, initialize
 from runtime.config import read_config
 from runtime.cpu import speed_up
 from runtime.data import IGNORE, Chats, MicroBatch, Order, Sample, decode_images, micro_batches
-from runtime.files import UserError
-from runtime.launch import COUNT, SIZE, Parser, find_place, gather_objects, number, postponed, run_program, together
+from runtime.files import UserError, require
+from runtime.launch import COUNT, SIZE, Parser, Postponed, find_place, gather_objects, number, run_program, together
 from runtime.lora import add_adapters, initialize_adapters
 from runtime.memory import peak_memory
 from runtime.optimizer import FREEZABLE, Optimizer, held_tensors, is_trained
@@ -63,12 +63,6 @@ Split = tuple[list[MicroBatch], list[MicroBatch], Callable[[], None]]  # see Tra
 SHOWN = 3  # answers of a validation
 
 VALIDATE_AT_ONCE = 8  # micro-batches per replica whose images are in memory together
-
-
-class Diverged(UserError):
-    """The loss or a gradient is not a finite number any more."""
-
-    status = 1
 
 
 def learning_rate(step: int, total: int, lr: float, min_lr: float, warmup: int) -> float:
@@ -98,8 +92,8 @@ def read_start(args: argparse.Namespace) -> tuple[Checkpoint | None, Config, obj
     config = read_config(args.ckpt or args.init)
     if checkpoint:
         config = checkpoint.fit(config)
-    if args.max_length > config.max_position_embeddings:
-        raise UserError(f"--max-length goes up to {config.max_position_embeddings} with this model")
+    longest = config.max_position_embeddings
+    require(args.max_length <= longest, f"--max-length goes up to {longest} with this model")
     return checkpoint, config, load_tokenizer(args.ckpt or args.tokenizer, config)
 
 
@@ -153,11 +147,10 @@ class Trainer:
     def train(self) -> None:
         """Take the steps that are left to take, and leave the model in the run's folder."""
         args, folder = self.args, self.folder
-        if not any(gather_objects(self.pipeline.gradient_here)):
-            raise UserError("--freeze leaves nothing to train; name less")
+        require(any(gather_objects(self.pipeline.gradient_here)), "--freeze leaves nothing to train; name less")
         first = folder.start(self.optimizer, self.settings(), self.total) + 1
         self.announce(first)
-        with postponed(tell=folder.say_stopping) as folder.signals:  # a step is always finished: see RunFolder.due
+        with Postponed(tell=folder.say_stopping) as folder.signals:  # a step is always finished: see RunFolder.due
             upcoming = self.upcoming(first)
             for step in range(first, self.total + 1):
                 current, upcoming = upcoming, self.upcoming(step + 1)
@@ -251,10 +244,8 @@ class Trainer:
         what = f"the loss is {loss}" if bad or not math.isfinite(loss) else f"the gradient norm is {norm}"
         newest = newest_state(self.folder.states)
         rest = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
-        raise Diverged(
-            f"step {step}: {what}, from {self.args.data} line {shown}; the step was not taken, {rest}; "
-            "look at these samples, or lower --lr"
-        )
+        problem = f"step {step}: {what}, from {self.args.data} line {shown}; the step was not taken, {rest}"
+        raise UserError(f"{problem}; look at these samples, or lower --lr", status=1)
 
     def validate(self, step: int) -> dict:
         """The mean loss over the file's target tokens, and the share of exact answers: a line for metrics.jsonl."""
@@ -268,12 +259,6 @@ class Trainer:
             exact = self.exact_answers(asked[: None if self.args.val_generate else SHOWN * self.place.dp_size])
             line |= {"val_exact": exact / len(asked)} if self.args.val_generate and asked else {}
         return line
-
-    def spell(self, ids: list[int]) -> str:
-        """An answer in a line, thoughts apart from it."""
-        end = self.tokenizer.special.get("[/THINK]")
-        at = ids.index(end) if end in ids else 0
-        return shorten(" → ".join(filter(None, map(self.tokenizer.decode, (ids[:at], ids[at:])))), 100)
 
     def windows(self, every: list[Sample], size: int) -> Iterator[tuple[list[Sample], list[MicroBatch]]]:
         """Samples of the validation file, some at a time: (they, this replica's micro-batches of `size`)."""
@@ -295,7 +280,8 @@ class Trainer:
             for answer, (_, expected) in zip(answers, splits):
                 exact += answer.tokens == expected
                 if (shown := shown + 1) <= SHOWN:
-                    self.say("  expected {!r}\n  answered {!r}".format(*map(self.spell, (expected, answer.tokens))))
+                    texts = (shorten(self.tokenizer.decode(ids), 100) for ids in (expected, answer.tokens))
+                    self.say("  expected {!r}\n  answered {!r}".format(*texts))
         return int(over_ranks([exact])[0]) // (place.tp_size * place.pp_size)  # all ranks of a replica counted them
 
     def settings(self) -> dict:
@@ -322,78 +308,82 @@ class Trainer:
         self.say(f"saves its state {often} in {states}, the newest {args.keep} stay; Ctrl-C stops after a step")
 
 
-RATE, BETA, POSITIVE = number(float, 0, 1e9), number(float, 0, 1), number(float, 1e-30, 1e9)
+# What an option takes, in argparse's words.
+DIR, CHATS, FLAG = {"metavar": "DIR"}, {"metavar": "FILE.jsonl"}, {"action": "store_true"}
+N = {"metavar": "N", "type": SIZE}
+RATE, POSITIVE = ({"metavar": "F", "type": number(float, low, 1e9)} for low in (0, 1e-30))
+BETAS = {"metavar": ("A", "B"), "type": number(float, 0, 1), "nargs": 2}
+
+OPTIONS = {  # of each group: (flag, what it takes, default, help)
+    "from what to what": [
+        ("--ckpt", DIR, None, "start from this checkpoint, any layout"),
+        ("--init", {"metavar": "CONFIG.json"}, None, "or from random weights of this shape"),
+        ("--tokenizer", DIR, None, "with --init: the folder of the tokenizer"),
+        ("--data", CHATS | {"required": True}, None, "one chat a line; image paths relative to the file"),
+        ("--max-length", N, 2048, "longer samples are dropped, in tokens"),
+        ("--out", DIR | {"required": True}, None, "metrics.jsonl, checkpoints/, loss.png and model/ go here"),
+        ("--export", {"choices": ["bfloat16", "fp8"]}, "bfloat16", "precision of model/"),
+    ],
+    "steps": [
+        ("--global-batch-size", N, 64, "samples a step, over all ranks"),
+        ("--max-steps", N, None, "default: as many as --epochs takes"),
+        ("--epochs", N, None, "default 1, or as many as --max-steps takes"),
+        ("--shuffle", {"action": argparse.BooleanOptionalAction}, True, "a new order each epoch; default: yes"),
+        ("--seed", {"metavar": "N", "type": number(int, 0, (1 << 31) - 1)}, 0, "of order, --init and adapters"),
+    ],
+    "optimizer": [
+        ("--optimizer", {"choices": ["adam", "adamw"]}, "adam", "adamw decays weights apart from gradients"),
+        ("--lr", RATE, 1e-5, "the highest learning rate"),
+        ("--min-lr", RATE, 1e-6, "where the cosine ends"),
+        ("--warmup-steps", {"metavar": "N", "type": COUNT}, 0, "steps in which the learning rate rises to --lr"),
+        ("--betas", BETAS, [0.9, 0.999], "Adam's"),
+        ("--eps", POSITIVE, 1e-8, "Adam's"),
+        ("--weight-decay", RATE, 0.0, "on every trained weight"),
+        ("--max-grad-norm", RATE, 1.0, "longer gradients are scaled down; 0: never"),
+    ],
+    "what is trained": [
+        ("--freeze", {"metavar": "NAME", "nargs": "+", "choices": sorted(FREEZABLE)}, [], ", ".join(FREEZABLE)),
+        ("--lora-rank", N, None, "train adapters of this rank on the decoder's linears, only these"),
+        ("--lora-alpha", POSITIVE, None, "adapters count alpha / rank times; default 4 times the rank"),
+    ],
+    "processes and memory": [
+        ("--tp", N, 1, "tensor-parallel size"),
+        ("--pp", N, 1, "pipeline-parallel size; the rest is data-parallel"),
+        ("--sequence-parallel", FLAG, False, "split norms and residuals along the tokens inside --tp ranks"),
+        ("--micro-batch-size", N, 1, "samples that go through the model together"),
+        ("--activation-checkpointing", FLAG, False, "keep layers' inputs only: less memory, more time"),
+        ("--dtype", {"choices": ["bfloat16", "float32"]}, "bfloat16", "of weights and activations"),
+        ("--timeout", {"metavar": "S", "type": number(float, 5, 1e9)}, 300, "a rank silent for this long is gone"),
+    ],
+    "saving and validating": [
+        ("--save-every", N, None, "steps between saved states; default: ten minutes"),
+        ("--keep", N, 2, "how many saved states are kept, the newest"),
+        ("--resume", FLAG, False, "go on from the newest state in --out, if there is one"),
+        ("--val", CHATS, None, "chats to validate with"),
+        ("--val-every", N, None, "steps between validations; default: one after the last step"),
+        ("--val-generate", FLAG, False, "answer the validation chats too, and count exact answers"),
+    ],
+}
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__, usage="%(prog)s --data FILE.jsonl --out DIR [options]")
-    add_training_options(parser)
-    add_running_options(parser)
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for flag, takes, default, text in options:
+            group.add_argument(flag, default=default, help=text, **takes)
     args = parser.parse_args(argv)
     started = (args.ckpt is None) != (args.init is None) and (args.init is None) == (args.tokenizer is None)
-    mistakes = {
-        "start from --ckpt DIR, or from --init CONFIG.json with --tokenizer DIR": not started,
-        "--val-every and --val-generate need --val FILE.jsonl": not args.val and (args.val_every or args.val_generate),
-        "--val-generate does not go with --sequence-parallel: a new token cannot be split": args.sequence_parallel
-        and args.val_generate,
-        "--lora-alpha goes with --lora-rank N": args.lora_alpha and not args.lora_rank,
-        "--betas must lie below 1, and --min-lr must not exceed --lr": max(args.betas) == 1 or args.min_lr > args.lr,
-    }
-    for message, mistaken in mistakes.items():
-        if mistaken:
-            raise UserError(message)
+    require(started, "start from --ckpt DIR, or from --init CONFIG.json with --tokenizer DIR")
+    validates = args.val_every or args.val_generate
+    require(args.val or not validates, "--val-every and --val-generate need --val FILE.jsonl")
+    split = args.val_generate and args.sequence_parallel
+    require(not split, "--val-generate does not go with --sequence-parallel: a new token cannot be split")
+    require(args.lora_rank or not args.lora_alpha, "--lora-alpha goes with --lora-rank N")
+    below = max(args.betas) < 1 and args.min_lr <= args.lr
+    require(below, "--betas must lie below 1, and --min-lr must not exceed --lr")
     args.lora_alpha = args.lora_alpha or 4.0 * (args.lora_rank or 0)
     return args
-
-
-def add_training_options(parser: Parser) -> None:
-    """What is trained, from what, on what, and how."""
-    add = parser.add_argument_group("from what to what").add_argument
-    add("--ckpt", metavar="DIR", help="start from this checkpoint, any layout")
-    add("--init", metavar="CONFIG.json", help="or from random weights of this shape")
-    add("--tokenizer", metavar="DIR", help="with --init: the folder of the tokenizer")
-    add("--data", metavar="FILE.jsonl", required=True, help="one chat a line; image paths relative to the file")
-    add("--max-length", type=SIZE, default=2048, metavar="N", help="longer samples are dropped, in tokens")
-    add("--out", metavar="DIR", required=True, help="metrics.jsonl, checkpoints/, loss.png and model/ go here")
-    add("--export", choices=["bfloat16", "fp8"], default="bfloat16", help="precision of model/")
-    add = parser.add_argument_group("steps").add_argument
-    add("--global-batch-size", type=SIZE, default=64, metavar="N", help="samples a step, over all ranks")
-    add("--max-steps", type=SIZE, metavar="N", help="default: as many as --epochs takes")
-    add("--epochs", type=SIZE, metavar="N", help="default 1, or as many as --max-steps takes")
-    add("--shuffle", action=argparse.BooleanOptionalAction, default=True, help="a new order each epoch; default: yes")
-    add("--seed", type=number(int, 0, (1 << 31) - 1), default=0, metavar="N", help="of order, --init and adapters")
-    add = parser.add_argument_group("optimizer").add_argument
-    add("--optimizer", choices=["adam", "adamw"], default="adam", help="adamw decays weights apart from gradients")
-    add("--lr", type=RATE, default=1e-5, metavar="F", help="the highest learning rate")
-    add("--min-lr", type=RATE, default=1e-6, metavar="F", help="where the cosine ends")
-    add("--warmup-steps", type=COUNT, default=0, metavar="N", help="steps in which the learning rate rises to --lr")
-    add("--betas", type=BETA, nargs=2, default=[0.9, 0.999], metavar=("A", "B"), help="Adam's")
-    add("--eps", type=POSITIVE, default=1e-8, metavar="F", help="Adam's")
-    add("--weight-decay", type=RATE, default=0.0, metavar="F", help="on every trained weight")
-    add("--max-grad-norm", type=RATE, default=1.0, metavar="F", help="longer gradients are scaled down; 0: never")
-    add = parser.add_argument_group("what is trained").add_argument
-    add("--freeze", nargs="+", default=[], choices=sorted(FREEZABLE), metavar="NAME", help=", ".join(FREEZABLE))
-    add("--lora-rank", type=SIZE, metavar="N", help="train adapters of this rank on the decoder's linears, only these")
-    add("--lora-alpha", type=POSITIVE, metavar="F", help="adapters count alpha / rank times; default 4 times the rank")
-
-
-def add_running_options(parser: Parser) -> None:
-    """Where it runs, and what is saved and measured meanwhile."""
-    add = parser.add_argument_group("processes and memory").add_argument
-    add("--tp", type=SIZE, default=1, metavar="N", help="tensor-parallel size")
-    add("--pp", type=SIZE, default=1, metavar="N", help="pipeline-parallel size; the rest is data-parallel")
-    add("--sequence-parallel", action="store_true", help="split norms and residuals along the tokens inside --tp ranks")
-    add("--micro-batch-size", type=SIZE, default=1, metavar="N", help="samples that go through the model together")
-    add("--activation-checkpointing", action="store_true", help="keep layers' inputs only: less memory, more time")
-    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of weights and activations")
-    add("--timeout", type=number(float, 5, 1e9), default=300, metavar="S", help="a rank silent for this long is gone")
-    add = parser.add_argument_group("saving and validating").add_argument
-    add("--save-every", type=SIZE, metavar="N", help="steps between saved states; default: ten minutes")
-    add("--keep", type=SIZE, default=2, metavar="N", help="how many saved states are kept, the newest")
-    add("--resume", action="store_true", help="go on from the newest state in --out, if there is one")
-    add("--val", metavar="FILE.jsonl", help="chats to validate with")
-    add("--val-every", type=SIZE, metavar="N", help="steps between validations; default: one after the last step")
-    add("--val-generate", action="store_true", help="answer the validation chats too, and count exact answers")
 
 
 def main(argv: list[str]) -> None:

@@ -1,14 +1,10 @@
 """The picture of a run's loss, `loss.png`."""
 
-from itertools import accumulate
-
 from PIL import Image, ImageDraw
 
 from runtime.files import writing
 
 WIDTH, HEIGHT, MARGIN = 900, 500, 60  # pixels
-
-SMOOTHING = 0.9  # each step's weight in the smoothed loss shrinks by this factor with every later step
 
 
 def points_of(lines: list[dict], name: str) -> list[tuple[int, float]]:
@@ -18,13 +14,11 @@ def points_of(lines: list[dict], name: str) -> list[tuple[int, float]]:
 
 
 def draw_loss(path: str, lines: list[dict]) -> None:
-    """Draw the loss by step (pale), smoothed (blue), and the validation loss (orange). Raises UserError."""
+    """Draw the loss by step (blue), and the validation loss (orange). Raises UserError."""
     losses, validations = points_of(lines, "loss"), points_of(lines, "val_loss")
     steps, values = zip(*(losses + validations or [(1, 0.0)]))
     last, low, high = max(2, *steps), min(values), max(values)
     high = max(high, low + 1e-3 * max(1, abs(low)))
-    means = accumulate((loss for _, loss in losses), lambda mean, loss: mean + (1 - SMOOTHING) * (loss - mean))
-    smoothed = [(step, mean) for (step, _), mean in zip(losses, means)]
 
     def at(step: float, loss: float) -> tuple[float, float]:
         x = MARGIN + (step - 1) / (last - 1) * (WIDTH - 2 * MARGIN)
@@ -32,17 +26,15 @@ def draw_loss(path: str, lines: list[dict]) -> None:
 
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw = ImageDraw.Draw(image)
-    for i in range(5):
-        step, loss = 1 + (last - 1) * i / 4, low + (high - low) * i / 4
-        draw.line((*at(1, loss), *at(last, loss)), fill="#dddddd")
+    draw.rectangle((*at(1, high), *at(last, low)), outline="#dddddd")
+    for loss in (low, high):
         draw.text(at(1, loss), f"{loss:.4g} ", fill="black", anchor="rm")
-        draw.text(at(step, low), f"\nstep {step:.0f}", fill="black")
-    curves = {"#b5d3ea": losses, "#1f77b4": smoothed, "#ff7f0e": validations}
-    for color, points in curves.items():
+    draw.text(at(last, low), f"\nstep {last}", fill="black")
+    for color, points in {"#1f77b4": losses, "#ff7f0e": validations}.items():
         places = [at(*point) for point in points]
         draw.line(places, fill=color, width=2)
         for place in places[-1:]:  # one point alone makes no line
             draw.circle(place, 3, fill=color)
-    draw.text((MARGIN, 12), "loss of each step (pale), smoothed (blue); validation loss (orange)", fill="black")
+    draw.text((MARGIN, 12), "loss of each step (blue), validation loss (orange)", fill="black")
     with writing(path):
         image.save(path)

@@ -27,11 +27,11 @@ import torch
 from model import Config, VisionConfig
 from parallel import Place
 from runtime.chat import encode_chat
-from runtime.files import UserError, parse_line, read_lines
+from runtime.files import parse_line, read_lines, reading, require
 from runtime.images import grid_of, load_image, pixels
 from runtime.launch import gather_objects, together
 
-KEYS = {"messages", "tools", "reasoning_effort"}
+KEYS = ("messages", "tools", "reasoning_effort")
 
 IGNORE = -1  # the target at positions that are not learned
 
@@ -66,34 +66,23 @@ class Chats:
     def __init__(self, path: str, tokenizer, config: Config, max_length: int, place: Place):
         self.path, self.base = path, os.path.dirname(path)
         lines = together(lambda: read_lines(path))
-        samples, errors = [], []
-        for number, line in lines[place.rank :: place.world_size]:
-            try:
-                samples.append(self._read(line, number, tokenizer, config))
-            except UserError as error:
-                errors.append((number, str(error)))
-        # The first error in the file is reported, the same on every rank.
-        if errors := sorted(error for part in gather_objects(errors) for error in part):
-            raise UserError(errors[0][1])
-        if not lines:
-            raise UserError(f"{path}: is empty; it should hold one chat a line")
-        everything = sorted(chain(*gather_objects(samples)), key=lambda sample: sample.line)
+        require(lines, f"{path}: is empty; it should hold one chat a line")
+        # Each rank reads a part of the file. `together` raises the lowest rank's error: the first in the file.
+        start, stop = (len(lines) * rank // place.world_size for rank in (place.rank, place.rank + 1))
+        own = together(lambda: [self._read(line, number, tokenizer, config) for number, line in lines[start:stop]])
+        everything = list(chain(*gather_objects(own)))
         self.samples = [sample for sample in everything if len(sample.ids) <= max_length]
         self.dropped = len(everything) - len(self.samples)
-        if not self.samples:
-            raise UserError(f"{path}: all {self.dropped} samples are longer than --max-length {max_length}")
+        require(self.samples, f"{path}: all {self.dropped} samples are longer than --max-length {max_length}")
 
     def _read(self, line: bytes, number: int, tokenizer, config: Config) -> Sample:
         where = f"{self.path} line {number}"
-        chat = parse_line(line, where, KEYS)
-        messages, tools, effort = (chat.get(key) for key in ("messages", "tools", "reasoning_effort"))
         see = partial(grid_of, base=self.base, vision=config.vision) if config.vision is not None else None
-        try:
-            chat = encode_chat(tokenizer, messages, tools, effort, see, training=True)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        if not any(chat.targets):
-            raise UserError(f"{where}: nothing in this chat is trained on; every assistant message has weight 0")
+        with reading(where, "chat"):
+            chat = parse_line(line, where, KEYS)
+            chat = encode_chat(tokenizer, *map(chat.get, KEYS), see, training=True)
+            trains = any(chat.targets)
+            require(trains, "nothing in this chat is trained on; every assistant message has weight 0")
         return Sample(torch.tensor(chat.ids, dtype=torch.int32), torch.tensor(chat.targets), chat.images, number)
 
     def fingerprint(self) -> str:

@@ -13,9 +13,10 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 
 import torch
@@ -29,8 +30,8 @@ from parallel import Place, Slice, parts_of
 from runtime.checkpoint import Checkpoint, check_names, fill, hf_name, is_quantized, scale_names
 from runtime.config import read_config
 from runtime.data import Chats, MicroBatch, decode_images, micro_batches
-from runtime.files import UserError, flush_to_disk, new_folder, write_json, writing
-from runtime.launch import Parser, gather_objects, together
+from runtime.files import flush_to_disk, new_folder, require, write_json, writing
+from runtime.launch import Parser, all_or_none, gather_objects
 from runtime.lora import merged
 from runtime.memory import cpu_memory
 from runtime.optimizer import held_tensors
@@ -51,41 +52,36 @@ def staged(path: str, rank: int = 0, advice: str = "make room, or choose another
     files already, those of the same names are replaced and the others stay. Raises UserError, on all ranks.
     """
     # In containers process ids repeat, so the name is random, and rank 0's is everyone's.
-    partial = gather_objects(f"{path.rstrip('/')}.partial-{secrets.token_hex(4)}")[0]
-    mistake = None
-
-    def on_rank_0(action: Callable) -> None:
-        with writing(path, advice):
-            action() if rank == 0 else None
-
-    def finish() -> None:
-        # A model counts as whole as soon as its config.json is there, a saved state with its index.
-        names = sorted(os.listdir(partial), key=lambda name: (name == "config.json", name))
-        for name in ("", *names):
-            flush_to_disk(os.path.join(partial, name))
-        if os.path.isdir(path) and os.listdir(path):
-            for name in names:
-                os.replace(os.path.join(partial, name), os.path.join(path, name))
-        else:
-            os.rename(partial, path)
-        flush_to_disk(os.path.dirname(os.path.abspath(path)))
-
+    unfinished = gather_objects(f"{path.rstrip('/')}.partial-{secrets.token_hex(4)}")[0]
     with ExitStack() as stack:
-        together(lambda: on_rank_0(lambda: stack.enter_context(new_folder(partial))))
-        try:
-            with writing(path, advice):
-                yield partial
-        except UserError as error:
-            mistake = error
-        for error in filter(None, gather_objects(mistake)):
-            raise error
-        together(lambda: on_rank_0(finish))
+        with all_or_none(), writing(path, advice):
+            if rank == 0:
+                stack.enter_context(new_folder(unfinished))
+        with all_or_none(), writing(path, advice):
+            yield unfinished
+        with all_or_none(), writing(path, advice):
+            if rank == 0:
+                put_in_place(unfinished, path)
+
+
+def put_in_place(folder: str, path: str) -> None:
+    """Write `folder` to the disk, and let it, or in a folder that is there its files, take their names."""
+    # A model counts as whole as soon as its config.json is there, a saved state with its index.
+    names = sorted(os.listdir(folder), key=lambda name: (name == "config.json", name))
+    for name in ("", *names):
+        flush_to_disk(os.path.join(folder, name))
+    if os.path.isdir(path) and os.listdir(path):
+        for name in names:
+            os.replace(os.path.join(folder, name), os.path.join(path, name))
+    else:
+        os.rename(folder, path)
+    flush_to_disk(os.path.dirname(os.path.abspath(path)))
 
 
 def save(directory: str, config: Config, weights: Iterable, source: str | None) -> None:
     """Write a checkpoint into a new folder, which appears under its name when it is whole; see `write_model`."""
-    if os.path.exists(directory) and not (os.path.isdir(directory) and not os.listdir(directory)):
-        raise UserError(f"{directory}: already exists; choose a new folder or remove it")
+    is_free = not os.listdir(directory) if os.path.isdir(directory) else not os.path.exists(directory)
+    require(is_free, f"{directory}: already exists; choose a new folder or remove it")
     with staged(directory) as folder:
         write_model(folder, config, weights, source)
 
@@ -226,8 +222,8 @@ def export_adapters(directory: str, model: nn.Module, rank: int, alpha: float, b
             inside = "model.language_model." if model.config.vision is not None else "model."
             renamed = {f"base_model.model.{inside}{name.replace('.adapter.', '.')}": t for name, t in tensors}
             config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=0.0)
-            config |= dict(bias="none", inference_mode=True, base_model_name_or_path=os.path.abspath(base))
-            config |= dict(target_modules=PEFT_TARGETS)
+            config |= dict(bias="none", inference_mode=True, target_modules=PEFT_TARGETS)
+            config |= dict(base_model_name_or_path=os.path.abspath(base))
             write_tensors(os.path.join(folder, "adapter_model.safetensors"), renamed)
             write_json(os.path.join(folder, "adapter_config.json"), config)
 
@@ -257,23 +253,25 @@ def convert(source: str, target: str, to_fp8: bool, chats: str | None) -> None:
     save(target, replace(config, fp8=to_fp8, activation_scheme=scheme), weights(), source)
 
 
-def measure_inputs(model: MistralMedium, batches: Iterable[MicroBatch]) -> dict[str, torch.Tensor]:
-    """Static activation scales: the largest input of every decoder linear over `batches`, over 448. By weight name."""
+def measure_inputs(model: MistralMedium, batches: list[MicroBatch], base: str) -> dict[str, torch.Tensor]:
+    """Static activation scales: the largest input of every decoder linear over `batches`, over 448. By weight name.
+
+    Image paths are relative to `base`.
+    """
     largest: dict[str, torch.Tensor] = {}
 
-    def watch(name: str):
-        def hook(module, inputs):
-            amax = inputs[0].abs().amax().float()
-            largest[name] = torch.maximum(largest.get(name, amax), amax)
-
-        return hook
+    def watch(name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        amax = inputs[0].abs().amax().float()
+        largest[name] = torch.maximum(largest.get(name, amax), amax)
 
     quantized = [(name, layer) for name, (layer, _) in parts_of(model).items() if is_quantized(name)]
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in quantized]
+    handles = [layer.register_forward_pre_hook(partial(watch, name)) for name, layer in quantized]
     with torch.inference_mode():
         for batch in batches:
+            decode_images([batch], base, model.config.vision, torch.bfloat16)
             features = model.vision(batch.pixels) if batch.pixels else None
             model(model.embed(batch.tokens, features))
+            batch.pixels = []
     for handle in handles:
         handle.remove()
     return {name: fp8.scale_of(amax) for name, amax in largest.items()}
@@ -283,18 +281,12 @@ def calibrate(directory: str, chats_file: str, config: Config, checkpoint: Check
     """Run the checkpoint, dequantized to BF16, over the chats of a file; see `measure_inputs`."""
     model = build_model(config)
     size = sum(parameter.nbytes for parameter in model.parameters())
-    if size > (room := cpu_memory()):
-        raise UserError(f"the weights take {size / 1e9:.1f} GB, but {room / 1e9:.1f} GB are free: no --calibrate here")
+    room = cpu_memory()
+    sizes = f"the weights take {size / 1e9:.1f} GB, but {room / 1e9:.1f} GB are free"
+    require(size <= room, f"{sizes}: no --calibrate here")
     chats = Chats(chats_file, load_tokenizer(directory, config), config, config.max_position_embeddings, Place())
     fill(model, checkpoint)
-
-    def decoded() -> Iterator:
-        for batch in micro_batches(chats.samples, 1, 0):
-            decode_images([batch], chats.base, config.vision, torch.bfloat16)
-            yield batch
-            batch.pixels = []
-
-    return measure_inputs(model, decoded())
+    return measure_inputs(model, micro_batches(chats.samples, 1, 0), chats.base)
 
 
 def main(argv: list[str]) -> None:
@@ -304,6 +296,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--to", choices=["fp8", "bfloat16"], default="fp8", help="of the decoder's linears")
     parser.add_argument("--calibrate", metavar="FILE.jsonl", help="chats that measure static activation scales")
     args = parser.parse_args(argv)
-    if args.calibrate and args.to != "fp8":
-        raise UserError("--calibrate measures scales for FP8; leave it out with --to bfloat16")
+    wanted = args.to == "fp8" or not args.calibrate
+    require(wanted, "--calibrate measures scales for FP8; leave it out with --to bfloat16")
     convert(args.source, args.target, args.to == "fp8", args.calibrate)

@@ -13,18 +13,17 @@ from safetensors import SafetensorError
 
 
 class UserError(ValueError):
-    """A mistake of the user's: one line that says what is wrong and what to do. Programs exit with `status`.
+    """A mistake of the user's: a line that says what is wrong and what to do. Programs exit with `status`.
 
     Messages quote files, which may hold anything: what does not print is escaped, and a long line loses its middle.
     """
 
-    status = 2
-
-    def __init__(self, message: str):
+    def __init__(self, message: str, status: int = 2):
         for _ in range(2):  # again, since what is escaped grows
             message = message if len(message) <= 440 else f"{message[:280]} … {message[-157:]}"
             message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
         super().__init__(message[:440])
+        self.status = status
 
 
 def require(holds: object, problem: str) -> None:
@@ -45,14 +44,16 @@ def warn(text: str) -> None:
 
 
 @contextmanager
-def reading(path: str, kind: str) -> Iterator[None]:
+def reading(path: str, kind: str, advice: str = "") -> Iterator[None]:
     """The guard around the interpretation of a file: whatever its reader raises becomes one line with its name."""
     try:
         yield
+        return
     except UserError as error:
-        raise error if str(error).startswith(str(UserError(path))) else UserError(f"{path}: {error}") from None
+        line = str(error) if str(error).startswith(str(UserError(path))) else f"{path}: {error}"
     except Exception as error:
-        raise UserError(f"{path}: not a valid {kind} ({type(error).__name__}: {error})") from None
+        line = f"{path}: not a valid {kind} ({type(error).__name__}: {error})"
+    raise UserError(f"{line}; {advice}" if advice else line)
 
 
 def read_file(path: str, limit: int = 0) -> bytes:
@@ -85,13 +86,15 @@ def parse_json(data: bytes, where: str):
         value = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error})") from None
-    level = [value] if isinstance(value, (dict, list)) else []
-    for _ in range(DEEPEST):
-        inside = (item.values() if isinstance(item, dict) else item for item in level)
-        level = [item for items in inside for item in items if isinstance(item, (dict, list))]
-        if not level:
-            return value
-    raise UserError(f"{where}: nested more than {DEEPEST} levels deep")
+    require(not deeper_than(DEEPEST, value), f"{where}: nested more than {DEEPEST} levels deep")
+    return value
+
+
+def deeper_than(levels: int, value) -> bool:
+    if not isinstance(value, (dict, list)):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(deeper_than(levels - 1, item) for item in items)
 
 
 def read_lines(path: str) -> list[tuple[int, bytes]]:
@@ -103,10 +106,9 @@ def read_lines(path: str) -> list[tuple[int, bytes]]:
 def parse_line(line: bytes, where: str, keys: Collection[str] = ()) -> dict:
     """The JSON object in `line`; with `keys`, no others may occur. Raises UserError that begins with `where`."""
     value = parse_json(line, where)
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: should be a JSON object")
-    if keys and (strange := set(value) - set(keys)):
-        raise UserError(f"{where}: unknown key {min(strange)!r}; known are {', '.join(sorted(keys))}")
+    require(isinstance(value, dict), f"{where}: should be a JSON object")
+    for key in sorted(set(value) - set(keys or value)):
+        raise UserError(f"{where}: unknown key {key!r}; known are {', '.join(sorted(keys))}")
     return value
 
 
@@ -119,11 +121,9 @@ def write_json(path: str, value) -> None:
 
 def find_folder(path: str) -> str:
     """`path`, which should be the folder of a checkpoint."""
-    if os.path.isfile(path):
-        raise UserError(f"{path}: is a file; give the folder that holds the checkpoint")
-    if not os.path.isdir(path):
-        hub = f" (of a Hugging Face repository: hf download {path} --local-dir DIR)" if path.count("/") == 1 else ""
-        raise UserError(f"{path}: no such directory; give the folder of a checkpoint{hub}")
+    require(not os.path.isfile(path), f"{path}: is a file; give the folder that holds the checkpoint")
+    hub = f" (of a Hugging Face repository: hf download {path} --local-dir DIR)" if path.count("/") == 1 else ""
+    require(os.path.isdir(path), f"{path}: no such directory; give the folder of a checkpoint{hub}")
     return path
 
 
@@ -141,8 +141,7 @@ class Fields:
     """
 
     def __init__(self, values: dict, where: str):
-        if not isinstance(values, dict):
-            raise UserError(f"{where}: expected a JSON object, found {type(values).__name__}")
+        require(isinstance(values, dict), f"{where}: expected a JSON object, found {type(values).__name__}")
         self.values, self.where = values, where
 
     def section(self, name: str) -> "Fields | None":
@@ -152,19 +151,18 @@ class Fields:
     def get(self, name: str, kind: type, default=None):
         value = self.values.get(name)
         if value is None:
-            if default is None:
-                raise UserError(f"{self.where}: the field {name!r} is missing; add it")
+            require(default is not None, f"{self.where}: the field {name!r} is missing; add it")
             return default
         # `type(value)`, not isinstance: to Python, true is an int.
-        number = kind is float and type(value) is int
-        if not (number or type(value) is kind) or (kind in (int, float) and not abs(value) < LARGEST_NUMBER):
-            raise UserError(f"{self.where}: {name} should be {kind.__name__}, found {value!r}")
+        right = type(value) in ((int, float) if kind is float else (kind,))
+        right = right and (kind not in (int, float) or abs(value) < LARGEST_NUMBER)
+        require(right, f"{self.where}: {name} should be {kind.__name__}, found {value!r}")
         return kind(value)
 
     def positive(self, name: str, kind: type, default=None, largest=LARGEST_NUMBER):
         value = self.get(name, kind, default)
-        if not 1 / LARGEST_NUMBER < value <= largest:
-            raise UserError(f"{self.where}: {name} should be above 0 and at most {largest:g}, found {value}")
+        right = 1 / LARGEST_NUMBER < value <= largest
+        require(right, f"{self.where}: {name} should be above 0 and at most {largest:g}, found {value}")
         return value
 
     def size(self, name: str, default: int | None = None) -> int:
@@ -177,14 +175,13 @@ class Fields:
         For each field: the values that are known; the first is what its absence means.
         """
         for name, known in allowed.items():
-            if (value := self.values.get(name, known[0])) not in known:
-                listed = ", ".join(map(repr, known))
-                raise UserError(f"{self.where}: {name} = {value!r} is not supported (known: {listed})")
+            value, listed = self.values.get(name, known[0]), ", ".join(map(repr, known))
+            require(value in known, f"{self.where}: {name} = {value!r} is not supported (known: {listed})")
 
     def agree(self, name: str, value, source: str) -> None:
         """A field that repeats what `source` says may be absent, but must not differ."""
-        if self.values.get(name) not in (None, value):
-            raise UserError(f"{self.where}: {name} = {self.values[name]!r}, but {source} = {value!r}")
+        found = self.values.get(name)
+        require(found in (None, value), f"{self.where}: {name} = {found!r}, but {source} = {value!r}")
 
 
 @contextmanager

@@ -6,15 +6,15 @@ with its cause, from one rank. No rank waits for ever for one that is gone.
 **Signals.** One rule for SIGINT, SIGTERM, SIGUSR1 and SIGHUP, which `run_program` puts in force:
 
 - a signal raises `SystemExit(128 + number)` in the main thread, so `finally` blocks and context managers tidy up;
-- in a `with postponed() as signals:` block it is only noted, as `signals.number`, and comes again after the block;
+- in a `with Postponed() as signals:` block it is only noted, as `signals.number`, and comes again after the block;
 - a main thread that waits in C, for a collective say, runs no Python: then the thread of `Watch` ends the process after
   GRACE seconds, and removes the folders that were half written.
 
 Before `run_program`, while torch is imported, the kernel's default ends the process.
 
-**Ranks.** Rank 0 has a connection to every other rank, and the watching threads at its ends send each other a byte a
-second. When it closes, the other process has ended; when it is silent for --timeout seconds, the process is stopped, or
-its machine cut off. Beyond that, ranks agree by counters in torch's store, which answers while collectives hang.
+**Ranks.** Rank 0 has a connection to every other rank, and the watching threads at its ends send each other a
+message a second. When it closes, the other process has ended; when it is silent for --timeout seconds, the process is
+stopped, or its machine cut off.
 """
 
 import argparse
@@ -35,24 +35,27 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from multiprocessing.connection import Connection
 
 import torch
 import torch.distributed as dist
 
 from parallel import Place, TopologyError
-from runtime.files import UNFINISHED, UserError
+from runtime.files import UNFINISHED, UserError, require
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # SIGUSR1 is Slurm's warning of the end
 
 GRACE = 5  # seconds that the main thread has to tidy up after a signal
 
-LOST_SECONDS = 10  # a rank whose collective failed waits this long before it says so: another may know the cause
+MOMENT = 0.5  # seconds that rank 0 has to print why another rank ends, before a launcher sees that and kills all
+
+LOST_SECONDS = 10  # a rank whose collective failed waits this long before it says so: others know the cause
 
 HUNG = timedelta(minutes=30)  # for one collective, among ranks that are all there
 
 PATIENT = timedelta(days=30)  # ranks rightly wait for a disk, or a person; `Watch` ends a wait for one that is gone
 
-ALIVE, SAID = b"\0", b"\1"  # what ranks send each other; SAID: the line that says why the job ends is printed
+ALIVE = "\n"  # what ranks send each other, besides the line that says why the job ends
 
 # What every program calls the flags that a TopologyError is about; the layers that raise it know of no flags.
 WHAT_TO_DO = "choose other --tp and --pp; their product, times the data-parallel replicas, is the number of processes"
@@ -129,14 +132,25 @@ def variable(name: str, low: int, high: int, default: int | None = None) -> int:
 
 
 class Postponed:
-    """A block in which signals are only noted.
+    """A block in which signals (`numbers`; without, all) are only noted. What `number` still says then comes again.
 
     `number`: the signal that came, or 0. While `waiting` is set, a signal also ends the wait, by KeyboardInterrupt.
+    `tell` is for a block that goes on for long: it is called at once, by the watching thread, and a second Ctrl-C ends
+    the program.
     """
 
-    def __init__(self, numbers: tuple[int, ...] = SIGNALS, tell: Callable[[], None] | None = None):
-        self.numbers, self.tell, self.number, self.waiting = numbers, tell, 0, False
+    def __init__(self, *numbers: int, tell: Callable[[], None] | None = None):
+        self.numbers, self.tell, self.number, self.waiting = numbers or SIGNALS, tell, 0, False
         self.heard: list[int] = []  # by the watching thread
+
+    def __enter__(self) -> "Postponed":
+        BLOCKS.append(self)
+        return self
+
+    def __exit__(self, error: type | None, *_) -> None:
+        BLOCKS.remove(self)
+        if self.number and error is None:
+            signal.raise_signal(self.number)
 
 
 BLOCKS: list[Postponed] = []  # the open ones
@@ -159,33 +173,20 @@ def on_signal(number: int, frame) -> None:
         raise KeyboardInterrupt
 
 
-@contextlib.contextmanager
-def postponed(*numbers: int, tell: Callable[[], None] | None = None) -> Iterator[Postponed]:
-    """Note signals (`numbers`; without, all) while the block lasts. What `number` still says then comes again.
-
-    `tell` is for a block that goes on for long: it is called at once, by the watching thread, and a second Ctrl-C ends
-    the program.
-    """
-    signals = Postponed(numbers or SIGNALS, tell)
-    BLOCKS.append(signals)
-    try:
-        yield signals
-    finally:
-        BLOCKS.remove(signals)
-    if signals.number:
-        signal.raise_signal(signals.number)
-
-
 class Watch:
-    """A thread that hears signals and the other ranks, and ends the process while the main thread waits in C."""
+    """A thread that hears signals and the other ranks, and ends the process while the main thread waits in C.
+
+    Ranks send each other ALIVE, and why the job ends: a line, or "" if nothing has to be said. Rank 0 prints the first,
+    and passes it on.
+    """
 
     def __init__(self, patience: float):
-        self.patience, self.rank, self.store = patience, 0, None
-        self.peers: dict[socket.socket, int] = {}  # whose connections: on rank 0 all others, elsewhere rank 0
-        self.silent: dict[socket.socket, int] = {}  # seconds since the last byte
-        self.said = False  # whether the line that says why the job ends is printed
-        self.limit: tuple[float, int, str | None] = (math.inf, 0, None)  # end at this time, with this status and line
-        self.leaving = threading.Event()
+        self.patience, self.rank, self.speaks = patience, 0, True
+        self.peers: dict[Connection, int] = {}  # whose connections: on rank 0 all others, elsewhere rank 0
+        self.silent: dict[Connection, int] = {}  # seconds since the last message, of those that are open
+        self.reason = threading.Lock()  # held once it is known why the job ends
+        self.limit = (math.inf, 0, "")  # end at this time, with this status and line
+        self.leaving = False
         self.terminal = termios.tcgetattr(0) if os.isatty(0) else None  # a chat changes how it reads keys
         self.ear, self.mouth = socket.socketpair()  # Python writes the number of each signal that comes
         self.mouth.setblocking(False)
@@ -201,26 +202,24 @@ class Watch:
             ipv6 = dict(family=socket.AF_INET6, dualstack_ipv6=True) if socket.has_dualstack_ipv6() else {}
             with socket.create_server(("", 0), backlog=world, **ipv6) as server:
                 store.set("watch", str(server.getsockname()[1]))
-                accepted = [server.accept()[0] for _ in range(1, world)]
-            peers = {peer: int.from_bytes(peer.recv(4, socket.MSG_WAITALL)) for peer in accepted}
+                accepted = [Connection(server.accept()[0].detach()) for _ in range(1, world)]
+            self.peers = {peer: int(peer.recv_bytes()) for peer in accepted}
         else:
-            peer = socket.create_connection((os.environ["MASTER_ADDR"], int(store.get("watch"))))
-            peer.sendall(rank.to_bytes(4))
-            peers = {peer: 0}
-        for peer in peers:
-            peer.setblocking(False)
-        # A connection of its own to the store: the main thread may wait for long on the other one.
-        self.rank, self.store, self.peers, self.limit = rank, store.clone(), peers, (math.inf, 0, None)
-        self.mouth.send(ALIVE)  # the thread should look at them now, not in a second
+            address = os.environ["MASTER_ADDR"], int(store.get("watch"))
+            peer = Connection(socket.create_connection(address).detach())
+            peer.send_bytes(str(rank).encode())
+            self.peers = {peer: 0}
+        self.rank, self.speaks, self.limit = rank, rank == 0, (math.inf, 0, "")
+        self.silent = dict.fromkeys(self.peers, 0)
 
     def run(self) -> None:
         """Handle what comes, and once a second look for what does not come.
 
         Seconds of silence are counted, not timed: if the whole job was stopped for an hour, no rank is to blame.
         """
-        due = time.monotonic() + 1
-        while not self.leaving.is_set():
-            for source in select.select([self.ear, *self.peers], [], [], max(0, due - time.monotonic()))[0]:
+        due = 0.0
+        while not self.leaving:
+            for source in select.select([self.ear, *self.silent], [], [], 0.1)[0]:
                 self.hear(source.recv(1)[0]) if source is self.ear else self.listen(source)
             if time.monotonic() >= due:
                 due = time.monotonic() + 1
@@ -233,83 +232,69 @@ class Watch:
             self.limit = min(self.limit, (time.monotonic() + GRACE, 128 + number, stopped_by(number)))
         elif block and block.tell:
             block.heard.append(number)
-            if len(block.heard) == 1:
+            if block.heard == [number]:
                 with contextlib.suppress(OSError):  # nobody reads that any more
                     block.tell()
-            if block.heard.count(signal.SIGINT) == 2:
+            elif block.heard.count(signal.SIGINT) == 2:
                 self.end(128 + number, stopped_by(number))
 
-    def listen(self, peer: socket.socket) -> None:
+    def listen(self, peer: Connection) -> None:
         """Another rank sent something, or its process ended."""
         try:
-            news = peer.recv(1024)
-        except OSError:
-            news = b""
-        self.silent[peer] = 0
-        self.said |= SAID in news
-        if not news:
-            line = f"rank {self.peers[peer]} was killed, or crashed; the kernel's log (dmesg) may say why"
-            self.end(1, line, lost=True)
+            message, self.silent[peer] = peer.recv_bytes().decode(), 0
+        except (EOFError, OSError):
+            del self.silent[peer]
+            self.lose(f"rank {self.peers[peer]} was killed, or crashed; the kernel's log (dmesg) may say why")
+        else:
+            if message != ALIVE:
+                self.speak(message)
 
     def look(self) -> None:
         if time.monotonic() > self.limit[0]:
             self.end(*self.limit[1:])
         self.tell(ALIVE)
-        self.silent = {peer: self.silent.get(peer, 0) + 1 for peer in self.peers}
-        longest = max(self.silent.values(), default=0)
-        if longest >= self.patience - 1:
-            gone = [str(self.peers[peer]) for peer, seconds in self.silent.items() if seconds > longest / 2]
-            who = "rank 0, where all ranks meet," if self.rank else f"rank {', '.join(gone)}"
-            line = f"{who} gave no sign of life for {self.patience:g} s (--timeout); it is stopped or cut off"
-            self.end(1, line, lost=True)
+        for peer in self.silent:
+            self.silent[peer] += 1
+            if self.silent[peer] >= self.patience - 1:
+                who = "rank 0, where all ranks meet," if self.rank else f"rank {self.peers[peer]}"
+                self.lose(f"{who} gave no sign of life for {self.patience:g} s (--timeout); it is stopped or cut off")
 
-    def tell(self, news: bytes) -> None:
+    def lose(self, line: str) -> None:
+        """Without another rank, this one ends, too: by itself, if it comes to its own end soon."""
+        self.speaks |= self.rank == 1  # what it lost is rank 0
+        self.speak(line)
+        self.limit = min(self.limit, (time.monotonic() + GRACE, 1, ""))
+
+    def tell(self, message: str) -> None:
         for peer in self.peers:
-            with contextlib.suppress(OSError):  # it is gone, or has enough to read
-                peer.send(news)
+            with contextlib.suppress(OSError):  # it is gone
+                peer.send_bytes(message.encode())
 
-    def end(self, status: int, line: str | None, lost: bool = False) -> None:
-        """End the process. Of a rank that is `lost` rank 0 speaks; of rank 0, whose store may be gone, rank 1."""
-        if self.leaving.is_set():
+    def speak(self, line: str) -> None:
+        """Say, in one line of printable characters, why the job ends, if no rank has yet."""
+        if not self.reason.acquire(blocking=False):
             return
-        if not lost:
-            self.speak(line)
-        elif self.rank <= 1 and not self.said:
-            say(line)
-        self.tell(SAID)
+        self.tell(line)
+        if self.speaks and line:
+            line = "".join(c if c.isprintable() else " " for c in line)
+            line = line if len(line) <= 490 else f"{line[:290]} … {line[-190:]}"
+            with contextlib.suppress(OSError):
+                print(f"error: {line}", file=sys.stderr, flush=True)
+
+    def end(self, status: int, line: str) -> None:
+        """End the process."""
+        self.speak(line)
         for path in list(UNFINISHED):
             shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(termios.error):  # that terminal was closed
             if self.terminal:
                 termios.tcsetattr(0, termios.TCSANOW, self.terminal)
-        if self.peers:
-            time.sleep(1)  # a launcher should see the rank that is the cause end first
+        time.sleep(MOMENT)
         os._exit(status)
 
-    def speak(self, line: str | None) -> None:
-        """Say why the job ends, if no rank has yet."""
-        if line and not self.said and self.add("spoken", 1) <= 1:
-            say(line)
-        if line:
-            self.tell(SAID)
 
-    def add(self, name: str, more: int) -> int:
-        """Add to a counter that all ranks share. It is 0 for one process alone, and huge once the store is gone."""
-        try:
-            return self.store.add(name, more) if self.store else 0
-        except RuntimeError:
-            return 1 << 40
-
-
-def stopped_by(number: int) -> str | None:
-    return f"stopped by {signal.Signals(number).name}" if "RANK" in os.environ else None  # alone, one knows
-
-
-def say(line: str) -> None:
-    """Print an error in one line of printable characters."""
-    line = "".join(c if c.isprintable() else " " for c in f"error: {line}")
-    with contextlib.suppress(OSError):
-        print(line if len(line) <= 500 else f"{line[:300]} … {line[-190:]}", file=sys.stderr, flush=True)
+def stopped_by(number: int) -> str:
+    return f"stopped by {signal.Signals(number).name}" if "RANK" in os.environ else ""  # alone, one knows
 
 
 # ------------------------------------------------------------------------------------------------------------ the start
@@ -338,10 +323,8 @@ def start_world(watch: Watch | None = None) -> None:
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENT)
     if gpus:
-        crowded = torch.tensor(int(gpu >= gpus))
-        dist.all_reduce(crowded, dist.ReduceOp.MAX)
-        if crowded:
-            raise UserError(f"more processes than the {gpus} GPUs of a machine; lower --nproc-per-node")
+        with all_or_none():
+            require(gpu < gpus, f"more processes than the {gpus} GPUs of a machine; lower --nproc-per-node")
         torch.cuda.set_device(gpu)
 
 
@@ -400,20 +383,26 @@ def gather_objects(value) -> list:
     return values
 
 
-def together(action: Callable):
-    """Run `action` on every rank and return its result; a UserError of any rank is raised on all.
+@contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """A block that all ranks come to, and that succeeds on all, or fails on all with the error of one.
 
     A mistake that only one rank can see (a damaged shard) would otherwise end that rank alone, while the others wait in
-    their next collective. So no rank leaves here before all have said how they fared: all have to come here.
+    their next collective. So no rank leaves here before all have said how they fared.
     """
-    error, result = None, None
+    error = None
     try:
-        result = action()
+        yield
     except (UserError, TopologyError) as mistake:
         error = mistake
     for mistake in filter(None, gather_objects(error)):
         raise mistake
-    return result
+
+
+def together(action: Callable):
+    """Run `action` on every rank and return its result; a UserError of any rank is raised on all."""
+    with all_or_none():
+        return action()
 
 
 # -------------------------------------------------------------------------------------------------------------- the end
@@ -452,58 +441,50 @@ def run_program(main: Callable[[list[str]], None], alone: bool = False) -> None:
         sys.stdout.flush()
         if dist.is_initialized():
             dist.barrier()  # watched, too: this may take as long as the slowest rank does
-        ending = 0, None, True
+        ending = 0, ""
     except BaseException as error:
         BLOCKS.append(LEAVING)
         ending = explain(error)
-        if is_echo(error):
-            time.sleep(LOST_SECONDS)
+        if isinstance(error, RuntimeError) and re.search("^Dist|gloo|NCCL", f"{type(error).__name__}: {error}"):
+            time.sleep(LOST_SECONDS)  # a broken connection is not the cause: another rank failed
     finish(watch, *ending)
 
 
-def explain(error: BaseException) -> tuple[int, str | None, bool]:
-    """(exit status, the line to print, whether all ranks have this error). A bug of one process alone is raised."""
+def explain(error: BaseException) -> tuple[int, str]:
+    """(exit status, the line to print). A bug of one process alone is raised."""
     reason, many = " ".join(str(error).split()), "RANK" in os.environ
     if isinstance(error, UserError):
-        return error.status, str(error), True
+        return error.status, str(error)
     if isinstance(error, TopologyError):
-        return 2, f"{error}; {WHAT_TO_DO}", True
+        return 2, f"{error}; {WHAT_TO_DO}"
     if isinstance(error, SystemExit):  # by a signal, or --help
         status = error.code or 0
-        return status, stopped_by(status - 128) if status > 128 else None, status <= 128
+        return status, stopped_by(status - 128) if status > 128 else ""
     if isinstance(error, BrokenPipeError):  # the reader of our output went away, and knows
-        return 1, "the reader of the output went away" if many else None, False
+        return 1, "the reader of the output went away" if many else ""
     status, line = 2, machine_failure(error, reason)
-    if line is None and not many:
+    if not line and not many:
         raise error
-    if line is None:
+    if not line:
         file, at, *_ = traceback.extract_tb(error.__traceback__)[-1]
         status, line = 1, f"{type(error).__name__}: {reason} ({os.path.basename(file)} line {at})"
-    return status, f"rank {dist.get_rank()}: {line}" if dist.is_initialized() else line, False
+    return status, f"rank {dist.get_rank()}: {line}" if dist.is_initialized() else line
 
 
-def machine_failure(error: BaseException, reason: str) -> str | None:
+def machine_failure(error: BaseException, reason: str) -> str:
     """The line for what the machine refused: memory, or a file."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(OUT_OF_MEMORY, reason):
         return f"out of memory; {MORE_MEMORY} ({reason[:200]})"
     if isinstance(error, OSError):
         return f"{error.filename or 'standard output, or a file'}: {error.strerror or reason}"
-    return None
+    return ""
 
 
-def is_echo(error: BaseException) -> bool:
-    """A broken connection is not the cause: another rank failed, and it, or `Watch`, has the better line to print."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and re.search("gloo|NCCL", str(error)))
-
-
-def finish(watch: Watch, status: int, line: str | None, all_know: bool) -> None:
-    """Say what is to be said and exit. Where all ranks do so, with this status, they wait for each other.
-
-    A launcher kills the other ranks as soon as one exits with an error: their status would be a signal's.
-    """
+def finish(watch: Watch, status: int, line: str) -> None:
+    """Say what is to be said and exit."""
     BLOCKS.append(LEAVING)  # again, or first: of a program that went well
     signal.set_wakeup_fd(-1)
-    watch.leaving.set()
+    watch.leaving = True
     watch.speak(line)
     try:
         sys.stdout.flush()
@@ -511,18 +492,8 @@ def finish(watch: Watch, status: int, line: str | None, all_know: bool) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if not dist.is_initialized():
         sys.exit(status)
-    if all_know:
-        wait_for(watch, "leaving", dist.get_world_size())
-        wait_for(watch, "left", dist.get_world_size() if watch.rank == 0 else 0)  # the store may be in rank 0
     if status:
+        time.sleep(MOMENT)
         os._exit(status)  # tidying up could wait for ever, for ranks that are not there any more
     dist.destroy_process_group()
     sys.exit(0)
-
-
-def wait_for(watch: Watch, counter: str, ranks: int) -> None:
-    """Count this rank, and wait until this many are counted, but not for long."""
-    deadline, counted = time.monotonic() + LOST_SECONDS, watch.add(counter, 1)
-    while counted < ranks and time.monotonic() < deadline:
-        time.sleep(0.02)
-        counted = watch.add(counter, 0)

@@ -11,19 +11,19 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
 from datetime import datetime, timedelta
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from parallel import Place
+from parallel import Place, Slice
 from runtime.checkpoint import Checkpoint
 from runtime.curve import draw_loss, points_of
 from runtime.export import export, export_adapters, staged
-from runtime.files import UserError, parse_line, read_json, read_lines, reading, write_json, writing
+from runtime.files import UserError, parse_line, read_json, read_lines, reading, require, write_json, writing
 from runtime.launch import Postponed, gather_objects, together
 from runtime.optimizer import STATE, Optimizer
 
@@ -34,8 +34,6 @@ INDEX = "state.safetensors.index.json"  # of a saved state
 SAVE_SECONDS = 600  # without --save-every, the run's state is saved as often as this, and at the end
 
 LINE = "step {step}/{total}  loss {loss:.4f}  gradient norm {grad_norm:.4g}  {tokens_per_s:.0f} tokens/s  {left} left"
-
-LINE_START, LINE_BEFORE = "\r\x1b[K", "\x1b[A\x1b[2K"  # a terminal's: erase this line; one line up, and erase that
 
 
 class RunFolder:
@@ -59,11 +57,10 @@ class RunFolder:
         self.saved = 0.0  # when, by the clock of time.monotonic
         self.lines: list[dict] = []  # of metrics.jsonl
         self.seconds: list[float] = []  # of the steps taken here, at most 20
-        self.after_step = False  # the last line said is a step's; on a terminal the next step's takes its place
 
     def __enter__(self) -> "RunFolder":
         with ExitStack() as stack:
-            together(lambda: self.claim(stack) if self.place.rank == 0 else None)
+            self.on_rank_0(self.claim, stack)
             self.finished = gather_objects(self.finished)[0]
             self.stack = stack.pop_all()
         return self
@@ -71,12 +68,15 @@ class RunFolder:
     def __exit__(self, *error) -> None:
         self.stack.close()
 
+    def on_rank_0(self, action: Callable, *arguments):
+        return together(lambda: action(*arguments) if self.place.rank == 0 else None)
+
     def claim(self, stack: ExitStack) -> None:
         """Lock the folder and find its state; `stack` undoes it."""
         for flag in ("ckpt", "init", "tokenizer", "data", "val"):
             path, real = getattr(self.args, flag), os.path.realpath(self.out)
-            if path and os.path.commonpath([os.path.realpath(path), real]) == real:
-                raise UserError(f"--{flag} {path} lies inside --out {self.out}; choose another --out")
+            inside = path and os.path.commonpath([os.path.realpath(path), real]) == real
+            require(not inside, f"--{flag} {path} lies inside --out {self.out}; choose another --out")
         is_new = not os.path.exists(self.out)
         with writing(self.out):
             os.makedirs(self.out, exist_ok=True)
@@ -93,11 +93,10 @@ class RunFolder:
         if not names:
             return False
         record = read_json(os.path.join(self.out, RECORD)) if RECORD in names else None
-        if not isinstance(record, dict) or record.get("program") != "train.py":
-            what = f"holds {min(names)!r}, but no run of train.py"
-            raise UserError(f"{self.out}: {what}; choose a new or an empty folder")
-        if not self.args.resume:
-            raise UserError(f"{self.out}: holds a run already; --resume goes on with it, or choose another --out")
+        is_run = isinstance(record, dict) and record.get("program") == "train.py"
+        require(is_run, f"{self.out}: holds {min(names)!r}, but no run of train.py; choose a new or an empty folder")
+        advice = "--resume goes on with it, or choose another --out"
+        require(self.args.resume, f"{self.out}: holds a run already; {advice}")
         return os.path.exists(os.path.join(self.out, "model", "config.json"))
 
     def start(self, optimizer: Optimizer, settings: dict, total: int) -> int:
@@ -114,14 +113,13 @@ class RunFolder:
             self.say(f"resumed after step {step} from {newest}")
         elif self.args.resume:
             self.say(f"{self.out}: holds no saved state; the run starts from its beginning")
-        self.lines = together(lambda: start_metrics(self.out, step) if self.place.rank == 0 else [])
+        self.lines = self.on_rank_0(start_metrics, self.out, step) or []
         return step
 
     def record(self, line: dict) -> None:
         """Append a line to `metrics.jsonl`, and say it."""
         self.lines.append(line)
-        path = os.path.join(self.out, "metrics.jsonl")
-        together(lambda: append_line(path, line) if self.place.rank == 0 else None)
+        self.on_rank_0(append_line, os.path.join(self.out, "metrics.jsonl"), line)
         if "val_loss" in line:
             said = [f"{name} {value:.4f}" for name, value in line.items() if name != "step"]
             self.say(f"step {line['step']}: {', '.join(said)}")
@@ -146,13 +144,14 @@ class RunFolder:
             remove_old_states(self.states, self.args.keep)
         self.saved = time.monotonic()
         if number := max(gather_objects(self.signals.number)):
-            raise Stopped(number, step)
+            name, advice = signal.Signals(number).name, "the same with --resume goes on"
+            raise UserError(f"{name}: stopped after step {step}, which is saved; {advice}", 128 + number)
 
     def finish(self, model: nn.Module) -> None:
         """Write what the run leaves: `loss.png`, with LoRA `adapters/`, and last `model/`."""
         args, source = self.args, self.args.ckpt or self.args.tokenizer
         curve, adapters, exported = (os.path.join(self.out, name) for name in ("loss.png", "adapters", "model"))
-        together(lambda: draw_loss(curve, self.lines) if self.place.rank == 0 else None)
+        self.on_rank_0(draw_loss, curve, self.lines)
         if args.lora_rank:
             export_adapters(adapters, model, args.lora_rank, args.lora_alpha, args.ckpt or args.init)
         export(exported, model, args.export, source)
@@ -162,9 +161,7 @@ class RunFolder:
     def say(self, text: str) -> None:
         """Print a line on stderr, from rank 0."""
         if self.place.rank == 0:
-            start = LINE_START if sys.stderr.isatty() else ""  # over the ^C that a terminal shows
-            print(start + text, file=sys.stderr, flush=True)
-        self.after_step = False
+            print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one piece: two threads say something
 
     def say_stopping(self) -> None:
         self.say("stopping after this step, whose state is saved; Ctrl-C again ends the run at once")
@@ -173,24 +170,10 @@ class RunFolder:
         self.seconds = [*self.seconds[-19:], line["step_s"]]
         seconds = sum(self.seconds) / len(self.seconds) * (self.total - line["step"])
         left = timedelta(seconds=round(min(seconds, 1e9)))  # 30 years: dates end in the year 9999
-        text = LINE.format(**line, total=self.total, left=left)
-        if sys.stderr.isatty():
-            text = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps could not be replaced
-            text = f"{LINE_BEFORE}{text}" if self.after_step else text
-        self.say(text)
-        self.after_step = True
+        self.say(LINE.format(**line, total=self.total, left=left))
         if len(self.seconds) == 10 and line["step"] < self.total:
             end = datetime.now() + left
             self.say(f"after ten steps: {left} left, which is until {end:%H:%M} on {end:%d %B}")
-
-
-class Stopped(UserError):
-    """A signal ended the run after a step."""
-
-    def __init__(self, number: int, step: int):
-        name = signal.Signals(number).name
-        super().__init__(f"{name}: stopped after step {step}, which is saved; the same with --resume goes on")
-        self.status = 128 + number
 
 
 def lock(folder: str, stack: ExitStack) -> None:
@@ -224,8 +207,8 @@ def start_metrics(out: str, after_step: int) -> list[dict]:
     kept = []
     for number, text in lines:
         line = parse_line(text, where := f"{path} line {number}")
-        if type(line.get("step")) is not int:
-            raise UserError(f"{where}: has no step; remove this line, or the file, to resume")
+        has_step = type(line.get("step")) is int
+        require(has_step, f"{where}: has no step; remove this line, or the file, to resume")
         if line["step"] <= after_step:
             kept.append(line)
     with writing(path):
@@ -269,6 +252,13 @@ def newest_state(directory: str) -> str | None:
     return next(iter(newest_states(directory, 1)), None)
 
 
+def unpadded(parts: Iterable) -> Iterator[tuple[str, Slice, torch.Tensor]]:
+    """The tensors of the optimizer's `parts` by their names, without padding, which depends on the topology."""
+    for held, views in parts:
+        for kind in STATE:
+            yield f"{held.name}/{kind}", held.part, views[kind].narrow(held.part.dim, 0, held.part.length)
+
+
 def save_state(directory: str, step: int, optimizer: Optimizer, settings: dict) -> None:
     """Write `directory`/step-N with every rank's part of the run's state; all ranks call this together.
 
@@ -279,12 +269,8 @@ def save_state(directory: str, step: int, optimizer: Optimizer, settings: dict) 
     place, tensors = optimizer.place, {}
     file = f"rank-{place.rank:05d}.safetensors"
     owned = [entry for entry in optimizer.parts if entry[0].owner]
-    for held, views in owned[place.dp_rank :: place.dp_size]:
-        part = held.part  # written without its padding, which depends on the topology
-        for kind in STATE:
-            inside = views[kind].narrow(part.dim, 0, part.length)
-            piece = f"{held.name}/{kind}@{part.start}:{part.start + part.length}"
-            tensors[piece] = inside.contiguous().cpu()
+    for name, part, values in unpadded(owned[place.dp_rank :: place.dp_size]):
+        tensors[f"{name}@{part.start}:{part.start + part.length}"] = values.contiguous().cpu()
     names = gather_objects(dict.fromkeys(tensors, file))
     final, advice = os.path.join(directory, f"step-{step}"), "earlier checkpoints are whole: make room, then --resume"
     with staged(final, place.rank, advice) as folder:
@@ -310,38 +296,25 @@ def remove_old_states(directory: str, keep: int) -> None:
                 os.rmdir(path)
 
 
-@contextmanager
-def reading_state(path: str) -> Iterator[None]:
-    """Whatever is wrong with the files in the folder `path`, becomes a UserError that names the file and the folder."""
-    try:
-        yield
-    except UserError as error:
-        file, _, reason = str(error).removeprefix(path).partition(": ")
-        advice = f"remove {path} to resume from before"
-        raise UserError(f"{path}{file}: cannot be read ({reason[:160]}); {advice}") from None
-
-
 def load_state(path: str, optimizer: Optimizer, settings: dict, data: str) -> int:
     """Fill the optimizer and the model's weights from a state that any topology wrote; returns its step.
 
     `settings` are those of this run, which have to be the state's: they decide what a step computes. The one named
     "data" is a digest of the samples in the file `data`. Raises UserError.
     """
-    index = os.path.join(path, INDEX)
+    index, advice = os.path.join(path, INDEX), f"remove {path} to resume from before"
     settings = {"step": step_of(path), **settings}
-    with reading_state(path), reading(index, "index"):
+    with reading(index, "index", advice):
         metadata = read_json(index)["metadata"]
         found = {name: metadata[name] for name in settings}
-    if found["data"] != settings["data"]:
-        raise UserError(f"{path}: was made with other data than {data}; resume with the data it began with")
+    same_data = found["data"] == settings["data"]
+    require(same_data, f"{path}: was made with other data than {data}; resume with the data it began with")
     for name, value in settings.items():
-        if found[name] != value:
-            raise UserError(f"{path}: was made with {name} = {str(found[name])[:80]}, but this run has {value}")
-    with reading_state(path), torch.no_grad():
+        made = f"{path}: was made with {name} = {str(found[name])[:80]}"
+        require(found[name] == value, f"{made}, but this run has {value}")
+    with reading(path, "saved state", advice), torch.no_grad():
         state = Checkpoint(path)
-        for held, views in optimizer.parts:
-            for kind in STATE:
-                inside = views[kind].narrow(held.part.dim, 0, held.part.length)
-                state.fill_part(f"{held.name}/{kind}", held.part, inside)
+        for name, part, values in unpadded(optimizer.parts):
+            state.fill_part(name, part, values)
     optimizer.resume(settings["step"])
     return settings["step"]

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from runtime.chat import encode_chat, image_url, opening, user_turn
 from runtime.files import UserError, require, writing
 from runtime.images import grid, load_image
-from runtime.launch import Postponed, gather_objects, postponed, together
+from runtime.launch import Postponed, gather_objects, together
 from runtime.requests import NUMBERS, check_utf8, read_requests
 
 
@@ -360,7 +360,7 @@ class Chat(cmd.Cmd):
 def interact(session) -> None:
     """A chat. Rank 0 has the person; the others wait for what they are to answer with it."""
     keyboard = Keyboard(session.place.rank)
-    with keyboard.mode(canonical=True), postponed(signal.SIGINT) as keyboard.signals:
+    with keyboard.mode(canonical=True), Postponed(signal.SIGINT) as keyboard.signals:
         if chat := together(lambda: Chat(session, keyboard) if session.place.rank == 0 else None):
             chat.run()
             gather_objects(None)

@@ -235,11 +235,11 @@ def test_the_largest_input_of_all_batches_counts(tmp_path, source):
     """Whichever batch it is in: each alone gives what the two together exceed or equal, in either order."""
     fields, state = source
     model = load(write_checkpoint(tmp_path / "in", fields, state))
-    batches = [SimpleNamespace(tokens=torch.tensor([ids]), pixels=[]) for ids in ([50, 61, 72], [183, 94, 205, 116])]
-    first, second = (measure_inputs(model, [batch]) for batch in batches)
+    batches = [SimpleNamespace(tokens=torch.tensor([ids]), images=[]) for ids in ([50, 61, 72], [183, 94, 205, 116])]
+    first, second = (measure_inputs(model, [batch], "") for batch in batches)
     assert any(first[name] > second[name] for name in first) and any(first[name] < second[name] for name in first)
     for order in (batches, batches[::-1]):
-        assert measure_inputs(model, order) == {name: max(first[name], second[name]) for name in LINEARS}
+        assert measure_inputs(model, order, "") == {name: max(first[name], second[name]) for name in LINEARS}
 
 
 # ------------------------------------------------------------------------------------------------------- writing

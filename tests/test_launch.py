@@ -439,7 +439,7 @@ HANG = """
     def main(argv):
         what, folder = argv
         if what == "postponed":
-            with launch.postponed(tell=lambda: print("soon\\n", end="", flush=True)) as signals:
+            with launch.Postponed(tell=lambda: print("soon\\n", end="", flush=True)) as signals:
                 print("ready\\n", end="", flush=True)
                 while not signals.number:
                     time.sleep(0.01)
