@@ -19,6 +19,7 @@ from runtime.checkpoint import Checkpoint, fill
 from runtime.config import parse_config, read_config
 from runtime.cpu import speed_up
 from runtime.optimizer import held_tensors
+from runtime.tokenizer import PATTERN
 from vision import build_model
 
 # The rotary settings worth distinguishing. "yarn" is this model's, with Ministral 3's query scaling.
@@ -250,7 +251,7 @@ def write_tekken(directory, version: str = "v15", merges: tuple = ("th", "he", "
     size = 40 + len(words)
     contents = dict(
         config=dict(
-            pattern=r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+", num_vocab_tokens=len(words), default_vocab_size=size,
+            pattern=PATTERN, num_vocab_tokens=len(words), default_vocab_size=size,
             default_num_special_tokens=40, version=version,
         ),
         vocab=[dict(rank=i, token_bytes=base64.b64encode(w).decode(), token_str=None) for i, w in enumerate(words)],
