@@ -33,11 +33,10 @@ import torch.distributed as dist
 
 from model import CHUNK, LOGIT_ROWS, KVCache, MistralMedium, Span
 from parallel import Channel, Place, from_last_stage
-from runtime.chat import ReplyParser
 from runtime.checkpoint import Checkpoint, fill, weight_bytes
 from runtime.config import read_config
 from runtime.cpu import speed_up
-from runtime.files import UserError, require
+from runtime.files import require, within
 from runtime.images import load_image
 from runtime.launch import COUNT, SIZE, Parser, find_place, gather_objects, number, run_program, together
 from runtime.lora import add_adapters, read_adapters
@@ -468,7 +467,7 @@ class Session:
             add_adapters(self.model, *self.lora)
         # All ranks sample the same tokens, so they need the same seed: rank 0's, where none was given.
         seed = gather_objects(random.getrandbits(32) if args.seed is None else args.seed)[0]
-        self.requests = RequestReader(args, self.tokenizer, self.config.vision, place, self.max_context, seed)
+        self.requests = RequestReader(args, self.tokenizer, self.config.vision, self.max_context, seed)
         together(lambda: fill(self.model, checkpoint, Progress(checkpoint, place)))
         self.model.eval()
         self.weight_bytes = weight_bytes(self.model)
@@ -505,26 +504,24 @@ class Session:
     ) -> list[dict]:
         """The requests' answers as the JSON objects that --json prints.
 
-        On rank 0, `on_piece(i, kind, text)` gets each reply as it comes (see `ReplyParser`), and `on_result` the
-        answers in the order of the requests. Raises UserError for a request that cannot be read, once those before it
-        that had begun are answered. `stop`: as the engine's.
+        All are read before the first is begun. On rank 0, `on_piece(i, kind, text)` gets each reply as it comes (see
+        `ReplyParser`), and `on_result` the answers in the order of the requests. Raises UserError for a request that
+        cannot be read. `stop`: as the engine's.
         """
-        on_rank_0, results, early, mistakes = self.place.rank == 0, [], {}, []
-        parsers: dict[int, ReplyParser] = {}  # of the answers that have begun
+        read = together(lambda: [self.requests.read(spec, base, i) for i, spec in enumerate(specs)])
+        parsers, results, early = [parser for _, parser in read], [], {}
+        if self.place.rank > 0:
+            on_piece = on_result = lambda *ignored: None
 
-        def requests() -> Iterator[Request]:  # each is read, its images too, when there is room for it
-            for i, spec in enumerate(specs):
-                try:
-                    request, parsers[i] = together(lambda: self.requests.read(spec, base, i))
-                except UserError as mistake:
-                    if i < self.args.batch_size:  # nothing has begun; later, what has is not thrown away
-                        raise
-                    mistakes.append(mistake)
-                    return
+        def requests() -> Iterator[Request]:
+            for (request, _), spec in zip(read, specs):
+                if request.images:
+                    with within(spec["where"]):
+                        request.pixels = together(request.decode if self.place.first_stage else list)
                 yield request
 
         def show(i: int, pieces: list[tuple[str, str]]) -> None:
-            for kind, text in pieces if on_rank_0 else ():
+            for kind, text in pieces:
                 on_piece(i, kind, text)
 
         def on_token(i: int, token: int, logprob: float) -> bool:
@@ -533,15 +530,12 @@ class Session:
 
         def on_done(i: int, request: Request, answer: Answer) -> None:
             show(i, parsers[i].finish())
-            early[i] = result_of(request, parsers.pop(i).reply, answer)
-            while (result := early.pop(len(results), None)) is not None:
-                results.append({**result, "stats": self.stats()})
-                if on_rank_0:
-                    on_result(results[-1])
+            early[i], request.pixels = result_of(request, parsers[i].reply, answer), []
+            while len(results) in early:
+                results.append({**early.pop(len(results)), "stats": self.stats()})
+                on_result(results[-1])
 
         self.engine.generate(requests(), on_token, on_done, self.args.batch_size, stop)
-        if mistakes:
-            raise mistakes[0]
         return results
 
     def stats(self) -> dict:

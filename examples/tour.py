@@ -73,6 +73,7 @@ def ask(session: Session, spec: dict, limits: dict[str, float]):
     """(the request, what was watched, the answer) of one question."""
     (request, _), watch = session.requests.read(spec), measure.Watch(session.model, limits)
     session.engine.groups.clear()  # else a beginning that two questions share would be in the cache already, unseen
+    request.pixels = request.decode()
     with watch.watching():
         (answer,) = session.answer([spec])
     if not answer["tokens"]:

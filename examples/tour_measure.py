@@ -281,7 +281,9 @@ def work(rank: int, port: int, pipe: Connection, args, spec: dict, sizes: tuple[
         except UserError:
             return  # the process that started this one meets the same mistake, and says so
         record(found["messages"], session)
-        session.engine.generate([session.requests.read({**spec, "max_new_tokens": 2})[0]])
+        request, _ = session.requests.read({**spec, "max_new_tokens": 2})
+        request.pixels = request.decode()
+        session.engine.generate([request])
         found["bytes_read"] = session.bytes_read
     everything = gather_objects(found)
     if rank == 0:

@@ -30,12 +30,17 @@ The ids are those of mistral-common's `encode_chat_completion`. The two differ i
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import groupby, pairwise
+from itertools import groupby
 
-from runtime.files import require
-from runtime.tokenizer import SentencePiece, StreamDecoder, Tekken
+from runtime.files import require, within
+from runtime.tokenizer import StreamDecoder, Tokenizer
+
+# What a text is called, how it looks, and how that is said
+NAME = "the function name", re.compile("[a-zA-Z0-9_-]{1,64}"), "1 to 64 letters, digits, underscores or dashes"
+ID = "the tool call id", re.compile("[a-zA-Z0-9]{9}"), "nine letters or digits with this tokenizer"
+FREE_ID = "the tool call id", re.compile(".+", re.DOTALL), "a string that is not empty"
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Format:
     calls: str  # "list": [TOOL_CALLS][{…}, …]; "id" and "plain": [TOOL_CALLS]name([CALL_ID]id)[ARGS]{…} for each call
     results: str  # "json": {"content": …, "call_id": …}; "id": id[TOOL_CONTENT]content; "content": only the content
     sort_results: bool  # tool results are put into the order of their calls
-    free_ids: bool  # a call id may be any string; else it has nine letters or digits
+    ids: tuple  # what a call id looks like, ID or FREE_ID
     text_join: str  # what joins the text parts of one message
     thinking: tuple[str, ...]  # roles whose messages may hold thinking
     images: tuple[str, ...]  # roles whose messages may hold images
@@ -61,17 +66,15 @@ class Format:
 # such as the reasoning effort, allows images in results and joins text parts without a blank line.
 # fmt: off
 FORMATS = {
-    #             system tools  text and                   sort    free   text    roles that may have
+    #             system tools  text and                   sort    call   text    roles that may have
     #             turn   first  calls    calls    results  results ids    join    thinking, images
-    "v3":  Format(False, False, False,  "list",  "json",    False, False, "\n\n", (), ("user",)),
-    "v7":  Format(True,  False, True,   "list",  "id",      False, False, "\n\n", (), ("user",)),
-    "v11": Format(True,  False, True,   "id",    "id",      True,  False, "\n\n", (), ("user",)),
-    "v13": Format(True,  True,  True,   "plain", "content", True,  True,  "\n\n", ("assistant", "system"), ("user",)),
-    "v15": Format(True,  True,  True,   "plain", "content", True,  True,  "",     ("assistant",), ("user", "tool")),
+    "v3":  Format(False, False, False,  "list",  "json",    False, ID, "\n\n", (), ("user",)),
+    "v7":  Format(True,  False, True,   "list",  "id",      False, ID, "\n\n", (), ("user",)),
+    "v11": Format(True,  False, True,   "id",    "id",      True,  ID, "\n\n", (), ("user",)),
+    "v13": Format(True,  True,  True,   "plain", "content", True,  FREE_ID, "\n\n", ("assistant", "system"), ("user",)),
+    "v15": Format(True,  True,  True,   "plain", "content", True,  FREE_ID, "",     ("assistant",), ("user", "tool")),
 }
 # fmt: on
-
-NAME = re.compile("[a-zA-Z0-9_-]{1,64}")  # of a function
 
 KEYS = {  # role -> the keys that its messages may hold; others only if they are empty, as clients send them
     "system": {"role", "content", "name"},  # `name` says nothing to the model
@@ -83,6 +86,11 @@ KEYS = {  # role -> the keys that its messages may hold; others only if they are
 EMPTY = (None, "", [], {})
 
 CANNOT_FOLLOW = {("system", "tool"), ("user", "tool"), ("assistant", "system"), ("tool", "system")}  # (role, next role)
+
+ENDS = {  # training? -> roles that the last message may have
+    False: (("user", "tool"), 'to be answered they must end with a user or tool message, or a "prefix": true'),
+    True: (("assistant",), "for training they must end with an assistant message"),
+}
 
 PLACES = [f"call{i:05d}" for i in range(100)]  # ids for calls in the form of generate.py's output, which has none
 
@@ -116,9 +124,9 @@ class Part:
 class Message:
     """One message that was checked; after merging, one turn."""
 
-    where: str  # "messages[3]"; a merged turn has that of its first message
     role: str
     content: list[Part]
+    where: str = ""  # "messages[3]"; a merged turn has that of its first message
     calls: list[dict] = field(default_factory=list)  # {"name", "arguments": any JSON value, "id" if it has one}
     call_id: str | None = None  # of the call that a tool message answers
     place: int = 0  # of that call among its answer's calls
@@ -127,7 +135,7 @@ class Message:
 
 
 def encode_chat(
-    tokenizer: Tekken | SentencePiece,
+    tokenizer: Tokenizer,
     messages: list[dict],
     tools: list[dict] | None = None,
     reasoning_effort: str | None = None,
@@ -143,10 +151,14 @@ def encode_chat(
     form = FORMATS.get(tokenizer.version)
     require(form, f"tokenizer version {tokenizer.version} has no supported chat format ({', '.join(FORMATS)})")
     preamble = [
-        *_wrapped("AVAILABLE_TOOLS", _read_tools(tools)),
+        *_wrapped("AVAILABLE_TOOLS", _each("tools", [] if tools is None else tools, _read_tool)),
         *_wrapped("MODEL_SETTINGS", _read_settings(tokenizer, reasoning_effort)),
     ]
-    turns = _merge(_read_messages(messages, form, training), form)
+    require(messages, "messages should be a list with at least one message")
+    read = _each("messages", messages, _read_message, form)
+    _check_order(read, training)
+    _match_results(read, form, training)
+    turns = _merge(read, form)
     users = [turn for turn in turns if turn.role == "user"]
     after_preamble = users[:1] if form.tools_first else users[-1:]
 
@@ -162,156 +174,137 @@ def encode_chat(
 # ---- messages: the user's JSON, checked
 
 
-def _read_messages(messages: list[dict], form: Format, training: bool) -> list[Message]:
-    require(isinstance(messages, list) and messages, "messages must be a list with at least one message")
-    read = [_read_message(f"messages[{i}]", raw, form) for i, raw in enumerate(messages)]
-    _check_order(read, training)
-    _match_results(read, form, training)
-    return read
+def _each(name: str, values: list, read: Callable, *more) -> list:
+    """`read(value, *more)` for each of the values; an error names its place."""
+    require(isinstance(values, list), f"{name} should be a list")
+    done = []
+    for i, value in enumerate(values):
+        with within(f"{name}[{i}]"):
+            done.append(read(value, *more))
+    return done
 
 
-def _read_message(where: str, raw: dict, form: Format) -> Message:
-    require(isinstance(raw, dict), f"{where} must be an object with role and content")
+def _read_message(raw: dict, form: Format) -> Message:
+    require(isinstance(raw, dict), "should be an object with role and content")
     role = "system" if raw.get("role") == "developer" else raw.get("role")  # OpenAI's newer name
-    require(role in list(KEYS), f"{where}: unknown role {role!r}; use system, user, assistant or tool")
+    require(role in list(KEYS), f"unknown role {role!r}; use system, user, assistant or tool")
     strange = [key for key, value in raw.items() if key not in KEYS[role] and value not in EMPTY]
-    require(not strange, f"{where}: unknown key {', '.join(map(repr, strange))} in a message of role {role}")
+    require(not strange, f"unknown key {', '.join(map(repr, strange))} in a message of role {role}")
     raw = {key: raw.get(key) for key in KEYS[role]}
-    if role == "assistant" and raw["content"] is None:
-        raw["content"] = ""
-    if role == "tool" and raw["name"] is not None:
-        _read_name(where, raw["name"])
-    weight = raw.get("weight")
+    weight, call_id = raw.get("weight"), raw.get("tool_call_id")
     good = weight in (None, 0, 1) and not isinstance(weight, bool)
-    require(good, f"{where}: weight should be 0 (do not train on this message) or 1, not {weight!r}")
+    require(good, f"weight should be 0 (do not train on this message) or 1, not {weight!r}")
+    if role == "tool" and raw["name"] is not None:
+        _check(raw["name"], NAME)
     return Message(
-        where,
         role,
-        content=_read_reasoning(where, raw, form) + _read_content(f"{where}.content", raw["content"], role, form),
-        calls=_read_calls(where, raw.get("tool_calls") or [], form),
-        call_id=_read_id(where, raw.get("tool_call_id"), form),
+        content=_read_reasoning(raw, form) + _read_content(raw["content"], role, form),
+        calls=_each("tool_calls", raw.get("tool_calls") or [], _read_call, iter(PLACES), form),
+        call_id=None if call_id is None else _check(call_id, form.ids),
         prefix=raw.get("prefix") is True,
         weight=weight,
     )
 
 
-def _read_reasoning(where: str, raw: dict, form: Format) -> list[Part]:
+def _read_reasoning(raw: dict, form: Format) -> list[Part]:
     """vLLM and SGLang return thinking under a key of its own."""
-    for key in ("reasoning", "reasoning_content"):
-        if raw.get(key) is not None:
-            return [_read_part(f"{where}.{key}", {"type": "thinking", "thinking": raw[key]}, "assistant", form)]
-    return []
+    thoughts = [raw[key] for key in ("reasoning", "reasoning_content") if raw.get(key) is not None]
+    return [_read_part({"type": "thinking", "thinking": thought}, "assistant", form) for thought in thoughts[:1]]
 
 
-def _read_content(where: str, content: str | list[dict], role: str, form: Format) -> list[Part]:
+def _read_content(content: str | list[dict] | None, role: str, form: Format) -> list[Part]:
+    if content == "" or (content is None and role == "assistant"):
+        return []
     if isinstance(content, str):
-        return [Part(content)] if content else []
-    require(isinstance(content, list), f"{where} must be a string or a list of parts")
-    return [_read_part(f"{where}[{i}]", part, role, form) for i, part in enumerate(content)]
+        return [Part(content)]
+    require(isinstance(content, list), "content should be a string or a list of parts")
+    return _each("content", content, _read_part, role, form)
 
 
-def _read_part(where: str, part: dict, role: str, form: Format) -> Part:
+def _read_part(part: dict, role: str, form: Format) -> Part:
     kind = part.get("type") if isinstance(part, dict) else None
-    holders = {"text": (role,), "image_url": form.images, "thinking": form.thinking}
-    require(kind in list(holders), f"{where}: a part must have the type text, image_url or thinking, not {kind!r}")
-    require(role in holders[kind], f"{where}: with this tokenizer, {role} messages hold no parts of type {kind}")
-    if kind == "thinking":  # a string, or in the API's own form a list of text parts
-        texts = _read_content(f"{where}.thinking", part.get("thinking"), "thinking", form)
-        return Part("".join(text.value for text in texts), kind, part.get("closed") is not False)
-    value = image_url(part) if kind == "image_url" else part.get("text")
-    require(isinstance(value, str), f"{where}: a part of type {kind!r} needs a string under {kind!r}")
-    return Part(value, kind)
+    holders = {"text": [role], "image_url": form.images, "thinking": form.thinking}
+    require(kind in list(holders), f"a part must have the type text, image_url or thinking, not {kind!r}")
+    require(role in holders[kind], f"with this tokenizer, {role} messages hold no parts of type {kind}")
+    value = image_url(part) if kind == "image_url" else part.get(kind)
+    if kind == "thinking" and isinstance(value, list):  # the API's own form
+        value = "".join(text.value for text in _each(kind, value, _read_part, kind, form))
+    require(isinstance(value, str), f"a part of type {kind!r} needs a string under {kind!r}")
+    return Part(value, kind, part.get("closed") is not False)
 
 
-def _read_calls(where: str, calls: list[dict], form: Format) -> list[dict]:
-    require(isinstance(calls, list), f"{where}: tool_calls must be a list")
-    return [_read_call(f"{where}.tool_calls[{i}]", i, call, form) for i, call in enumerate(calls)]
+def _read_call(raw: dict, places: Iterator[str], form: Format) -> dict:
+    raw, place = raw if isinstance(raw, dict) else {}, next(places, None)
+    function, id = raw.get("function"), raw.get("id")
+    if function is None and "name" in raw:  # as generate.py writes them
+        function, id = raw, id or place
+    complete = isinstance(function, dict) and {"name", "arguments"} <= function.keys()
+    require(complete, 'should look like {"id": …, "function": {"name": …, "arguments": …}}')
+    name, arguments = _check(function["name"], NAME), function["arguments"]
+    if arguments in (None, ""):
+        arguments = {}
+    require(isinstance(arguments, dict | str), "arguments should be an object or a JSON string")
+    call = {"name": name, "arguments": _json_or_text(arguments) if isinstance(arguments, str) else arguments}
+    return call if id in (None, "null") else {**call, "id": _check(id, form.ids)}
 
 
-def _read_call(where: str, place: int, raw: dict, form: Format) -> dict:
-    function = raw.get("function") if isinstance(raw, dict) else None
-    if isinstance(raw, dict) and "name" in raw and function is None:  # as generate.py writes them
-        function, raw = raw, {"id": raw.get("id") or PLACES[min(place, 99)]}
-    complete = isinstance(function, dict) and "name" in function and "arguments" in function
-    require(complete, f'{where} must look like {{"id": …, "function": {{"name": …, "arguments": …}}}}')
-    arguments = "{}" if function["arguments"] in (None, "") else function["arguments"]
-    require(isinstance(arguments, dict | str), f"{where}: arguments must be an object or a JSON string")
-    arguments = _json_or_text(arguments) if isinstance(arguments, str) else arguments
-    call = {"name": _read_name(where, function["name"]), "arguments": arguments}
-    if raw.get("id") not in (None, "null"):
-        call["id"] = _read_id(where, raw["id"], form)
-    return call
-
-
-def _read_name(where: str, name: str) -> str:
-    good = isinstance(name, str) and NAME.fullmatch(name)
-    require(good, f"{where}: the function name {name!r} must be 1 to 64 letters, digits, underscores or dashes")
-    return name
-
-
-def _read_id(where: str, id: str | None, form: Format) -> str | None:
-    if id is None:
-        return None
-    require(isinstance(id, str) and id, f"{where}: the tool call id must be a string that is not empty, not {id!r}")
-    good = form.free_ids or re.fullmatch("[a-zA-Z0-9]{9}", id)
-    require(good, f"{where}: this tokenizer's tool call ids are nine letters or digits, not {id!r}")
-    return id
+def _check(text: str, kind: tuple[str, re.Pattern, str]) -> str:
+    what, pattern, rule = kind
+    require(isinstance(text, str) and pattern.fullmatch(text), f"{what} {text!r} should be {rule}")
+    return text
 
 
 def _check_order(messages: list[Message], training: bool) -> None:
-    for before, message in pairwise(messages):
-        good = (before.role, message.role) not in CANNOT_FOLLOW
-        require(good, f"{message.where}: a {message.role} message cannot follow a {before.role} message")
-    for message in messages:
+    """See that each message may follow the one before it, and be the last, and say where it stands."""
+    before = None
+    for i, message in enumerate(messages):
+        message.where, role = f"messages[{i}]", message.role
+        require(
+            (before, role) not in CANNOT_FOLLOW, f"{message.where}: a {role} message cannot follow a {before} message"
+        )
         good = not message.prefix or (message is messages[-1] and not training)
         require(good, f'{message.where}: only the last message may have "prefix": true, and not in training')
-    end = 'to be answered they must end with a user or tool message (or an assistant\'s with "prefix": true)'
-    end = "for training they must end with an assistant message" if training else end
-    good = message.prefix or message.role in (("assistant",) if training else ("user", "tool"))
-    require(good, f"messages end with role {message.role}; {end}")
+        before = role
+    roles, advice = ENDS[training]
+    require(message.prefix or role in roles, f"messages end with role {role}; {advice}")
 
 
 def _match_results(messages: list[Message], form: Format, training: bool) -> None:
     """See that each tool call has one result before the next answer, and write its place into the result."""
     ids, waiting = [], []  # of the latest answer's calls; those that have no result yet
     for message in messages:
-        where = message.where
-        if message.role == "assistant":
-            require(not waiting, f"{where}: {len(waiting)} of the tool calls before it have no result")
-            ids = [call["id"] for call in message.calls if "id" in call]
-            waiting = list(dict.fromkeys(ids))
-            may_lack = training and message is messages[-1] and not form.free_ids  # no result will refer to them
-            good = len(waiting) == (len(ids) if may_lack else len(message.calls))
-            require(good, f"{where}: each tool call needs an id of its own")
-        elif message.role == "tool":
-            if message.call_id is None:  # a result of calls that have no ids but their places
-                message.call_id = next((id for id in waiting if id in PLACES), None)
-            id = message.call_id
-            require(id, f"{where}: a tool message needs the tool_call_id of the call that it answers")
-            require(id in waiting, f"{where}: tool_call_id {id!r} is not that of a tool call that waits for a result")
-            waiting.remove(id)
-            message.place = ids.index(id)
-    require(training or not waiting, f"{where}: {len(waiting)} of the latest tool calls have no result yet")
+        with within(message.where):
+            if message.role == "assistant":
+                require(not waiting, f"{len(waiting)} of the tool calls before it have no result")
+                ids = [call["id"] for call in message.calls if "id" in call]
+                waiting = list(dict.fromkeys(ids))
+                may_lack = training and message is messages[-1] and form.ids is ID  # no result will refer to them
+                good = len(waiting) == len(ids if may_lack else message.calls)
+                require(good, "each tool call needs an id of its own")
+            elif message.role == "tool":
+                unnamed = (id for id in waiting if id in PLACES)  # calls that have no ids but their places
+                message.call_id = message.call_id or next(unnamed, None)
+                require(message.call_id, "a tool message needs the tool_call_id of the call that it answers")
+                good = message.call_id in waiting
+                require(good, f"tool_call_id {message.call_id!r} is not that of a tool call that waits for a result")
+                waiting.remove(message.call_id)
+                message.place = ids.index(message.call_id)
+    require(training or not waiting, f"{message.where}: {len(waiting)} of the latest tool calls have no result yet")
 
 
-def _read_tools(tools: list[dict] | None) -> list[dict]:
-    """The tools with only the keys, in the order, that the model was trained on."""
-    require(tools is None or isinstance(tools, list), "tools must be a list")
-    return [_read_tool(f"tools[{i}]", tool) for i, tool in enumerate(tools or [])]
-
-
-def _read_tool(where: str, tool: dict) -> dict:
+def _read_tool(tool: dict) -> dict:
+    """The tool with only the keys, in the order, that the model was trained on."""
     function = tool.get("function") if isinstance(tool, dict) else None
     good = isinstance(function, dict) and tool.get("type", "function") == "function"
-    require(good, f'{where} must look like {{"type": "function", "function": {{"name": …, …}}}}')
-    name, description = _read_name(where, function.get("name")), function.get("description") or ""
+    require(good, 'should look like {"type": "function", "function": {"name": …, …}}')
+    name, description = _check(function.get("name"), NAME), function.get("description") or ""
     parameters = function.get("parameters") or {}
     good = isinstance(description, str) and isinstance(parameters, dict)
-    require(good, f"{where}: description must be a string and parameters an object")
+    require(good, "description must be a string and parameters an object")
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
 
-def _read_settings(tokenizer: Tekken | SentencePiece, effort: str | None) -> dict:
+def _read_settings(tokenizer: Tokenizer, effort: str | None) -> dict:
     setting = (tokenizer.model_settings or {}).get("reasoning_effort")
     if setting is None:
         require(effort in (None, "none"), f"reasoning effort {effort!r}: this checkpoint has no such setting")
@@ -339,7 +332,7 @@ def _merge(messages: list[Message], form: Format) -> list[Message]:
             turns += [_one_turn([message], form) for message in group]
     if not form.system_turn:
         if turns[0].role != "user":
-            turns.insert(0, Message(turns[0].where, "user", []))  # the older formats always begin with one
+            turns.insert(0, Message("user", [], turns[0].where))  # the older formats always begin with one
         _put_prompts(prompts, turns, form)
     return turns
 
@@ -424,7 +417,7 @@ def _wrapped(name: str, value: list | dict) -> list[str | Part]:
     return [f"[{name}]", _json(value), f"[/{name}]"] if value else []
 
 
-def _control(tokenizer: Tekken | SentencePiece, name: str) -> int:
+def _control(tokenizer: Tokenizer, name: str) -> int:
     require(name in tokenizer.special, f"the tokenizer has no {name} token, which this chat needs")
     return tokenizer.special[name]
 
@@ -492,7 +485,7 @@ class ReplyParser:
     `prompt`: its ids tell whether the reply begins inside a [THINK] that the prompt opened. `raw`: no chat, only text.
     """
 
-    def __init__(self, tokenizer: Tekken | SentencePiece, prompt: list[int] = (), stop: list[str] = (), raw=False):
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int] = (), stop: list[str] = (), raw=False):
         self.reply, self.stop, self.stopped = Reply(), list(stop), False
         self._tokenizer, special = tokenizer, tokenizer.special
         marks = ("[THINK]", "[/THINK]", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
@@ -558,7 +551,7 @@ class ReplyParser:
         """Add what one [TOOL_CALLS] introduces to the reply's calls; returns the text in it that is no call."""
         name = self._tokenizer.decode(ids["name"])
         if "[ARGS]" in ids:
-            if not NAME.fullmatch(name):
+            if not NAME[1].fullmatch(name):
                 return name + self._tokenizer.decode(ids["[ARGS]"])
             arguments = _json_or_text(self._tokenizer.decode(ids["[ARGS]"]), **FINITE)
             self.reply.tool_calls.append({"name": name, "arguments": arguments})
@@ -567,10 +560,10 @@ class ReplyParser:
         start = match.start() if (match := re.search(r"\[\s*\{", name)) else 0
         try:
             calls, end = READER.raw_decode(name, start)
-            calls = [{"name": call["name"], "arguments": call.get("arguments", {})} for call in calls]
-            if not all(NAME.fullmatch(call["name"]) for call in calls):
-                return name
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            calls = [
+                {"name": NAME[1].fullmatch(call["name"])[0], "arguments": call.get("arguments", {})} for call in calls
+            ]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # it is no list of calls
             return name
         self.reply.tool_calls += calls
         return name[:start] + name[end:]

@@ -12,7 +12,7 @@ import torch
 from model import Config, VisionConfig
 from parallel import Place
 from runtime.chat import encode_chat
-from runtime.files import UserError, parse_line, read_lines
+from runtime.files import UserError, parse_line, read_lines, within
 from runtime.images import grid_of, load_image, pixels
 from runtime.launch import gather_objects, together
 
@@ -73,10 +73,8 @@ class Chats:
         chat = parse_line(line, where, KEYS)
         messages, tools, effort = (chat.get(key) for key in ("messages", "tools", "reasoning_effort"))
         see = partial(grid_of, base=self.base, vision=config.vision) if config.vision is not None else None
-        try:
+        with within(where):
             chat = encode_chat(tokenizer, messages, tools, effort, see, training=True)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
         if not any(chat.targets):
             raise UserError(f"{where}: nothing in this chat is trained on; every assistant message has weight 0")
         return Sample(torch.tensor(chat.ids, dtype=torch.int32), torch.tensor(chat.targets), chat.images, number)
