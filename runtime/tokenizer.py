@@ -24,11 +24,9 @@ from functools import lru_cache
 import sentencepiece
 
 from model import Config
-from runtime.files import MEGABYTE, UserError, find_folder, read_file, read_json, reading, require
+from runtime.files import MEGABYTE, Fields, UserError, find_folder, read_file, read_json, reading, require
 
 LARGEST_FILE = 1024 * MEGABYTE
-
-MOST_SPECIAL = 1 << 16  # files have 1,000
 
 VERSIONS = ("v1", "v2", "v3", "v7", "v11", "v13", "v15")  # each has its own chat format
 
@@ -73,9 +71,9 @@ class Tekken(Tokenizer):
             self._read(read_json(path, LARGEST_FILE))
 
     def _read(self, data: dict) -> None:
-        config = data["config"]
-        self.version, self.vocab_size = _known(config["version"]), config["default_vocab_size"]
-        self._num_special = config["default_num_special_tokens"]
+        config = Fields(data["config"], "config")
+        self.version, self.vocab_size = _known(config.get("version", str)), config.size("default_vocab_size")
+        self._num_special = config.size("default_num_special_tokens")
         self.special = _read_special(data.get("special_tokens"), self._num_special, self.version)
         self.bos_id, self.eos_id, self.pad_id = self.special["<s>"], self.special["</s>"], self.special.get("<pad>")
         self.special_ids = range(self._num_special)
@@ -86,7 +84,8 @@ class Tekken(Tokenizer):
         self.image = {"spatial_merge_size": 1, **image} if image else None
         self.model_settings = _read_settings(data.get("model_settings_builder"), self.version)
         require(
-            config["pattern"] == PATTERN, "the pattern is not that of Mistral's Tekken files; no other is supported"
+            config.values.get("pattern") == PATTERN,
+            "the pattern is not that of Mistral's Tekken files; no other is supported",
         )
         self._merge_cached = lru_cache(50_000)(self._merge)
 
@@ -150,14 +149,13 @@ def _known(version: str) -> str:
 
 def _read_special(listed: list[dict] | None, count: int, version: str) -> dict[str, int]:
     """Name -> id of the `count` special tokens; those that the file does not list are called <SPECIAL_n>."""
-    require(3 <= count <= MOST_SPECIAL, f"default_num_special_tokens should be 3 to {MOST_SPECIAL}, found {count}")
     if listed is None:
         require(version in ("v1", "v2", "v3", "v7"), f"a tokenizer of version {version} must list its special_tokens")
         listed = [{"rank": rank, "token_str": name} for rank, name in enumerate(CLASSIC_SPECIAL)]
-    named = {entry["rank"]: entry["token_str"] for entry in listed}
-    names = {rank: f"<SPECIAL_{rank}>" for rank in range(count)} | named
+    names = {rank: f"<SPECIAL_{rank}>" for rank in range(count)}
+    names |= {entry["rank"]: entry["token_str"] for entry in listed}
     special = {name: rank for rank, name in names.items()}
-    distinct = len(special) == len(names) == count and len(named) == len(listed)
+    distinct = len(special) == len(names) == count and len({entry["rank"] for entry in listed}) == len(listed)
     require(distinct, f"special_tokens must have distinct names and distinct ranks from 0 to {count - 1}")
     return special
 
@@ -264,18 +262,15 @@ def load_tokenizer(directory: str, config: Config | None = None) -> Tokenizer:
 
 
 def _check_config(tokenizer: Tokenizer, config: Config, directory: str) -> None:
-    pairs = []  # (name, in the tokenizer, in the config)
+    sizes = f"{tokenizer.vocab_size} tokens but the model only {config.vocab_size}"
+    fits = tokenizer.vocab_size <= config.vocab_size
+    require(fits, f"{directory}: the tokenizer has {sizes}; they do not belong together")
     if vision := config.vision:
-        image = tokenizer.image or {}
-        pairs = [
-            ("image_token_index", tokenizer.special.get("[IMG]"), vision.image_token_id),
-            ("image_patch_size", image.get("image_patch_size"), vision.patch_size),
-            ("spatial_merge_size", image.get("spatial_merge_size"), vision.spatial_merge_size),
-        ]
-    wrong = [f"{name} is {a} in the tokenizer but {b} in the config" for name, a, b in pairs if a not in (None, b)]
-    if tokenizer.vocab_size > config.vocab_size:
-        wrong.insert(0, f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {config.vocab_size}")
-    require(not wrong, f"{directory}: {''.join(wrong[:1])}; they do not belong together")
+        image = {**(tokenizer.image or {}), "image_token_index": tokenizer.special.get("[IMG]")}
+        fields = Fields(image, f"{directory}: tokenizer and model do not belong together")
+        fields.agree("image_token_index", vision.image_token_id, "the model's")
+        fields.agree("image_patch_size", vision.patch_size, "the model's")
+        fields.agree("spatial_merge_size", vision.spatial_merge_size, "the model's")
 
 
 class StreamDecoder:
