@@ -479,8 +479,7 @@ class Session:
         """Everything but the model: config, tokenizer, and which tensors there are."""
         args = self.args
         directory = args.ckpt or TINY
-        there = args.ckpt or os.path.isdir(TINY)
-        require(there, "this repository holds no checkpoint of its own; name one with --ckpt DIR")
+        require(os.path.isdir(TINY) or args.ckpt, "this repository holds no checkpoint; name one with --ckpt DIR")
         checkpoint = Checkpoint(directory)
         self.config = checkpoint.fit(read_config(directory))
         self.lora = read_adapters(args.lora, checkpoint) if args.lora else None  # rank and alpha
@@ -603,13 +602,12 @@ def check_args(args: argparse.Namespace) -> None:
     """Options that do not go together."""
     asked = [text for text in (args.question, args.prompt) if text is not None]
     require(len(asked) < 2, f"the question is given twice, as {args.question!r} and with --prompt; leave out one")
-    others = args.requests and any([asked, args.image, args.system, args.interactive])
-    advice = "leave out question, --image, --system and --interactive"
-    require(not others, f"--requests already says what to ask; {advice}")
-    others = args.raw and any([args.image, args.system is not None])
-    require(not others, "--raw continues plain text; leave out --image and --system")
-    others = args.interactive and any([asked, args.json, args.raw])
-    require(not others, "--interactive reads turns from the terminal; leave out question, --raw and --json")
+    says, more = asked or args.image or args.system, "leave out question, --image, --system and --interactive"
+    require(not args.requests or not (says or args.interactive), f"--requests already says what to ask; {more}")
+    chat = args.image or args.system is not None
+    require(not args.raw or not chat, "--raw continues plain text; leave out --image and --system")
+    scripted, more = asked or args.json or args.raw, "leave out question, --raw and --json"
+    require(not args.interactive or not scripted, f"--interactive reads turns from the terminal; {more}")
 
 
 def main(argv: list[str]) -> None:

@@ -28,13 +28,12 @@ The ids are those of mistral-common's `encode_chat_completion`. The two differ i
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
-from runtime.files import require, within
+from runtime.files import Fields, require, within
 from runtime.tokenizer import StreamDecoder, Tokenizer
 
 # What a text is called, how it looks, and how that is said
@@ -234,18 +233,21 @@ def _read_part(part: dict, role: str, form: Format) -> Part:
 
 
 def _read_call(raw: dict, places: Iterator[str], form: Format) -> dict:
-    raw, place = raw if isinstance(raw, dict) else {}, next(places, None)
+    raw, place = Fields(raw, "a call").values, next(places, None)
     function, id = raw.get("function"), raw.get("id")
     if function is None and "name" in raw:  # as generate.py writes them
         function, id = raw, id or place
-    complete = isinstance(function, dict) and {"name", "arguments"} <= function.keys()
-    require(complete, 'should look like {"id": …, "function": {"name": …, "arguments": …}}')
-    name, arguments = _check(function["name"], NAME), function["arguments"]
-    if arguments in (None, ""):
-        arguments = {}
-    require(isinstance(arguments, dict | str), "arguments should be an object or a JSON string")
-    call = {"name": name, "arguments": _json_or_text(arguments) if isinstance(arguments, str) else arguments}
+    function = Fields(function, "function").values
+    require("arguments" in function, "function: the field 'arguments' is missing; add it")
+    call = {"name": _check(function.get("name"), NAME), "arguments": _read_arguments(function["arguments"])}
     return call if id in (None, "null") else {**call, "id": _check(id, form.ids)}
+
+
+def _read_arguments(arguments: dict | str | None) -> object:
+    if arguments in (None, ""):
+        return {}
+    require(isinstance(arguments, dict | str), "arguments should be an object or a JSON string")
+    return arguments if isinstance(arguments, dict) else _json_or_text(arguments)
 
 
 def _check(text: str, kind: tuple[str, re.Pattern, str]) -> str:
@@ -294,13 +296,11 @@ def _match_results(messages: list[Message], form: Format, training: bool) -> Non
 
 def _read_tool(tool: dict) -> dict:
     """The tool with only the keys, in the order, that the model was trained on."""
-    function = tool.get("function") if isinstance(tool, dict) else None
-    good = isinstance(function, dict) and tool.get("type", "function") == "function"
-    require(good, 'should look like {"type": "function", "function": {"name": …, …}}')
-    name, description = _check(function.get("name"), NAME), function.get("description") or ""
-    parameters = function.get("parameters") or {}
-    good = isinstance(description, str) and isinstance(parameters, dict)
-    require(good, "description must be a string and parameters an object")
+    tool = Fields(tool, "a tool")
+    tool.only(type=("function",))
+    function = Fields(tool.get("function", dict), "function")
+    name, description = _check(function.get("name", str), NAME), function.get("description", str, "")
+    parameters = function.get("parameters", dict, {})
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
 
@@ -426,10 +426,13 @@ def _json(value: object) -> Part:
     return Part(json.dumps(value, ensure_ascii=False))
 
 
-def _json_or_text(text: str, **finite: Callable) -> object:
-    """The value of a JSON text, or the text itself if it is not JSON (cut off, for example)."""
+def _json_or_text(text: str, nan: bool = True) -> object:
+    """The value of a JSON text, or the text itself if it is not JSON (cut off, for example). Python reads NaN and 1e999
+    too; unless `nan`, these are not JSON."""
     try:
-        return json.loads(text, **finite)
+        value = json.loads(text)
+        json.dumps(value, allow_nan=nan)
+        return value
     except (ValueError, RecursionError):
         return text
 
@@ -453,18 +456,6 @@ def image_url(part: dict) -> str | None:
 
 
 # ---- the way back
-
-
-def _finite(number: str) -> float:
-    """Python's JSON reader lets NaN, Infinity and 1e999 through, but they cannot be written as JSON again."""
-    if not math.isfinite(float(number)):
-        raise ValueError
-    return float(number)
-
-
-FINITE = {"parse_float": _finite, "parse_constant": _finite}
-
-READER = json.JSONDecoder(**FINITE)
 
 
 @dataclass
@@ -553,13 +544,14 @@ class ReplyParser:
         if "[ARGS]" in ids:
             if not NAME[1].fullmatch(name):
                 return name + self._tokenizer.decode(ids["[ARGS]"])
-            arguments = _json_or_text(self._tokenizer.decode(ids["[ARGS]"]), **FINITE)
+            arguments = _json_or_text(self._tokenizer.decode(ids["[ARGS]"]), nan=False)
             self.reply.tool_calls.append({"name": name, "arguments": arguments})
             return ""
         # The older form: [{"name": …, "arguments": …}, …]
         start = match.start() if (match := re.search(r"\[\s*\{", name)) else 0
         try:
-            calls, end = READER.raw_decode(name, start)
+            calls, end = json.JSONDecoder().raw_decode(name, start)
+            json.dumps(calls, allow_nan=False)
             calls = [
                 {"name": NAME[1].fullmatch(call["name"])[0], "arguments": call.get("arguments", {})} for call in calls
             ]

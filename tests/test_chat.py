@@ -287,7 +287,7 @@ def call(**changes) -> list:
         ([USER, CALL, USER, ANSWER, USER], r"messages\[3\]: 1 of the tool calls before it have no result"),
         ([USER, CALL, {"role": "system", "content": "x"}], r"messages\[2\]: a system message cannot follow"),
         ([USER, {"role": "assistant", "tool_calls": 1}], r"messages\[1\]: tool_calls should be a list"),
-        (call(function={}), r"messages\[1\]: tool_calls\[0\]: should look like"),
+        (call(function={}), r"messages\[1\]: tool_calls\[0\]: function: the field 'arguments' is missing"),
         (call(function={"name": "f", "arguments": [1]}), r"tool_calls\[0\]: arguments should be"),
         (call(function={"name": "f g", "arguments": ""}), r"tool_calls\[0\]: the function name 'f g'"),
         (call(id=None), r"messages\[1\]: each tool call needs an id"),
@@ -309,12 +309,15 @@ def test_bad_messages(messages, error, small):
     ("tools", "error"),
     [
         ({}, "tools should be a list"),
-        (["x"], r"tools\[0\]: should look like"),
-        ([TOOL[0], {"type": "function"}], r"tools\[1\]: should look like"),
-        ([{"type": "retrieval", "function": {"name": "f"}}], r"tools\[0\]: should look like"),
-        ([{"function": {}}], r"tools\[0\]: the function name None"),
-        ([{"function": {"name": "f", "parameters": "x"}}], r"tools\[0\]: description must be"),
-        ([{"function": {"name": "f", "description": 1}}], r"tools\[0\]: description must be"),
+        (["x"], r"tools\[0\]: a tool: expected a JSON object"),
+        ([TOOL[0], {"type": "function"}], r"tools\[1\]: a tool: the field 'function' is missing"),
+        (
+            [{"type": "retrieval", "function": {"name": "f"}}],
+            r"tools\[0\]: a tool: type = 'retrieval' is not supported",
+        ),
+        ([{"function": {}}], r"tools\[0\]: function: the field 'name' is missing"),
+        ([{"function": {"name": "f", "parameters": "x"}}], r"tools\[0\]: function: parameters should be dict"),
+        ([{"function": {"name": "f", "description": 1}}], r"tools\[0\]: function: description should be str"),
     ],
 )
 def test_bad_tools(tools, error, small):
