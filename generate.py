@@ -453,6 +453,10 @@ def record(step: Callable[[], None]) -> Callable[[], None]:
 TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "examples", "tiny")
 
 
+def ignore(*arguments) -> None:
+    """A callback of no interest."""
+
+
 class Session:
     """A loaded checkpoint that answers JSON requests."""
 
@@ -497,8 +501,8 @@ class Session:
         self,
         specs: list[dict],
         base: str = "",
-        on_piece: Callable[[int, str, str], None] = lambda i, kind, text: None,
-        on_result: Callable[[dict], None] = lambda result: None,
+        on_piece: Callable[[int, str, str], None] = ignore,
+        on_result: Callable[[dict], None] = ignore,
         stop: Callable[[], bool] | None = None,
     ) -> list[dict]:
         """The requests' answers as the JSON objects that --json prints.
@@ -510,7 +514,7 @@ class Session:
         read = together(lambda: [self.requests.read(spec, base, i) for i, spec in enumerate(specs)])
         parsers, results, early = [parser for _, parser in read], [], {}
         if self.place.rank > 0:
-            on_piece = on_result = lambda *ignored: None
+            on_piece = on_result = ignore
 
         def requests() -> Iterator[Request]:
             for (request, _), spec in zip(read, specs):

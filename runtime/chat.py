@@ -108,6 +108,7 @@ class Encoded:
     ids: list[int]
     targets: list[bool]  # for each id: did an assistant write it, and is it trained on? (the loss mask)
     images: list[str]  # image URLs, in the order of their tokens
+    thinks: bool = False  # the reply continues a thought that the last message began
 
 
 @dataclass
@@ -164,10 +165,10 @@ def encode_chat(
     ids, targets = [tokenizer.bos_id], [False]
     for turn in turns:
         pieces = _pieces(turn, form, image_grid)
-        for piece in preamble + pieces if turn in after_preamble else pieces:
-            ids += tokenizer.encode(piece.value) if isinstance(piece, Part) else [_control(tokenizer, piece)]
+        ids += _encode(tokenizer, preamble + pieces if turn in after_preamble else pieces)
         targets += [turn.role == "assistant" and turn.weight != 0] * (len(ids) - len(targets))
-    return Encoded(ids, targets, [part.value for turn in turns for part in turn.content if part.kind == "image_url"])
+    images = [part.value for turn in turns for part in turn.content if part.kind == "image_url"]
+    return Encoded(ids, targets, images, thinks=turn.prefix and not all(part.closed for part in turn.content))
 
 
 # ---- messages: the user's JSON, checked
@@ -417,9 +418,15 @@ def _wrapped(name: str, value: list | dict) -> list[str | Part]:
     return [f"[{name}]", _json(value), f"[/{name}]"] if value else []
 
 
-def _control(tokenizer: Tokenizer, name: str) -> int:
-    require(name in tokenizer.special, f"the tokenizer has no {name} token, which this chat needs")
-    return tokenizer.special[name]
+def _encode(tokenizer: Tokenizer, pieces: list[str | Part]) -> list[int]:
+    ids = []
+    for piece in pieces:
+        if isinstance(piece, Part):
+            ids += tokenizer.encode(piece.value)
+        else:
+            require(piece in tokenizer.special, f"the tokenizer has no {piece} token, which this chat needs")
+            ids.append(tokenizer.special[piece])
+    return ids
 
 
 def _json(value: object) -> Part:
@@ -473,10 +480,10 @@ class ReplyParser:
     first ends the text where it begins; of two complete at the same character, the one listed first. Text that may
     still turn out to be the beginning of one is held back. Never raises, whatever the tokens.
 
-    `prompt`: its ids tell whether the reply begins inside a [THINK] that the prompt opened. `raw`: no chat, only text.
+    `thinks`: the reply begins inside a thought that the prompt opened. `raw`: no chat, only text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int] = (), stop: list[str] = (), raw=False):
+    def __init__(self, tokenizer: Tokenizer, stop: list[str] = (), thinks=False, raw=False):
         self.reply, self.stop, self.stopped = Reply(), list(stop), False
         self._tokenizer, special = tokenizer, tokenizer.special
         marks = ("[THINK]", "[/THINK]", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
@@ -484,12 +491,8 @@ class ReplyParser:
         self._text, self._thought = StreamDecoder(tokenizer), StreamDecoder(tokenizer)
         self._held = ""  # text that may be the beginning of a stop string
         self._calls: list[dict[str, list[int]]] = []  # for each, the ids of its "name", "[CALL_ID]" and "[ARGS]"
-        self._into = "text"  # or "reasoning" or "calls"
-        # The reply begins inside a thought if the last of these tokens in the prompt opened one.
-        turns = {special.get(name) for name in ("[THINK]", "[/THINK]", "[/INST]", "[/TOOL_RESULTS]", "</s>")}
-        last = next((id for id in reversed(prompt) if id in turns), None)
-        if last is not None and self._marks.get(last) == "[THINK]":
-            self._into, self.reply.reasoning = "reasoning", ""
+        self._into = "reasoning" if thinks else "text"  # or "calls"
+        self.reply.reasoning = "" if thinks else None
 
     def add(self, id: int) -> list[tuple[str, str]]:
         mark = self._marks.get(id)

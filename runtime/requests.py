@@ -124,7 +124,7 @@ class RequestReader:
             ]
             request.decode = lambda: [pixels(load_image(url, base), self.vision) for url in chat.images]
             request.logprobs = self.args.logprobs or request.max_new_tokens == 0
-            return request, ReplyParser(self.tokenizer, chat.ids, stop_strings(spec), "raw" in spec)
+            return request, ReplyParser(self.tokenizer, stop_strings(spec), chat.thinks, "raw" in spec)
 
     def prompt(self, spec: dict, effort: str | None, base: str) -> Encoded:
         if "raw" in spec:

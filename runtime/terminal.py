@@ -14,6 +14,7 @@ import signal
 import sys
 import termios
 from collections.abc import Iterator
+from functools import partial
 
 from runtime.chat import encode_chat, image_url, opening, user_turn
 from runtime.files import UserError, require, writing
@@ -129,9 +130,9 @@ class Keyboard:
         if self.edits and text.strip():
             readline.add_history(text)
             with contextlib.suppress(OSError):
-                path = os.open(os.path.expanduser(HISTORY), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-                with open(path, "w", encoding="utf-8") as file:
-                    file.write(json.dumps(text) + "\n")
+                private = partial(os.open, mode=0o600)
+                with open(os.path.expanduser(HISTORY), "a", encoding="utf-8", opener=private) as file:
+                    print(json.dumps(text), file=file)
 
 
 class Chat(cmd.Cmd):
@@ -157,8 +158,7 @@ class Chat(cmd.Cmd):
         while not ended and (text := self.keyboard.read()) is not None:
             before, pressed = pressed, "\x03" in text
             if pressed:
-                ended = before
-                note("" if ended else "Ctrl-C again ends the chat")
+                ended = before or note("Ctrl-C again ends the chat")
             elif text.strip():
                 ended = self.turn(text)
 

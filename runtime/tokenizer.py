@@ -72,7 +72,8 @@ class Tekken(Tokenizer):
 
     def _read(self, data: dict) -> None:
         config = Fields(data["config"], "config")
-        self.version, self.vocab_size = _known(config.get("version", str)), config.size("default_vocab_size")
+        config.only(version=VERSIONS)
+        self.version, self.vocab_size = config.get("version", str), config.size("default_vocab_size")
         self._num_special = config.size("default_num_special_tokens")
         self.special = _read_special(data.get("special_tokens"), self._num_special, self.version)
         self.bos_id, self.eos_id, self.pad_id = self.special["<s>"], self.special["</s>"], self.special.get("<pad>")
@@ -142,11 +143,6 @@ class Tekken(Tokenizer):
         return b"", False
 
 
-def _known(version: str) -> str:
-    require(version in VERSIONS, f"tokenizer version {version!r} is unknown; known are {', '.join(VERSIONS)}")
-    return version
-
-
 def _read_special(listed: list[dict] | None, count: int, version: str) -> dict[str, int]:
     """Name -> id of the `count` special tokens; those that the file does not list are called <SPECIAL_n>."""
     if listed is None:
@@ -163,13 +159,13 @@ def _read_special(listed: list[dict] | None, count: int, version: str) -> dict[s
 def _read_vocab(vocab: list[dict], count: int) -> list[bytes]:
     """The bytes of the first `count` tokens. The file may list more, for which the model has no ids."""
     vocab = vocab[:count]
-    require(len(vocab) == count, "vocab and special tokens do not make up default_vocab_size")
-    words = [base64.b64decode(entry["token_bytes"], validate=True) for entry in vocab]
-    ordered = [entry["rank"] for entry in vocab] == list(range(count)) and len(set(words)) == count
-    require(ordered, "vocab must list distinct tokens in the order of their ranks 0, 1, 2, …")
-    single = [bytes([byte]) for byte in range(256)]
-    require(words[:256] == single, "the first 256 tokens of vocab must be the single bytes in order")
-    return words
+    ordered = [entry["rank"] for entry in vocab] == list(range(count))
+    need = "default_vocab_size - default_num_special_tokens"
+    require(ordered, f"vocab must list {count} tokens ({need}) in the order of their ranks 0, 1, 2, …")
+    tokens = [base64.b64decode(entry["token_bytes"], validate=True) for entry in vocab]
+    require(len(set(tokens)) == count, "the tokens of vocab must be distinct")
+    require(b"".join(tokens[:256]) == bytes(range(256)), "the first 256 tokens of vocab must be the bytes in order")
+    return tokens
 
 
 def _read_settings(settings: dict | None, version: str) -> dict | None:
@@ -208,7 +204,7 @@ class SentencePiece(Tokenizer):
         self.special = {piece: id for id, piece in enumerate(pieces) if model.is_control(id)}
         self.special_ids = set(self.special.values())
         suffix = re.search(r"\.model\.(v\d+)(m1)?$", path)
-        self.version = _known(suffix[1] if suffix else self._guess_version())
+        self.version = suffix[1] if suffix else self._guess_version()
         image = {"image_patch_size": 16, "max_image_size": 1024, "spatial_merge_size": 1}
         self.image = image if suffix and suffix[2] else None
         self._bytes = [self._bytes_of(id, piece) for id, piece in enumerate(pieces)]

@@ -110,17 +110,18 @@ def test_odd_replies(generated, text, reasoning, calls, small):
 def test_a_thought_that_the_prompt_opened(small):
     tokenizer = small["tekken-v15"]
     thought = {"role": "assistant", "content": [{"type": "thinking", "thinking": "2 +", "closed": False}]}
-    opened = encode_chat(tokenizer, [USER, {**thought, "prefix": True}]).ids
-    closed = encode_chat(tokenizer, [USER, {**thought, "content": "so"}, USER]).ids
+    opened = encode_chat(tokenizer, [USER, {**thought, "prefix": True}]).thinks
+    closed = encode_chat(tokenizer, [USER, {**thought, "content": "so"}, USER]).thinks
+    assert opened and not closed
     for generated, text, reasoning in (
         (" 2", "", " 2"),
         (" 2[/THINK]4", "4", " 2"),
         (" 2[/THINK]4[THINK]!", "4", " 2!"),
     ):
-        assert parse(tokenizer, ids_of(tokenizer, generated), prompt=opened) == Reply(text, reasoning, [])
-    assert parse(tokenizer, ids_of(tokenizer, "4"), prompt=closed) == Reply("4", None, [])
+        assert parse(tokenizer, ids_of(tokenizer, generated), thinks=opened) == Reply(text, reasoning, [])
+    assert parse(tokenizer, ids_of(tokenizer, "4"), thinks=closed) == Reply("4", None, [])
     # Raw text has no thoughts: special tokens are left out, and all else is text.
-    assert parse(tokenizer, ids_of(tokenizer, " 2[/THINK]4[TOOL_CALLS]f"), prompt=opened, raw=True) == Reply(" 24f")
+    assert parse(tokenizer, ids_of(tokenizer, " 2[/THINK]4[TOOL_CALLS]f"), raw=True) == Reply(" 24f")
 
 
 @pytest.mark.parametrize(
