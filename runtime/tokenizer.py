@@ -13,13 +13,13 @@ chat.py places control tokens, by id. The ids equal those of mistral-common for 
 """
 
 import base64
-import codecs
 import heapq
 import os
 import re
 import unicodedata
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import groupby
 
 import sentencepiece
 
@@ -51,20 +51,10 @@ class Tokenizer:
 
     model_settings: dict | None = None  # the `model_settings_builder` of a Tekken file (v15)
 
-    def is_special(self, id: int) -> bool:
-        return id in self.special_ids
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of the ids. Special tokens and ids beyond the vocabulary are left out; invalid UTF-8 -> U+FFFD."""
-        stream = StreamDecoder(self)
-        return "".join(map(stream.add, ids)) + stream.flush()
-
 
 class Tekken(Tokenizer):
     """A byte-level BPE tokenizer read from `tekken.json`. Its special ids are below all others. Raises UserError for a
     broken file."""
-
-    utf8_errors = "replace"
 
     def __init__(self, path: str):
         with reading(path, "Tekken file"):
@@ -77,9 +67,8 @@ class Tekken(Tokenizer):
         self._num_special = config.size("default_num_special_tokens")
         self.special = _read_special(data.get("special_tokens"), self._num_special, self.version)
         self.bos_id, self.eos_id, self.pad_id = self.special["<s>"], self.special["</s>"], self.special.get("<pad>")
-        self.special_ids = range(self._num_special)
         vocab = _read_vocab(data["vocab"], self.vocab_size - self._num_special)
-        self._bytes = [b""] * self._num_special + vocab
+        self.token_bytes = [b""] * self._num_special + vocab
         self._ids = {word: id for id, word in enumerate(vocab, self._num_special)}
         image = data.get("image") or data.get("multimodal")
         self.image = {"spatial_merge_size": 1, **image} if image else None
@@ -135,12 +124,13 @@ class Tekken(Tokenizer):
             start = end[start]
         return result
 
-    def token_bytes(self, id: int, first: bool) -> tuple[bytes, bool]:
-        """The UTF-8 bytes of a token, and whether a character may continue across its borders. `first`: no ordinary
-        token came before. For StreamDecoder."""
-        if self._num_special <= id < self.vocab_size:
-            return self._bytes[id], True
-        return b"", False
+    def decode(self, ids: list[int]) -> str:
+        """The text of the ids. Special tokens and ids beyond the vocabulary are left out; invalid UTF-8 -> U+FFFD."""
+        text = ""
+        for ordinary, run in groupby(ids, range(self._num_special, self.vocab_size).__contains__):
+            data = b"".join(self.token_bytes[id] for id in run) if ordinary else b""
+            text += data.decode(errors="replace")  # of each run on its own: special tokens end a character
+        return text
 
 
 def _read_special(listed: list[dict] | None, count: int, version: str) -> dict[str, int]:
@@ -177,18 +167,12 @@ def _read_settings(settings: dict | None, version: str) -> dict | None:
     return settings
 
 
-# SentencePiece prints one U+FFFD for each invalid byte, Python's "replace" one for each broken character.
-codecs.register_error("replace-each-byte", lambda error: ("\ufffd", error.start + 1))
-
-
 class SentencePiece(Tokenizer):
     """A tokenizer read from a SentencePiece model file.
 
     The version of the chat format is the file name's suffix (`tokenizer.model.v3`; `.v7m1` also takes images). For a
     plain `tokenizer.model` its control tokens tell. Raises UserError for a broken file.
     """
-
-    utf8_errors = "replace-each-byte"
 
     def __init__(self, path: str):
         with reading(path, "SentencePiece model"):
@@ -200,30 +184,11 @@ class SentencePiece(Tokenizer):
         self._model = model = sentencepiece.SentencePieceProcessor(model_proto=contents)
         self.vocab_size, self.bos_id, self.eos_id = model.vocab_size(), model.bos_id(), model.eos_id()
         self.pad_id = model.pad_id() if model.pad_id() >= 0 else None
-        pieces = [model.id_to_piece(id) for id in range(self.vocab_size)]
-        self.special = {piece: id for id, piece in enumerate(pieces) if model.is_control(id)}
-        self.special_ids = set(self.special.values())
+        self.special = {model.id_to_piece(id): id for id in range(self.vocab_size) if model.is_control(id)}
         suffix = re.search(r"\.model\.(v\d+)(m1)?$", path)
         self.version = suffix[1] if suffix else self._guess_version()
         image = {"image_patch_size": 16, "max_image_size": 1024, "spatial_merge_size": 1}
         self.image = image if suffix and suffix[2] else None
-        self._bytes = [self._bytes_of(id, piece) for id, piece in enumerate(pieces)]
-        self._leading = self._find_leading(pieces)
-
-    def _find_leading(self, pieces: list[str]) -> set[int]:
-        """The pieces whose space goes where they begin a text: encode() puts one there, and most models take it off."""
-        spaced = next((id for id, piece in enumerate(pieces) if re.match("▁[^▁]", piece)), None)
-        if spaced is None or self._model.decode([spaced]).startswith(" "):
-            return set()
-        return {id for id, piece in enumerate(pieces) if piece.startswith("▁")}
-
-    def _bytes_of(self, id: int, piece: str) -> bytes:
-        """As SentencePiece decodes it."""
-        if self._model.is_control(id):
-            return b""
-        if self._model.is_byte(id):  # <0x0A>
-            return bytes([int(piece[3:5], 16)])
-        return (self._model.decode([id]) if id == self._model.unk_id() else piece.replace("▁", " ")).encode()
 
     def _guess_version(self) -> str:
         if "[SYSTEM_PROMPT]" in self.special:
@@ -233,11 +198,9 @@ class SentencePiece(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self._model.encode(_well_formed(text))
 
-    def token_bytes(self, id: int, first: bool) -> tuple[bytes, bool]:
-        if not 0 <= id < self.vocab_size:
-            return b"", False
-        # Byte pieces may form a character together.
-        return self._bytes[id][1 if first and id in self._leading else 0 :], self._model.is_byte(id)
+    def decode(self, ids: list[int]) -> str:
+        """As Tekken's, but each invalid byte becomes a U+FFFD."""
+        return self._model.decode([id for id in ids if 0 <= id < self.vocab_size])
 
 
 def load_tokenizer(directory: str, config: Config | None = None) -> Tokenizer:
@@ -276,21 +239,28 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(tokenizer.utf8_errors)
-        self._first = True  # no ordinary token yet
+        self._decode = tokenizer.decode
+        self._ids: list[int] = []  # the last ones: what is held back, and one whose text is out
+        self._out = 0  # characters of their text that are out
 
     def add(self, id: int) -> str:
         """The text that this token completes, often "" in the middle of a character."""
-        data, joins = self._tokenizer.token_bytes(id, self._first)
-        if 0 <= id < self._tokenizer.vocab_size and not self._tokenizer.is_special(id):
-            self._first = False
-        held = "" if joins else self.flush()
-        return held + self._utf8.decode(data)
+        self._ids.append(id)
+        text = self._decode(self._ids)
+        # What lacks bytes shows as U+FFFD at the end, one or, in SentencePiece, one for each of up to three bytes.
+        certain = max(len(text.rstrip("\ufffd")), len(text) - 3)
+        new, self._out = text[self._out : certain], max(self._out, certain)
+        if new and certain == len(text):
+            # A character ends here, so earlier tokens no longer matter. This one stays, since SentencePiece takes the
+            # space off the first.
+            self._ids, self._out = [id], len(self._decode([id]))
+        return new
 
     def flush(self) -> str:
         """The rest: U+FFFD for a character that will not be completed, else ""."""
-        return self._utf8.decode(b"", final=True)
+        text = self._decode(self._ids)
+        rest, self._out = text[self._out :], len(text)
+        return rest
 
 
 # How every Tekken file that Mistral has published cuts text into words, in the words of Rust's regex engine.

@@ -157,21 +157,11 @@ def expected_text(text: str, stop: list[str]) -> tuple[str, bool]:
 class Pieces:
     """A tokenizer whose tokens are whatever pieces of UTF-8 a test wants; the first are special."""
 
-    utf8_errors, eos_id = "replace", 0
+    eos_id = 0
     special = {name: id for id, name in enumerate(["</s>", "[THINK]", "[/THINK]", "[TOOL_CALLS]", "[ARGS]"])}
 
     def __init__(self):
         self.pieces = [b""] * len(self.special)
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.pieces)
-
-    def is_special(self, id: int) -> bool:
-        return id < len(self.special)
-
-    def token_bytes(self, id: int, first: bool) -> tuple[bytes, bool]:
-        return self.pieces[id], not self.is_special(id)
 
     def decode(self, ids: list[int]) -> str:
         return b"".join(self.pieces[id] for id in ids).decode(errors="replace")

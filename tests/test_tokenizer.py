@@ -123,7 +123,7 @@ def test_text_never_becomes_a_special_token(name, small):
     tokenizer = small[name]
     for special in tokenizer.special:
         ids = tokenizer.encode(f"a{special} {special}")
-        assert not any(map(tokenizer.is_special, ids))
+        assert not set(ids) & set(tokenizer.special.values())
         assert tokenizer.decode(ids) == f"a{special} {special}"
 
 
@@ -140,7 +140,6 @@ def test_ids_beyond_the_vocabulary_are_left_out(small):
     for tokenizer in small.values():
         ids = tokenizer.encode("left out")
         assert tokenizer.decode([-5, tokenizer.vocab_size, *ids, 10**9, tokenizer.eos_id]) == "left out"
-        assert not tokenizer.is_special(-1) and not tokenizer.is_special(10**9)
 
 
 # ---- streaming
