@@ -84,8 +84,6 @@ KEYS = {  # role -> the keys that its messages may hold; others only if they are
 
 EMPTY = (None, "", [], {})
 
-CANNOT_FOLLOW = {("system", "tool"), ("user", "tool"), ("assistant", "system"), ("tool", "system")}  # (role, next role)
-
 ENDS = {  # training? -> roles that the last message may have
     False: (("user", "tool"), 'to be answered they must end with a user or tool message, or a "prefix": true'),
     True: (("assistant",), "for training they must end with an assistant message"),
@@ -258,33 +256,26 @@ def _check(text: str, kind: tuple[str, re.Pattern, str]) -> str:
 
 
 def _check_order(messages: list[Message], training: bool) -> None:
-    """See that each message may follow the one before it, and be the last, and say where it stands."""
+    """See that the messages may stand in this order, and say where each one stands."""
     before = None
     for i, message in enumerate(messages):
         message.where, role = f"messages[{i}]", message.role
-        require(
-            (before, role) not in CANNOT_FOLLOW, f"{message.where}: a {role} message cannot follow a {before} message"
-        )
-        good = not message.prefix or (message is messages[-1] and not training)
-        require(good, f'{message.where}: only the last message may have "prefix": true, and not in training')
+        with within(message.where):
+            good = role != "system" or before not in ("assistant", "tool")
+            require(good, f"a system message cannot follow one of role {before}")
+            good = not message.prefix or (message is messages[-1] and not training)
+            require(good, 'only the last message may have "prefix": true, and not in training')
         before = role
     roles, advice = ENDS[training]
     require(message.prefix or role in roles, f"messages end with role {role}; {advice}")
 
 
 def _match_results(messages: list[Message], form: Format, training: bool) -> None:
-    """See that each tool call has one result before the next answer, and write its place into the result."""
+    """See that each tool call has one result before any other message, and write its place into the result."""
     ids, waiting = [], []  # of the latest answer's calls; those that have no result yet
     for message in messages:
         with within(message.where):
-            if message.role == "assistant":
-                require(not waiting, f"{len(waiting)} of the tool calls before it have no result")
-                ids = [call["id"] for call in message.calls if "id" in call]
-                waiting = list(dict.fromkeys(ids))
-                may_lack = training and message is messages[-1] and form.ids is ID  # no result will refer to them
-                good = len(waiting) == len(ids if may_lack else message.calls)
-                require(good, "each tool call needs an id of its own")
-            elif message.role == "tool":
+            if message.role == "tool":
                 unnamed = (id for id in waiting if id in PLACES)  # calls that have no ids but their places
                 message.call_id = message.call_id or next(unnamed, None)
                 require(message.call_id, "a tool message needs the tool_call_id of the call that it answers")
@@ -292,6 +283,13 @@ def _match_results(messages: list[Message], form: Format, training: bool) -> Non
                 require(good, f"tool_call_id {message.call_id!r} is not that of a tool call that waits for a result")
                 waiting.remove(message.call_id)
                 message.place = ids.index(message.call_id)
+                continue
+            require(not waiting, f"{len(waiting)} of the tool calls before it have no result")
+            ids = [call["id"] for call in message.calls if "id" in call]
+            waiting = list(dict.fromkeys(ids))
+            may_lack = training and message is messages[-1] and form.ids is ID  # no result will refer to them
+            good = len(waiting) == len(ids if may_lack else message.calls)
+            require(good, "each tool call needs an id of its own")
     require(training or not waiting, f"{message.where}: {len(waiting)} of the latest tool calls have no result yet")
 
 
