@@ -500,7 +500,6 @@ class Session:
     def answer(
         self,
         specs: list[dict],
-        base: str = "",
         on_piece: Callable[[int, str, str], None] = ignore,
         on_result: Callable[[dict], None] = ignore,
         stop: Callable[[], bool] | None = None,
@@ -511,7 +510,7 @@ class Session:
         `ReplyParser`), and `on_result` the answers in the order of the requests. Raises UserError for a request that
         cannot be read. `stop`: as the engine's.
         """
-        read = together(lambda: [self.requests.read(spec, base, i) for i, spec in enumerate(specs)])
+        read = together(lambda: [self.requests.read(spec, i) for i, spec in enumerate(specs)])
         parsers, results, early = [parser for _, parser in read], [], {}
         if self.place.rank > 0:
             on_piece = on_result = ignore
@@ -547,8 +546,9 @@ class Session:
         for phase in ("prefill", "decode"):
             stats[f"{phase}_tokens"], seconds = engine.tokens[phase], engine.seconds[phase]
             stats[f"{phase}_tokens_per_s"] = round(engine.tokens[phase] / seconds, 2) if seconds else 0.0
-        every = zip(*gather_objects((peak_memory(self.place), self.weight_bytes, self.bytes_read)))
-        return stats | dict(zip(("peak_memory_bytes", "weight_bytes", "bytes_read"), map(list, every)))
+        mine = {"peak_memory_bytes": peak_memory(self.place), "weight_bytes": self.weight_bytes}
+        ranks = gather_objects({**mine, "bytes_read": self.bytes_read})
+        return stats | {name: [rank[name] for rank in ranks] for name in ranks[0]}
 
 
 def read_input(args: argparse.Namespace) -> tuple[bytes | None, bool]:
@@ -620,7 +620,7 @@ def main(argv: list[str]) -> None:
     sizes = f"--tp {place.tp_size} × --pp {place.pp_size} should be the number of processes, {place.world_size}"
     require(place.dp_size == 1, f"{sizes}; start that many with torchrun")
     data, chat = gather_objects(together(lambda: read_input(args) if place.rank == 0 else None))[0]
-    specs, base = ([], "") if chat else together(lambda: read_requests(args, data))
+    specs = [] if chat else together(lambda: read_requests(args, data))
     session = Session(args, place)
     if chat:
         return interact(session)
@@ -634,9 +634,9 @@ def main(argv: list[str]) -> None:
             print_calls(result)
 
     if len(specs) == 1 and not args.json:
-        results = [stream(session, specs[0], base)]
+        results = [stream(session, specs[0])]
     else:
-        results = session.answer(specs, base, on_result=show)
+        results = session.answer(specs, on_result=show)
     if place.rank == 0 and not args.json:
         stats = results[-1]["stats"]
         speeds = f"{stats['prefill_tokens_per_s']} prompt tokens/s, {stats['decode_tokens_per_s']} new tokens/s"

@@ -36,8 +36,10 @@ from itertools import groupby
 from runtime.files import Fields, require, within
 from runtime.tokenizer import StreamDecoder, Tokenizer
 
-# What a text is called, how it looks, and how that is said
-NAME = "the function name", re.compile("[a-zA-Z0-9_-]{1,64}"), "1 to 64 letters, digits, underscores or dashes"
+FUNCTION = re.compile("[a-zA-Z0-9_-]{1,64}")
+
+# What a text is called, how it looks, and how that is said.
+NAME = "the function name", FUNCTION, "1 to 64 letters, digits, underscores or dashes"
 ID = "the tool call id", re.compile("[a-zA-Z0-9]{9}"), "nine letters or digits with this tokenizer"
 FREE_ID = "the tool call id", re.compile(".+", re.DOTALL), "a string that is not empty"
 
@@ -515,7 +517,7 @@ class ReplyParser:
 
     def finish(self) -> list[tuple[str, str]]:
         """The rest: halves of characters, text held back, and what stood where a call should be and is none."""
-        pieces = self._emit("reasoning", self._thought.flush()) if self.reply.reasoning is not None else []
+        pieces = self._emit("reasoning", self._thought.flush())
         if not self.stopped:
             rest, self._held = self._held + self._text.flush(), ""
             for call in self._calls:
@@ -536,14 +538,16 @@ class ReplyParser:
         return self._emit("text", said)
 
     def _emit(self, kind: str, text: str) -> list[tuple[str, str]]:
-        setattr(self.reply, kind, getattr(self.reply, kind) + text)
-        return [(kind, text)] if text else []
+        if not text:
+            return []
+        setattr(self.reply, kind, (getattr(self.reply, kind) or "") + text)
+        return [(kind, text)]
 
     def _read_call(self, ids: dict[str, list[int]]) -> str:
         """Add what one [TOOL_CALLS] introduces to the reply's calls; returns the text in it that is no call."""
         name = self._tokenizer.decode(ids["name"])
         if "[ARGS]" in ids:
-            if not NAME[1].fullmatch(name):
+            if not FUNCTION.fullmatch(name):
                 return name + self._tokenizer.decode(ids["[ARGS]"])
             arguments = _json_or_text(self._tokenizer.decode(ids["[ARGS]"]), nan=False)
             self.reply.tool_calls.append({"name": name, "arguments": arguments})
@@ -554,7 +558,7 @@ class ReplyParser:
             calls, end = json.JSONDecoder().raw_decode(name, start)
             json.dumps(calls, allow_nan=False)
             calls = [
-                {"name": NAME[1].fullmatch(call["name"])[0], "arguments": call.get("arguments", {})} for call in calls
+                {"name": FUNCTION.fullmatch(call["name"])[0], "arguments": call.get("arguments", {})} for call in calls
             ]
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # it is no list of calls
             return name

@@ -53,10 +53,10 @@ KEYS = {"messages", "tools", "raw", "reasoning_effort", "stop", *NUMBERS}  # of 
 KEYS |= {"answer"}  # is not used here: the chat saves the last answer under it
 
 
-def read_requests(args: argparse.Namespace, data: bytes | None = None) -> tuple[list[dict], str]:
-    """The requests as JSON objects, each with a `where` for error messages; and the folder of their image paths."""
+def read_requests(args: argparse.Namespace, data: bytes | None = None) -> list[dict]:
+    """The requests as JSON objects, each with a `where` for error messages and the folder `base` of its image paths."""
     if not args.requests:
-        return [command_line_request(args, data)], ""
+        return [command_line_request(args, data)]
     name = args.requests if data is None else "standard input"
     lines = read_lines(args.requests) if data is None else enumerate(data.splitlines(), 1)
     specs = []
@@ -65,9 +65,9 @@ def read_requests(args: argparse.Namespace, data: bytes | None = None) -> tuple[
         if line.strip():
             spec = parse_line(line, where, KEYS)
             require(("messages" in spec) != ("raw" in spec), f"{where}: should hold either 'messages' or 'raw'")
-            specs.append({**spec, "where": where})
+            specs.append({**spec, "where": where, "base": os.path.dirname(args.requests)})
     require(specs, f"{name}: holds no request")
-    return specs, os.path.dirname(args.requests)
+    return specs
 
 
 def command_line_request(args: argparse.Namespace, data: bytes | None) -> dict:
@@ -105,15 +105,14 @@ class RequestReader:
     max_context: int
     seed: int  # of requests that want none in particular
 
-    def read(self, spec: dict, base: str = "", index: int = 0) -> tuple[Request, ReplyParser]:
+    def read(self, spec: dict, index: int = 0) -> tuple[Request, ReplyParser]:
         """A JSON request -> token ids and settings, and what reads its answer.
 
-        `base` is the folder of image paths; only the images' headers are read now. Requests that want no seed in
-        particular get different ones, by their `index`: asked twice, two answers. Raises UserError that begins with
-        `spec["where"]`.
+        Only the images' headers are read now. Requests that want no seed in particular get different ones, by their
+        `index`: asked twice, two answers. Raises UserError that begins with `spec["where"]`.
         """
         with within(spec["where"]):
-            effort = spec.get("reasoning_effort", self.args.reasoning_effort)
+            effort, base = spec.get("reasoning_effort", self.args.reasoning_effort), spec.get("base", "")
             chat = self.prompt(spec, effort, base)
             sizes = f"{len(chat.ids)} tokens are more than the context of {self.max_context}"
             advice = "shorten it or raise --max-context as far as the model goes"

@@ -28,7 +28,7 @@ def note(text: str, end: str = "\n") -> None:
     print(f"\x1b[2m{text}\x1b[0m" if sys.stderr.isatty() else text, end=end, file=sys.stderr, flush=True)
 
 
-def stream(session, spec: dict, base: str = "", stop=None) -> dict:
+def stream(session, spec: dict, stop=None) -> dict:
     """The answer to one request, printed as it comes: reasoning dimmed on stderr, text on stdout. `stop`: as the
     engine's."""
     thinks = False
@@ -43,7 +43,7 @@ def stream(session, spec: dict, base: str = "", stop=None) -> dict:
         else:
             print(text, end="", flush=True)
 
-    (result,) = session.answer([spec], base, show, stop=stop)
+    (result,) = session.answer([spec], show, stop=stop)
     if session.place.rank == 0:
         if thinks:
             note("")
@@ -223,7 +223,7 @@ class Chat(cmd.Cmd):
         waiting = self.waiting()
         require(waiting, "no tool call waits for a result")
         id = waiting[0].get("id")  # the model's own calls have none but their places
-        messages = [*self.messages, {"role": "tool", "content": text, **({"tool_call_id": id} if id else {})}]
+        messages = [*self.messages, {"role": "tool", "content": text, "tool_call_id": id}]
         if len(waiting) == 1:
             self.ask(messages)
         else:
@@ -320,10 +320,10 @@ class Chat(cmd.Cmd):
 
     def do_load(self, path: str) -> None:
         """/load FILE: go on with a conversation that /save wrote"""
-        (spec, *more), base = read_requests(argparse.Namespace(requests=os.path.expanduser(path) or "/load"))
+        spec, *more = read_requests(argparse.Namespace(requests=os.path.expanduser(path) or "/load"))
         require("messages" in spec and not more, f"{path}: should hold one line, with 'messages'")
-        self.session.requests.read({**spec}, base)  # refuses what could not be answered
-        answer, _ = spec.pop("answer", None), spec.pop("where")
+        self.session.requests.read({**spec})  # refuses what could not be answered
+        answer, base, _ = spec.pop("answer", None), spec.pop("base"), spec.pop("where")
         messages = [*spec.pop("messages"), *([answer] if answer else [])]
         for message in messages:
             for part in message["content"] if isinstance(message.get("content"), list) else []:

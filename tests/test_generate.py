@@ -224,7 +224,7 @@ def from_a_pipe() -> tuple:
     sys.stdin = io.TextIOWrapper(io.BytesIO(b"hello\n" if place.rank == 0 else b"not mine\n"))
     args = generate.parse_args([])
     data, chat = generate.gather_objects(generate.read_input(args) if place.rank == 0 else None)[0]
-    return generate.read_requests(args, data)[0][0]["messages"], chat
+    return generate.read_requests(args, data)[0]["messages"], chat
 
 
 def test_a_pipe_over_ranks():
