@@ -34,11 +34,10 @@ import torch.distributed as dist
 
 from model import CHUNK, LOGIT_ROWS, KVCache, MistralMedium, Span
 from parallel import Channel, Place, from_last_stage
-from runtime.chat import ReplyParser
 from runtime.checkpoint import Checkpoint, fill, weight_bytes
 from runtime.config import read_config
 from runtime.cpu import speed_up
-from runtime.files import UserError, require
+from runtime.files import require, within
 from runtime.images import load_image
 from runtime.launch import COUNT, SIZE, Parser, find_place, gather_objects, number, run_program, together
 from runtime.lora import add_adapters, read_adapters
@@ -499,6 +498,10 @@ def record(step: Callable[[], None]) -> Callable[[], None]:
 TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "examples", "tiny")
 
 
+def ignore(*arguments) -> None:
+    """A callback of no interest."""
+
+
 class Session:
     """A loaded checkpoint that answers JSON requests."""
 
@@ -513,7 +516,7 @@ class Session:
             add_adapters(self.model, *self.lora)
         # All ranks sample the same tokens, so they need the same seed: rank 0's, where none was given.
         seed = gather_objects(random.getrandbits(32) if args.seed is None else args.seed)[0]
-        self.requests = RequestReader(args, self.tokenizer, self.config.vision, place, self.max_context, seed)
+        self.requests = RequestReader(args, self.tokenizer, self.config.vision, self.max_context, seed)
         together(lambda: fill(self.model, checkpoint, Progress(checkpoint, place)))
         self.model.eval()
         self.weight_bytes = weight_bytes(self.model)
@@ -525,8 +528,7 @@ class Session:
         """Everything but the model: config, tokenizer, and which tensors there are."""
         args = self.args
         directory = args.ckpt or TINY
-        there = args.ckpt or os.path.isdir(TINY)
-        require(there, "this repository holds no checkpoint of its own; name one with --ckpt DIR")
+        require(os.path.isdir(TINY) or args.ckpt, "this repository holds no checkpoint; name one with --ckpt DIR")
         checkpoint = Checkpoint(directory)
         self.config = checkpoint.fit(read_config(directory))
         self.lora = read_adapters(args.lora, checkpoint) if args.lora else None  # rank and alpha
@@ -543,33 +545,30 @@ class Session:
     def answer(
         self,
         specs: list[dict],
-        base: str = "",
-        on_piece: Callable[[int, str, str], None] = lambda i, kind, text: None,
-        on_result: Callable[[dict], None] = lambda result: None,
+        on_piece: Callable[[int, str, str], None] = ignore,
+        on_result: Callable[[dict], None] = ignore,
         stop: Callable[[], bool] | None = None,
     ) -> list[dict]:
         """The requests' answers as the JSON objects that --json prints.
 
-        On rank 0, `on_piece(i, kind, text)` gets each reply as it comes (see `ReplyParser`), and `on_result` the
-        answers in the order of the requests. Raises UserError for a request that cannot be read, once those before it
-        that had begun are answered. `stop`: as the engine's.
+        All are read before the first is begun. On rank 0, `on_piece(i, kind, text)` gets each reply as it comes (see
+        `ReplyParser`), and `on_result` the answers in the order of the requests. Raises UserError for a request that
+        cannot be read. `stop`: as the engine's.
         """
-        on_rank_0, results, early, mistakes = self.place.rank == 0, [], {}, []
-        parsers: dict[int, ReplyParser] = {}  # of the answers that have begun
+        read = together(lambda: [self.requests.read(spec, i) for i, spec in enumerate(specs)])
+        parsers, results, early = [parser for _, parser in read], [], {}
+        if self.place.rank > 0:
+            on_piece = on_result = ignore
 
-        def requests() -> Iterator[Request]:  # each is read, its images too, when there is room for it
-            for i, spec in enumerate(specs):
-                try:
-                    request, parsers[i] = together(lambda: self.requests.read(spec, base, i))
-                except UserError as mistake:
-                    if i < self.args.batch_size:  # nothing has begun; later, what has is not thrown away
-                        raise
-                    mistakes.append(mistake)
-                    return
+        def requests() -> Iterator[Request]:
+            for (request, _), spec in zip(read, specs):
+                if request.images:
+                    with within(spec["where"]):
+                        request.pixels = together(request.decode if self.place.first_stage else list)
                 yield request
 
         def show(i: int, pieces: list[tuple[str, str]]) -> None:
-            for kind, text in pieces if on_rank_0 else ():
+            for kind, text in pieces:
                 on_piece(i, kind, text)
 
         def on_token(i: int, token: int, logprob: float) -> bool:
@@ -578,15 +577,12 @@ class Session:
 
         def on_done(i: int, request: Request, answer: Answer) -> None:
             show(i, parsers[i].finish())
-            early[i] = result_of(request, parsers.pop(i).reply, answer)
-            while (result := early.pop(len(results), None)) is not None:
-                results.append({**result, "stats": self.stats()})
-                if on_rank_0:
-                    on_result(results[-1])
+            early[i], request.pixels = result_of(request, parsers[i].reply, answer), []
+            while len(results) in early:
+                results.append({**early.pop(len(results)), "stats": self.stats()})
+                on_result(results[-1])
 
         self.engine.generate(requests(), on_token, on_done, self.args.batch_size, stop)
-        if mistakes:
-            raise mistakes[0]
         return results
 
     def stats(self) -> dict:
@@ -595,8 +591,9 @@ class Session:
         for phase in ("prefill", "decode"):
             stats[f"{phase}_tokens"], seconds = engine.tokens[phase], engine.seconds[phase]
             stats[f"{phase}_tokens_per_s"] = round(engine.tokens[phase] / seconds, 2) if seconds else 0.0
-        every = zip(*gather_objects((peak_memory(self.place), self.weight_bytes, self.bytes_read)))
-        return stats | dict(zip(("peak_memory_bytes", "weight_bytes", "bytes_read"), map(list, every)))
+        mine = {"peak_memory_bytes": peak_memory(self.place), "weight_bytes": self.weight_bytes}
+        ranks = gather_objects({**mine, "bytes_read": self.bytes_read})
+        return stats | {name: [rank[name] for rank in ranks] for name in ranks[0]}
 
 
 def read_input(args: argparse.Namespace) -> tuple[bytes | None, bool]:
@@ -654,13 +651,12 @@ def check_args(args: argparse.Namespace) -> None:
     """Options that do not go together."""
     asked = [text for text in (args.question, args.prompt) if text is not None]
     require(len(asked) < 2, f"the question is given twice, as {args.question!r} and with --prompt; leave out one")
-    others = args.requests and any([asked, args.image, args.system, args.interactive])
-    advice = "leave out question, --image, --system and --interactive"
-    require(not others, f"--requests already says what to ask; {advice}")
-    others = args.raw and any([args.image, args.system is not None])
-    require(not others, "--raw continues plain text; leave out --image and --system")
-    others = args.interactive and any([asked, args.json, args.raw])
-    require(not others, "--interactive reads turns from the terminal; leave out question, --raw and --json")
+    says, more = asked or args.image or args.system, "leave out question, --image, --system and --interactive"
+    require(not args.requests or not (says or args.interactive), f"--requests already says what to ask; {more}")
+    chat = args.image or args.system is not None
+    require(not args.raw or not chat, "--raw continues plain text; leave out --image and --system")
+    scripted, more = asked or args.json or args.raw, "leave out question, --raw and --json"
+    require(not args.interactive or not scripted, f"--interactive reads turns from the terminal; {more}")
 
 
 def main(argv: list[str]) -> None:
@@ -669,7 +665,7 @@ def main(argv: list[str]) -> None:
     sizes = f"--tp {place.tp_size} × --pp {place.pp_size} should be the number of processes, {place.world_size}"
     require(place.dp_size == 1, f"{sizes}; start that many with torchrun")
     data, chat = gather_objects(together(lambda: read_input(args) if place.rank == 0 else None))[0]
-    specs, base = ([], "") if chat else together(lambda: read_requests(args, data))
+    specs = [] if chat else together(lambda: read_requests(args, data))
     session = Session(args, place)
     if chat:
         return interact(session)
@@ -683,9 +679,9 @@ def main(argv: list[str]) -> None:
             print_calls(result)
 
     if len(specs) == 1 and not args.json:
-        results = [stream(session, specs[0], base)]
+        results = [stream(session, specs[0])]
     else:
-        results = session.answer(specs, base, on_result=show)
+        results = session.answer(specs, on_result=show)
     if place.rank == 0 and not args.json:
         stats = results[-1]["stats"]
         speeds = f"{stats['prefill_tokens_per_s']} prompt tokens/s, {stats['decode_tokens_per_s']} new tokens/s"

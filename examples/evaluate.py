@@ -74,10 +74,10 @@ def evaluate(session: generate.Session, folder: str, name: str, effort: str, cou
     for first in range(0, len(questions), size):
         batch = questions[first : first + size]
         specs = [
-            {**chat, "reasoning_effort": effort, "where": f"{name} {first + i}"}
+            {**chat, "reasoning_effort": effort, "where": f"{name} {first + i}", "base": folder}
             for i, (chat, *_) in enumerate(batch, 1)
         ]
-        results = session.answer(specs, folder)
+        results = session.answer(specs)
         verdicts += [(kind, is_right(result, expected)) for result, (_, expected, kind) in zip(results, batch)]
     return verdicts
 

@@ -3,13 +3,12 @@
 import base64
 import json
 import os
-import re
 import sys
 from collections import Counter
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from runtime.tokenizer import python_pattern
+from runtime.tokenizer import PATTERN, words
 
 SPECIAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]"]
 SPECIAL += ["[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]"]
@@ -18,23 +17,15 @@ SPECIAL += [f"<SPECIAL_{rank}>" for rank in range(20, 32)]
 SPECIAL += ["[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]", "[MODEL_SETTINGS]", "[/MODEL_SETTINGS]"]
 NUM_SPECIAL = 64  # the rest stay unnamed
 
-# How text is cut into words before bytes are merged: that of Mistral's Tekken files, where each digit is a word.
-PATTERN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
 
 def learn_merges(texts: list[str], most: int, at_least: int = 3) -> list[bytes]:
     """Up to `most` tokens that BPE learns beyond the bytes: always the commonest pair, if not rarer than `at_least`."""
-    pattern = re.compile(python_pattern(PATTERN))
-    counts = Counter(match[0] for text in texts for match in pattern.finditer(text))
-    words = [([bytes([byte]) for byte in word.encode()], count) for word, count in counts.items()]
+    counts = Counter(word for text in texts for word in words(text))
+    found = [([bytes([byte]) for byte in word.encode()], count) for word, count in counts.items()]
     merges = []
     while len(merges) < most:
         pairs = Counter()
-        for pieces, count in words:
+        for pieces, count in found:
             for pair in zip(pieces, pieces[1:]):
                 pairs[pair] += count
         best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
@@ -43,7 +34,7 @@ def learn_merges(texts: list[str], most: int, at_least: int = 3) -> list[bytes]:
         token = best[0] + best[1]
         if token not in merges:
             merges.append(token)
-        for pieces, _ in words:
+        for pieces, _ in found:
             for i in range(len(pieces) - 1, 0, -1):
                 if i < len(pieces) and (pieces[i - 1], pieces[i]) == best:
                     pieces[i - 1 : i + 1] = [token]

@@ -74,6 +74,7 @@ def ask(session: Session, spec: dict, limits: dict[str, float]) -> tuple[measure
     """What was watched, and the answer of one question."""
     watch = measure.Watch(session.model, limits)
     session.engine.groups.clear()  # else a beginning that two questions share would be in the cache already, unseen
+    request.pixels = request.decode()
     with watch.watching():
         (answer,) = session.answer([spec])
     if not answer["tokens"]:
@@ -88,8 +89,12 @@ def tokens_of(tokenizer, words: list[dict], answers: list[dict]) -> dict[int, tu
     for answer in answers:
         ids |= {*answer["prompt_tokens"], *answer["tokens"]}
         ids |= {id for said in answer["said"] for id, *_ in (*said["top"], *said["drawn"], *said["lens"])}
-    known = ((id, names.get(id) or tokenizer.decode([id]), tokenizer.token_bytes(id, False)[0].hex()) for id in ids)
-    return {id: (text, data, id in names) for id, text, data in known}
+    spelled = getattr(tokenizer, "token_bytes", None)  # which SentencePiece does not have
+    found = {}
+    for id in ids:
+        data = spelled[id] if spelled else tokenizer.decode([id]).encode()
+        found[id] = (names.get(id) or tokenizer.decode([id]), data.hex(), id in names)
+    return found
 
 
 def write(out: str, data: str) -> None:

@@ -28,14 +28,20 @@ The ids are those of mistral-common's `encode_chat_completion`. The two differ i
 """
 
 import json
-import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import groupby, pairwise
+from itertools import groupby
 
-from runtime.files import require
-from runtime.tokenizer import SentencePiece, StreamDecoder, Tekken
+from runtime.files import Fields, require, within
+from runtime.tokenizer import StreamDecoder, Tokenizer
+
+FUNCTION = re.compile("[a-zA-Z0-9_-]{1,64}")
+
+# What a text is called, how it looks, and how that is said.
+NAME = "the function name", FUNCTION, "1 to 64 letters, digits, underscores or dashes"
+ID = "the tool call id", re.compile("[a-zA-Z0-9]{9}"), "nine letters or digits with this tokenizer"
+FREE_ID = "the tool call id", re.compile(".+", re.DOTALL), "a string that is not empty"
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Format:
     calls: str  # "list": [TOOL_CALLS][{…}, …]; "id" and "plain": [TOOL_CALLS]name([CALL_ID]id)[ARGS]{…} for each call
     results: str  # "json": {"content": …, "call_id": …}; "id": id[TOOL_CONTENT]content; "content": only the content
     sort_results: bool  # tool results are put into the order of their calls
-    free_ids: bool  # a call id may be any string; else it has nine letters or digits
+    ids: tuple  # what a call id looks like, ID or FREE_ID
     text_join: str  # what joins the text parts of one message
     thinking: tuple[str, ...]  # roles whose messages may hold thinking
     images: tuple[str, ...]  # roles whose messages may hold images
@@ -61,17 +67,15 @@ class Format:
 # such as the reasoning effort, allows images in results and joins text parts without a blank line.
 # fmt: off
 FORMATS = {
-    #             system tools  text and                   sort    free   text    roles that may have
+    #             system tools  text and                   sort    call   text    roles that may have
     #             turn   first  calls    calls    results  results ids    join    thinking, images
-    "v3":  Format(False, False, False,  "list",  "json",    False, False, "\n\n", (), ("user",)),
-    "v7":  Format(True,  False, True,   "list",  "id",      False, False, "\n\n", (), ("user",)),
-    "v11": Format(True,  False, True,   "id",    "id",      True,  False, "\n\n", (), ("user",)),
-    "v13": Format(True,  True,  True,   "plain", "content", True,  True,  "\n\n", ("assistant", "system"), ("user",)),
-    "v15": Format(True,  True,  True,   "plain", "content", True,  True,  "",     ("assistant",), ("user", "tool")),
+    "v3":  Format(False, False, False,  "list",  "json",    False, ID, "\n\n", (), ("user",)),
+    "v7":  Format(True,  False, True,   "list",  "id",      False, ID, "\n\n", (), ("user",)),
+    "v11": Format(True,  False, True,   "id",    "id",      True,  ID, "\n\n", (), ("user",)),
+    "v13": Format(True,  True,  True,   "plain", "content", True,  FREE_ID, "\n\n", ("assistant", "system"), ("user",)),
+    "v15": Format(True,  True,  True,   "plain", "content", True,  FREE_ID, "",     ("assistant",), ("user", "tool")),
 }
 # fmt: on
-
-NAME = re.compile("[a-zA-Z0-9_-]{1,64}")  # of a function
 
 KEYS = {  # role -> the keys that its messages may hold; others only if they are empty, as clients send them
     "system": {"role", "content", "name"},  # `name` says nothing to the model
@@ -82,7 +86,10 @@ KEYS = {  # role -> the keys that its messages may hold; others only if they are
 
 EMPTY = (None, "", [], {})
 
-CANNOT_FOLLOW = {("system", "tool"), ("user", "tool"), ("assistant", "system"), ("tool", "system")}  # (role, next role)
+ENDS = {  # training? -> roles that the last message may have
+    False: (("user", "tool"), 'to be answered they must end with a user or tool message, or a "prefix": true'),
+    True: (("assistant",), "for training they must end with an assistant message"),
+}
 
 PLACES = [f"call{i:05d}" for i in range(100)]  # ids for calls in the form of generate.py's output, which has none
 
@@ -101,6 +108,7 @@ class Encoded:
     ids: list[int]
     targets: list[bool]  # for each id: did an assistant write it, and is it trained on? (the loss mask)
     images: list[str]  # image URLs, in the order of their tokens
+    thinks: bool = False  # the reply continues a thought that the last message began
 
 
 @dataclass
@@ -116,9 +124,9 @@ class Part:
 class Message:
     """One message that was checked; after merging, one turn."""
 
-    where: str  # "messages[3]"; a merged turn has that of its first message
     role: str
     content: list[Part]
+    where: str = ""  # "messages[3]"; a merged turn has that of its first message
     calls: list[dict] = field(default_factory=list)  # {"name", "arguments": any JSON value, "id" if it has one}
     call_id: str | None = None  # of the call that a tool message answers
     place: int = 0  # of that call among its answer's calls
@@ -127,7 +135,7 @@ class Message:
 
 
 def encode_chat(
-    tokenizer: Tekken | SentencePiece,
+    tokenizer: Tokenizer,
     messages: list[dict],
     tools: list[dict] | None = None,
     reasoning_effort: str | None = None,
@@ -143,175 +151,161 @@ def encode_chat(
     form = FORMATS.get(tokenizer.version)
     require(form, f"tokenizer version {tokenizer.version} has no supported chat format ({', '.join(FORMATS)})")
     preamble = [
-        *_wrapped("AVAILABLE_TOOLS", _read_tools(tools)),
+        *_wrapped("AVAILABLE_TOOLS", _each("tools", [] if tools is None else tools, _read_tool)),
         *_wrapped("MODEL_SETTINGS", _read_settings(tokenizer, reasoning_effort)),
     ]
-    turns = _merge(_read_messages(messages, form, training), form)
+    require(messages, "messages should be a list with at least one message")
+    read = _each("messages", messages, _read_message, form)
+    _check_order(read, training)
+    _match_results(read, form, training)
+    turns = _merge(read, form)
     users = [turn for turn in turns if turn.role == "user"]
     after_preamble = users[:1] if form.tools_first else users[-1:]
 
     ids, targets = [tokenizer.bos_id], [False]
     for turn in turns:
         pieces = _pieces(turn, form, image_grid)
-        for piece in preamble + pieces if turn in after_preamble else pieces:
-            ids += tokenizer.encode(piece.value) if isinstance(piece, Part) else [_control(tokenizer, piece)]
+        ids += _encode(tokenizer, preamble + pieces if turn in after_preamble else pieces)
         targets += [turn.role == "assistant" and turn.weight != 0] * (len(ids) - len(targets))
-    return Encoded(ids, targets, [part.value for turn in turns for part in turn.content if part.kind == "image_url"])
+    images = [part.value for turn in turns for part in turn.content if part.kind == "image_url"]
+    return Encoded(ids, targets, images, thinks=turn.prefix and not all(part.closed for part in turn.content))
 
 
 # ---- messages: the user's JSON, checked
 
 
-def _read_messages(messages: list[dict], form: Format, training: bool) -> list[Message]:
-    require(isinstance(messages, list) and messages, "messages must be a list with at least one message")
-    read = [_read_message(f"messages[{i}]", raw, form) for i, raw in enumerate(messages)]
-    _check_order(read, training)
-    _match_results(read, form, training)
-    return read
+def _each(name: str, values: list, read: Callable, *more) -> list:
+    """`read(value, *more)` for each of the values; an error names its place."""
+    require(isinstance(values, list), f"{name} should be a list")
+    done = []
+    for i, value in enumerate(values):
+        with within(f"{name}[{i}]"):
+            done.append(read(value, *more))
+    return done
 
 
-def _read_message(where: str, raw: dict, form: Format) -> Message:
-    require(isinstance(raw, dict), f"{where} must be an object with role and content")
+def _read_message(raw: dict, form: Format) -> Message:
+    require(isinstance(raw, dict), "should be an object with role and content")
     role = "system" if raw.get("role") == "developer" else raw.get("role")  # OpenAI's newer name
-    require(role in list(KEYS), f"{where}: unknown role {role!r}; use system, user, assistant or tool")
+    require(role in list(KEYS), f"unknown role {role!r}; use system, user, assistant or tool")
     strange = [key for key, value in raw.items() if key not in KEYS[role] and value not in EMPTY]
-    require(not strange, f"{where}: unknown key {', '.join(map(repr, strange))} in a message of role {role}")
+    require(not strange, f"unknown key {', '.join(map(repr, strange))} in a message of role {role}")
     raw = {key: raw.get(key) for key in KEYS[role]}
-    if role == "assistant" and raw["content"] is None:
-        raw["content"] = ""
-    if role == "tool" and raw["name"] is not None:
-        _read_name(where, raw["name"])
-    weight = raw.get("weight")
+    weight, call_id = raw.get("weight"), raw.get("tool_call_id")
     good = weight in (None, 0, 1) and not isinstance(weight, bool)
-    require(good, f"{where}: weight should be 0 (do not train on this message) or 1, not {weight!r}")
+    require(good, f"weight should be 0 (do not train on this message) or 1, not {weight!r}")
+    if role == "tool" and raw["name"] is not None:
+        _check(raw["name"], NAME)
     return Message(
-        where,
         role,
-        content=_read_reasoning(where, raw, form) + _read_content(f"{where}.content", raw["content"], role, form),
-        calls=_read_calls(where, raw.get("tool_calls") or [], form),
-        call_id=_read_id(where, raw.get("tool_call_id"), form),
+        content=_read_reasoning(raw, form) + _read_content(raw["content"], role, form),
+        calls=_each("tool_calls", raw.get("tool_calls") or [], _read_call, iter(PLACES), form),
+        call_id=None if call_id is None else _check(call_id, form.ids),
         prefix=raw.get("prefix") is True,
         weight=weight,
     )
 
 
-def _read_reasoning(where: str, raw: dict, form: Format) -> list[Part]:
+def _read_reasoning(raw: dict, form: Format) -> list[Part]:
     """vLLM and SGLang return thinking under a key of its own."""
-    for key in ("reasoning", "reasoning_content"):
-        if raw.get(key) is not None:
-            return [_read_part(f"{where}.{key}", {"type": "thinking", "thinking": raw[key]}, "assistant", form)]
-    return []
+    thoughts = [raw[key] for key in ("reasoning", "reasoning_content") if raw.get(key) is not None]
+    return [_read_part({"type": "thinking", "thinking": thought}, "assistant", form) for thought in thoughts[:1]]
 
 
-def _read_content(where: str, content: str | list[dict], role: str, form: Format) -> list[Part]:
+def _read_content(content: str | list[dict] | None, role: str, form: Format) -> list[Part]:
+    if content == "" or (content is None and role == "assistant"):
+        return []
     if isinstance(content, str):
-        return [Part(content)] if content else []
-    require(isinstance(content, list), f"{where} must be a string or a list of parts")
-    return [_read_part(f"{where}[{i}]", part, role, form) for i, part in enumerate(content)]
+        return [Part(content)]
+    require(isinstance(content, list), "content should be a string or a list of parts")
+    return _each("content", content, _read_part, role, form)
 
 
-def _read_part(where: str, part: dict, role: str, form: Format) -> Part:
+def _read_part(part: dict, role: str, form: Format) -> Part:
     kind = part.get("type") if isinstance(part, dict) else None
-    holders = {"text": (role,), "image_url": form.images, "thinking": form.thinking}
-    require(kind in list(holders), f"{where}: a part must have the type text, image_url or thinking, not {kind!r}")
-    require(role in holders[kind], f"{where}: with this tokenizer, {role} messages hold no parts of type {kind}")
-    if kind == "thinking":  # a string, or in the API's own form a list of text parts
-        texts = _read_content(f"{where}.thinking", part.get("thinking"), "thinking", form)
-        return Part("".join(text.value for text in texts), kind, part.get("closed") is not False)
-    value = image_url(part) if kind == "image_url" else part.get("text")
-    require(isinstance(value, str), f"{where}: a part of type {kind!r} needs a string under {kind!r}")
-    return Part(value, kind)
+    holders = {"text": [role], "image_url": form.images, "thinking": form.thinking}
+    require(kind in list(holders), f"a part must have the type text, image_url or thinking, not {kind!r}")
+    require(role in holders[kind], f"with this tokenizer, {role} messages hold no parts of type {kind}")
+    value = image_url(part) if kind == "image_url" else part.get(kind)
+    if kind == "thinking" and isinstance(value, list):  # the API's own form
+        value = "".join(text.value for text in _each(kind, value, _read_part, kind, form))
+    require(isinstance(value, str), f"a part of type {kind!r} needs a string under {kind!r}")
+    return Part(value, kind, part.get("closed") is not False)
 
 
-def _read_calls(where: str, calls: list[dict], form: Format) -> list[dict]:
-    require(isinstance(calls, list), f"{where}: tool_calls must be a list")
-    return [_read_call(f"{where}.tool_calls[{i}]", i, call, form) for i, call in enumerate(calls)]
+def _read_call(raw: dict, places: Iterator[str], form: Format) -> dict:
+    raw, place = Fields(raw, "a call").values, next(places, None)
+    function, id = raw.get("function"), raw.get("id")
+    if function is None and "name" in raw:  # as generate.py writes them
+        function, id = raw, id or place
+    function = Fields(function, "function").values
+    require("arguments" in function, "function: the field 'arguments' is missing; add it")
+    call = {"name": _check(function.get("name"), NAME), "arguments": _read_arguments(function["arguments"])}
+    return call if id in (None, "null") else {**call, "id": _check(id, form.ids)}
 
 
-def _read_call(where: str, place: int, raw: dict, form: Format) -> dict:
-    function = raw.get("function") if isinstance(raw, dict) else None
-    if isinstance(raw, dict) and "name" in raw and function is None:  # as generate.py writes them
-        function, raw = raw, {"id": raw.get("id") or PLACES[min(place, 99)]}
-    complete = isinstance(function, dict) and "name" in function and "arguments" in function
-    require(complete, f'{where} must look like {{"id": …, "function": {{"name": …, "arguments": …}}}}')
-    arguments = "{}" if function["arguments"] in (None, "") else function["arguments"]
-    require(isinstance(arguments, dict | str), f"{where}: arguments must be an object or a JSON string")
-    arguments = _json_or_text(arguments) if isinstance(arguments, str) else arguments
-    call = {"name": _read_name(where, function["name"]), "arguments": arguments}
-    if raw.get("id") not in (None, "null"):
-        call["id"] = _read_id(where, raw["id"], form)
-    return call
+def _read_arguments(arguments: dict | str | None) -> object:
+    if arguments in (None, ""):
+        return {}
+    require(isinstance(arguments, dict | str), "arguments should be an object or a JSON string")
+    return arguments if isinstance(arguments, dict) else _json_or_text(arguments)
 
 
-def _read_name(where: str, name: str) -> str:
-    good = isinstance(name, str) and NAME.fullmatch(name)
-    require(good, f"{where}: the function name {name!r} must be 1 to 64 letters, digits, underscores or dashes")
-    return name
-
-
-def _read_id(where: str, id: str | None, form: Format) -> str | None:
-    if id is None:
-        return None
-    require(isinstance(id, str) and id, f"{where}: the tool call id must be a string that is not empty, not {id!r}")
-    good = form.free_ids or re.fullmatch("[a-zA-Z0-9]{9}", id)
-    require(good, f"{where}: this tokenizer's tool call ids are nine letters or digits, not {id!r}")
-    return id
+def _check(text: str, kind: tuple[str, re.Pattern, str]) -> str:
+    what, pattern, rule = kind
+    require(isinstance(text, str) and pattern.fullmatch(text), f"{what} {text!r} should be {rule}")
+    return text
 
 
 def _check_order(messages: list[Message], training: bool) -> None:
-    for before, message in pairwise(messages):
-        good = (before.role, message.role) not in CANNOT_FOLLOW
-        require(good, f"{message.where}: a {message.role} message cannot follow a {before.role} message")
-    for message in messages:
-        good = not message.prefix or (message is messages[-1] and not training)
-        require(good, f'{message.where}: only the last message may have "prefix": true, and not in training')
-    end = 'to be answered they must end with a user or tool message (or an assistant\'s with "prefix": true)'
-    end = "for training they must end with an assistant message" if training else end
-    good = message.prefix or message.role in (("assistant",) if training else ("user", "tool"))
-    require(good, f"messages end with role {message.role}; {end}")
+    """See that the messages may stand in this order, and say where each one stands."""
+    before = None
+    for i, message in enumerate(messages):
+        message.where, role = f"messages[{i}]", message.role
+        with within(message.where):
+            good = role != "system" or before not in ("assistant", "tool")
+            require(good, f"a system message cannot follow one of role {before}")
+            good = not message.prefix or (message is messages[-1] and not training)
+            require(good, 'only the last message may have "prefix": true, and not in training')
+        before = role
+    roles, advice = ENDS[training]
+    require(message.prefix or role in roles, f"messages end with role {role}; {advice}")
 
 
 def _match_results(messages: list[Message], form: Format, training: bool) -> None:
-    """See that each tool call has one result before the next answer, and write its place into the result."""
+    """See that each tool call has one result before any other message, and write its place into the result."""
     ids, waiting = [], []  # of the latest answer's calls; those that have no result yet
     for message in messages:
-        where = message.where
-        if message.role == "assistant":
-            require(not waiting, f"{where}: {len(waiting)} of the tool calls before it have no result")
+        with within(message.where):
+            if message.role == "tool":
+                unnamed = (id for id in waiting if id in PLACES)  # calls that have no ids but their places
+                message.call_id = message.call_id or next(unnamed, None)
+                require(message.call_id, "a tool message needs the tool_call_id of the call that it answers")
+                good = message.call_id in waiting
+                require(good, f"tool_call_id {message.call_id!r} is not that of a tool call that waits for a result")
+                waiting.remove(message.call_id)
+                message.place = ids.index(message.call_id)
+                continue
+            require(not waiting, f"{len(waiting)} of the tool calls before it have no result")
             ids = [call["id"] for call in message.calls if "id" in call]
             waiting = list(dict.fromkeys(ids))
-            may_lack = training and message is messages[-1] and not form.free_ids  # no result will refer to them
-            good = len(waiting) == (len(ids) if may_lack else len(message.calls))
-            require(good, f"{where}: each tool call needs an id of its own")
-        elif message.role == "tool":
-            if message.call_id is None:  # a result of calls that have no ids but their places
-                message.call_id = next((id for id in waiting if id in PLACES), None)
-            id = message.call_id
-            require(id, f"{where}: a tool message needs the tool_call_id of the call that it answers")
-            require(id in waiting, f"{where}: tool_call_id {id!r} is not that of a tool call that waits for a result")
-            waiting.remove(id)
-            message.place = ids.index(id)
-    require(training or not waiting, f"{where}: {len(waiting)} of the latest tool calls have no result yet")
+            may_lack = training and message is messages[-1] and form.ids is ID  # no result will refer to them
+            good = len(waiting) == len(ids if may_lack else message.calls)
+            require(good, "each tool call needs an id of its own")
+    require(training or not waiting, f"{message.where}: {len(waiting)} of the latest tool calls have no result yet")
 
 
-def _read_tools(tools: list[dict] | None) -> list[dict]:
-    """The tools with only the keys, in the order, that the model was trained on."""
-    require(tools is None or isinstance(tools, list), "tools must be a list")
-    return [_read_tool(f"tools[{i}]", tool) for i, tool in enumerate(tools or [])]
-
-
-def _read_tool(where: str, tool: dict) -> dict:
-    function = tool.get("function") if isinstance(tool, dict) else None
-    good = isinstance(function, dict) and tool.get("type", "function") == "function"
-    require(good, f'{where} must look like {{"type": "function", "function": {{"name": …, …}}}}')
-    name, description = _read_name(where, function.get("name")), function.get("description") or ""
-    parameters = function.get("parameters") or {}
-    good = isinstance(description, str) and isinstance(parameters, dict)
-    require(good, f"{where}: description must be a string and parameters an object")
+def _read_tool(tool: dict) -> dict:
+    """The tool with only the keys, in the order, that the model was trained on."""
+    tool = Fields(tool, "a tool")
+    tool.only(type=("function",))
+    function = Fields(tool.get("function", dict), "function")
+    name, description = _check(function.get("name", str), NAME), function.get("description", str, "")
+    parameters = function.get("parameters", dict, {})
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
 
-def _read_settings(tokenizer: Tekken | SentencePiece, effort: str | None) -> dict:
+def _read_settings(tokenizer: Tokenizer, effort: str | None) -> dict:
     setting = (tokenizer.model_settings or {}).get("reasoning_effort")
     if setting is None:
         require(effort in (None, "none"), f"reasoning effort {effort!r}: this checkpoint has no such setting")
@@ -339,7 +333,7 @@ def _merge(messages: list[Message], form: Format) -> list[Message]:
             turns += [_one_turn([message], form) for message in group]
     if not form.system_turn:
         if turns[0].role != "user":
-            turns.insert(0, Message(turns[0].where, "user", []))  # the older formats always begin with one
+            turns.insert(0, Message("user", [], turns[0].where))  # the older formats always begin with one
         _put_prompts(prompts, turns, form)
     return turns
 
@@ -424,19 +418,28 @@ def _wrapped(name: str, value: list | dict) -> list[str | Part]:
     return [f"[{name}]", _json(value), f"[/{name}]"] if value else []
 
 
-def _control(tokenizer: Tekken | SentencePiece, name: str) -> int:
-    require(name in tokenizer.special, f"the tokenizer has no {name} token, which this chat needs")
-    return tokenizer.special[name]
+def _encode(tokenizer: Tokenizer, pieces: list[str | Part]) -> list[int]:
+    ids = []
+    for piece in pieces:
+        if isinstance(piece, Part):
+            ids += tokenizer.encode(piece.value)
+        else:
+            require(piece in tokenizer.special, f"the tokenizer has no {piece} token, which this chat needs")
+            ids.append(tokenizer.special[piece])
+    return ids
 
 
 def _json(value: object) -> Part:
     return Part(json.dumps(value, ensure_ascii=False))
 
 
-def _json_or_text(text: str, **finite: Callable) -> object:
-    """The value of a JSON text, or the text itself if it is not JSON (cut off, for example)."""
+def _json_or_text(text: str, nan: bool = True) -> object:
+    """The value of a JSON text, or the text itself if it is not JSON (cut off, for example). Python reads NaN and 1e999
+    too; unless `nan`, these are not JSON."""
     try:
-        return json.loads(text, **finite)
+        value = json.loads(text)
+        json.dumps(value, allow_nan=nan)
+        return value
     except (ValueError, RecursionError):
         return text
 
@@ -462,18 +465,6 @@ def image_url(part: dict) -> str | None:
 # ---- the way back
 
 
-def _finite(number: str) -> float:
-    """Python's JSON reader lets NaN, Infinity and 1e999 through, but they cannot be written as JSON again."""
-    if not math.isfinite(float(number)):
-        raise ValueError
-    return float(number)
-
-
-FINITE = {"parse_float": _finite, "parse_constant": _finite}
-
-READER = json.JSONDecoder(**FINITE)
-
-
 @dataclass
 class Reply:
     text: str = ""  # without reasoning and special tokens
@@ -489,10 +480,10 @@ class ReplyParser:
     first ends the text where it begins; of two complete at the same character, the one listed first. Text that may
     still turn out to be the beginning of one is held back. Never raises, whatever the tokens.
 
-    `prompt`: its ids tell whether the reply begins inside a [THINK] that the prompt opened. `raw`: no chat, only text.
+    `thinks`: the reply begins inside a thought that the prompt opened. `raw`: no chat, only text.
     """
 
-    def __init__(self, tokenizer: Tekken | SentencePiece, prompt: list[int] = (), stop: list[str] = (), raw=False):
+    def __init__(self, tokenizer: Tokenizer, stop: list[str] = (), thinks=False, raw=False):
         self.reply, self.stop, self.stopped = Reply(), list(stop), False
         self._tokenizer, special = tokenizer, tokenizer.special
         marks = ("[THINK]", "[/THINK]", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
@@ -500,12 +491,8 @@ class ReplyParser:
         self._text, self._thought = StreamDecoder(tokenizer), StreamDecoder(tokenizer)
         self._held = ""  # text that may be the beginning of a stop string
         self._calls: list[dict[str, list[int]]] = []  # for each, the ids of its "name", "[CALL_ID]" and "[ARGS]"
-        self._into = "text"  # or "reasoning" or "calls"
-        # The reply begins inside a thought if the last of these tokens in the prompt opened one.
-        turns = {special.get(name) for name in ("[THINK]", "[/THINK]", "[/INST]", "[/TOOL_RESULTS]", "</s>")}
-        last = next((id for id in reversed(prompt) if id in turns), None)
-        if last is not None and self._marks.get(last) == "[THINK]":
-            self._into, self.reply.reasoning = "reasoning", ""
+        self._into = "reasoning" if thinks else "text"  # or "calls"
+        self.reply.reasoning = "" if thinks else None
 
     def add(self, id: int) -> list[tuple[str, str]]:
         mark = self._marks.get(id)
@@ -530,7 +517,7 @@ class ReplyParser:
 
     def finish(self) -> list[tuple[str, str]]:
         """The rest: halves of characters, text held back, and what stood where a call should be and is none."""
-        pieces = self._emit("reasoning", self._thought.flush()) if self.reply.reasoning is not None else []
+        pieces = self._emit("reasoning", self._thought.flush())
         if not self.stopped:
             rest, self._held = self._held + self._text.flush(), ""
             for call in self._calls:
@@ -551,26 +538,29 @@ class ReplyParser:
         return self._emit("text", said)
 
     def _emit(self, kind: str, text: str) -> list[tuple[str, str]]:
-        setattr(self.reply, kind, getattr(self.reply, kind) + text)
-        return [(kind, text)] if text else []
+        if not text:
+            return []
+        setattr(self.reply, kind, (getattr(self.reply, kind) or "") + text)
+        return [(kind, text)]
 
     def _read_call(self, ids: dict[str, list[int]]) -> str:
         """Add what one [TOOL_CALLS] introduces to the reply's calls; returns the text in it that is no call."""
         name = self._tokenizer.decode(ids["name"])
         if "[ARGS]" in ids:
-            if not NAME.fullmatch(name):
+            if not FUNCTION.fullmatch(name):
                 return name + self._tokenizer.decode(ids["[ARGS]"])
-            arguments = _json_or_text(self._tokenizer.decode(ids["[ARGS]"]), **FINITE)
+            arguments = _json_or_text(self._tokenizer.decode(ids["[ARGS]"]), nan=False)
             self.reply.tool_calls.append({"name": name, "arguments": arguments})
             return ""
         # The older form: [{"name": …, "arguments": …}, …]
         start = match.start() if (match := re.search(r"\[\s*\{", name)) else 0
         try:
-            calls, end = READER.raw_decode(name, start)
-            calls = [{"name": call["name"], "arguments": call.get("arguments", {})} for call in calls]
-            if not all(NAME.fullmatch(call["name"]) for call in calls):
-                return name
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            calls, end = json.JSONDecoder().raw_decode(name, start)
+            json.dumps(calls, allow_nan=False)
+            calls = [
+                {"name": FUNCTION.fullmatch(call["name"])[0], "arguments": call.get("arguments", {})} for call in calls
+            ]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # it is no list of calls
             return name
         self.reply.tool_calls += calls
         return name[:start] + name[end:]

@@ -32,6 +32,15 @@ def require(holds: object, problem: str) -> None:
         raise UserError(problem)
 
 
+@contextmanager
+def within(where: str) -> Iterator[None]:
+    """A UserError of the block says where it was made."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
 MEGABYTE, DEEPEST = 1 << 20, 64  # levels of JSON
 
 LFS = b"version https://git-lfs"  # how the pointers begin that Git keeps in place of large files

@@ -81,13 +81,11 @@ def _opened(url: str, base: str) -> Iterator[Image.Image]:
     """Open `url`, and turn whatever goes wrong with it, then or while it is used, into a UserError."""
     if url[:5].lower() == "data:":
         name = url if len(url) <= 48 else url[:48] + "…"
-        header, _, payload = url.partition(",")
-        good = header.lower().endswith(";base64")
-        require(good, f"image {name!r}: a data: URL must read data:image/…;base64,…")
+        payload = re.sub(r"^[^,]*;base64,|\s", "", url, flags=re.IGNORECASE)
         try:
-            source = io.BytesIO(base64.b64decode("".join(payload.split()), validate=True))
+            source = io.BytesIO(base64.b64decode(payload, validate=True))
         except ValueError as error:
-            raise UserError(f"image {name!r}: the data: URL is not valid base64 ({error})") from None
+            raise UserError(f"image {name!r}: should read data:image/…;base64,… and valid base64 ({error})") from None
     else:
         remote = re.match(r"[a-z][a-z0-9+.-]*://|(https?|ftp|file|blob):", url, re.IGNORECASE)
         require(not remote, f"image {url!r}: nothing is fetched from the network; give a path or a base64 data: URL")

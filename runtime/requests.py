@@ -1,6 +1,7 @@
 """What is asked and answered: JSON requests -> `Request`, which the engine takes; its `Answer` -> JSON."""
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,12 +10,11 @@ from functools import partial
 import torch
 
 from model import VisionConfig
-from parallel import Place
-from runtime.chat import Reply, ReplyParser, encode_chat, opening, user_turn
-from runtime.files import UserError, parse_line, read_lines, require
-from runtime.images import grid, grid_of, image_name, load_image, pixels
+from runtime.chat import Encoded, Reply, ReplyParser, encode_chat, opening, user_turn
+from runtime.files import UserError, parse_line, read_lines, require, within
+from runtime.images import grid_of, image_name, load_image, pixels
 from runtime.launch import COUNT, number
-from runtime.tokenizer import SentencePiece, Tekken
+from runtime.tokenizer import Tokenizer
 
 
 @dataclass
@@ -29,6 +29,7 @@ class Request:
     seed: int = 0
     logprobs: bool = False
     images: list[tuple[str, int]] = field(default_factory=list)  # of each a name of its own, and how many tokens it has
+    decode: Callable[[], list[torch.Tensor]] = list  # the pixels, which are large: only once there is room for them
 
 
 @dataclass
@@ -41,28 +42,32 @@ class Answer:
     finish_reason: str = "length"  # or "stop", or "cancelled"
 
 
-TEMPERATURE, TOP_P, SEED = number(float, 0, 100), number(float, 0, 1, above=True), number(int, 0, (1 << 63) - 1)
-
-NUMBERS = {"max_new_tokens": COUNT, "temperature": TEMPERATURE, "top_p": TOP_P, "seed": SEED}
+NUMBERS = {
+    "max_new_tokens": COUNT,
+    "temperature": number(float, 0, 100),
+    "top_p": number(float, 0, 1, above=True),
+    "seed": number(int, 0, (1 << 63) - 1),
+}
 
 KEYS = {"messages", "tools", "raw", "reasoning_effort", "stop", *NUMBERS}  # of a request
 KEYS |= {"answer"}  # is not used here: the chat saves the last answer under it
 
 
-def read_requests(args: argparse.Namespace, data: bytes | None = None) -> tuple[list[dict], str]:
-    """The requests as JSON objects, each with a `where` for error messages; and the folder of their image paths."""
+def read_requests(args: argparse.Namespace, data: bytes | None = None) -> list[dict]:
+    """The requests as JSON objects, each with a `where` for error messages and the folder `base` of its image paths."""
     if not args.requests:
-        return [command_line_request(args, data)], ""
-    lines, name = read_lines(args.requests) if data is None else list(enumerate(data.splitlines(), 1)), args.requests
+        return [command_line_request(args, data)]
+    name = args.requests if data is None else "standard input"
+    lines = read_lines(args.requests) if data is None else enumerate(data.splitlines(), 1)
     specs = []
     for i, line in lines:
-        where = f"{name if data is None else 'standard input'} line {i}"
+        where = f"{name} line {i}"
         if line.strip():
             spec = parse_line(line, where, KEYS)
             require(("messages" in spec) != ("raw" in spec), f"{where}: should hold either 'messages' or 'raw'")
-            specs.append({**spec, "where": where})
+            specs.append({**spec, "where": where, "base": os.path.dirname(args.requests)})
     require(specs, f"{name}: holds no request")
-    return specs, os.path.dirname(name)
+    return specs
 
 
 def command_line_request(args: argparse.Namespace, data: bytes | None) -> dict:
@@ -83,69 +88,63 @@ def check_utf8(text: str, where: str) -> None:
         raise UserError(f"{where}: not UTF-8 text; check the encoding of the terminal or script") from None
 
 
+def read_number(name: str, text: str) -> int | float:
+    try:
+        return NUMBERS[name.replace("-", "_")](text)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{name}: {error}") from None
+
+
 @dataclass
 class RequestReader:
     """Reads requests for one checkpoint. What a request leaves out, the command line says, or a default."""
 
     args: argparse.Namespace
-    tokenizer: Tekken | SentencePiece
+    tokenizer: Tokenizer
     vision: VisionConfig | None
-    place: Place
     max_context: int
     seed: int  # of requests that want none in particular
 
-    def read(self, spec: dict, base: str = "", index: int = 0) -> tuple[Request, ReplyParser]:
-        """A JSON request -> token ids, pixels and settings, and what reads its answer.
+    def read(self, spec: dict, index: int = 0) -> tuple[Request, ReplyParser]:
+        """A JSON request -> token ids and settings, and what reads its answer.
 
-        `base` is the folder of image paths. Requests that want no seed in particular get different ones, by their
+        Only the images' headers are read now. Requests that want no seed in particular get different ones, by their
         `index`: asked twice, two answers. Raises UserError that begins with `spec["where"]`.
         """
-        effort = spec.get("reasoning_effort", self.args.reasoning_effort)
-        request = Request([], **self.numbers(spec, effort == "high", index))
-        try:
-            request.prompt = self.prompt(spec, effort, partial(self.see, base, request))
-            sizes = f"{len(request.prompt)} tokens are more than the context of {self.max_context}"
+        with within(spec["where"]):
+            effort, base = spec.get("reasoning_effort", self.args.reasoning_effort), spec.get("base", "")
+            chat = self.prompt(spec, effort, base)
+            sizes = f"{len(chat.ids)} tokens are more than the context of {self.max_context}"
             advice = "shorten it or raise --max-context as far as the model goes"
-            require(len(request.prompt) <= self.max_context, f"{sizes}; {advice}")
-            parser = ReplyParser(self.tokenizer, request.prompt, stop_strings(spec), "raw" in spec)
-        except UserError as error:
-            raise UserError(f"{spec['where']}: {error}") from None
-        request.logprobs = self.args.logprobs or request.max_new_tokens == 0
-        return request, parser
+            require(len(chat.ids) <= self.max_context, f"{sizes}; {advice}")
+            request = Request(chat.ids, **self.numbers(spec, effort == "high", index))
+            request.images = [
+                (image_name(url, base), math.prod(grid_of(url, base, self.vision))) for url in chat.images
+            ]
+            request.decode = lambda: [pixels(load_image(url, base), self.vision) for url in chat.images]
+            request.logprobs = self.args.logprobs or request.max_new_tokens == 0
+            return request, ReplyParser(self.tokenizer, stop_strings(spec), chat.thinks, "raw" in spec)
 
-    def prompt(self, spec: dict, effort: str | None, see: Callable[[str], tuple[int, int]]) -> list[int]:
+    def prompt(self, spec: dict, effort: str | None, base: str) -> Encoded:
         if "raw" in spec:
             require(isinstance(spec["raw"], str), "raw should be a string")
-            return [self.tokenizer.bos_id, *self.tokenizer.encode(spec["raw"])]
+            return Encoded([self.tokenizer.bos_id, *self.tokenizer.encode(spec["raw"])], [], [])
         messages, tools = spec["messages"], spec.get("tools")
-        prompt = encode_chat(self.tokenizer, messages, tools, effort, see if self.vision else None).ids
-        if answer := spec.get("answer"):  # the chat's /load goes on from it; the images are known already
-            encode_chat(self.tokenizer, [*messages, answer], tools, None, lambda url: (1, 1), training=True)
-        return prompt
-
-    def see(self, base: str, request: Request, url: str) -> tuple[int, int]:
-        """The chat asks for an image's size in tokens. The first stage, which has the tower, takes it at once."""
-        if self.place.first_stage:
-            image = load_image(url, base)
-            request.pixels.append(pixels(image, self.vision))
-            rows, columns = grid(*image.size, self.vision)
-        else:
-            rows, columns = grid_of(url, base, self.vision)
-        request.images.append((image_name(url, base), rows * columns))
-        return rows, columns
+        see = partial(grid_of, base=base, vision=self.vision) if self.vision else None
+        if answer := spec.get("answer"):  # the chat's /load goes on from it
+            encode_chat(self.tokenizer, [*messages, answer], tools, None, see, training=True)
+        return encode_chat(self.tokenizer, messages, tools, effort, see)
 
     def numbers(self, spec: dict, thinks: bool, index: int = 0) -> dict:
         """max_new_tokens, temperature, top_p and seed: the request's, else the command line's, else the defaults."""
         found = {"temperature": 0.7 if thinks else 0.0, "top_p": 0.95 if thinks else 1.0}
         found |= {"seed": (self.seed + index) % (1 << 63), "max_new_tokens": None}  # None: what the context leaves
-        for name, parse in NUMBERS.items():
+        for name in NUMBERS:
+            value = getattr(self.args, name)
             if spec.get(name) is not None:
-                try:
-                    found[name] = parse(repr(spec[name]))  # "1" and true are no numbers, and their repr shows it
-                except argparse.ArgumentTypeError as error:
-                    raise UserError(f"{spec['where']}: {name}: {error}") from None
-            elif getattr(self.args, name) is not None:
-                found[name] = getattr(self.args, name)
+                value = read_number(name, repr(spec[name]))  # "1" and true are no numbers, and their repr shows it
+            if value is not None:
+                found[name] = value
         return found
 
 

@@ -14,12 +14,13 @@ import signal
 import sys
 import termios
 from collections.abc import Iterator
+from functools import partial
 
 from runtime.chat import encode_chat, image_url, opening, user_turn
 from runtime.files import UserError, require, writing
 from runtime.images import grid, load_image
 from runtime.launch import Postponed, gather_objects, together
-from runtime.requests import NUMBERS, check_utf8, read_requests
+from runtime.requests import NUMBERS, check_utf8, read_number, read_requests
 
 
 def note(text: str, end: str = "\n") -> None:
@@ -27,7 +28,7 @@ def note(text: str, end: str = "\n") -> None:
     print(f"\x1b[2m{text}\x1b[0m" if sys.stderr.isatty() else text, end=end, file=sys.stderr, flush=True)
 
 
-def stream(session, spec: dict, base: str = "", stop=None) -> dict:
+def stream(session, spec: dict, stop=None) -> dict:
     """The answer to one request, printed as it comes: reasoning dimmed on stderr, text on stdout. `stop`: as the
     engine's."""
     thinks = False
@@ -42,7 +43,7 @@ def stream(session, spec: dict, base: str = "", stop=None) -> dict:
         else:
             print(text, end="", flush=True)
 
-    (result,) = session.answer([spec], base, show, stop=stop)
+    (result,) = session.answer([spec], show, stop=stop)
     if session.place.rank == 0:
         if thinks:
             note("")
@@ -129,9 +130,9 @@ class Keyboard:
         if self.edits and text.strip():
             readline.add_history(text)
             with contextlib.suppress(OSError):
-                path = os.open(os.path.expanduser(HISTORY), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-                with open(path, "w", encoding="utf-8") as file:
-                    file.write(json.dumps(text) + "\n")
+                private = partial(os.open, mode=0o600)
+                with open(os.path.expanduser(HISTORY), "a", encoding="utf-8", opener=private) as file:
+                    print(json.dumps(text), file=file)
 
 
 class Chat(cmd.Cmd):
@@ -145,7 +146,9 @@ class Chat(cmd.Cmd):
         super().__init__()
         self.session, self.keyboard, self.messages = session, keyboard, []
         self.prompt, self.images = session.args.system or None, []
-        self.options: dict = {}  # of the request: what was set here, instead of on the command line
+        # Of the request; None: what is the default.
+        self.given = {name: getattr(session.args, name) for name in ("reasoning_effort", *NUMBERS)}
+        self.options = dict(self.given)
         for path in session.args.image:
             self.do_image(path)
 
@@ -154,30 +157,26 @@ class Chat(cmd.Cmd):
         pressed = ended = False
         while not ended and (text := self.keyboard.read()) is not None:
             before, pressed = pressed, "\x03" in text
-            if pressed and before:
-                ended = True
-            elif pressed:
-                note("Ctrl-C again ends the chat")
+            if pressed:
+                ended = before or note("Ctrl-C again ends the chat")
             elif text.strip():
                 ended = self.turn(text)
 
-    def turn(self, text: str) -> bool | None:
+    def turn(self, typed: str) -> bool | None:
         """A message, or a command. What fails stands in the line again."""
-        block = text.strip().startswith('"""')
-        if block:
-            text = text.strip()[3:]
-            while not text.endswith('"""'):
+        text = typed
+        if typed.strip().startswith('"""'):
+            typed = typed.strip()
+            while not typed[3:].endswith('"""'):
                 line = self.keyboard.read("... ")
                 if line is None or "\x03" in line:
                     return note("dropped: it was not closed")
-                text += "\n" + line
-            text = text[:-3].strip("\n")
-        typed = f'"""{text}"""' if block else text
+                typed += "\n" + line
+            text = typed[3:-3].strip("\n")
         self.keyboard.remember(typed)
-        command = text.startswith("/") and not block and "\n" not in text
         try:
             check_utf8(text, "this turn")
-            return self.onecmd(text) if command else self.say(text)
+            return self.onecmd(text) if typed.startswith("/") and "\n" not in text else self.say(text)
         except UserError as error:
             note(f"error: {error}")
             self.keyboard.draft = typed
@@ -204,12 +203,12 @@ class Chat(cmd.Cmd):
         self.messages = [*messages, *answers]
         used, most = len(result["prompt_tokens"]) + len(result["tokens"]), self.session.max_context
         cut = "where the context ends" if used >= most else "by max-new-tokens (/set)"
-        words = {"cancelled": ["stopped"], "length": [f"cut off {cut}"], "stop": []}[result["finish_reason"]]
-        words += [] if answers else ["no answer"]
-        words += [f"{len(result['tokens'])} tokens", f"{result['stats']['decode_tokens_per_s']:g} tokens/s"]
-        note(", ".join([*words, f"context {used:,} of {most:,}"]))
+        ended = {"cancelled": "stopped, ", "length": f"cut off {cut}, ", "stop": ""}[result["finish_reason"]]
+        ended += "" if answers else "no answer, "
+        speed = f"{len(result['tokens'])} tokens, {result['stats']['decode_tokens_per_s']:g} tokens/s"
+        note(f"{ended}{speed}, context {used:,} of {most:,}")
         if calls := len(self.waiting()):
-            note(f"/tool RESULT answers {'the call' if calls == 1 else f'the {calls} calls, one after the other'}")
+            note(f"{calls} calls wait: /tool RESULT answers them, one after the other")
 
     def say(self, text: str) -> None:
         messages = self.messages
@@ -224,7 +223,7 @@ class Chat(cmd.Cmd):
         waiting = self.waiting()
         require(waiting, "no tool call waits for a result")
         id = waiting[0].get("id")  # the model's own calls have none but their places
-        messages = [*self.messages, {"role": "tool", "content": text, **({"tool_call_id": id} if id else {})}]
+        messages = [*self.messages, {"role": "tool", "content": text, "tool_call_id": id}]
         if len(waiting) == 1:
             self.ask(messages)
         else:
@@ -232,10 +231,10 @@ class Chat(cmd.Cmd):
 
     def do_retry(self, rest: str) -> None:
         """/retry: answer again"""
-        messages = self.messages[:-1] if self.messages and self.messages[-1]["role"] == "assistant" else self.messages
+        messages = self.messages[: self.last("user", "tool") + 1]
         require(messages, "nothing was said yet")
-        chosen = "seed" in self.options or self.session.args.seed is not None
-        self.ask(messages, **({} if chosen else {"seed": random.getrandbits(32)}))
+        seed = self.options["seed"]
+        self.ask(messages, seed=random.getrandbits(32) if seed is None else seed)
 
     def do_undo(self, rest: str) -> None:
         """/undo: take back the last message
@@ -255,16 +254,15 @@ class Chat(cmd.Cmd):
         self.messages, self.images = [], []
         note("forgotten")
 
-    def last(self, role: str) -> int:
-        """Where the last message of `role` stands; -1: nowhere."""
-        return max((i for i, message in enumerate(self.messages) if message["role"] == role), default=-1)
+    def last(self, *roles: str) -> int:
+        """Where the last message of one of these roles stands; -1: nowhere."""
+        return max((i for i, message in enumerate(self.messages) if message["role"] in roles), default=-1)
 
     def waiting(self) -> list[dict]:
         """The calls of the last answer that have no result yet."""
-        at = self.last("assistant")
-        if at < max(self.last("user"), 0):
-            return []
-        return (self.messages[at].get("tool_calls") or [])[len(self.messages) - 1 - at :]
+        at = self.last("user", "assistant")
+        calls = self.messages[at].get("tool_calls") if at >= 0 else None
+        return (calls or [])[len(self.messages) - 1 - at :]
 
     # --- what is set
 
@@ -297,16 +295,10 @@ class Chat(cmd.Cmd):
         """/set NAME [VALUE]: temperature, top-p, max-new-tokens or seed; alone: shows them"""
         name, _, value = rest.partition(" ")
         key = name.replace("-", "_")
-        known = not rest or key in NUMBERS
-        require(known, f"no such setting: {name}; there are temperature, top-p, max-new-tokens and seed")
-        try:
-            self.options |= {key: NUMBERS[key](value)} if value else {}
-        except argparse.ArgumentTypeError as error:
-            raise UserError(f"{name}: {error}") from None
-        if not value:
-            self.options.pop(key, None)
-        thinks = self.options.get("reasoning_effort", self.session.args.reasoning_effort) == "high"
-        now = self.session.requests.numbers({**self.options, "where": ""}, thinks)
+        if rest:
+            require(key in NUMBERS, f"no such setting: {name}; there are temperature, top-p, max-new-tokens and seed")
+            self.options[key] = read_number(name, value) if value else None
+        now = self.session.requests.numbers(self.options, self.options["reasoning_effort"] == "high")
         note(", ".join(f"{name.replace('_', '-')} {value}" for name, value in now.items() if value is not None))
 
     # --- files
@@ -316,31 +308,29 @@ class Chat(cmd.Cmd):
 
         The last answer stands apart, since a request ends with its question.
         """
-        args, messages, spec = self.session.args, [*opening(self.prompt), *self.messages], {}
-        if messages and messages[-1]["role"] == "assistant":
+        messages, spec = [*opening(self.prompt), *self.messages], dict(self.options)
+        if self.messages and messages[-1]["role"] == "assistant":
             spec["answer"] = messages.pop()
-        require(messages and path, "give /save the name of a new file, once something was said")
-        names = ("reasoning_effort", *NUMBERS)
-        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-        line = json.dumps({"messages": messages, **given, **self.options, **spec}, ensure_ascii=False)
+        require(self.messages and path, "give /save the name of a new file, once something was said")
+        line = json.dumps({"messages": messages, **spec}, ensure_ascii=False)
         path = os.path.expanduser(path)
         with writing(path), open(path, "x", encoding="utf-8", errors="backslashreplace") as file:  # JSON, see launch
             file.write(f"{line}\n")
-        note(f"{path}: {len(messages) + len(spec)} messages")
+        note(f"{path}: {len(self.messages)} messages")
 
     def do_load(self, path: str) -> None:
         """/load FILE: go on with a conversation that /save wrote"""
-        (spec, *more), base = read_requests(argparse.Namespace(requests=os.path.expanduser(path) or "/load"))
+        spec, *more = read_requests(argparse.Namespace(requests=os.path.expanduser(path) or "/load"))
         require("messages" in spec and not more, f"{path}: should hold one line, with 'messages'")
-        self.session.requests.read({**spec}, base)  # refuses what could not be answered
-        answer, _ = spec.pop("answer", None), spec.pop("where")
+        self.session.requests.read({**spec})  # refuses what could not be answered
+        answer, base, _ = spec.pop("answer", None), spec.pop("base"), spec.pop("where")
         messages = [*spec.pop("messages"), *([answer] if answer else [])]
         for message in messages:
             for part in message["content"] if isinstance(message.get("content"), list) else []:
                 if (url := image_url(part)) and url[:5].lower() != "data:":
                     part["image_url"] = {"url": os.path.abspath(os.path.join(base, url))}
         self.prompt = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
-        self.messages, self.options, self.images = messages, spec, []
+        self.messages, self.images, self.options = messages, [], {**self.given, **spec}
         note(f"{path}: {len(messages)} messages" + ("" if answer else "; /retry answers the last"))
 
     def do_help(self, rest: str) -> None:

@@ -2,8 +2,8 @@
 
 **Tekken** (`tekken.json`, all newer checkpoints) is byte-level BPE. A regular expression cuts the text into words; the
 UTF-8 bytes of each word are merged pair by pair, always the pair whose merged bytes have the lowest rank in the
-vocabulary, until no pair is in it. An id is a rank plus the number of special tokens, which come first. The expression
-is written for Rust's regex engine; `python_pattern` rewrites it for the standard library's `re`.
+vocabulary, until no pair is in it. An id is a rank plus the number of special tokens, which come first. All files that
+Mistral has published cut words in the same way, `PATTERN`; a file with another expression is refused.
 
 **SentencePiece** (`tokenizer.model`, `tokenizer.model.v3`, …; checkpoints up to v7) is read with the package of that
 name.
@@ -13,22 +13,20 @@ chat.py places control tokens, by id. The ids equal those of mistral-common for 
 """
 
 import base64
-import codecs
 import heapq
 import os
 import re
 import unicodedata
-from functools import cache, lru_cache, partial
+from collections.abc import Iterator
+from functools import lru_cache
 from itertools import groupby
 
 import sentencepiece
 
 from model import Config
-from runtime.files import MEGABYTE, UserError, find_folder, read_file, read_json, reading, require
+from runtime.files import MEGABYTE, Fields, UserError, find_folder, read_file, read_json, reading, require
 
 LARGEST_FILE = 1024 * MEGABYTE
-
-MOST_SPECIAL, LONGEST_PATTERN = 1 << 16, 2000  # files have 1,000 special tokens, and patterns of 300 characters
 
 VERSIONS = ("v1", "v2", "v3", "v7", "v11", "v13", "v15")  # each has its own chat format
 
@@ -44,43 +42,48 @@ def _well_formed(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-class Tekken:
-    """A byte-level BPE tokenizer read from `tekken.json`.
+class Tokenizer:
+    """What both kinds share.
 
-    version: chat format, "v3" to "v15". vocab_size: number of ids. special: name of control token -> id, all below
-    every ordinary id. image: {"image_patch_size", "max_image_size", "spatial_merge_size"} in pixels and patches, or
-    None. model_settings: the file's `model_settings_builder` (v15), or None. Raises UserError for a broken file.
+    version: chat format, "v3" to "v15". vocab_size: number of ids. special: name of control token -> id. image:
+    {"image_patch_size", "max_image_size", "spatial_merge_size"} in pixels and patches, or None.
     """
 
-    utf8_errors = "replace"
+    model_settings: dict | None = None  # the `model_settings_builder` of a Tekken file (v15)
+
+
+class Tekken(Tokenizer):
+    """A byte-level BPE tokenizer read from `tekken.json`. Its special ids are below all others. Raises UserError for a
+    broken file."""
 
     def __init__(self, path: str):
         with reading(path, "Tekken file"):
             self._read(read_json(path, LARGEST_FILE))
 
     def _read(self, data: dict) -> None:
-        config = data["config"]
-        self.version, self.vocab_size = _known(config["version"]), config["default_vocab_size"]
-        self._num_special = config["default_num_special_tokens"]
+        config = Fields(data["config"], "config")
+        config.only(version=VERSIONS)
+        self.version, self.vocab_size = config.get("version", str), config.size("default_vocab_size")
+        self._num_special = config.size("default_num_special_tokens")
         self.special = _read_special(data.get("special_tokens"), self._num_special, self.version)
         self.bos_id, self.eos_id, self.pad_id = self.special["<s>"], self.special["</s>"], self.special.get("<pad>")
-        words = _read_vocab(data["vocab"], self.vocab_size - self._num_special)
-        self._bytes = [b""] * self._num_special + words
-        self._ids = {word: id for id, word in enumerate(words, self._num_special)}
+        vocab = _read_vocab(data["vocab"], self.vocab_size - self._num_special)
+        self.token_bytes = [b""] * self._num_special + vocab
+        self._ids = {word: id for id, word in enumerate(vocab, self._num_special)}
         image = data.get("image") or data.get("multimodal")
         self.image = {"spatial_merge_size": 1, **image} if image else None
         self.model_settings = _read_settings(data.get("model_settings_builder"), self.version)
-        self._pattern = config["pattern"]
-        _word_pattern(self._pattern, LAST_BMP)  # so that a bad pattern is reported now
+        require(
+            config.values.get("pattern") == PATTERN,
+            "the pattern is not that of Mistral's Tekken files; no other is supported",
+        )
         self._merge_cached = lru_cache(50_000)(self._merge)
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text; no <s> is added, and text that spells a special token is only text."""
-        text = _well_formed(text)
-        beyond_bmp = max(text, default="") > chr(LAST_BMP)
         ids = []
-        for match in _word_pattern(self._pattern, LAST_UNICODE if beyond_bmp else LAST_BMP).finditer(text):
-            word = match[0]  # few words are longer than 64 characters, and remembering those could fill the memory
+        for word in words(_well_formed(text)):
+            # Few words are longer than 64 characters, and remembering those could fill the memory.
             ids += self._merge_cached(word) if len(word) < 64 else self._merge(word)
         return ids
 
@@ -121,35 +124,24 @@ class Tekken:
             start = end[start]
         return result
 
-    def is_special(self, id: int) -> bool:
-        return 0 <= id < self._num_special
-
-    def token_bytes(self, id: int, first: bool) -> tuple[bytes, bool]:
-        """The UTF-8 bytes of a token, and whether a character may continue across its borders. `first`: no ordinary
-        token came before. For StreamDecoder."""
-        ordinary = self._num_special <= id < self.vocab_size
-        return (self._bytes[id], True) if ordinary else (b"", False)
-
     def decode(self, ids: list[int]) -> str:
         """The text of the ids. Special tokens and ids beyond the vocabulary are left out; invalid UTF-8 -> U+FFFD."""
-        return _decode(self, ids)
-
-
-def _known(version: str) -> str:
-    require(version in VERSIONS, f"tokenizer version {version!r} is unknown; known are {', '.join(VERSIONS)}")
-    return version
+        text = ""
+        for ordinary, run in groupby(ids, range(self._num_special, self.vocab_size).__contains__):
+            data = b"".join(self.token_bytes[id] for id in run) if ordinary else b""
+            text += data.decode(errors="replace")  # of each run on its own: special tokens end a character
+        return text
 
 
 def _read_special(listed: list[dict] | None, count: int, version: str) -> dict[str, int]:
     """Name -> id of the `count` special tokens; those that the file does not list are called <SPECIAL_n>."""
-    require(3 <= count <= MOST_SPECIAL, f"default_num_special_tokens should be 3 to {MOST_SPECIAL}, found {count}")
     if listed is None:
         require(version in ("v1", "v2", "v3", "v7"), f"a tokenizer of version {version} must list its special_tokens")
         listed = [{"rank": rank, "token_str": name} for rank, name in enumerate(CLASSIC_SPECIAL)]
-    named = {entry["rank"]: entry["token_str"] for entry in listed}
-    names = {rank: f"<SPECIAL_{rank}>" for rank in range(count)} | named
+    names = {rank: f"<SPECIAL_{rank}>" for rank in range(count)}
+    names |= {entry["rank"]: entry["token_str"] for entry in listed}
     special = {name: rank for rank, name in names.items()}
-    distinct = len(special) == len(names) == count and len(named) == len(listed)
+    distinct = len(special) == len(names) == count and len({entry["rank"] for entry in listed}) == len(listed)
     require(distinct, f"special_tokens must have distinct names and distinct ranks from 0 to {count - 1}")
     return special
 
@@ -157,13 +149,13 @@ def _read_special(listed: list[dict] | None, count: int, version: str) -> dict[s
 def _read_vocab(vocab: list[dict], count: int) -> list[bytes]:
     """The bytes of the first `count` tokens. The file may list more, for which the model has no ids."""
     vocab = vocab[:count]
-    require(len(vocab) == count, "vocab and special tokens do not make up default_vocab_size")
-    words = [base64.b64decode(entry["token_bytes"], validate=True) for entry in vocab]
-    ordered = [entry["rank"] for entry in vocab] == list(range(count)) and len(set(words)) == count
-    require(ordered, "vocab must list distinct tokens in the order of their ranks 0, 1, 2, …")
-    single = [bytes([byte]) for byte in range(256)]
-    require(words[:256] == single, "the first 256 tokens of vocab must be the single bytes in order")
-    return words
+    ordered = [entry["rank"] for entry in vocab] == list(range(count))
+    need = "default_vocab_size - default_num_special_tokens"
+    require(ordered, f"vocab must list {count} tokens ({need}) in the order of their ranks 0, 1, 2, …")
+    tokens = [base64.b64decode(entry["token_bytes"], validate=True) for entry in vocab]
+    require(len(set(tokens)) == count, "the tokens of vocab must be distinct")
+    require(b"".join(tokens[:256]) == bytes(range(256)), "the first 256 tokens of vocab must be the bytes in order")
+    return tokens
 
 
 def _read_settings(settings: dict | None, version: str) -> dict | None:
@@ -175,19 +167,12 @@ def _read_settings(settings: dict | None, version: str) -> dict | None:
     return settings
 
 
-# SentencePiece prints one U+FFFD for each invalid byte, Python's "replace" one for each broken character.
-codecs.register_error("replace-each-byte", lambda error: ("\ufffd", error.start + 1))
-
-
-class SentencePiece:
-    """A tokenizer read from a SentencePiece model file; the same attributes and methods as Tekken.
+class SentencePiece(Tokenizer):
+    """A tokenizer read from a SentencePiece model file.
 
     The version of the chat format is the file name's suffix (`tokenizer.model.v3`; `.v7m1` also takes images). For a
     plain `tokenizer.model` its control tokens tell. Raises UserError for a broken file.
     """
-
-    utf8_errors = "replace-each-byte"
-    model_settings = None
 
     def __init__(self, path: str):
         with reading(path, "SentencePiece model"):
@@ -199,29 +184,11 @@ class SentencePiece:
         self._model = model = sentencepiece.SentencePieceProcessor(model_proto=contents)
         self.vocab_size, self.bos_id, self.eos_id = model.vocab_size(), model.bos_id(), model.eos_id()
         self.pad_id = model.pad_id() if model.pad_id() >= 0 else None
-        pieces = [model.id_to_piece(id) for id in range(self.vocab_size)]
-        self.special = {piece: id for id, piece in enumerate(pieces) if model.is_control(id)}
+        self.special = {model.id_to_piece(id): id for id in range(self.vocab_size) if model.is_control(id)}
         suffix = re.search(r"\.model\.(v\d+)(m1)?$", path)
-        self.version = _known(suffix[1] if suffix else self._guess_version())
+        self.version = suffix[1] if suffix else self._guess_version()
         image = {"image_patch_size": 16, "max_image_size": 1024, "spatial_merge_size": 1}
         self.image = image if suffix and suffix[2] else None
-        self._bytes = [self._bytes_of(id, piece) for id, piece in enumerate(pieces)]
-        self._leading = self._find_leading(pieces)
-
-    def _find_leading(self, pieces: list[str]) -> set[int]:
-        """The pieces whose space goes where they begin a text: encode() puts one there, and most models take it off."""
-        spaced = next((id for id, piece in enumerate(pieces) if re.match("▁[^▁]", piece)), None)
-        if spaced is None or self._model.decode([spaced]).startswith(" "):
-            return set()
-        return {id for id, piece in enumerate(pieces) if piece.startswith("▁")}
-
-    def _bytes_of(self, id: int, piece: str) -> bytes:
-        """As SentencePiece decodes it."""
-        if self._model.is_control(id):
-            return b""
-        if self._model.is_byte(id):  # <0x0A>
-            return bytes([int(piece[3:5], 16)])
-        return (self._model.decode([id]) if id == self._model.unk_id() else piece.replace("▁", " ")).encode()
 
     def _guess_version(self) -> str:
         if "[SYSTEM_PROMPT]" in self.special:
@@ -231,20 +198,12 @@ class SentencePiece:
     def encode(self, text: str) -> list[int]:
         return self._model.encode(_well_formed(text))
 
-    def is_special(self, id: int) -> bool:
-        return 0 <= id < self.vocab_size and self._model.is_control(id)
-
-    def token_bytes(self, id: int, first: bool) -> tuple[bytes, bool]:
-        if not 0 <= id < self.vocab_size:
-            return b"", False
-        # Byte pieces may form a character together.
-        return self._bytes[id][1 if first and id in self._leading else 0 :], self._model.is_byte(id)
-
     def decode(self, ids: list[int]) -> str:
-        return _decode(self, ids)
+        """As Tekken's, but each invalid byte becomes a U+FFFD."""
+        return self._model.decode([id for id in ids if 0 <= id < self.vocab_size])
 
 
-def load_tokenizer(directory: str, config: Config | None = None) -> Tekken | SentencePiece:
+def load_tokenizer(directory: str, config: Config | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint directory: `tekken.json`, else a SentencePiece `*.model` file, a versioned name
     (`tokenizer.model.v3`) before a plain one. Raises UserError if there is none, if it is broken, or if it and the
     model's `config` contradict each other."""
@@ -261,19 +220,16 @@ def load_tokenizer(directory: str, config: Config | None = None) -> Tekken | Sen
     return tokenizer
 
 
-def _check_config(tokenizer: "Tekken | SentencePiece", config: Config, directory: str) -> None:
-    pairs = []  # (name, in the tokenizer, in the config)
+def _check_config(tokenizer: Tokenizer, config: Config, directory: str) -> None:
+    sizes = f"{tokenizer.vocab_size} tokens but the model only {config.vocab_size}"
+    fits = tokenizer.vocab_size <= config.vocab_size
+    require(fits, f"{directory}: the tokenizer has {sizes}; they do not belong together")
     if vision := config.vision:
-        image = tokenizer.image or {}
-        pairs = [
-            ("image_token_index", tokenizer.special.get("[IMG]"), vision.image_token_id),
-            ("image_patch_size", image.get("image_patch_size"), vision.patch_size),
-            ("spatial_merge_size", image.get("spatial_merge_size"), vision.spatial_merge_size),
-        ]
-    wrong = [f"{name} is {a} in the tokenizer but {b} in the config" for name, a, b in pairs if a not in (None, b)]
-    if tokenizer.vocab_size > config.vocab_size:
-        wrong.insert(0, f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {config.vocab_size}")
-    require(not wrong, f"{directory}: {''.join(wrong[:1])}; they do not belong together")
+        image = {**(tokenizer.image or {}), "image_token_index": tokenizer.special.get("[IMG]")}
+        fields = Fields(image, f"{directory}: tokenizer and model do not belong together")
+        fields.agree("image_token_index", vision.image_token_id, "the model's")
+        fields.agree("image_patch_size", vision.patch_size, "the model's")
+        fields.agree("spatial_merge_size", vision.spatial_merge_size, "the model's")
 
 
 class StreamDecoder:
@@ -282,123 +238,82 @@ class StreamDecoder:
     A character whose bytes are spread over several tokens is held back until it is complete.
     """
 
-    def __init__(self, tokenizer: Tekken | SentencePiece):
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(tokenizer.utf8_errors)
-        self._first = True  # no ordinary token yet
+    def __init__(self, tokenizer: Tokenizer):
+        self._decode = tokenizer.decode
+        self._ids: list[int] = []  # the last ones: what is held back, and one whose text is out
+        self._out = 0  # characters of their text that are out
 
     def add(self, id: int) -> str:
         """The text that this token completes, often "" in the middle of a character."""
-        data, joins = self._tokenizer.token_bytes(id, self._first)
-        if 0 <= id < self._tokenizer.vocab_size and not self._tokenizer.is_special(id):
-            self._first = False
-        held = "" if joins else self.flush()
-        return held + self._utf8.decode(data)
+        self._ids.append(id)
+        text = self._decode(self._ids)
+        # What lacks bytes shows as U+FFFD at the end, one or, in SentencePiece, one for each of up to three bytes.
+        certain = max(len(text.rstrip("\ufffd")), len(text) - 3)
+        new, self._out = text[self._out : certain], max(self._out, certain)
+        if new and certain == len(text):
+            # A character ends here, so earlier tokens no longer matter. This one stays, since SentencePiece takes the
+            # space off the first.
+            self._ids, self._out = [id], len(self._decode([id]))
+        return new
 
     def flush(self) -> str:
         """The rest: U+FFFD for a character that will not be completed, else ""."""
-        return self._utf8.decode(b"", final=True)
+        text = self._decode(self._ids)
+        rest, self._out = text[self._out :], len(text)
+        return rest
 
 
-def _decode(tokenizer: Tekken | SentencePiece, ids: list[int]) -> str:
-    stream = StreamDecoder(tokenizer)
-    return "".join(map(stream.add, ids)) + stream.flush()
+# How every Tekken file that Mistral has published cuts text into words, in the words of Rust's regex engine.
+PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
+# The same for Python's `re`, which knows no \p{L}: one character stands for all that the pattern treats alike. "A" is
+# upper and title case, "a" lower case, "o" other letters, "m" marks, "0" numbers, "\n" both line breaks, "\t" other
+# white space, " " and "/" themselves, "." the rest.
+WORD = re.compile(r"[^\nAao0]?[Aom]*[aom]+|[^\nAao0]?[Aom]+[aom]*|0| ?[^\sAao0]+[\n/]*|\s*\n+|\s+(?!\S)|\s+")
 
-LAST_BMP, LAST_UNICODE = 0xFFFF, 0x10FFFF  # code points; the Basic Multilingual Plane holds nearly all living scripts
-
-# What \s means to Rust, and to Unicode. Python's also matches \x1c to \x1f.
-WHITE_SPACE = ((0x9, 0xD), (0x20, 0x20), (0x85, 0x85), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A))
-WHITE_SPACE += ((0x2028, 0x2029), (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000))
+KIND = {"Lu": "A", "Lt": "A", "Ll": "a", "Lm": "o", "Lo": "o"}  # Unicode's general category -> what stands for it
+KIND |= {"Mn": "m", "Mc": "m", "Me": "m", "Nd": "0", "Nl": "0", "No": "0"}
 
 # Letters, marks and numbers that Unicode 15 and 16 added, as ranges of hexadecimal code points. An older Python takes
 # them for unassigned; listing them gives every Python the words of the reference, which knows Unicode 16.
 NEW_IN_UNICODE_16 = {
-    "Lu": "1c89 a7cb-a7cc a7da a7dc 10d50-10d65",
-    "Ll": "1c8a a7cd a7db 10d70-10d85 1df25-1df2a",
-    "Lm": "10d4e 10d6f 16d40-16d42 16d6b-16d6c 1e030-1e06d 1e4eb",
-    "Lo": "105c0-105f3 10d4a-10d4d 10d4f 10ec2-10ec4 1123f-11240 11380-11389 1138b 1138e 11390-113b5 113b7 113d1 113d3 "
-    "11bc0-11be0 11f02 11f04-11f10 11f12-11f33 1342f 13441-13446 13460-143fa 16100-1611d 16d43-16d6a 18cff 1b132 1b155 "
-    "1e4d0-1e4ea 1e5d0-1e5ed 1e5f0 2b739 2ebf0-2ee5d 31350-323af",
-    "Mn": "897 ece 10d69-10d6d 10efc-10eff 11241 113bb-113c0 113ce 113d0 113d2 113e1-113e2 11f00-11f01 11f36-11f3a "
-    "11f40 11f42 11f5a 13440 13447-13455 1611e-16129 1612d-1612f 1e08f 1e4ec-1e4ef 1e5ee-1e5ef",
-    "Mc": "cf3 113b8-113ba 113c2 113c5 113c7-113ca 113cc-113cd 113cf 11f03 11f34-11f35 11f3e-11f3f 11f41 1612a-1612c",
-    "Nd": "10d40-10d49 116d0-116e3 11bf0-11bf9 11f50-11f59 16130-16139 16d70-16d79 1ccf0-1ccf9 1e4f0-1e4f9 1e5f1-1e5fa",
-    "No": "1d2c0-1d2d3",
+    "A": "1c89 a7cb-a7cc a7da a7dc 10d50-10d65",
+    "a": "1c8a a7cd a7db 10d70-10d85 1df25-1df2a",
+    "o": "105c0-105f3 10d4a-10d4f 10d6f 10ec2-10ec4 1123f-11240 11380-11389 1138b 1138e 11390-113b5 113b7 113d1 113d3 "
+    "11bc0-11be0 11f02 11f04-11f10 11f12-11f33 1342f 13441-13446 13460-143fa 16100-1611d 16d40-16d6c 18cff 1b132 1b155 "
+    "1e030-1e06d 1e4d0-1e4eb 1e5d0-1e5ed 1e5f0 2b739 2ebf0-2ee5d 31350-323af",
+    "m": "897 cf3 ece 10d69-10d6d 10efc-10eff 11241 113b8-113c0 113c2 113c5 113c7-113ca 113cc-113d0 113d2 113e1-113e2 "
+    "11f00-11f01 11f03 11f34-11f3a 11f3e-11f42 11f5a 13440 13447-13455 1611e-1612f 1e08f 1e4ec-1e4ef 1e5ee-1e5ef",
+    "0": "10d40-10d49 116d0-116e3 11bf0-11bf9 11f50-11f59 16130-16139 16d70-16d79 1ccf0-1ccf9 1d2c0-1d2d3 1e4f0-1e4f9 "
+    "1e5f1-1e5fa",
 }
 
 
-@cache
-def _categories() -> dict[str, list[tuple[int, int]]]:
-    """Unicode general category ("Lu", "Nd", …) -> ascending inclusive ranges of code points."""
-    category = list(map(unicodedata.category, map(chr, range(LAST_UNICODE + 1))))
-    for name, ranges in NEW_IN_UNICODE_16.items():
-        for span in ranges.split():
-            first, _, last = span.partition("-")
-            for code in range(int(first, 16), int(last or first, 16) + 1):
-                if category[code] == "Cn":  # unassigned
-                    category[code] = name
-    ranges, start = {}, 0
-    for name, run in groupby(category):
-        end = start + sum(1 for _ in run)
-        ranges.setdefault(name, []).append((start, end - 1))
-        start = end
-    return ranges
+class Kinds(dict):
+    """Code point -> the character that stands for it in WORD. Filled as characters come up."""
+
+    def __init__(self):
+        super().__init__({0xA: "\n", 0xD: "\n", 0x20: " ", 0x2F: "/"})
+        self.update(dict.fromkeys(range(0x1C, 0x20), "."))  # white space to Python, but not to Rust and Unicode
+        for kind, ranges in NEW_IN_UNICODE_16.items():
+            for span in ranges.split():
+                first, _, last = span.partition("-")
+                self.update(dict.fromkeys(range(int(first, 16), int(last or first, 16) + 1), kind))
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        self[code] = "\t" if character.isspace() else KIND.get(unicodedata.category(character), ".")
+        return self[code]
 
 
-@cache
-def _class_body(name: str, negated: bool, last: int) -> str:
-    """What stands between the brackets of a Python character class for white space ("s") or a general category ("Lu",
-    or "L" for all that begin so), or for its complement, over the code points up to `last`."""
-    if name == "s":
-        ranges = list(WHITE_SPACE)
-    else:
-        ranges = sorted(r for category, found in _categories().items() if category.startswith(name) for r in found)
-    require(ranges, f"the pattern uses \\p{{{name}}}, but only general categories such as L or Lu are supported")
-    if negated:
-        starts = [0] + [end + 1 for _, end in ranges]
-        ends = [start - 1 for start, _ in ranges] + [LAST_UNICODE]
-        ranges = [(start, end) for start, end in zip(starts, ends) if start <= end]
-    return "".join(f"\\U{start:08x}-\\U{min(end, last):08x}" for start, end in ranges if start <= last)
+KINDS = Kinds()
 
 
-# A pattern is cut into character classes and what stands between them; a "]" right after "[" or "[^" is a member.
-CLASS_OR_REST = re.compile(r"\[\^?\]?(?:\\.|[^\\\]])*\]?|(?:\\.|[^\\\[])+|.", re.DOTALL)
-
-ESCAPE = re.compile(r"\\(?:([pP])(?:\{(\w+)\}|([A-Z]))|([sS])|.)", re.DOTALL)
-
-# Rust has nested classes, intersections and differences; `re` would read the same signs as characters.
-NOT_IN_CLASS = re.compile(r"(?<=.)\[|&&|--|~~", re.DOTALL)
-
-# Where Rust takes linear time, `re` may take for ever: (a*)*b tries every way to cut a run of a's.
-REPEATED_GROUP = re.compile(r"\)[*+{]")
-
-
-def python_pattern(pattern: str, last: int = LAST_UNICODE) -> str:
-    """A Rust regular expression rewritten for Python's `re`: `\\p{..}`, `\\P{..}`, `\\s` and `\\S` spelled out, in and
-    out of brackets, for text whose code points do not exceed `last`. Raises UserError for what `re` cannot say."""
-    fits = len(pattern) <= LONGEST_PATTERN
-    require(fits, f"the pattern has more than {LONGEST_PATTERN} characters, which is not supported")
-    out = []
-    for chunk in CLASS_OR_REST.findall(pattern):
-        is_class = chunk.startswith("[")
-        bare = ESCAPE.sub("_", chunk)
-        if found := (NOT_IN_CLASS if is_class else REPEATED_GROUP).search(bare):
-            what = f"has {found[0]!r} inside a character class" if is_class else "repeats a group"
-            raise UserError(f"the pattern {what}, which is not supported: {pattern!r}")
-        out.append(ESCAPE.sub(partial(_spelled_out, "{}" if is_class else "[{}]", last), chunk))
-    return "".join(out)
-
-
-def _spelled_out(form: str, last: int, escape: re.Match) -> str:
-    letter, name, short, space = escape.groups()
-    if not letter and not space:
-        return escape[0]
-    return form.format(_class_body(name or short or "s", (letter or space).isupper(), last))
-
-
-@cache
-def _word_pattern(pattern: str, last: int) -> re.Pattern:
-    """The rewritten pattern, compiled. `re` looks a character up in a table inside the BMP but walks through a list of
-    ranges beyond it, so that a pattern confined to the BMP is ten times as fast; most texts need no other."""
-    return re.compile(python_pattern(pattern, last))
+def words(text: str) -> Iterator[str]:
+    """The words of a text without lone surrogates, as PATTERN cuts it. Together they are the text."""
+    for match in WORD.finditer(text.translate(KINDS)):
+        yield text[match.start() : match.end()]

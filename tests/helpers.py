@@ -19,6 +19,7 @@ from runtime.checkpoint import Checkpoint, fill
 from runtime.config import parse_config, read_config
 from runtime.cpu import speed_up
 from runtime.optimizer import held_tensors
+from runtime.tokenizer import PATTERN
 from vision import build_model
 
 # The rotary settings worth distinguishing. "yarn" is this model's, with Ministral 3's query scaling.
@@ -250,7 +251,7 @@ def write_tekken(directory, version: str = "v15", merges: tuple = ("th", "he", "
     size = 40 + len(words)
     contents = dict(
         config=dict(
-            pattern=r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+", num_vocab_tokens=len(words), default_vocab_size=size,
+            pattern=PATTERN, num_vocab_tokens=len(words), default_vocab_size=size,
             default_num_special_tokens=40, version=version,
         ),
         vocab=[dict(rank=i, token_bytes=base64.b64encode(w).decode(), token_str=None) for i, w in enumerate(words)],
@@ -343,16 +344,13 @@ def log_probabilities(model, tokens: list[int], sizes: list[int] | None = None) 
 class Letters:
     """A tokenizer of the vocabulary: 0 to 2 are special (2 ends), then "a" to "z", then pairs of letters."""
 
-    utf8_errors, eos_id, special = "replace", 2, {}
+    eos_id, special = 2, {}
     pieces = [b"", b"", b"", *(bytes([c]) for c in b"abcdefghijklmnopqrstuvwxyz")]
     pieces += [bytes([a, b]) for a in b"abcdefghijklmnopq" for b in b"abcdefghijklmnop"]
     vocab_size = len(pieces)
 
-    def is_special(self, id: int) -> bool:
-        return id < 3
-
-    def token_bytes(self, id: int, first: bool) -> tuple[bytes, bool]:
-        return self.pieces[id], id >= 3
+    def decode(self, ids: list[int]) -> str:
+        return b"".join(self.pieces[id] for id in ids).decode(errors="replace")
 
     def text(self, ids: list[int]) -> str:
         return b"".join(self.pieces[id] for id in ids).decode()
@@ -367,8 +365,8 @@ class Tokens(Letters):
 
     eos_id = -1
 
-    def token_bytes(self, id: int, first: bool) -> tuple[bytes, bool]:
-        return b"x", False
+    def decode(self, ids: list[int]) -> str:
+        return "x" * len(ids)
 
 
 def answers(result: tuple[int, str, str]) -> list[dict]:

@@ -119,9 +119,8 @@ def kind_requests(folder: str) -> Kind:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def read() -> None:
-        specs, base = generate.read_requests(argparse.Namespace(requests=path))
-        for spec in specs:
-            session.requests.read(spec, base)
+        for spec in generate.read_requests(argparse.Namespace(requests=path)):
+            session.requests.read(spec)
 
     return Kind(folder, ["requests.jsonl"], read)
 

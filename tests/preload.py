@@ -9,6 +9,3 @@ import torch._dynamo  # the first tensor under a __torch_dispatch__ imports it
 
 import generate
 import train
-from runtime import tokenizer
-
-tokenizer.python_pattern(r"\p{L}")  # reads Unicode's tables

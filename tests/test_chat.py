@@ -217,7 +217,7 @@ def test_images(small):
     )
     with pytest.raises(UserError, match=r"messages\[0\].*takes no images"):
         encode_chat(tokenizer, messages)
-    with pytest.raises(UserError, match=r"messages\[2\]\.content\[1\].*tool messages hold no parts of type image_url"):
+    with pytest.raises(UserError, match=r"messages\[2\]: content\[1\].*tool messages hold no parts of type image_url"):
         encode_chat(small["tekken-v13"], messages, image_grid=sizes.__getitem__)
 
 
@@ -259,36 +259,42 @@ def call(**changes) -> list:
 @pytest.mark.parametrize(
     ("messages", "error"),
     [
-        (None, "messages must be a list"),
-        ([], "messages must be a list"),
-        ({"role": "user"}, "messages must be a list"),
-        (["hi"], r"messages\[0\] must be an object"),
+        (None, "messages should be a list"),
+        ([], "messages should be a list"),
+        ({"role": "user"}, "messages should be a list"),
+        (["hi"], r"messages\[0\]: should be an object"),
         ([{"content": "hi"}], r"messages\[0\]: unknown role None"),
         ([USER, {"role": "robot", "content": "hi"}], r"messages\[1\]: unknown role 'robot'"),
         ([{"role": ["user"], "content": "hi"}], r"messages\[0\]: unknown role"),
-        ([{"role": "user"}], r"messages\[0\]\.content must be"),
-        ([{"role": "user", "content": 3}], r"messages\[0\]\.content must be"),
-        ([{"role": "user", "content": ["hi"]}], r"messages\[0\]\.content\[0\]: a part must have the type"),
+        ([{"role": "user"}], r"messages\[0\]: content should be"),
+        ([{"role": "user", "content": 3}], r"messages\[0\]: content should be"),
+        ([{"role": "user", "content": ["hi"]}], r"messages\[0\]: content\[0\]: a part must have the type"),
         ([{"role": "user", "content": [{"type": "audio"}]}], r"content\[0\]: a part must have the type.*'audio'"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"content\[0\]: a part of type 'text' needs a string"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "needs a string under 'image_url'"),
         ([{"role": "user", "content": [{"type": "thinking", "thinking": "x"}]}], "user messages hold no parts"),
         ([{"role": "system", "content": [image("a")]}, USER], "system messages hold no parts of type image_url"),
         ([USER, {"role": "assistant", "content": [image("a")]}, USER], "assistant messages hold no parts"),
-        ([USER, RESULT], r"messages\[1\]: a tool message cannot follow a user message"),
+        ([USER, RESULT], r"messages\[1\]: tool_call_id 'abcdefgh1' is not that of a tool call"),
         ([USER, ANSWER, RESULT], r"messages\[2\]: tool_call_id 'abcdefgh1' is not that of a tool call that waits"),
         ([USER, CALL, RESULT, RESULT], r"messages\[3\]: tool_call_id 'abcdefgh1' is not that of"),
         ([USER, CALL, {"role": "tool", "content": "x"}], r"messages\[2\]: a tool message needs the tool_call_id"),
-        ([USER, CALL, {**RESULT, "tool_call_id": 7}], r"messages\[2\]: the tool call id must be a string"),
+        (
+            [USER, CALL, {**RESULT, "tool_call_id": 7}],
+            r"messages\[2\]: the tool call id 7 should be a string that is not empty",
+        ),
         ([USER, CALL, {**RESULT, "name": "a b"}], r"messages\[2\]: the function name 'a b'"),
-        ([USER, CALL, USER, ANSWER, USER], r"messages\[3\]: 1 of the tool calls before it have no result"),
-        ([USER, CALL, {"role": "system", "content": "x"}], r"messages\[2\]: a system message cannot follow"),
-        ([USER, {"role": "assistant", "tool_calls": 1}], r"messages\[1\]: tool_calls must be a list"),
-        (call(function={}), r"messages\[1\]\.tool_calls\[0\] must look like"),
-        (call(function={"name": "f", "arguments": [1]}), r"tool_calls\[0\]: arguments must be"),
+        ([USER, CALL, USER, ANSWER, USER], r"messages\[2\]: 1 of the tool calls before it have no result"),
+        (
+            [USER, CALL, {"role": "system", "content": "x"}],
+            r"messages\[2\]: a system message cannot follow one of role assistant",
+        ),
+        ([USER, {"role": "assistant", "tool_calls": 1}], r"messages\[1\]: tool_calls should be a list"),
+        (call(function={}), r"messages\[1\]: tool_calls\[0\]: function: the field 'arguments' is missing"),
+        (call(function={"name": "f", "arguments": [1]}), r"tool_calls\[0\]: arguments should be"),
         (call(function={"name": "f g", "arguments": ""}), r"tool_calls\[0\]: the function name 'f g'"),
         (call(id=None), r"messages\[1\]: each tool call needs an id"),
-        (call(id=""), r"tool_calls\[0\]: the tool call id must be a string that is not empty"),
+        (call(id=""), r"tool_calls\[0\]: the tool call id '' should be a string that is not empty"),
         ([USER, {"role": "assistant", "tool_calls": CALLS[:1] * 2}, RESULT], "each tool call needs an id of its own"),
         ([USER, {"role": "assistant"}, USER], r"messages\[1\] has neither content nor tool_calls"),
         ([USER, ANSWER], "messages end with role assistant; to be answered"),
@@ -305,13 +311,16 @@ def test_bad_messages(messages, error, small):
 @pytest.mark.parametrize(
     ("tools", "error"),
     [
-        ({}, "tools must be a list"),
-        (["x"], r"tools\[0\] must look like"),
-        ([TOOL[0], {"type": "function"}], r"tools\[1\] must look like"),
-        ([{"type": "retrieval", "function": {"name": "f"}}], r"tools\[0\] must look like"),
-        ([{"function": {}}], r"tools\[0\]: the function name None"),
-        ([{"function": {"name": "f", "parameters": "x"}}], r"tools\[0\]: description must be"),
-        ([{"function": {"name": "f", "description": 1}}], r"tools\[0\]: description must be"),
+        ({}, "tools should be a list"),
+        (["x"], r"tools\[0\]: a tool: expected a JSON object"),
+        ([TOOL[0], {"type": "function"}], r"tools\[1\]: a tool: the field 'function' is missing"),
+        (
+            [{"type": "retrieval", "function": {"name": "f"}}],
+            r"tools\[0\]: a tool: type = 'retrieval' is not supported",
+        ),
+        ([{"function": {}}], r"tools\[0\]: function: the field 'name' is missing"),
+        ([{"function": {"name": "f", "parameters": "x"}}], r"tools\[0\]: function: parameters should be dict"),
+        ([{"function": {"name": "f", "description": 1}}], r"tools\[0\]: function: description should be str"),
     ],
 )
 def test_bad_tools(tools, error, small):
@@ -325,10 +334,10 @@ def test_what_older_versions_cannot_say(small):
         encode_chat(small["tekken-v3"], both)
     encode_chat(small["tekken-v7"], both)
     long_id = json.loads(json.dumps([USER, CALL, RESULT]).replace("abcdefgh1", "call_1"))
-    with pytest.raises(UserError, match=r"messages\[1\]\.tool_calls\[0\].*nine letters or digits"):
+    with pytest.raises(UserError, match=r"messages\[1\]: tool_calls\[0\].*nine letters or digits"):
         encode_chat(small["tekken-v11"], long_id)
     encode_chat(small["tekken-v13"], long_id)
-    with pytest.raises(UserError, match=r"messages\[1\]\.reasoning.*no parts of type thinking"):
+    with pytest.raises(UserError, match=r"messages\[1\].*no parts of type thinking"):
         encode_chat(small["tekken-v11"], [USER, {**ANSWER, "reasoning": "hm"}, USER])
 
 
@@ -421,7 +430,7 @@ def test_weight_0_is_not_trained_on(name, small):
     ("messages", "says"),
     [
         ([USER, {"role": "assistant", "tool_calls": TWO_CALLS}, result("abcdefgh1")], "1 of the latest tool calls"),
-        ([USER, {"role": "assistant", "tool_calls": TWO_CALLS}, USER], "2 of the latest tool calls have no result"),
+        ([USER, {"role": "assistant", "tool_calls": TWO_CALLS}, USER], "2 of the tool calls before it have no result"),
         ([USER, {"role": "assistant", "tool_calls": TWO_CALLS[:1], "content": "x", "prefix": True}], "have no result"),
         ([{**USER, "wieght": 1}], "unknown key 'wieght' in a message of role user"),
         ([USER, {"role": "assistant", "content": "x", "function_call": {"name": "f"}}, USER], "'function_call'"),

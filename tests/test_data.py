@@ -99,9 +99,9 @@ def test_long_samples_are_dropped_and_counted(tokenizer, tmp_path):
     [
         ([chat("a", "b"), "", '{"messages": ['], "line 3: not JSON"),
         ([chat("a", "b"), chat("a")], "line 2: messages end with role user"),
-        ([chat("a", "b"), {"messages": []}], "line 2: messages must be a list with at least one"),
+        ([chat("a", "b"), {"messages": []}], "line 2: messages should be a list with at least one"),
         ([[1]], "line 1: should be a JSON object"),
-        ([{"tools": []}], "line 1: messages must be a list with at least one"),
+        ([{"tools": []}], "line 1: messages should be a list with at least one"),
         ([chat("a", "b", tool=[])], "line 1: unknown key 'tool'"),
         ([], "is empty"),
         (["", "  "], "is empty"),

@@ -272,7 +272,7 @@ def test_stop_strings(model):
         first = text.index(stop) + len(stop)
         count = next(i for i, end in enumerate(ends) if end >= first) + 1
         for stops in ([stop], ["not there", stop], [stop, text[-1] * 50]):
-            reader = ReplyParser(tokenizer, request.prompt, stops)
+            reader = ReplyParser(tokenizer, stops)
             (answer,) = Engine(model, tokenizer.eos_id, 4096).generate([request], listening([reader], shown := []))
             assert answer.tokens == free.tokens[:count]
             assert answer.finish_reason == "stop"
@@ -280,7 +280,7 @@ def test_stop_strings(model):
             assert "".join(shown) == reader.reply.text == text[: first - len(stop)]
             tried += 1
     assert tried == 18
-    reader = ReplyParser(tokenizer, request.prompt, ["ZZ"])
+    reader = ReplyParser(tokenizer, ["ZZ"])
     (answer,) = Engine(model, tokenizer.eos_id, 4096).generate([request], listening([reader], []))
     assert answer.tokens == free.tokens and answer.finish_reason == "length"
 
@@ -289,7 +289,7 @@ def test_a_stop_string_in_the_prompt_does_not_count(model):
     prompt = [3, 4, 5]  # "abc"
     (free,) = Engine(model, Endless.eos_id, 4096).generate([Request(prompt, max_new_tokens=1)])
     letter = Endless().text(free.tokens)[0]
-    reader = ReplyParser(Endless(), prompt, ["bc" + letter])
+    reader = ReplyParser(Endless(), ["bc" + letter])
     request = Request(prompt, max_new_tokens=5)
     (answer,) = Engine(model, Endless.eos_id, 4096).generate([request], listening([reader], []))
     assert len(answer.tokens) == 5

@@ -153,6 +153,17 @@ def test_mistakes(ckpt, program, tmp_path):
     refused(program("--ckpt", ckpt, "--requests", bad), "r.jsonl line 2", "x")
 
 
+def test_a_damaged_picture_far_down(ckpt, program, tmp_path):
+    """Its header is as it should be, so it shows when it is needed; what was answered before stands."""
+    Image.effect_noise((70, 70), 50).save(file := io.BytesIO(), "PNG")
+    (tmp_path / "cut.png").write_bytes(file.getvalue()[:900])
+    lines = [dict(raw="the", max_new_tokens=2)] * 3 + [dict(messages=[{"role": "user", "content": [part("cut.png")]}])]
+    path = write_requests(tmp_path / "r.jsonl", lines)
+    status, out, err = program("--ckpt", ckpt, "--requests", path, "--json", "--batch-size", 1)
+    assert status == 2 and out.count("\n") == 3 and err.count("\n") == 1
+    assert "r.jsonl line 4: " in err and "cut.png" in err and "cut off or damaged" in err
+
+
 def test_text_only_checkpoints_refuse_images(ckpt, program, tmp_path):
     fields = text_fields("plain", vocab_size=write_tekken(tmp_path))
     write_checkpoint(tmp_path, fields, random_state(fields))

@@ -110,17 +110,18 @@ def test_odd_replies(generated, text, reasoning, calls, small):
 def test_a_thought_that_the_prompt_opened(small):
     tokenizer = small["tekken-v15"]
     thought = {"role": "assistant", "content": [{"type": "thinking", "thinking": "2 +", "closed": False}]}
-    opened = encode_chat(tokenizer, [USER, {**thought, "prefix": True}]).ids
-    closed = encode_chat(tokenizer, [USER, {**thought, "content": "so"}, USER]).ids
+    opened = encode_chat(tokenizer, [USER, {**thought, "prefix": True}]).thinks
+    closed = encode_chat(tokenizer, [USER, {**thought, "content": "so"}, USER]).thinks
+    assert opened and not closed
     for generated, text, reasoning in (
         (" 2", "", " 2"),
         (" 2[/THINK]4", "4", " 2"),
         (" 2[/THINK]4[THINK]!", "4", " 2!"),
     ):
-        assert parse(tokenizer, ids_of(tokenizer, generated), prompt=opened) == Reply(text, reasoning, [])
-    assert parse(tokenizer, ids_of(tokenizer, "4"), prompt=closed) == Reply("4", None, [])
+        assert parse(tokenizer, ids_of(tokenizer, generated), thinks=opened) == Reply(text, reasoning, [])
+    assert parse(tokenizer, ids_of(tokenizer, "4"), thinks=closed) == Reply("4", None, [])
     # Raw text has no thoughts: special tokens are left out, and all else is text.
-    assert parse(tokenizer, ids_of(tokenizer, " 2[/THINK]4[TOOL_CALLS]f"), prompt=opened, raw=True) == Reply(" 24f")
+    assert parse(tokenizer, ids_of(tokenizer, " 2[/THINK]4[TOOL_CALLS]f"), raw=True) == Reply(" 24f")
 
 
 @pytest.mark.parametrize(
@@ -156,21 +157,11 @@ def expected_text(text: str, stop: list[str]) -> tuple[str, bool]:
 class Pieces:
     """A tokenizer whose tokens are whatever pieces of UTF-8 a test wants; the first are special."""
 
-    utf8_errors, eos_id = "replace", 0
+    eos_id = 0
     special = {name: id for id, name in enumerate(["</s>", "[THINK]", "[/THINK]", "[TOOL_CALLS]", "[ARGS]"])}
 
     def __init__(self):
         self.pieces = [b""] * len(self.special)
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.pieces)
-
-    def is_special(self, id: int) -> bool:
-        return id < len(self.special)
-
-    def token_bytes(self, id: int, first: bool) -> tuple[bytes, bool]:
-        return self.pieces[id], not self.is_special(id)
 
     def decode(self, ids: list[int]) -> str:
         return b"".join(self.pieces[id] for id in ids).decode(errors="replace")

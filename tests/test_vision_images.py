@@ -208,9 +208,9 @@ BAD = {
     "bomb, error": (encoded(png(60_000, 60_000)), "more than 89478485 pixels"),
     "postscript": (encoded(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"), "PostScript"),
     "no base64": ("data:image/svg+xml,<svg/>", ";base64,"),
-    "no comma": ("data:image/png;base64", "image"),
-    "bad alphabet": ("data:image/png;base64,%%%%", "not valid base64"),
-    "bad padding": ("data:image/png;base64,aGVsbG8", "not valid base64"),
+    "no comma": ("data:image/png;base64", ";base64,"),
+    "bad alphabet": ("data:image/png;base64,%%%%", "and valid base64"),
+    "bad padding": ("data:image/png;base64,aGVsbG8", "and valid base64"),
     "no payload": ("data:image/png;base64,", "not an image"),
     "line break": ("no\nsuch.png", "no such file"),
 }
