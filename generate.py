@@ -37,7 +37,7 @@ from parallel import Channel, Place, from_last_stage
 from runtime.checkpoint import Checkpoint, fill, weight_bytes
 from runtime.config import read_config
 from runtime.cpu import speed_up
-from runtime.files import require, within
+from runtime.files import UserError, require, within
 from runtime.images import load_image
 from runtime.launch import COUNT, SIZE, Parser, find_place, gather_objects, number, run_program, together
 from runtime.lora import add_adapters, read_adapters
@@ -467,15 +467,9 @@ class Engine:
         return [head.log_probabilities(self.model.logits(x), y).double() for x, y in pieces if len(y)]
 
 
-class NotFinite(UserError):
-    """The model's numbers are NaN or infinite, so there is no answer."""
-
-    status = 1
-
-
 def check_finite(logprob: float) -> None:
     if not math.isfinite(logprob):
-        raise NotFinite("the model's log-probabilities are not finite; try --dtype float32, or other adapters")
+        raise UserError("the model's log-probabilities are not finite; try --dtype float32, or other adapters", 1)
 
 
 def sampling_flags(rows: list[Row]) -> tuple[bool, bool]:

@@ -74,7 +74,6 @@ def ask(session: Session, spec: dict, limits: dict[str, float]) -> tuple[measure
     """What was watched, and the answer of one question."""
     watch = measure.Watch(session.model, limits)
     session.engine.groups.clear()  # else a beginning that two questions share would be in the cache already, unseen
-    request.pixels = request.decode()
     with watch.watching():
         (answer,) = session.answer([spec])
     if not answer["tokens"]:
