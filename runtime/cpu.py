@@ -72,12 +72,13 @@ class Product:
         self.packed: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.packed is not None:
+            return self.packed(x)
         rows = x.numel() // x.shape[-1]
         self.calls += rows < FLOAT32_ROWS
         if self.inference and self.calls == 2 and self.linear.weight is not None:
             self.pack()
-        if self.packed is not None:
-            return self.packed(x)
+            return self(x)
         # A head that is tied to the embedding has no weight of its own, and is never packed.
         weight = self.linear.holder[0].weight if self.linear.weight is None else self.linear.weight
         if has_matrix_units():
