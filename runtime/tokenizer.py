@@ -3,7 +3,7 @@
 **Tekken** (`tekken.json`, all newer checkpoints) is byte-level BPE. A regular expression cuts the text into words; the
 UTF-8 bytes of each word are merged pair by pair, always the pair whose merged bytes have the lowest rank in the
 vocabulary, until no pair is in it. An id is a rank plus the number of special tokens, which come first. All files that
-Mistral has published cut words in the same way, `PATTERN`; a file with another expression is refused.
+Mistral has published cut words in the same way, `PATTERN`; other expressions than that and GPT-2's are refused.
 
 **SentencePiece** (`tokenizer.model`, `tokenizer.model.v3`, …; checkpoints up to v7) is read with the package of that
 name.
@@ -73,16 +73,15 @@ class Tekken(Tokenizer):
         image = data.get("image") or data.get("multimodal")
         self.image = {"spatial_merge_size": 1, **image} if image else None
         self.model_settings = _read_settings(data.get("model_settings_builder"), self.version)
-        require(
-            config.values.get("pattern") == PATTERN,
-            "the pattern is not that of Mistral's Tekken files; no other is supported",
-        )
+        self._pattern = config.values.get("pattern")
+        known = isinstance(self._pattern, str) and self._pattern in CUTS
+        require(known, "the pattern is neither that of Mistral's Tekken files nor GPT-2's; no other is supported")
         self._merge_cached = lru_cache(50_000)(self._merge)
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text; no <s> is added, and text that spells a special token is only text."""
         ids = []
-        for word in words(_well_formed(text)):
+        for word in words(_well_formed(text), self._pattern):
             # Few words are longer than 64 characters, and remembering those could fill the memory.
             ids += self._merge_cached(word) if len(word) < 64 else self._merge(word)
         return ids
@@ -263,20 +262,25 @@ class StreamDecoder:
         return rest
 
 
-# How every Tekken file that Mistral has published cuts text into words, in the words of Rust's regex engine.
+# How every Tekken file that Mistral has published cuts text into words, in the words of Rust's regex engine; and how
+# GPT-2 does, with single digits, which vocabularies from elsewhere bring along when they are rewritten as Tekken files.
 PATTERN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# The same for Python's `re`, which knows no \p{L}: one character stands for all that the pattern treats alike. "A" is
-# upper and title case, "a" lower case, "o" other letters, "m" marks, "0" numbers, "\n" both line breaks, "\t" other
-# white space, " " and "/" themselves, "." the rest.
-WORD = re.compile(r"[^\nAao0]?[Aom]*[aom]+|[^\nAao0]?[Aom]+[aom]*|0| ?[^\sAao0]+[\n/]*|\s*\n+|\s+(?!\S)|\s+")
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+# The same for Python's `re`, which knows no \p{L}: one character stands for all that a pattern treats alike. "A" is
+# upper and title case, "a" lower case, "o" other letters, "~" marks, "0" numbers, "\n" both line breaks, "\t" other
+# white space, " " and "/" themselves, "." the rest. GPT-2's names an apostrophe and some letters.
+WORD = re.compile(r"[^\nAao0]?[Ao~]*[ao~]+|[^\nAao0]?[Ao~]+[ao~]*|0| ?[^\sAao0]+[\n/]*|\s*\n+|\s+(?!\S)|\s+")
+NAMED = "'sdmtlver"
+GPT2_WORD = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[Aaosdmtlver]+|0| ?[^\sAaosdmtlver0]+|\s+(?!\S)|\s+")
 
 KIND = {"Lu": "A", "Lt": "A", "Ll": "a", "Lm": "o", "Lo": "o"}  # Unicode's general category -> what stands for it
-KIND |= {"Mn": "m", "Mc": "m", "Me": "m", "Nd": "0", "Nl": "0", "No": "0"}
+KIND |= {"Mn": "~", "Mc": "~", "Me": "~", "Nd": "0", "Nl": "0", "No": "0"}
 
 # Letters, marks and numbers that Unicode 15 and 16 added, as ranges of hexadecimal code points. An older Python takes
 # them for unassigned; listing them gives every Python the words of the reference, which knows Unicode 16.
@@ -286,7 +290,7 @@ NEW_IN_UNICODE_16 = {
     "o": "105c0-105f3 10d4a-10d4f 10d6f 10ec2-10ec4 1123f-11240 11380-11389 1138b 1138e 11390-113b5 113b7 113d1 113d3 "
     "11bc0-11be0 11f02 11f04-11f10 11f12-11f33 1342f 13441-13446 13460-143fa 16100-1611d 16d40-16d6c 18cff 1b132 1b155 "
     "1e030-1e06d 1e4d0-1e4eb 1e5d0-1e5ed 1e5f0 2b739 2ebf0-2ee5d 31350-323af",
-    "m": "897 cf3 ece 10d69-10d6d 10efc-10eff 11241 113b8-113c0 113c2 113c5 113c7-113ca 113cc-113d0 113d2 113e1-113e2 "
+    "~": "897 cf3 ece 10d69-10d6d 10efc-10eff 11241 113b8-113c0 113c2 113c5 113c7-113ca 113cc-113d0 113d2 113e1-113e2 "
     "11f00-11f01 11f03 11f34-11f3a 11f3e-11f42 11f5a 13440 13447-13455 1611e-1612f 1e08f 1e4ec-1e4ef 1e5ee-1e5ef",
     "0": "10d40-10d49 116d0-116e3 11bf0-11bf9 11f50-11f59 16130-16139 16d70-16d79 1ccf0-1ccf9 1d2c0-1d2d3 1e4f0-1e4f9 "
     "1e5f1-1e5fa",
@@ -294,15 +298,16 @@ NEW_IN_UNICODE_16 = {
 
 
 class Kinds(dict):
-    """Code point -> the character that stands for it in WORD. Filled as characters come up."""
+    """Code point -> the character that stands for it in WORD. Filled as characters come up. `named` are themselves."""
 
-    def __init__(self):
+    def __init__(self, named: str = ""):
         super().__init__({0xA: "\n", 0xD: "\n", 0x20: " ", 0x2F: "/"})
         self.update(dict.fromkeys(range(0x1C, 0x20), "."))  # white space to Python, but not to Rust and Unicode
         for kind, ranges in NEW_IN_UNICODE_16.items():
             for span in ranges.split():
                 first, _, last = span.partition("-")
                 self.update(dict.fromkeys(range(int(first, 16), int(last or first, 16) + 1), kind))
+        self.update({ord(character): character for character in named})
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
@@ -311,9 +316,11 @@ class Kinds(dict):
 
 
 KINDS = Kinds()
+CUTS = {PATTERN: (WORD, KINDS), GPT2: (GPT2_WORD, Kinds(NAMED))}
 
 
-def words(text: str) -> Iterator[str]:
-    """The words of a text without lone surrogates, as PATTERN cuts it. Together they are the text."""
-    for match in WORD.finditer(text.translate(KINDS)):
+def words(text: str, pattern: str = PATTERN) -> Iterator[str]:
+    """The words of a text without lone surrogates, as `pattern` cuts it. Together they are the text."""
+    word, kinds = CUTS[pattern]
+    for match in word.finditer(text.translate(kinds)):
         yield text[match.start() : match.end()]

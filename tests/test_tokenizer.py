@@ -16,7 +16,7 @@ from helpers import layout_config, text_fields, vision_fields
 
 from runtime.config import parse_config
 from runtime.files import UserError
-from runtime.tokenizer import KIND, KINDS, PATTERN, SentencePiece, StreamDecoder, Tekken, load_tokenizer, words
+from runtime.tokenizer import GPT2, KIND, KINDS, PATTERN, SentencePiece, StreamDecoder, Tekken, load_tokenizer, words
 
 GOLDEN = os.path.join(os.path.dirname(__file__), "golden")
 SMALL_TEKKEN = os.path.join(GOLDEN, "tokenizer_tekken.json")
@@ -186,12 +186,30 @@ def test_every_character_is_of_its_kind():
     tiktoken = pytest.importorskip("tiktoken")
     everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
     whites = r"[\t\x0b\x0c\x85\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
-    expected = {r"[\p{Lu}\p{Lt}]": "A", r"\p{Ll}": "a", r"[\p{Lm}\p{Lo}]": "o", r"\p{M}": "m", r"\p{N}": "0"}
+    expected = {r"[\p{Lu}\p{Lt}]": "A", r"\p{Ll}": "a", r"[\p{Lm}\p{Lo}]": "o", r"\p{M}": "~", r"\p{N}": "0"}
     for pattern, kind in {**expected, r"[\r\n]": "\n", whites: "\t"}.items():
         engine = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=SINGLE, special_tokens={})
         found = engine.decode(engine.encode_ordinary(everything))
         assert found == "".join(c for c in everything if KINDS[ord(c)] == kind), pattern
     assert KINDS[ord("/")] == "/" and KINDS[ord(" ")] == " " and set(KINDS.values()) == {*KIND.values(), *" \n\t/."}
+
+
+@pytest.mark.parametrize("pattern", [PATTERN, GPT2])
+@pytest.mark.parametrize("seed", range(6))
+def test_words_as_the_engine_cuts_them(seed, pattern):
+    """Drawn texts, by the engine that the patterns were written for, with every word a token."""
+    tiktoken = pytest.importorskip("tiktoken")
+    draw = random.Random(seed)
+    some = "ab sdmtlverSDZ' '\t\n\r/.-~09" + "\u00b2\u00df\u01c5\u00aa\u00e9\u0435\u0301\u6f22\u3000\x1c\U0001f600"
+    for _ in range(300):
+        text = "".join(draw.choice(some) for _ in range(draw.randint(1, 25)))
+        found = list(words(text, pattern))
+        assert "".join(found) == text
+        longer = [word.encode() for word in dict.fromkeys(found) if len(word.encode()) > 1]
+        ranks = {**SINGLE, **{word: 256 + i for i, word in enumerate(longer)}}
+        engine = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        cut = [engine.decode_single_token_bytes(id).decode() for id in engine.encode_ordinary(text)]
+        assert cut == found, text
 
 
 SINGLE = {bytes([byte]): byte for byte in range(256)}
@@ -207,7 +225,7 @@ def test_words():
 
 def test_letters_newer_than_this_python():
     """Code points of Unicode 15 and 16, whatever `unicodedata` knows."""
-    assert [KINDS[code] for code in (0x1C89, 0xA7CD, 0x31350, 0x897, 0x1E4F5)] == ["A", "a", "o", "m", "0"]
+    assert [KINDS[code] for code in (0x1C89, 0xA7CD, 0x31350, 0x897, 0x1E4F5)] == ["A", "a", "o", "~", "0"]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +233,7 @@ def test_letters_newer_than_this_python():
 )
 def test_other_patterns(pattern, tmp_path):
     """None is tried: `re` could take for ever over a text."""
-    with pytest.raises(UserError, match="tekken.json: the pattern is not that of Mistral's"):
+    with pytest.raises(UserError, match="tekken.json: the pattern is neither that of Mistral's"):
         Tekken(changed_tekken(tmp_path, lambda data: data["config"].update(pattern=pattern)))
 
 
