@@ -34,7 +34,6 @@ from model import CHUNK, Config
 from parallel import Place, TopologyError
 from runtime.activations import (
     FP32,
-    Layer,
     batch_shape,
     count_micro_batches,
     decoder_layer,
@@ -79,11 +78,8 @@ def make_plan(config: Config, args: argparse.Namespace) -> dict:
     keep_fp8 = config.fp8 and (args.weights != "dequantized" if args.inference else bool(args.lora_rank))
     counts, stages, memory = Counter(), [], args.gpu_memory_gb * 1e9
     for stage_places in places(args.tp, args.pp, args.dp, args.sequence_parallel):
-        ranks = []
-        for place in stage_places:
-            rank, kinds = plan_rank(config, place, args, keep_fp8)
-            counts += kinds
-            ranks.append(rank)
+        ranks, kinds = zip(*(plan_rank(config, place, args, keep_fp8) for place in stage_places))
+        counts = sum(kinds, counts)
         worst = max(ranks, key=lambda rank: rank.peak_bytes)
         worst.fits = worst.peak_bytes <= memory
         stages.append(worst)
@@ -127,6 +123,7 @@ def plan_rank(
     model = build_model(few, replace(place, device=torch.device("meta")), dtype, keep_fp8)
     if args.lora_rank:
         add_adapters(model, args.lora_rank, 1.0)
+    scales = config.activation_scheme == "static"  # of activations, which the loader adds
 
     def times(name: str) -> int:
         """How many tensors the one of this name stands for."""
@@ -134,38 +131,36 @@ def plan_rank(
             return len(layers)
         return v.num_hidden_layers if ".layers." in name else 1
 
-    weights = sum(times(name) * x.nbytes for name, x in [*model.named_parameters(), *model.named_buffers()])
-    if config.activation_scheme == "static":  # the loader adds the scales of activations
-        weights += sum(FP32 * times(name) for name, _ in model.named_buffers() if name.endswith(".weight_scale"))
-    held, counts = held_tensors(model), Counter()
-    for tensor in held:
+    weights = sum(
+        times(name) * (x.nbytes + scales * FP32 * name.endswith(".weight_scale"))
+        for name, x in [*model.named_parameters(), *model.named_buffers()]
+    )
+    held, counts = [(tensor, times(tensor.name)) for tensor in held_tensors(model)], Counter()
+    for tensor, count in held:
         inside = math.prod(tensor.part.shape) // tensor.part.shape[tensor.part.dim] * tensor.part.length
-        counts[kind_of(tensor)] += times(tensor.name) * inside
-        counts["padding"] += times(tensor.name) * (tensor.size - inside)
+        counts[kind_of(tensor)] += count * inside
+        counts["padding"] += count * (tensor.size - inside)
     stage = StagePlan(place.pp_rank, [layers[0], layers[-1]], sum(counts.values()), weights)
     if args.inference:
         stage.cache_bytes = len(layers) * model.new_cache(1, args.max_context).nbytes
         products = keep_fp8 and GPUS[args.gpu].fp8 > 0
         stage.activation_bytes = prompt_bytes(config, place, args.max_context, keep_fp8, products, dtype.itemsize)
     else:
-        plan_training(stage, config, place, args, [(tensor, times(tensor.name)) for tensor in held], keep_fp8, dtype)
+        freeze = tuple(FREEZABLE if args.lora_rank else args.freeze)
+        passes = training_bytes(config, place, args, freeze, keep_fp8, dtype.itemsize)
+        plan_training(stage, passes, held, freeze)
     return stage, counts
 
 
-def plan_training(
-    stage: StagePlan, config: Config, place: Place, args: argparse.Namespace, held: list, keep_fp8: bool, dtype
-) -> None:
-    """Adds to `stage` what training takes. `held`: its tensors, each with how many others it stands for."""
-    freeze = tuple(FREEZABLE if args.lora_rank else args.freeze)
+def plan_training(stage: StagePlan, passes: int, held: list[tuple[Held, int]], freeze: tuple[str, ...]) -> None:
+    """Adds to `stage` what training takes. `passes`: bytes of activations; `held`: tensors, and how many of each."""
     trained = [(t, count) for t, count in held if ".adapter." in t.name or is_trained(t.name, freeze)]
-    total = sum(count * tensor.size for tensor, count in trained)
     # In FP32 (see optimizer.py): the sum of gradients; the master weight and Adam's two moments.
-    stage.gradient_bytes, stage.optimizer_bytes = FP32 * total, 3 * FP32 * total
+    stage.gradient_bytes = FP32 * sum(count * tensor.size for tensor, count in trained)
+    stage.optimizer_bytes = 3 * stage.gradient_bytes
     # After the passes the shares of a gradient are added up in whole tensors, a bucket at a time.
-    shared = [(count, math.prod(tensor.part.shape)) for tensor, count in trained if tensor.sharers > 1]
-    bucket = min(max([BUCKET, *(size for _, size in shared)]), sum(count * size for count, size in shared))
-    passes = training_bytes(config, place, args, freeze, keep_fp8, dtype.itemsize)
-    stage.activation_bytes = max(passes, FP32 * bucket)
+    shared = [math.prod(tensor.part.shape) for tensor, count in trained if tensor.sharers > 1 for _ in range(count)]
+    stage.activation_bytes = max(passes, FP32 * max([min(BUCKET, sum(shared)), *shared]))
 
 
 def kind_of(tensor: Held) -> str:
@@ -213,17 +208,26 @@ ADAM_BYTES = 82  # that a step of optimizer.py reads and writes per trained weig
 RECIPE_STEPS, MEDPIX = 100, 20_500  # of the published fine-tune; samples of its data
 
 
-def stage_times(
-    config: Config, place: Place, gpu: Gpu, layer: Layer, pairs: float, keys: int, passes: tuple[int, int] = (1, 0)
-) -> torch.Tensor:
-    """(floor, estimate), in seconds, of a stage's passes over N tokens.
+@dataclass(frozen=True)
+class Work:
+    """Passes over `rows` rows of `length` tokens, which attend to themselves and to the `start` tokens before."""
 
-    `pairs`: how many pairs of a query and a key each head has; `keys`: how many keys there are; `passes`: how many
-    forward, and how many products backward for each forward. Per token and layer:
+    rows: int
+    length: int
+    start: int = 0
+    fp8: bool = False  # weights; multiplied so in inference, where the GPU can
+    forward: int = 1  # passes; 2 where activations are computed again
+    backward: int = 0  # products for each one forward: the input's gradient, and the weight's if that is trained
+    rank: int = 0  # of adapters
+
+
+def stage_times(config: Config, place: Place, gpu: Gpu, work: Work) -> torch.Tensor:
+    """(floor, estimate), in seconds, of a stage's passes over N tokens. Per token and layer:
 
     - four products, 2 · in · out operations each, which read the weight once; backward as many for the input's gradient
       and, where weights are trained, for theirs. In inference one position goes through the head; in training all.
-    - attention: 4 D operations per pair and head; in the backward pass, which forms the scores again, 10 D.
+    - attention: 4 D operations per pair of query and key and head; in the backward pass, which forms the scores again,
+      10 D.
     - other kernels read and write, in bytes: norms and residuals 8 C + 12 C; the rotation (roll, times cosine, plus
       times sine) 4 + 4 + 6 for each number of q and k; the cache 8 KV D; silu and product 4 F + 6 F; quantizing to FP8
       (divide, clamp, convert) 6 + 8 + 5 for each input of a product, or dequantizing 7 for each weight; putting an
@@ -233,46 +237,52 @@ def stage_times(
     - two all-reduces of 2 C bytes forward, two backward, in a ring: every part travels twice, but for a rank's own.
       Computing a layer again ends before down_proj. One message goes to each neighbouring stage.
     """
-    (forward, backward), tp, (A, Q, F, C, _) = passes, place.tp_size, replace(layer, tokens=1, own_tokens=1).sizes
-    N, layers, training = layer.tokens, len(place.layers(config.num_hidden_layers)), backward > 0
-    turned, V, last = (A + Q) // 2, config.vocab_size / tp, place.last_stage
-    matrices, fp8, adapters = [(C, Q), (A, C), (C, 2 * F), (F, C)], layer.products, layer.rank > 0
-    weights, quantized, outputs = sum(x * y for x, y in matrices), 19 * fp8 * (2 * C + A + F), Q + 2 * C + 2 * F
-    dequantizes, adding, again = layer.fp8 and not fp8, 14 * adapters * outputs, forward > 1 and not adapters
-    scored, peak = N if training else 1, gpu.fp8 if fp8 else gpu.bf16
-    # How often, operations, bytes, operations per second
-    products = [
-        (layers * 2 * (forward + 2.5 * training), 2 * pairs * A, 2 * keys * (turned - A) + 2 * N * A, gpu.bf16),
-        (last * (1 + backward), 2 * scored * C * V, 2 * (C * V + scored * (C + V)), gpu.bf16),
-    ]
-    for x, y in matrices:
-        times, nbytes = layers * (forward + backward - (again and x == F)), (2 - fp8) * (x * y + N * x) + 2 * N * y
-        products.append((times, 2 * N * x * y, nbytes, peak))
-        products.append((layers * adapters * (forward + 2), 2 * N * layer.rank * (x + y), 2 * N * (x + y), gpu.bf16))
-    # How often, kernels, bytes
-    moved = 20 * C + 14 * turned + 8 * (turned - A) + 10 * F + quantized + adding
+    (C, A, Q, F, _), forward, backward, tp = decoder_layer(config, place), work.forward, work.backward, place.tp_size
+    N, V, KV, last = work.rows * work.length, config.vocab_size / tp, (Q - A) // 2, place.last_stage
+    pairs, keys = N * (work.start + (work.length + 1) / 2), work.rows * (work.start + work.length)
+    layers, training, adapters = len(place.layers(config.num_hidden_layers)), backward > 0, work.rank > 0
+    again, fp8 = forward > 1 and not adapters, work.fp8 and gpu.fp8 > 0 and not training
+    dequantizes, scored = work.fp8 and not fp8, N if training else 1
+    weights, inputs, outputs = C * (Q + A + 3 * F), 2 * C + A + F, Q + 2 * C + 2 * F
+    moved = 14 * (A + KV + adapters * outputs)
     kernels = KERNELS + 12 * fp8 + 8 * dequantizes + 20 * adapters
-    others = [
-        (layers * forward, kernels, N * moved),
-        (layers * training, kernels, N * (24 * C + 14 * turned + 4 * Q + 26 * F + adding)),
-        (layers * (forward + training) * dequantizes, 0, 7 * weights),
-        (layers * training * layer.trained, 0, 10 * weights),
-        (1, ENDS, 0),
-        (last, ENDS, 52 * training * N * V),
+    # How often, kernels, bytes, operations, operations per second
+    table = [
+        (
+            layers * (forward + backward - again * C * F / weights),
+            4,
+            (2 - fp8) * (weights + N * inputs) + 2 * N * outputs,
+            2 * N * weights,
+            gpu.fp8 if fp8 else gpu.bf16,
+        ),
+        (layers * (forward + 2.5 * training), 2, 4 * keys * KV + 4 * N * A, 4 * pairs * A, gpu.bf16),
+        (adapters * layers * (forward + 2), 4, 2 * N * (inputs + outputs), 2 * N * work.rank * (inputs + outputs), gpu.bf16),
+        (last * (1 + backward), 1, 2 * (C * V + scored * (C + V)), 2 * scored * C * V, gpu.bf16),
+        # No products
+        (layers * forward, kernels, N * (20 * C + 8 * KV + 10 * F + moved + 19 * fp8 * inputs), 0, 1),
+        (layers * training, kernels, N * (24 * C + 4 * Q + 26 * F + moved), 0, 1),
+        (layers * (forward + training) * dequantizes + 10 / 7 * layers * (backward > 1), 0, 7 * weights, 0, 1),
+        (1 + last, ENDS, 0, 0, 1),
+        (last * training, 0, 52 * N * V, 0, 1),
     ]
     # How often, bytes, bytes per second
-    sums = layers * (2 * forward + 2 * training - again) + place.first_stage + last
-    far = gpu.network if tp * place.pp_size > 8 else gpu.nvlink
     messages = [
-        ((tp > 1) * sums, 4 * (1 - 1 / tp) * N * C, gpu.network if tp > 8 else gpu.nvlink),
-        ((not last) + training * (not place.first_stage), 2 * layer.own_tokens * C, far),
+        (
+            (tp > 1) * (layers * (2 * forward + 2 * training - again) + place.first_stage + last),
+            4 * (1 - 1 / tp) * N * C,
+            gpu.network if tp > 8 else gpu.nvlink,
+        ),
+        (
+            (not last) + training * (not place.first_stage),
+            2 * N // place.token_parts * C,
+            gpu.network if tp * place.pp_size > 8 else gpu.nvlink,
+        ),
     ]
     floor = about = 0.0
-    for count, operations, nbytes, peak in products:
+    for count, n, nbytes, operations, peak in table:
         compute, memory = operations / peak, nbytes / gpu.memory
-        floor += count * max(compute, memory)
-        about += count * max(compute / PRODUCTS, memory / COPIES, KERNEL)
-    about += sum(count * max(n * KERNEL, nbytes / gpu.memory / COPIES) for count, n, nbytes in others)
+        floor += count * max(compute, memory) * (operations > 0)
+        about += count * max(compute / PRODUCTS, memory / COPIES, n * KERNEL)
     about += sum(count * (MESSAGE + nbytes / link / LINKS) for count, nbytes, link in messages)
     return torch.tensor([floor, about], dtype=torch.float64)
 
@@ -282,28 +292,20 @@ def make_times(config: Config, args: argparse.Namespace, keep_fp8: bool, trained
     gpu, p, times = GPUS[args.gpu], args.pp, {}
     grid = [stage[0] for stage in places(args.tp, p, args.dp, args.sequence_parallel)]
 
-    def infer(start: int, tokens: int) -> torch.Tensor:
-        """Of each stage, for `tokens` of one row from position `start` on: (p, 2)."""
-        options = dict(fp8=keep_fp8, products=keep_fp8 and gpu.fp8 > 0)
-        layer = decoder_layer(config, grid[0], tokens, 2, **options)
-        pairs = tokens * (start + (tokens + 1) / 2)
-        return torch.stack([stage_times(config, at, gpu, layer, pairs, start + tokens) for at in grid])
+    def stages(*shape: int, **more) -> torch.Tensor:
+        """Of each stage: (p, 2)."""
+        return torch.stack([stage_times(config, at, gpu, Work(*shape, fp8=keep_fp8, **more)) for at in grid])
 
     if args.inference:
         context = min(8192, args.max_context)
-        times[f"a token after {context:,}"] = infer(context - 1, 1).sum(0)
+        times[f"a token after {context:,}"] = stages(1, 1, context - 1).sum(0)
         for length in (n for n in (8192, 131072) if n <= args.max_context):
-            slowest = (infer(0, CHUNK) + infer(length - CHUNK, CHUNK)).amax(0) / 2
+            slowest = (stages(1, CHUNK) + stages(1, CHUNK, length - CHUNK)).amax(0) / 2
             times[f"a prompt of {length:,}"] = (length // CHUNK + p - 1) * slowest
     else:
-        (B, T), whole = batch_shape(args, grid[0]), not (args.lora_rank or "language_model" in args.freeze)
-        options = dict(trained=whole, fp8=keep_fp8, rank=args.lora_rank or 0)
-        layer, passes = (
-            decoder_layer(config, grid[0], B * T, 2, **options),
-            (1 + args.activation_checkpointing, 1 + whole),
-        )
-        pairs = B * T * (T + 1) / 2
-        slowest = torch.stack([stage_times(config, at, gpu, layer, pairs, B * T, passes) for at in grid]).amax(0)
+        whole = not (args.lora_rank or "language_model" in args.freeze)
+        passes = dict(forward=1 + args.activation_checkpointing, backward=1 + whole, rank=args.lora_rank or 0)
+        slowest = stages(*batch_shape(args, grid[0]), **passes).amax(0)
         adam = torch.tensor([1, 1 / COPIES]) * ADAM_BYTES * trained / gpu.memory
         adam[1] += 2 * (args.dp - 1) / args.dp * FP32 * trained / gpu.network / LINKS  # gradients of replicas
         times["a step"] = step = (count_micro_batches(args, args.dp) + p - 1) * slowest + adam
