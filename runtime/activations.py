@@ -55,7 +55,7 @@ class Layer(NamedTuple):
         q, k and v, Q, which is the output of qkv_proj turned in place; flash attention's output, A; gate and up, 2 F,
         and silu(gate), F. Where weights or adapters are trained also the `inputs` of products: two norms' outputs, 2 C,
         and silu(gate) · up, F. Attention's output is the input of o_proj, unless that is a copy. Adapters of this
-        `rank`: the outputs of lora_A, of seven matrices. No scores: of softmax a float32 log-sum-exp for each head, 2 H.
+        `rank`: the outputs of lora_A, of seven matrices. No scores: of softmax a float32 log-sum-exp per head, 2 H.
         """
         return 2 * self.H + self.Q + self.A + 3 * self.F + inputs * (2 * self.C + self.F + copied * self.A) + 7 * rank
 
@@ -108,16 +108,10 @@ def tower_layer(config: Config, place: Place) -> Layer:
     return Layer(v.hidden_size, A, 3 * A, v.intermediate_size // place.tp_size, v.num_attention_heads // place.tp_size)
 
 
-def in_one_pass(config: Config, patches: int) -> int:
-    """How many of `patches` go through the tower at a time, at most; a large image goes alone."""
-    return min(patches, max(PATCHES_AT_ONCE, (config.vision.image_size // config.vision.patch_size) ** 2))
-
-
-def tower_forward(config: Config, place: Place, patches: int, size: int) -> int:
-    """Bytes of images on their way through the tower where nothing is kept: pixels, rotary tables, a layer."""
-    v, patches = config.vision, in_one_pass(config, patches)
-    pixels = patches * (v.num_channels * v.patch_size**2 + 3 * v.head_dim)
-    return size * pixels + tower_layer(config, place).forward(patches, size)
+def at_once(config: Config, tokens: int) -> int:
+    """How many of the tokens of images go through the tower together, at most; a large image goes alone."""
+    v = config.vision
+    return min(tokens, max(PATCHES_AT_ONCE, (v.image_size // v.patch_size) ** 2) // v.spatial_merge_size**2)
 
 
 def tables(config: Config, place: Place) -> int:
@@ -127,28 +121,30 @@ def tables(config: Config, place: Place) -> int:
 
 
 def image_numbers(
-    config: Config, place: Place, tokens: int, size: int, freeze: tuple[str, ...], recomputed: bool
+    config: Config, place: Place, tokens: int, trained: tuple[bool, bool] = (False, False), recomputed: bool = False
 ) -> tuple[int, int]:
     """Of images that fill `tokens` tokens: what tower and projector keep, and the most that their passes add.
 
-    A trained tower keeps pixels, rotary tables, the embedded patches and its layers; the projector the tower's output,
-    its norm merged to cells, their linear's output, and gelu's input and output. Where both are frozen nothing is kept.
+    `trained`: the tower, the projector. A pass through the tower takes pixels, rotary tables with their angles, and of
+    a layer what `Layer.forward` does. A trained tower keeps pixels, tables, the embedded patches, its layers; the
+    projector the tower's output, its norm merged to cells, their linear's output, and gelu's input and output. Where
+    both are frozen nothing is kept.
     """
     v, C = config.vision, config.hidden_size
     if v is None or not place.first_stage:
         return 0, 0
-    layer, patches, kept = tower_layer(config, place), tokens * v.spatial_merge_size**2, 0
-    moments = [tower_forward(config, place, patches, size) / size]
-    if "vision_tower" not in freeze:
-        each, group = layer.kept(True, True, 0), in_one_pass(config, patches)
-        pixels = v.num_channels * v.patch_size**2 + 2 * v.head_dim + layer.C
-        kept += patches * (pixels + v.num_hidden_layers * (layer.C if recomputed else each + 2 * layer.C))
-        moments.append(recomputed * group * (each + layer.C) + layer.backward(group, group, True, 0))
-    if "projector" not in freeze:
-        moments.append(2 * C * C // place.tp_size + 3 * tokens * C)
-    if kept or "projector" not in freeze:
-        kept += 2 * patches * layer.C + tokens * (layer.C + 2 * C // place.tp_size)
-    return kept, max(moments)
+    (tower, projector), patches = trained, tokens * v.spatial_merge_size**2
+    group = at_once(config, tokens) * v.spatial_merge_size**2
+    layer, pixels = tower_layer(config, place), v.num_channels * v.patch_size**2 + 3 * v.head_dim
+    inside = layer.kept(True, True, 0) + layer.C
+    each = layer.C + (not recomputed) * inside
+    kept = tower * patches * (pixels + layer.C + v.num_hidden_layers * each)
+    kept += (tower or projector) * (2 * patches * layer.C + tokens * (layer.C + 2 * C // place.tp_size))
+    return kept, max(
+        group * (pixels + 3 * layer.C + 4 * layer.F),
+        tower * (recomputed * group * inside + layer.backward(group, group, True, 0)),
+        projector * (2 * C * C // place.tp_size + 3 * tokens * C),
+    )
 
 
 def loss(config: Config, place: Place, tokens: int, trained: bool, size: int) -> int:
@@ -173,7 +169,12 @@ def training_bytes(
     or, when the decoder is through with a micro-batch, the gradient of the embedding, or the images of the next one.
     What was sent to neighbouring stages stays until the next message.
     """
-    (B, T), layer, C, first = batch_shape(args, place), decoder_layer(config, place), config.hidden_size, place.first_stage
+    (B, T), layer, C, first = (
+        batch_shape(args, place),
+        decoder_layer(config, place),
+        config.hidden_size,
+        place.first_stage,
+    )
     trained, rank, recomputed = "language_model" not in freeze, args.lora_rank or 0, args.activation_checkpointing
     N, n = B * T, B * T // place.token_parts
     split, states, own, last = n < N, N * C, n * C, place.last_stage
@@ -183,7 +184,9 @@ def training_bytes(
     decoder = len(place.layers(config.num_hidden_layers)) * (2 * own + inside - again) + T * tables(config, place)
     view = (B == 1) * (states - own)  # of one sample, a rank's own tokens are a view of all
     decoder += first * view
-    features, images = image_numbers(config, place, N, size, freeze, recomputed)
+    features, images = image_numbers(
+        config, place, N, ("vision_tower" not in freeze, "projector" not in freeze), recomputed
+    )
     held = min(place.pp_size - place.pp_rank, count_micro_batches(args, place.dp_size)) * (decoder + features)
     embedding = first and trained and "embeddings" not in freeze
     working = (
@@ -204,12 +207,10 @@ def prompt_bytes(config: Config, place: Place, context: int, fp8: bool, products
     stage LOGIT_ROWS positions have their logits: in the run dtype, in float32, and as exponentials.
     """
     tokens, C, V = min(CHUNK, context), config.hidden_size, -(-config.vocab_size // place.tp_size)
-    chunk, tower = tokens * ((1 + (not place.last_stage)) * C + tables(config, place)), 0
-    if place.first_stage and config.vision:
-        cell = config.vision.spatial_merge_size**2
-        patches = in_one_pass(config, context * cell)
-        tower = tower_forward(config, place, patches, size)
-        chunk += C * (patches // cell + tokens)
+    chunk = tokens * ((1 + (not place.last_stage)) * C + tables(config, place))
+    _, tower = image_numbers(config, place, context)
+    if tower:
+        chunk += C * (tokens + at_once(config, context))
     logits = place.last_stage * min(LOGIT_ROWS, tokens) * (V * (2 * FP32 + size) + 2 * size * C)
     layer = decoder_layer(config, place).forward(tokens, size, fp8, products)
-    return int(ROUNDING * max(tower, size * chunk + max(layer, logits)))
+    return int(ROUNDING * max(size * tower, size * chunk + max(layer, logits)))

@@ -24,7 +24,7 @@ import math
 import socket
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
@@ -237,53 +237,52 @@ def stage_times(config: Config, place: Place, gpu: Gpu, work: Work) -> torch.Ten
     - two all-reduces of 2 C bytes forward, two backward, in a ring: every part travels twice, but for a rank's own.
       Computing a layer again ends before down_proj. One message goes to each neighbouring stage.
     """
-    (C, A, Q, F, _), forward, backward, tp = decoder_layer(config, place), work.forward, work.backward, place.tp_size
-    N, V, KV, last = work.rows * work.length, config.vocab_size / tp, (Q - A) // 2, place.last_stage
-    pairs, keys = N * (work.start + (work.length + 1) / 2), work.rows * (work.start + work.length)
-    layers, training, adapters = len(place.layers(config.num_hidden_layers)), backward > 0, work.rank > 0
-    again, fp8 = forward > 1 and not adapters, work.fp8 and gpu.fp8 > 0 and not training
-    dequantizes, scored = work.fp8 and not fp8, N if training else 1
+    (C, A, Q, F, _), forward, backward = decoder_layer(config, place), work.forward, work.backward
+    N, KV, training, first, last = (
+        work.rows * work.length,
+        (Q - A) // 2,
+        backward > 0,
+        place.first_stage,
+        place.last_stage,
+    )
+    layers, tp, V = len(place.layers(config.num_hidden_layers)), place.tp_size, config.vocab_size / place.tp_size
+    fp8, again = work.fp8 and gpu.fp8 > 0 and not training, forward > 1 and not work.rank
+    dequantizes, adapters, scored = work.fp8 and not fp8, work.rank > 0, N if training else 1
     weights, inputs, outputs = C * (Q + A + 3 * F), 2 * C + A + F, Q + 2 * C + 2 * F
-    moved = 14 * (A + KV + adapters * outputs)
-    kernels = KERNELS + 12 * fp8 + 8 * dequantizes + 20 * adapters
+    both, keys, pairs = forward + training, work.start + work.length, N * (work.start + (work.length + 1) / 2)
+    matrices = layers * (forward + backward - again * C * F / weights)
+    launched = both * (KERNELS + 12 * fp8 + 8 * dequantizes + 20 * adapters)
+    moved = both * (14 * (A + KV + adapters * outputs) + 20 * C) + training * (4 * C + 4 * Q + 26 * F)
+    moved += forward * (8 * KV + 10 * F + 19 * fp8 * inputs)
+    peak = gpu.fp8 if fp8 else gpu.bf16
     # How often, kernels, bytes, operations, operations per second
-    table = [
+    kernels = [
+        (matrices, 4, (2 - fp8) * (weights + N * inputs) + 2 * N * outputs, 2 * N * weights, peak),
+        (layers * (forward + 2.5 * training), 2, 4 * work.rows * keys * KV + 4 * N * A, 4 * pairs * A, gpu.bf16),
         (
-            layers * (forward + backward - again * C * F / weights),
+            adapters * layers * (forward + 2),
             4,
-            (2 - fp8) * (weights + N * inputs) + 2 * N * outputs,
-            2 * N * weights,
-            gpu.fp8 if fp8 else gpu.bf16,
+            2 * N * (inputs + outputs),
+            2 * N * work.rank * (inputs + outputs),
+            peak,
         ),
-        (layers * (forward + 2.5 * training), 2, 4 * keys * KV + 4 * N * A, 4 * pairs * A, gpu.bf16),
-        (adapters * layers * (forward + 2), 4, 2 * N * (inputs + outputs), 2 * N * work.rank * (inputs + outputs), gpu.bf16),
         (last * (1 + backward), 1, 2 * (C * V + scored * (C + V)), 2 * scored * C * V, gpu.bf16),
-        # No products
-        (layers * forward, kernels, N * (20 * C + 8 * KV + 10 * F + moved + 19 * fp8 * inputs), 0, 1),
-        (layers * training, kernels, N * (24 * C + 4 * Q + 26 * F + moved), 0, 1),
-        (layers * (forward + training) * dequantizes + 10 / 7 * layers * (backward > 1), 0, 7 * weights, 0, 1),
-        (1 + last, ENDS, 0, 0, 1),
-        (last * training, 0, 52 * N * V, 0, 1),
+        (layers, launched, N * moved, 0, 1),
+        (layers, 0, (7 * dequantizes * both + 10 * (backward > 1)) * weights, 0, 1),
+        (1, ENDS * (1 + last), 52 * training * last * N * V, 0, 1),
     ]
-    # How often, bytes, bytes per second
+    # How often, bytes, ranks among which they travel
     messages = [
-        (
-            (tp > 1) * (layers * (2 * forward + 2 * training - again) + place.first_stage + last),
-            4 * (1 - 1 / tp) * N * C,
-            gpu.network if tp > 8 else gpu.nvlink,
-        ),
-        (
-            (not last) + training * (not place.first_stage),
-            2 * N // place.token_parts * C,
-            gpu.network if tp * place.pp_size > 8 else gpu.nvlink,
-        ),
+        ((tp > 1) * (layers * (2 * both - again) + first + last), 4 * (1 - 1 / tp) * N * C, tp),
+        ((not last) + training * (not first), 2 * N // place.token_parts * C, tp * place.pp_size),
     ]
     floor = about = 0.0
-    for count, n, nbytes, operations, peak in table:
+    for count, launches, nbytes, operations, peak in kernels:
         compute, memory = operations / peak, nbytes / gpu.memory
         floor += count * max(compute, memory) * (operations > 0)
-        about += count * max(compute / PRODUCTS, memory / COPIES, n * KERNEL)
-    about += sum(count * (MESSAGE + nbytes / link / LINKS) for count, nbytes, link in messages)
+        about += count * max(compute / PRODUCTS, memory / COPIES, launches * KERNEL)
+    for count, nbytes, ranks in messages:
+        about += count * (MESSAGE + nbytes / LINKS / (gpu.network if ranks > 8 else gpu.nvlink))
     return torch.tensor([floor, about], dtype=torch.float64)
 
 
@@ -335,19 +334,18 @@ def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp
 
     mine = together(lambda: needs(place))
     room = torch.cuda.mem_get_info(place.device)[0] if gpu else cpu_memory()
-    devices: dict[tuple, list] = {}
-    for device, *numbers in gather_objects(
-        ((socket.gethostname(), str(place.device)), mine.weight_bytes, mine.peak_bytes, room)
-    ):
-        devices.setdefault(device, []).append(numbers)
-    sums = [[sum(column) for column in zip(*ranks)] + [len(ranks)] for ranks in devices.values()]
-    weights, peak, room, sharers = max(sums, key=lambda each: each[1] / each[2])
-    room /= sharers  # each of them saw all of it
+    devices = defaultdict(Counter)
+    numbers = dict(weights=mine.weight_bytes, peak=mine.peak_bytes, room=room, ranks=1)
+    for device, more in gather_objects(((socket.gethostname(), str(place.device)), numbers)):
+        devices[device].update(more)
+    tightest = max(devices.values(), key=lambda device: device["peak"] / device["room"] * device["ranks"])
+    weights, peak, ranks = (tightest[name] for name in ("weights", "peak", "ranks"))
+    room = tightest["room"] / ranks  # each of them saw all of it
     if peak <= room:
         return mine.peak_bytes
-    topology = smallest_topology(needs, room / sharers)
+    topology = smallest_topology(needs, room / ranks)
     what = "the smallest split that fits is --tp {} --pp {}, {} processes with {:.1f} GB each"
-    what = what.format(*topology, math.prod(topology), room / sharers / 1e9) if topology else "no split makes it fit"
+    what = what.format(*topology, math.prod(topology), room / ranks / 1e9) if topology else "no split makes it fit"
     there = f"{room / 1e9:.1f} GB are free on {'the GPU' if gpu else 'the machine'}; {what}"
     if weights > room:
         raise UserError(f"the weights take {weights / 1e9:.1f} GB, but {there}")
@@ -388,40 +386,56 @@ class Progress:
             print(f"loading: {100 * done // total} %, {read:.1f} GB read, {rate:.2f} GB/s", file=sys.stderr)
 
 
+COLUMNS = {
+    "weights": "weight_bytes",
+    "KV cache": "cache_bytes",
+    "gradients": "gradient_bytes",
+    "optimizer": "optimizer_bytes",
+    "activations": "activation_bytes",
+    "reserve*": "reserve_bytes",
+    "peak": "peak_bytes",
+}
+
+
+def table(plan: dict, hidden: tuple[str, ...]) -> list[str]:
+    """A row for each stage, without the `hidden` columns."""
+    columns = [name for name in COLUMNS if name not in hidden]
+    rows = [["stage", "layers", "parameters", *columns, "fits"]]
+    for stage in plan["stages"]:
+        first, last = stage["layers"]
+        row = [str(stage["stage"]), f"{first}-{last}", f"{stage['parameters']:,}"]
+        row += [f"{stage[COLUMNS[name]] / 1e9:.2f}" for name in columns]
+        rows.append([*row, "yes" if stage["fits"] else "no"])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(map(str.rjust, row, widths)) for row in rows]
+
+
 def show(plan: dict, args: argparse.Namespace) -> str:
-    """The plan as a table."""
-    middle = (
-        {"KV cache": "cache_bytes"}
-        if args.inference
-        else {"gradients": "gradient_bytes", "optimizer": "optimizer_bytes"}
-    )
-    columns = {"weights": "weight_bytes", **middle, "activations": "activation_bytes", "reserve*": "reserve_bytes"}
-    columns["peak"] = "peak_bytes"
-    names, fits = ["stage", "layers", "parameters", *columns, "fits"], {True: "yes", False: "no"}
-    rows = [
-        [str(s["stage"]), "{}-{}".format(*s["layers"]), f"{s['parameters']:,}"]
-        + [f"{s[field] / 1e9:.2f}" for field in columns.values()]
-        + [fits[s["fits"]]]
-        for s in plan["stages"]
-    ]
-    widths = [max(map(len, column)) for column in zip(names, *rows)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [names, *rows]]
-    lines += ["", "GB (10^9 bytes) and parameters of one rank; * estimated"]
+    """The plan as a table, and what there is to say of the whole."""
     adapters = f", {plan['adapters']:,} of adapters" if plan["adapters"] else ""
     copies = ", ".join(f"{name} {count:,}" for name, count in plan["copies"].items())
     besides = f"besides, over all ranks of a replica: copies {copies or 0}; padding {plan['padding']:,}"
-    lines.append(f"{plan['parameters']:,} parameters{adapters}; {besides}")
     if args.inference:
-        lines.append(f"context {args.max_context:,} tokens, one request; at most {plan['largest_context']:,} fit")
+        hidden = ("gradients", "optimizer")
+        use = f"context {args.max_context:,} tokens, one request; at most {plan['largest_context']:,} fit"
     else:
-        bubble, m = f"{100 * plan['bubble']:.1f} %", plan["micro_batches"]
-        lines.append(f"bubble {bubble} of the time: {args.pp} stages, {m} micro-batches a step")
-    lines.append(f"time on {args.gpu.upper()}s, on paper:")
-    lines += [
-        f"  {name}: {human(low)} at least, about {human(guess)}" for name, (low, guess) in plan["seconds"].items()
-    ]
-    lines.append(f"{'fits' if plan['fits'] else 'does not fit'} on {plan['gpus']} × {args.gpu_memory_gb:g} GB")
-    return "\n".join(lines)
+        hidden, bubble, m = ("KV cache",), 100 * plan["bubble"], plan["micro_batches"]
+        use = f"bubble {bubble:.1f} % of the time: {args.pp} stages, {m} micro-batches a step"
+    return "\n".join(
+        [
+            *table(plan, hidden),
+            "",
+            "GB (10^9 bytes) and parameters of one rank; * estimated",
+            f"{plan['parameters']:,} parameters{adapters}; {besides}",
+            use,
+            f"time on {args.gpu.upper()}s, on paper:",
+            *(
+                f"  {name}: {human(low)} at least, about {human(guess)}"
+                for name, (low, guess) in plan["seconds"].items()
+            ),
+            f"{'fits' if plan['fits'] else 'does not fit'} on {plan['gpus']} × {args.gpu_memory_gb:g} GB",
+        ]
+    )
 
 
 def human(seconds: float) -> str:
@@ -431,27 +445,31 @@ def human(seconds: float) -> str:
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__, prog="parallel.py", usage="%(prog)s --plan --config CONFIG.json [options]")
+
+    def size(flag: str, text: str, default: int | None = None) -> None:
+        add(flag, type=SIZE, default=default, metavar="N", help=text)
+
     add = parser.add_argument_group("what to plan").add_argument
     add("--plan", action="store_true", required=True, help="the only thing that parallel.py does as a program")
     add("--config", required=True, metavar="CONFIG.json", help="config.json or params.json of the model")
-    add("--tp", type=SIZE, default=1, metavar="N", help="tensor-parallel size")
-    add("--pp", type=SIZE, default=1, metavar="N", help="pipeline-parallel size")
-    add("--dp", type=SIZE, default=1, metavar="N", help="data-parallel size")
+    size("--tp", "tensor-parallel size", 1)
+    size("--pp", "pipeline-parallel size", 1)
+    size("--dp", "data-parallel size", 1)
     add("--gpu", choices=[*GPUS], default="h100", help="whose published speed to reckon with")
     add("--gpu-memory-gb", type=number(float, 0, 1e6, above=True), metavar="F", help="10^9 bytes; default: the GPU's")
     add("--json", action="store_true", help="one JSON object on stdout")
     add = parser.add_argument_group("training, as with train.py").add_argument
-    add("--max-length", type=SIZE, metavar="N", help="tokens of a sample; default 2048, or the model's context")
-    add("--micro-batch-size", type=SIZE, default=1, metavar="N", help="samples that go through the model together")
-    add("--global-batch-size", type=SIZE, default=64, metavar="N", help="samples a step, which decide the bubble")
+    size("--max-length", "tokens of a sample; default 2048, or the model's context")
+    size("--micro-batch-size", "samples that go through the model together", 1)
+    size("--global-batch-size", "samples a step, which decide the bubble", 64)
     add("--activation-checkpointing", action="store_true", help="compute activations twice, to hold fewer")
     add("--sequence-parallel", action="store_true", help="norms and residuals split along the tokens")
     add("--freeze", nargs="+", default=[], choices=sorted(FREEZABLE), metavar="NAME", help=", ".join(FREEZABLE))
-    add("--lora-rank", type=SIZE, metavar="N", help="adapters of this rank; weights frozen, FP8 ones as they are")
+    size("--lora-rank", "adapters of this rank; weights frozen, FP8 ones as they are")
     add = parser.add_argument_group("generation, as with generate.py").add_argument
     add("--inference", action="store_true", help="plan generate.py with one request, not train.py")
     add("--weights", choices=["fp8", "dequantized"], help="FP8 weights in memory; default: as stored")
-    add("--max-context", type=SIZE, metavar="N", help="tokens; default: the model's context")
+    size("--max-context", "tokens; default: the model's context")
     args = parser.parse_args(argv)
     args.gpu_memory_gb = args.gpu_memory_gb or GPUS[args.gpu].gigabytes
     training = args.freeze or args.activation_checkpointing or args.sequence_parallel or args.max_length
