@@ -16,6 +16,7 @@ residuals have N / tp of them under sequence parallelism.
 
 import argparse
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from model import CHUNK, LOGIT_ROWS, Config, local_heads
@@ -85,7 +86,7 @@ class Layer(NamedTuple):
         - in down_proj the gradient of its input, F, and of its weight, or a frozen FP8 weight dequantized, C F;
         - the gradients of the two factors of silu(gate) · up, 2 F; adapters, when the layer is computed again: their
           output of gate and up in parts, joined, and scaled, 3 · 2 F, while silu(gate) and the product are to come;
-        - in gate_up_proj, whose output's gradient has taken the place of 4 F, C and 2 C F.
+        - in gate_up_proj, whose output's gradient has taken the place of 4 F, C (of adapters, too) and 2 C F.
         """
         C, F = self.C, self.F
         down, adapters = weights * C * F, rank > 0
@@ -93,7 +94,7 @@ class Layer(NamedTuple):
         return own * C + max(
             g + tokens * F + down,
             2 * g + tokens * (C + 4 * F) if adapters else tokens * 2 * F,
-            tokens * ((1 + adapters) * C - 2 * F) + 2 * down,
+            adapters * g + tokens * ((1 + adapters) * C - 2 * F) + 2 * down,
         )
 
 
@@ -121,7 +122,7 @@ def tables(config: Config, place: Place) -> int:
 
 
 def image_numbers(
-    config: Config, place: Place, tokens: int, trained: tuple[bool, bool] = (False, False), recomputed: bool = False
+    config: Config, place: Place, tokens: int, trained: Sequence[bool] = (False, False), recomputed: bool = False
 ) -> tuple[int, int]:
     """Of images that fill `tokens` tokens: what tower and projector keep, and the most that their passes add.
 
@@ -169,32 +170,26 @@ def training_bytes(
     or, when the decoder is through with a micro-batch, the gradient of the embedding, or the images of the next one.
     What was sent to neighbouring stages stays until the next message.
     """
-    (B, T), layer, C, first = (
-        batch_shape(args, place),
-        decoder_layer(config, place),
-        config.hidden_size,
-        place.first_stage,
-    )
+    (B, T), layer = batch_shape(args, place), decoder_layer(config, place)
+    first, last, vision = place.first_stage, place.last_stage, [x not in freeze for x in ("vision_tower", "projector")]
     trained, rank, recomputed = "language_model" not in freeze, args.lora_rank or 0, args.activation_checkpointing
     N, n = B * T, B * T // place.token_parts
-    split, states, own, last = n < N, N * C, n * C, place.last_stage
+    split, states, own = n < N, N * layer.C, n * layer.C
     # With several samples and key/value heads `attend` cannot view (B, KV) as one dimension: its output is copied.
     inside = N * layer.kept(trained or rank > 0 or recomputed, B > 1 and local_heads(config, place)[1] > 1, rank)
     again = recomputed * (own + inside)
     decoder = len(place.layers(config.num_hidden_layers)) * (2 * own + inside - again) + T * tables(config, place)
     view = (B == 1) * (states - own)  # of one sample, a rank's own tokens are a view of all
     decoder += first * view
-    features, images = image_numbers(
-        config, place, N, ("vision_tower" not in freeze, "projector" not in freeze), recomputed
-    )
+    features, images = image_numbers(config, place, N, vision, recomputed)
     held = min(place.pp_size - place.pp_rank, count_micro_batches(args, place.dp_size)) * (decoder + features)
     embedding = first and trained and "embeddings" not in freeze
     working = (
         again + layer.backward(N, n, trained or fp8, rank) + last * view,
         # The residual, an output, that in parts where tokens are split, and on the first stage features
-        (not recomputed) * (own + (1 + split + first) * states + (not trained) * 2 * N * layer.F),
+        (not recomputed) * (own + (1 + split + first) * states + (not trained) * 3 * N * layer.F),
         last * (loss(config, place, N, trained, size) + (images > 0) * states),
-        own - decoder + max(images, embedding * (3 * states + C * config.vocab_size // place.tp_size)),
+        own - decoder + max(images, embedding * (3 * states + layer.C * config.vocab_size // place.tp_size)),
     )
     return int(ROUNDING * size * (held + max(working) + own * ((not first) + (not last))))
 
