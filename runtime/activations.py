@@ -93,8 +93,8 @@ class Layer(NamedTuple):
         g = tokens * C if own < tokens else 0  # the gathered gradient
         return own * C + max(
             g + tokens * F + down,
-            2 * g + tokens * (C + 4 * F) if adapters else tokens * 2 * F,
-            adapters * g + tokens * ((1 + adapters) * C - 2 * F) + 2 * down,
+            adapters * (2 * g + tokens * C) + (2 + 2 * adapters) * tokens * F,
+            adapters * (g + tokens * C) + tokens * (C - 2 * F) + 2 * down,
         )
 
 
@@ -156,7 +156,7 @@ def loss(config: Config, place: Place, tokens: int, trained: bool, size: int) ->
     C, V = config.hidden_size, -(-config.vocab_size // place.tp_size)
     padded = (place.tp_rank + 1) * V > config.vocab_size
     logits = tokens * V * (2 * FP32 if padded else FP32 + size) // size
-    return 3 * tokens * C + max(logits, V * (tokens + trained * C))
+    return (3 + place.first_stage) * tokens * C + max(logits, V * (tokens + trained * C))
 
 
 def training_bytes(
@@ -180,15 +180,16 @@ def training_bytes(
     again = recomputed * (own + inside)
     decoder = len(place.layers(config.num_hidden_layers)) * (2 * own + inside - again) + T * tables(config, place)
     view = (B == 1) * (states - own)  # of one sample, a rank's own tokens are a view of all
-    decoder += first * view
     features, images = image_numbers(config, place, N, vision, recomputed)
-    held = min(place.pp_size - place.pp_rank, count_micro_batches(args, place.dp_size)) * (decoder + features)
+    held = min(place.pp_size - place.pp_rank, count_micro_batches(args, place.dp_size)) * (
+        decoder + features + first * view
+    )
     embedding = first and trained and "embeddings" not in freeze
     working = (
         again + layer.backward(N, n, trained or fp8, rank) + last * view,
         # The residual, an output, that in parts where tokens are split, and on the first stage features
         (not recomputed) * (own + (1 + split + first) * states + (not trained) * 3 * N * layer.F),
-        last * (loss(config, place, N, trained, size) + (images > 0) * states),
+        last * loss(config, place, N, trained, size),
         own - decoder + max(images, embedding * (3 * states + layer.C * config.vocab_size // place.tp_size)),
     )
     return int(ROUNDING * size * (held + max(working) + own * ((not first) + (not last))))

@@ -80,9 +80,8 @@ def make_plan(config: Config, args: argparse.Namespace) -> dict:
     for stage_places in places(args.tp, args.pp, args.dp, args.sequence_parallel):
         ranks, kinds = zip(*(plan_rank(config, place, args, keep_fp8) for place in stage_places))
         counts = sum(kinds, counts)
-        worst = max(ranks, key=lambda rank: rank.peak_bytes)
-        worst.fits = worst.peak_bytes <= memory
-        stages.append(worst)
+        stages.append(max(ranks, key=lambda rank: rank.peak_bytes))
+        stages[-1].fits = stages[-1].peak_bytes <= memory
     plan = {
         "gpus": args.tp * args.pp * args.dp,
         **{name: counts.pop(name, 0) for name in ("parameters", "adapters", "padding")},
@@ -94,9 +93,8 @@ def make_plan(config: Config, args: argparse.Namespace) -> dict:
     }
     if args.inference:
         # Of the columns only the cache grows with the context (activations stop growing at one chunk of the prompt).
-        rooms = [memory - (stage.peak_bytes - stage.cache_bytes) for stage in stages]
-        contexts = [int(room * args.max_context / stage.cache_bytes) for room, stage in zip(rooms, stages)]
-        plan["largest_context"] = max(0, min(config.max_position_embeddings, *contexts))
+        grow = [1 + (memory - stage.peak_bytes) / stage.cache_bytes for stage in stages]
+        plan["largest_context"] = max(0, min(config.max_position_embeddings, int(args.max_context * min(grow))))
     else:
         plan["micro_batches"] = m = count_micro_batches(args, args.dp)
         plan["bubble"] = (args.pp - 1) / (m + args.pp - 1)  # see parallel.Pipeline
@@ -238,13 +236,7 @@ def stage_times(config: Config, place: Place, gpu: Gpu, work: Work) -> torch.Ten
       Computing a layer again ends before down_proj. One message goes to each neighbouring stage.
     """
     (C, A, Q, F, _), forward, backward = decoder_layer(config, place), work.forward, work.backward
-    N, KV, training, first, last = (
-        work.rows * work.length,
-        (Q - A) // 2,
-        backward > 0,
-        place.first_stage,
-        place.last_stage,
-    )
+    N, KV, training, last = work.rows * work.length, (Q - A) // 2, backward > 0, place.last_stage
     layers, tp, V = len(place.layers(config.num_hidden_layers)), place.tp_size, config.vocab_size / place.tp_size
     fp8, again = work.fp8 and gpu.fp8 > 0 and not training, forward > 1 and not work.rank
     dequantizes, adapters, scored = work.fp8 and not fp8, work.rank > 0, N if training else 1
@@ -254,18 +246,12 @@ def stage_times(config: Config, place: Place, gpu: Gpu, work: Work) -> torch.Ten
     launched = both * (KERNELS + 12 * fp8 + 8 * dequantizes + 20 * adapters)
     moved = both * (14 * (A + KV + adapters * outputs) + 20 * C) + training * (4 * C + 4 * Q + 26 * F)
     moved += forward * (8 * KV + 10 * F + 19 * fp8 * inputs)
-    peak = gpu.fp8 if fp8 else gpu.bf16
+    peak, ends = gpu.fp8 if fp8 else gpu.bf16, inputs + outputs
     # How often, kernels, bytes, operations, operations per second
     kernels = [
         (matrices, 4, (2 - fp8) * (weights + N * inputs) + 2 * N * outputs, 2 * N * weights, peak),
         (layers * (forward + 2.5 * training), 2, 4 * work.rows * keys * KV + 4 * N * A, 4 * pairs * A, gpu.bf16),
-        (
-            adapters * layers * (forward + 2),
-            4,
-            2 * N * (inputs + outputs),
-            2 * N * work.rank * (inputs + outputs),
-            peak,
-        ),
+        (adapters * layers * (forward + 2), 4, 2 * N * ends, 2 * N * work.rank * ends, gpu.bf16),
         (last * (1 + backward), 1, 2 * (C * V + scored * (C + V)), 2 * scored * C * V, gpu.bf16),
         (layers, launched, N * moved, 0, 1),
         (layers, 0, (7 * dequantizes * both + 10 * (backward > 1)) * weights, 0, 1),
@@ -273,8 +259,8 @@ def stage_times(config: Config, place: Place, gpu: Gpu, work: Work) -> torch.Ten
     ]
     # How often, bytes, ranks among which they travel
     messages = [
-        ((tp > 1) * (layers * (2 * both - again) + first + last), 4 * (1 - 1 / tp) * N * C, tp),
-        ((not last) + training * (not first), 2 * N // place.token_parts * C, tp * place.pp_size),
+        ((tp > 1) * (layers * (2 * both - again) + place.first_stage + last), 4 * (1 - 1 / tp) * N * C, tp),
+        ((not last) + training * (not place.first_stage), 2 * N // place.token_parts * C, tp * place.pp_size),
     ]
     floor = about = 0.0
     for count, launches, nbytes, operations, peak in kernels:
@@ -339,8 +325,8 @@ def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp
     for device, more in gather_objects(((socket.gethostname(), str(place.device)), numbers)):
         devices[device].update(more)
     tightest = max(devices.values(), key=lambda device: device["peak"] / device["room"] * device["ranks"])
-    weights, peak, ranks = (tightest[name] for name in ("weights", "peak", "ranks"))
-    room = tightest["room"] / ranks  # each of them saw all of it
+    weights, peak, room, ranks = tightest.values()
+    room /= ranks  # each of them saw all of it
     if peak <= room:
         return mine.peak_bytes
     topology = smallest_topology(needs, room / ranks)
