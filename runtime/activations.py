@@ -9,7 +9,7 @@ that is a little too high. tests/test_plan_dry.py holds it to what the code allo
 GPU's: never less, and at most 10 % more for models of usual proportions: an MLP at least twice as wide as the hidden
 states, and attention about as wide. Images are taken at their worst, as if every token came from one.
 
-Numbers are counted, not bytes, until the end. Per token, on one rank: C hidden_size; A = H · D of the queries;
+Numbers are counted, and bytes only in the end. Per token, on one rank: C hidden_size; A = H · D of the queries;
 Q = (H + 2 KV) · D of queries, keys and values; F of intermediate_size. N tokens go through products; norms and
 residuals have N / tp of them under sequence parallelism.
 """
@@ -60,7 +60,7 @@ class Layer(NamedTuple):
         """
         return 2 * self.H + self.Q + self.A + 3 * self.F + inputs * (2 * self.C + self.F + copied * self.A) + 7 * rank
 
-    def forward(self, tokens: int, size: int, fp8: bool = False, products: bool = False) -> int:
+    def forward(self, tokens: int, size: int, fp8: bool, products: bool) -> int:
         """Bytes, the most that a forward pass takes that keeps nothing, with its input: in the MLP.
 
         Input, residual and norm are there, 3 C, and gate, up, silu(gate) and their product, 4 F. Multiplying in FP8
