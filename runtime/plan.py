@@ -24,7 +24,7 @@ import math
 import socket
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
@@ -34,7 +34,6 @@ from model import CHUNK, Config
 from parallel import Place, TopologyError
 from runtime.activations import (
     FP32,
-    Layer,
     batch_shape,
     count_micro_batches,
     decoder_layer,
@@ -79,14 +78,10 @@ def make_plan(config: Config, args: argparse.Namespace) -> dict:
     keep_fp8 = config.fp8 and (args.weights != "dequantized" if args.inference else bool(args.lora_rank))
     counts, stages, memory = Counter(), [], args.gpu_memory_gb * 1e9
     for stage_places in places(args.tp, args.pp, args.dp, args.sequence_parallel):
-        ranks = []
-        for place in stage_places:
-            rank, kinds = plan_rank(config, place, args, keep_fp8)
-            counts += kinds
-            ranks.append(rank)
-        worst = max(ranks, key=lambda rank: rank.peak_bytes)
-        worst.fits = worst.peak_bytes <= memory
-        stages.append(worst)
+        ranks, kinds = zip(*(plan_rank(config, place, args, keep_fp8) for place in stage_places))
+        counts = sum(kinds, counts)
+        stages.append(max(ranks, key=lambda rank: rank.peak_bytes))
+        stages[-1].fits = stages[-1].peak_bytes <= memory
     plan = {
         "gpus": args.tp * args.pp * args.dp,
         **{name: counts.pop(name, 0) for name in ("parameters", "adapters", "padding")},
@@ -98,9 +93,8 @@ def make_plan(config: Config, args: argparse.Namespace) -> dict:
     }
     if args.inference:
         # Of the columns only the cache grows with the context (activations stop growing at one chunk of the prompt).
-        rooms = [memory - (stage.peak_bytes - stage.cache_bytes) for stage in stages]
-        contexts = [int(room * args.max_context / stage.cache_bytes) for room, stage in zip(rooms, stages)]
-        plan["largest_context"] = max(0, min(config.max_position_embeddings, *contexts))
+        grow = [1 + (memory - stage.peak_bytes) / stage.cache_bytes for stage in stages]
+        plan["largest_context"] = max(0, min(config.max_position_embeddings, int(args.max_context * min(grow))))
     else:
         plan["micro_batches"] = m = count_micro_batches(args, args.dp)
         plan["bubble"] = (args.pp - 1) / (m + args.pp - 1)  # see parallel.Pipeline
@@ -127,6 +121,7 @@ def plan_rank(
     model = build_model(few, replace(place, device=torch.device("meta")), dtype, keep_fp8)
     if args.lora_rank:
         add_adapters(model, args.lora_rank, 1.0)
+    scales = config.activation_scheme == "static"  # of activations, which the loader adds
 
     def times(name: str) -> int:
         """How many tensors the one of this name stands for."""
@@ -134,38 +129,36 @@ def plan_rank(
             return len(layers)
         return v.num_hidden_layers if ".layers." in name else 1
 
-    weights = sum(times(name) * x.nbytes for name, x in [*model.named_parameters(), *model.named_buffers()])
-    if config.activation_scheme == "static":  # the loader adds the scales of activations
-        weights += sum(FP32 * times(name) for name, _ in model.named_buffers() if name.endswith(".weight_scale"))
-    held, counts = held_tensors(model), Counter()
-    for tensor in held:
+    weights = sum(
+        times(name) * (x.nbytes + scales * FP32 * name.endswith(".weight_scale"))
+        for name, x in [*model.named_parameters(), *model.named_buffers()]
+    )
+    held, counts = [(tensor, times(tensor.name)) for tensor in held_tensors(model)], Counter()
+    for tensor, count in held:
         inside = math.prod(tensor.part.shape) // tensor.part.shape[tensor.part.dim] * tensor.part.length
-        counts[kind_of(tensor)] += times(tensor.name) * inside
-        counts["padding"] += times(tensor.name) * (tensor.size - inside)
+        counts[kind_of(tensor)] += count * inside
+        counts["padding"] += count * (tensor.size - inside)
     stage = StagePlan(place.pp_rank, [layers[0], layers[-1]], sum(counts.values()), weights)
     if args.inference:
         stage.cache_bytes = len(layers) * model.new_cache(1, args.max_context).nbytes
         products = keep_fp8 and GPUS[args.gpu].fp8 > 0
         stage.activation_bytes = prompt_bytes(config, place, args.max_context, keep_fp8, products, dtype.itemsize)
     else:
-        plan_training(stage, config, place, args, [(tensor, times(tensor.name)) for tensor in held], keep_fp8, dtype)
+        freeze = tuple(FREEZABLE if args.lora_rank else args.freeze)
+        passes = training_bytes(config, place, args, freeze, keep_fp8, dtype.itemsize)
+        plan_training(stage, passes, held, freeze)
     return stage, counts
 
 
-def plan_training(
-    stage: StagePlan, config: Config, place: Place, args: argparse.Namespace, held: list, keep_fp8: bool, dtype
-) -> None:
-    """Adds to `stage` what training takes. `held`: its tensors, each with how many others it stands for."""
-    freeze = tuple(FREEZABLE if args.lora_rank else args.freeze)
+def plan_training(stage: StagePlan, passes: int, held: list[tuple[Held, int]], freeze: tuple[str, ...]) -> None:
+    """Adds to `stage` what training takes. `passes`: bytes of activations; `held`: tensors, and how many of each."""
     trained = [(t, count) for t, count in held if ".adapter." in t.name or is_trained(t.name, freeze)]
-    total = sum(count * tensor.size for tensor, count in trained)
     # In FP32 (see optimizer.py): the sum of gradients; the master weight and Adam's two moments.
-    stage.gradient_bytes, stage.optimizer_bytes = FP32 * total, 3 * FP32 * total
+    stage.gradient_bytes = FP32 * sum(count * tensor.size for tensor, count in trained)
+    stage.optimizer_bytes = 3 * stage.gradient_bytes
     # After the passes the shares of a gradient are added up in whole tensors, a bucket at a time.
-    shared = [(count, math.prod(tensor.part.shape)) for tensor, count in trained if tensor.sharers > 1]
-    bucket = min(max([BUCKET, *(size for _, size in shared)]), sum(count * size for count, size in shared))
-    passes = training_bytes(config, place, args, freeze, keep_fp8, dtype.itemsize)
-    stage.activation_bytes = max(passes, FP32 * bucket)
+    shared = [math.prod(tensor.part.shape) for tensor, count in trained if tensor.sharers > 1 for _ in range(count)]
+    stage.activation_bytes = max(passes, FP32 * max([min(BUCKET, sum(shared)), *shared]))
 
 
 def kind_of(tensor: Held) -> str:
@@ -213,17 +206,26 @@ ADAM_BYTES = 82  # that a step of optimizer.py reads and writes per trained weig
 RECIPE_STEPS, MEDPIX = 100, 20_500  # of the published fine-tune; samples of its data
 
 
-def stage_times(
-    config: Config, place: Place, gpu: Gpu, layer: Layer, pairs: float, keys: int, passes: tuple[int, int] = (1, 0)
-) -> torch.Tensor:
-    """(floor, estimate), in seconds, of a stage's passes over N tokens.
+@dataclass(frozen=True)
+class Work:
+    """Passes over `rows` rows of `length` tokens, which attend to themselves and to the `start` tokens before."""
 
-    `pairs`: how many pairs of a query and a key each head has; `keys`: how many keys there are; `passes`: how many
-    forward, and how many products backward for each forward. Per token and layer:
+    rows: int
+    length: int
+    start: int = 0
+    fp8: bool = False  # weights; multiplied so in inference, where the GPU can
+    forward: int = 1  # passes; 2 where activations are computed again
+    backward: int = 0  # products for each one forward: the input's gradient, and the weight's if that is trained
+    rank: int = 0  # of adapters
+
+
+def stage_times(config: Config, place: Place, gpu: Gpu, work: Work) -> torch.Tensor:
+    """(floor, estimate), in seconds, of a stage's passes over N tokens. Per token and layer:
 
     - four products, 2 · in · out operations each, which read the weight once; backward as many for the input's gradient
       and, where weights are trained, for theirs. In inference one position goes through the head; in training all.
-    - attention: 4 D operations per pair and head; in the backward pass, which forms the scores again, 10 D.
+    - attention: 4 D operations per pair of query and key and head; in the backward pass, which forms the scores again,
+      10 D.
     - other kernels read and write, in bytes: norms and residuals 8 C + 12 C; the rotation (roll, times cosine, plus
       times sine) 4 + 4 + 6 for each number of q and k; the cache 8 KV D; silu and product 4 F + 6 F; quantizing to FP8
       (divide, clamp, convert) 6 + 8 + 5 for each input of a product, or dequantizing 7 for each weight; putting an
@@ -233,47 +235,40 @@ def stage_times(
     - two all-reduces of 2 C bytes forward, two backward, in a ring: every part travels twice, but for a rank's own.
       Computing a layer again ends before down_proj. One message goes to each neighbouring stage.
     """
-    (forward, backward), tp, (A, Q, F, C, _) = passes, place.tp_size, replace(layer, tokens=1, own_tokens=1).sizes
-    N, layers, training = layer.tokens, len(place.layers(config.num_hidden_layers)), backward > 0
-    turned, V, last = (A + Q) // 2, config.vocab_size / tp, place.last_stage
-    matrices, fp8, adapters = [(C, Q), (A, C), (C, 2 * F), (F, C)], layer.products, layer.rank > 0
-    weights, quantized, outputs = sum(x * y for x, y in matrices), 19 * fp8 * (2 * C + A + F), Q + 2 * C + 2 * F
-    dequantizes, adding, again = layer.fp8 and not fp8, 14 * adapters * outputs, forward > 1 and not adapters
-    scored, peak = N if training else 1, gpu.fp8 if fp8 else gpu.bf16
-    # How often, operations, bytes, operations per second
-    products = [
-        (layers * 2 * (forward + 2.5 * training), 2 * pairs * A, 2 * keys * (turned - A) + 2 * N * A, gpu.bf16),
-        (last * (1 + backward), 2 * scored * C * V, 2 * (C * V + scored * (C + V)), gpu.bf16),
+    (C, A, Q, F, _), forward, backward = decoder_layer(config, place), work.forward, work.backward
+    N, KV, training, last = work.rows * work.length, (Q - A) // 2, backward > 0, place.last_stage
+    layers, tp, V = len(place.layers(config.num_hidden_layers)), place.tp_size, config.vocab_size / place.tp_size
+    fp8, again = work.fp8 and gpu.fp8 > 0 and not training, forward > 1 and not work.rank
+    dequantizes, adapters, scored = work.fp8 and not fp8, work.rank > 0, N if training else 1
+    weights, inputs, outputs = C * (Q + A + 3 * F), 2 * C + A + F, Q + 2 * C + 2 * F
+    both, keys, pairs = forward + training, work.start + work.length, N * (work.start + (work.length + 1) / 2)
+    matrices = layers * (forward + backward - again * C * F / weights)
+    launched = both * (KERNELS + 12 * fp8 + 8 * dequantizes + 20 * adapters)
+    moved = both * (14 * (A + KV + adapters * outputs) + 20 * C) + training * (4 * C + 4 * Q + 26 * F)
+    moved += forward * (8 * KV + 10 * F + 19 * fp8 * inputs)
+    peak, ends = gpu.fp8 if fp8 else gpu.bf16, inputs + outputs
+    # How often, kernels, bytes, operations, operations per second
+    kernels = [
+        (matrices, 4, (2 - fp8) * (weights + N * inputs) + 2 * N * outputs, 2 * N * weights, peak),
+        (layers * (forward + 2.5 * training), 2, 4 * work.rows * keys * KV + 4 * N * A, 4 * pairs * A, gpu.bf16),
+        (adapters * layers * (forward + 2), 4, 2 * N * ends, 2 * N * work.rank * ends, gpu.bf16),
+        (last * (1 + backward), 1, 2 * (C * V + scored * (C + V)), 2 * scored * C * V, gpu.bf16),
+        (layers, launched, N * moved, 0, 1),
+        (layers, 0, (7 * dequantizes * both + 10 * (backward > 1)) * weights, 0, 1),
+        (1, ENDS * (1 + last), 52 * training * last * N * V, 0, 1),
     ]
-    for x, y in matrices:
-        times, nbytes = layers * (forward + backward - (again and x == F)), (2 - fp8) * (x * y + N * x) + 2 * N * y
-        products.append((times, 2 * N * x * y, nbytes, peak))
-        products.append((layers * adapters * (forward + 2), 2 * N * layer.rank * (x + y), 2 * N * (x + y), gpu.bf16))
-    # How often, kernels, bytes
-    moved = 20 * C + 14 * turned + 8 * (turned - A) + 10 * F + quantized + adding
-    kernels = KERNELS + 12 * fp8 + 8 * dequantizes + 20 * adapters
-    others = [
-        (layers * forward, kernels, N * moved),
-        (layers * training, kernels, N * (24 * C + 14 * turned + 4 * Q + 26 * F + adding)),
-        (layers * (forward + training) * dequantizes, 0, 7 * weights),
-        (layers * training * layer.trained, 0, 10 * weights),
-        (1, ENDS, 0),
-        (last, ENDS, 52 * training * N * V),
-    ]
-    # How often, bytes, bytes per second
-    sums = layers * (2 * forward + 2 * training - again) + place.first_stage + last
-    far = gpu.network if tp * place.pp_size > 8 else gpu.nvlink
+    # How often, bytes, ranks among which they travel
     messages = [
-        ((tp > 1) * sums, 4 * (1 - 1 / tp) * N * C, gpu.network if tp > 8 else gpu.nvlink),
-        ((not last) + training * (not place.first_stage), 2 * layer.own_tokens * C, far),
+        ((tp > 1) * (layers * (2 * both - again) + place.first_stage + last), 4 * (1 - 1 / tp) * N * C, tp),
+        ((not last) + training * (not place.first_stage), 2 * N // place.token_parts * C, tp * place.pp_size),
     ]
     floor = about = 0.0
-    for count, operations, nbytes, peak in products:
+    for count, launches, nbytes, operations, peak in kernels:
         compute, memory = operations / peak, nbytes / gpu.memory
-        floor += count * max(compute, memory)
-        about += count * max(compute / PRODUCTS, memory / COPIES, KERNEL)
-    about += sum(count * max(n * KERNEL, nbytes / gpu.memory / COPIES) for count, n, nbytes in others)
-    about += sum(count * (MESSAGE + nbytes / link / LINKS) for count, nbytes, link in messages)
+        floor += count * max(compute, memory) * (operations > 0)
+        about += count * max(compute / PRODUCTS, memory / COPIES, launches * KERNEL)
+    for count, nbytes, ranks in messages:
+        about += count * (MESSAGE + nbytes / LINKS / (gpu.network if ranks > 8 else gpu.nvlink))
     return torch.tensor([floor, about], dtype=torch.float64)
 
 
@@ -282,28 +277,20 @@ def make_times(config: Config, args: argparse.Namespace, keep_fp8: bool, trained
     gpu, p, times = GPUS[args.gpu], args.pp, {}
     grid = [stage[0] for stage in places(args.tp, p, args.dp, args.sequence_parallel)]
 
-    def infer(start: int, tokens: int) -> torch.Tensor:
-        """Of each stage, for `tokens` of one row from position `start` on: (p, 2)."""
-        options = dict(fp8=keep_fp8, products=keep_fp8 and gpu.fp8 > 0)
-        layer = decoder_layer(config, grid[0], tokens, 2, **options)
-        pairs = tokens * (start + (tokens + 1) / 2)
-        return torch.stack([stage_times(config, at, gpu, layer, pairs, start + tokens) for at in grid])
+    def stages(*shape: int, **more) -> torch.Tensor:
+        """Of each stage: (p, 2)."""
+        return torch.stack([stage_times(config, at, gpu, Work(*shape, fp8=keep_fp8, **more)) for at in grid])
 
     if args.inference:
         context = min(8192, args.max_context)
-        times[f"a token after {context:,}"] = infer(context - 1, 1).sum(0)
+        times[f"a token after {context:,}"] = stages(1, 1, context - 1).sum(0)
         for length in (n for n in (8192, 131072) if n <= args.max_context):
-            slowest = (infer(0, CHUNK) + infer(length - CHUNK, CHUNK)).amax(0) / 2
+            slowest = (stages(1, CHUNK) + stages(1, CHUNK, length - CHUNK)).amax(0) / 2
             times[f"a prompt of {length:,}"] = (length // CHUNK + p - 1) * slowest
     else:
-        (B, T), whole = batch_shape(args, grid[0]), not (args.lora_rank or "language_model" in args.freeze)
-        options = dict(trained=whole, fp8=keep_fp8, rank=args.lora_rank or 0)
-        layer, passes = (
-            decoder_layer(config, grid[0], B * T, 2, **options),
-            (1 + args.activation_checkpointing, 1 + whole),
-        )
-        pairs = B * T * (T + 1) / 2
-        slowest = torch.stack([stage_times(config, at, gpu, layer, pairs, B * T, passes) for at in grid]).amax(0)
+        whole = not (args.lora_rank or "language_model" in args.freeze)
+        passes = dict(forward=1 + args.activation_checkpointing, backward=1 + whole, rank=args.lora_rank or 0)
+        slowest = stages(*batch_shape(args, grid[0]), **passes).amax(0)
         adam = torch.tensor([1, 1 / COPIES]) * ADAM_BYTES * trained / gpu.memory
         adam[1] += 2 * (args.dp - 1) / args.dp * FP32 * trained / gpu.network / LINKS  # gradients of replicas
         times["a step"] = step = (count_micro_batches(args, args.dp) + p - 1) * slowest + adam
@@ -333,19 +320,18 @@ def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp
 
     mine = together(lambda: needs(place))
     room = torch.cuda.mem_get_info(place.device)[0] if gpu else cpu_memory()
-    devices: dict[tuple, list] = {}
-    for device, *numbers in gather_objects(
-        ((socket.gethostname(), str(place.device)), mine.weight_bytes, mine.peak_bytes, room)
-    ):
-        devices.setdefault(device, []).append(numbers)
-    sums = [[sum(column) for column in zip(*ranks)] + [len(ranks)] for ranks in devices.values()]
-    weights, peak, room, sharers = max(sums, key=lambda each: each[1] / each[2])
-    room /= sharers  # each of them saw all of it
+    devices = defaultdict(Counter)
+    numbers = dict(weights=mine.weight_bytes, peak=mine.peak_bytes, room=room, ranks=1)
+    for device, more in gather_objects(((socket.gethostname(), str(place.device)), numbers)):
+        devices[device].update(more)
+    tightest = max(devices.values(), key=lambda device: device["peak"] / device["room"] * device["ranks"])
+    weights, peak, room, ranks = tightest.values()
+    room /= ranks  # each of them saw all of it
     if peak <= room:
         return mine.peak_bytes
-    topology = smallest_topology(needs, room / sharers)
+    topology = smallest_topology(needs, room / ranks)
     what = "the smallest split that fits is --tp {} --pp {}, {} processes with {:.1f} GB each"
-    what = what.format(*topology, math.prod(topology), room / sharers / 1e9) if topology else "no split makes it fit"
+    what = what.format(*topology, math.prod(topology), room / ranks / 1e9) if topology else "no split makes it fit"
     there = f"{room / 1e9:.1f} GB are free on {'the GPU' if gpu else 'the machine'}; {what}"
     if weights > room:
         raise UserError(f"the weights take {weights / 1e9:.1f} GB, but {there}")
@@ -386,40 +372,56 @@ class Progress:
             print(f"loading: {100 * done // total} %, {read:.1f} GB read, {rate:.2f} GB/s", file=sys.stderr)
 
 
+COLUMNS = {
+    "weights": "weight_bytes",
+    "KV cache": "cache_bytes",
+    "gradients": "gradient_bytes",
+    "optimizer": "optimizer_bytes",
+    "activations": "activation_bytes",
+    "reserve*": "reserve_bytes",
+    "peak": "peak_bytes",
+}
+
+
+def table(plan: dict, hidden: tuple[str, ...]) -> list[str]:
+    """A row for each stage, without the `hidden` columns."""
+    columns = [name for name in COLUMNS if name not in hidden]
+    rows = [["stage", "layers", "parameters", *columns, "fits"]]
+    for stage in plan["stages"]:
+        first, last = stage["layers"]
+        row = [str(stage["stage"]), f"{first}-{last}", f"{stage['parameters']:,}"]
+        row += [f"{stage[COLUMNS[name]] / 1e9:.2f}" for name in columns]
+        rows.append([*row, "yes" if stage["fits"] else "no"])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(map(str.rjust, row, widths)) for row in rows]
+
+
 def show(plan: dict, args: argparse.Namespace) -> str:
-    """The plan as a table."""
-    middle = (
-        {"KV cache": "cache_bytes"}
-        if args.inference
-        else {"gradients": "gradient_bytes", "optimizer": "optimizer_bytes"}
-    )
-    columns = {"weights": "weight_bytes", **middle, "activations": "activation_bytes", "reserve*": "reserve_bytes"}
-    columns["peak"] = "peak_bytes"
-    names, fits = ["stage", "layers", "parameters", *columns, "fits"], {True: "yes", False: "no"}
-    rows = [
-        [str(s["stage"]), "{}-{}".format(*s["layers"]), f"{s['parameters']:,}"]
-        + [f"{s[field] / 1e9:.2f}" for field in columns.values()]
-        + [fits[s["fits"]]]
-        for s in plan["stages"]
-    ]
-    widths = [max(map(len, column)) for column in zip(names, *rows)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [names, *rows]]
-    lines += ["", "GB (10^9 bytes) and parameters of one rank; * estimated"]
+    """The plan as a table, and what there is to say of the whole."""
     adapters = f", {plan['adapters']:,} of adapters" if plan["adapters"] else ""
     copies = ", ".join(f"{name} {count:,}" for name, count in plan["copies"].items())
     besides = f"besides, over all ranks of a replica: copies {copies or 0}; padding {plan['padding']:,}"
-    lines.append(f"{plan['parameters']:,} parameters{adapters}; {besides}")
     if args.inference:
-        lines.append(f"context {args.max_context:,} tokens, one request; at most {plan['largest_context']:,} fit")
+        hidden = ("gradients", "optimizer")
+        use = f"context {args.max_context:,} tokens, one request; at most {plan['largest_context']:,} fit"
     else:
-        bubble, m = f"{100 * plan['bubble']:.1f} %", plan["micro_batches"]
-        lines.append(f"bubble {bubble} of the time: {args.pp} stages, {m} micro-batches a step")
-    lines.append(f"time on {args.gpu.upper()}s, on paper:")
-    lines += [
-        f"  {name}: {human(low)} at least, about {human(guess)}" for name, (low, guess) in plan["seconds"].items()
-    ]
-    lines.append(f"{'fits' if plan['fits'] else 'does not fit'} on {plan['gpus']} × {args.gpu_memory_gb:g} GB")
-    return "\n".join(lines)
+        hidden, bubble, m = ("KV cache",), 100 * plan["bubble"], plan["micro_batches"]
+        use = f"bubble {bubble:.1f} % of the time: {args.pp} stages, {m} micro-batches a step"
+    return "\n".join(
+        [
+            *table(plan, hidden),
+            "",
+            "GB (10^9 bytes) and parameters of one rank; * estimated",
+            f"{plan['parameters']:,} parameters{adapters}; {besides}",
+            use,
+            f"time on {args.gpu.upper()}s, on paper:",
+            *(
+                f"  {name}: {human(low)} at least, about {human(guess)}"
+                for name, (low, guess) in plan["seconds"].items()
+            ),
+            f"{'fits' if plan['fits'] else 'does not fit'} on {plan['gpus']} × {args.gpu_memory_gb:g} GB",
+        ]
+    )
 
 
 def human(seconds: float) -> str:
@@ -429,27 +431,31 @@ def human(seconds: float) -> str:
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__, prog="parallel.py", usage="%(prog)s --plan --config CONFIG.json [options]")
+
+    def size(flag: str, text: str, default: int | None = None) -> None:
+        add(flag, type=SIZE, default=default, metavar="N", help=text)
+
     add = parser.add_argument_group("what to plan").add_argument
     add("--plan", action="store_true", required=True, help="the only thing that parallel.py does as a program")
     add("--config", required=True, metavar="CONFIG.json", help="config.json or params.json of the model")
-    add("--tp", type=SIZE, default=1, metavar="N", help="tensor-parallel size")
-    add("--pp", type=SIZE, default=1, metavar="N", help="pipeline-parallel size")
-    add("--dp", type=SIZE, default=1, metavar="N", help="data-parallel size")
+    size("--tp", "tensor-parallel size", 1)
+    size("--pp", "pipeline-parallel size", 1)
+    size("--dp", "data-parallel size", 1)
     add("--gpu", choices=[*GPUS], default="h100", help="whose published speed to reckon with")
     add("--gpu-memory-gb", type=number(float, 0, 1e6, above=True), metavar="F", help="10^9 bytes; default: the GPU's")
     add("--json", action="store_true", help="one JSON object on stdout")
     add = parser.add_argument_group("training, as with train.py").add_argument
-    add("--max-length", type=SIZE, metavar="N", help="tokens of a sample; default 2048, or the model's context")
-    add("--micro-batch-size", type=SIZE, default=1, metavar="N", help="samples that go through the model together")
-    add("--global-batch-size", type=SIZE, default=64, metavar="N", help="samples a step, which decide the bubble")
+    size("--max-length", "tokens of a sample; default 2048, or the model's context")
+    size("--micro-batch-size", "samples that go through the model together", 1)
+    size("--global-batch-size", "samples a step, which decide the bubble", 64)
     add("--activation-checkpointing", action="store_true", help="compute activations twice, to hold fewer")
     add("--sequence-parallel", action="store_true", help="norms and residuals split along the tokens")
     add("--freeze", nargs="+", default=[], choices=sorted(FREEZABLE), metavar="NAME", help=", ".join(FREEZABLE))
-    add("--lora-rank", type=SIZE, metavar="N", help="adapters of this rank; weights frozen, FP8 ones as they are")
+    size("--lora-rank", "adapters of this rank; weights frozen, FP8 ones as they are")
     add = parser.add_argument_group("generation, as with generate.py").add_argument
     add("--inference", action="store_true", help="plan generate.py with one request, not train.py")
     add("--weights", choices=["fp8", "dequantized"], help="FP8 weights in memory; default: as stored")
-    add("--max-context", type=SIZE, metavar="N", help="tokens; default: the model's context")
+    size("--max-context", "tokens; default: the model's context")
     args = parser.parse_args(argv)
     args.gpu_memory_gb = args.gpu_memory_gb or GPUS[args.gpu].gigabytes
     training = args.freeze or args.activation_checkpointing or args.sequence_parallel or args.max_length
