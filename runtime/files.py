@@ -62,7 +62,7 @@ def reading(path: str, kind: str, advice: str = "") -> Iterator[None]:
         line = str(error) if str(error).startswith(str(UserError(path))) else f"{path}: {error}"
     except Exception as error:
         line = f"{path}: not a valid {kind} ({type(error).__name__}: {error})"
-    raise UserError(f"{line}; {advice}" if advice else line)
+    raise UserError(f"{line}; {advice}" if advice else line) from None  # the `with` is still handling the first
 
 
 def read_file(path: str, limit: int = 0) -> bytes:

@@ -226,7 +226,7 @@ def test_the_sign_of_inputs_does_not_count(tmp_path, source):
         layer.register_forward_pre_hook(partial(watch, name))
     with torch.no_grad():
         model(model.embed(tokens))
-    found = measure_inputs(model, [SimpleNamespace(tokens=tokens, pixels=[], images=[])])
+    found = measure_inputs(model, [SimpleNamespace(tokens=tokens, pixels=[], images=[])], "")
     assert found == pytest.approx({name: max(-extremes[name][0], extremes[name][1]) / 448 for name in LINEARS})
     assert 0 < sum(-extremes[name][0] > extremes[name][1] for name in LINEARS) < len(LINEARS)
 
