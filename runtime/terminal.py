@@ -17,10 +17,14 @@ from collections.abc import Iterator
 from functools import partial
 
 from runtime.chat import encode_chat, image_url, opening, user_turn
-from runtime.files import UserError, require, writing
+from runtime.files import UserError, read_lines, require, writing
 from runtime.images import grid, load_image
 from runtime.launch import Postponed, gather_objects, together
 from runtime.requests import NUMBERS, check_utf8, read_number, read_requests
+
+
+def count(number: int, name: str) -> str:
+    return f"{number} {name}" + "s" * (number != 1)
 
 
 def note(text: str, end: str = "\n") -> None:
@@ -61,6 +65,15 @@ def print_calls(result: dict) -> None:
 HISTORY = "~/.mistral_history"  # what was typed into the chat, a JSON string a line
 
 
+def expand(path: str) -> str:
+    """A file's name, with ~ for the home folder. Raises UserError for one that no file can have."""
+    try:
+        require(b"\0" not in os.fsencode(path), f"{path}: no file can be called this: it holds a zero byte")
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: cannot be written in this locale's encoding; choose another name") from None
+    return os.path.expanduser(path)
+
+
 class Keyboard:
     """What a person types or pastes, on rank 0; or lines from a pipe.
 
@@ -81,9 +94,9 @@ class Keyboard:
         readline.parse_and_bind("set enable-bracketed-paste on")  # a pasted block is one message
         readline.parse_and_bind("set bell-style none")
         readline.set_auto_history(False)
-        with contextlib.suppress(OSError, ValueError), open(os.path.expanduser(HISTORY), encoding="utf-8") as file:
-            for line in list(file)[-1000:]:
-                readline.add_history(json.loads(line))
+        with contextlib.suppress(UserError):
+            for _, line in read_lines(os.path.expanduser(HISTORY))[-1000:]:
+                self.recall(line)
 
     @contextlib.contextmanager
     def mode(self, canonical: bool) -> Iterator[None]:
@@ -126,9 +139,15 @@ class Keyboard:
         finally:
             self.signals.waiting = False
 
+    def recall(self, line: bytes | str) -> None:
+        """Let Up bring back a text, given as JSON. What is none, or what the locale cannot write, is passed over."""
+        if self.edits:
+            with contextlib.suppress(ValueError, TypeError, RecursionError):
+                readline.add_history(json.loads(line))
+
     def remember(self, text: str) -> None:
         if self.edits and text.strip():
-            readline.add_history(text)
+            self.recall(json.dumps(text))
             with contextlib.suppress(OSError):
                 private = partial(os.open, mode=0o600)
                 with open(os.path.expanduser(HISTORY), "a", encoding="utf-8", opener=private) as file:
@@ -205,10 +224,11 @@ class Chat(cmd.Cmd):
         cut = "where the context ends" if used >= most else "by max-new-tokens (/set)"
         ended = {"cancelled": "stopped, ", "length": f"cut off {cut}, ", "stop": ""}[result["finish_reason"]]
         ended += "" if answers else "no answer, "
-        speed = f"{len(result['tokens'])} tokens, {result['stats']['decode_tokens_per_s']:g} tokens/s"
+        speed = f"{count(len(result['tokens']), 'token')}, {result['stats']['decode_tokens_per_s']:g} tokens/s"
         note(f"{ended}{speed}, context {used:,} of {most:,}")
         if calls := len(self.waiting()):
-            note(f"{calls} calls wait: /tool RESULT answers them, one after the other")
+            more = f"{calls} calls wait: /tool RESULT answers them, one after the other"
+            note(more if calls > 1 else "1 call waits: /tool RESULT answers it")
 
     def say(self, text: str) -> None:
         messages = self.messages
@@ -275,7 +295,7 @@ class Chat(cmd.Cmd):
         require(vision, "this checkpoint takes no images")
         with contextlib.suppress(ValueError):  # as a shell reads it: quotes, and spaces after a backslash
             path = path if os.path.exists(path) else " ".join(shlex.split(path))
-        path = os.path.abspath(os.path.expanduser(path))
+        path = os.path.abspath(expand(path))
         size = load_image(path).size
         self.images.append(path)
         note("{}: {} × {} pixels, {} tokens, for the next message".format(path, *size, math.prod(grid(*size, vision))))
@@ -313,14 +333,14 @@ class Chat(cmd.Cmd):
             spec["answer"] = messages.pop()
         require(self.messages and path, "give /save the name of a new file, once something was said")
         line = json.dumps({"messages": messages, **spec}, ensure_ascii=False)
-        path = os.path.expanduser(path)
+        path = expand(path)
         with writing(path), open(path, "x", encoding="utf-8", errors="backslashreplace") as file:  # JSON, see launch
             file.write(f"{line}\n")
-        note(f"{path}: {len(self.messages)} messages")
+        note(f"{path}: {count(len(self.messages), 'message')}")
 
     def do_load(self, path: str) -> None:
         """/load FILE: go on with a conversation that /save wrote"""
-        spec, *more = read_requests(argparse.Namespace(requests=os.path.expanduser(path) or "/load"))
+        spec, *more = read_requests(argparse.Namespace(requests=expand(path) or "/load"))
         require("messages" in spec and not more, f"{path}: should hold one line, with 'messages'")
         self.session.requests.read({**spec})  # refuses what could not be answered
         answer, base, _ = spec.pop("answer", None), spec.pop("base"), spec.pop("where")
@@ -331,7 +351,7 @@ class Chat(cmd.Cmd):
                     part["image_url"] = {"url": os.path.abspath(os.path.join(base, url))}
         self.prompt = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
         self.messages, self.images, self.options = messages, [], {**self.given, **spec}
-        note(f"{path}: {len(messages)} messages" + ("" if answer else "; /retry answers the last"))
+        note(f"{path}: {count(len(messages), 'message')}" + ("" if answer else "; /retry answers the last"))
 
     def do_help(self, rest: str) -> None:
         """/help: this"""

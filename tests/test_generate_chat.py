@@ -209,6 +209,13 @@ def test_files(seeing, program, asked, tmp_path, monkeypatch):
     assert answer["text"] == spec["answer"]["content"]
 
 
+def test_names_that_no_file_has(seeing, program, tmp_path):
+    typed = ["one", "/save a\0b", "/save ~a\0b", "/load ~a\0b", "/image ~a\0b", f"/save {tmp_path}/x.jsonl"]
+    status, _, err = program("--interactive", "--ckpt", seeing, "--max-new-tokens", 1, stdin=lines(*typed))
+    assert status == 0 and len(errors(err)) == 4 and (tmp_path / "x.jsonl").exists(), err
+    assert err.count("zero byte") == 4 and ", 1 token, " in err
+
+
 def test_pictures(seeing, program, asked, tmp_path, monkeypatch):
     """A picture is looked at when it is named, however a shell or a file manager writes its name."""
     shutil.copy(tmp_path / "a b.png", tmp_path / "c.png")
@@ -247,6 +254,23 @@ def test_a_picture_on_the_command_line(seeing, program, asked, tmp_path):
 # --------------------------------------------------------------------------------------------- in a terminal
 
 
+def test_nothing_ends_a_chat(ckpt, tmp_path, monkeypatch):
+    """Neither what stands in the history file, nor a name that the locale cannot write, to save under or to recall."""
+    for name, value in (("LC_ALL", "C"), ("PYTHONUTF8", "0"), ("PYTHONCOERCECLOCALE", "0")):
+        monkeypatch.setenv(name, value)
+    (tmp_path / ".mistral_history").write_bytes(b'"first"\n7\n{"a": \n["b"]\n"\xff"\n"\\u00e9\\u0000"\n' + b"[" * 10**5)
+    chat = Terminal("generate.py", "--ckpt", ckpt, "--max-new-tokens", 1, home=tmp_path)
+    chat.say("\x1b[A")
+    chat.see("1 token,")
+    chat.say(f"/save {tmp_path}/\u00e9.jsonl")
+    chat.see("locale")
+    chat.say(f"/save {tmp_path}/e.jsonl")
+    chat.see("2 messages")
+    chat.say("/exit")
+    assert chat.end() == 0, chat.shown
+    assert json.loads((tmp_path / "e.jsonl").read_text())["messages"] == [{"role": "user", "content": "first"}]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_in_a_terminal(ranks, ckpt, tmp_path):
     """Editing, a pasted block, Ctrl-C in an answer and at a prompt, alone and under torchrun."""
@@ -278,7 +302,7 @@ def test_in_a_terminal(ranks, ckpt, tmp_path):
     assert history[1:3] == ["toa", "first line\nsecond line"]
     again = Terminal("generate.py", "--ckpt", ckpt, "--max-new-tokens", 1, home=tmp_path)  # history over sessions
     again.say("\x1b[A")
-    again.see("1 tokens" if history[-1][0] != "/" else "max-new-tokens 1")
+    again.see("1 token" if history[-1][0] != "/" else "max-new-tokens 1")
     again.say("\x04", end="")
     again.end()
 
