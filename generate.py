@@ -662,13 +662,11 @@ def check_args(args: argparse.Namespace) -> None:
     """Options that do not go together."""
     asked = [text for text in (args.question, args.prompt) if text is not None]
     require(len(asked) < 2, f"the question is given twice, as {args.question!r} and with --prompt; leave out one")
-    says, more = (
-        asked or args.image or args.system or args.tools,
-        "leave out question, --image, --system, --tools and --interactive",
-    )
+    chat = args.image or args.tools
+    says, more = asked or chat or args.system, "leave out question, --image, --system, --tools and --interactive"
     require(not args.requests or not (says or args.interactive), f"--requests already says what to ask; {more}")
-    chat = args.image or args.system is not None or args.tools
-    require(not args.raw or not chat, "--raw continues plain text; leave out --image, --system and --tools")
+    plain = not chat and args.system is None
+    require(not args.raw or plain, "--raw continues plain text; leave out --image, --system and --tools")
     scripted, more = asked or args.json or args.raw, "leave out question, --raw and --json"
     require(not args.interactive or not scripted, f"--interactive reads turns from the terminal; {more}")
 

@@ -93,7 +93,8 @@ def files_of(path: str) -> list[str]:
         names = sorted(os.listdir(os.path.expanduser(folder) or "."))
     except (OSError, ValueError):
         return []
-    paths = [os.path.join(folder, name) for name in names if name.startswith(begin) and name[0] != "."]
+    hidden = begin.startswith(".")
+    paths = [os.path.join(folder, name) for name in names if name.startswith(begin) and name.startswith(".") == hidden]
     return [f"{path}/" if os.path.isdir(os.path.expanduser(path)) else path for path in paths]
 
 
@@ -119,9 +120,8 @@ class Keyboard:
             return
         # Ctrl-C leaves the line with just this character in it: end of line, clear, the character quoted, return.
         readline.parse_and_bind(r'"\C-c": "\C-e\C-u\C-v\C-c\C-m"')
-        readline.parse_and_bind(
-            f"set enable-bracketed-paste {'off' if DUMB else 'on'}"
-        )  # a pasted block is one message
+        paste = "off" if DUMB else "on"  # on: a pasted block is one message
+        readline.parse_and_bind(f"set enable-bracketed-paste {paste}")
         readline.parse_and_bind("set bell-style none")
         readline.set_auto_history(False)
         readline.set_completer_delims(" ")
@@ -358,8 +358,9 @@ class Chat(cmd.Cmd):
         require(vision, "this checkpoint takes no images")
         with contextlib.suppress(ValueError):  # as a shell reads it: quotes, and spaces after a backslash
             path = path if os.path.exists(path) else " ".join(shlex.split(path))
-        size = load_image(file := os.path.abspath(expand(path))).size
-        self.images.append(file)
+        file = expand(path)
+        size = load_image(file).size
+        self.images.append(os.path.abspath(file))
         note("{}: {} × {} pixels, {} tokens, for the next message".format(path, *size, math.prod(grid(*size, vision))))
 
     def choose(self, name: str, value) -> None:
