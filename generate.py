@@ -43,8 +43,8 @@ from runtime.launch import COUNT, SIZE, Parser, find_place, gather_objects, numb
 from runtime.lora import add_adapters, read_adapters
 from runtime.memory import peak_memory
 from runtime.plan import Progress, check_memory
-from runtime.requests import NUMBERS, Answer, Request, RequestReader, read_requests, result_of
-from runtime.terminal import interact, print_calls, stream
+from runtime.requests import NUMBERS, Answer, Request, RequestReader, read_requests, read_tools, result_of
+from runtime.terminal import interact, print_calls, printable, stream
 from runtime.tokenizer import load_tokenizer
 from vision import build_model
 
@@ -207,11 +207,13 @@ class Engine:
 
         Requests are taken when there is room for them. `on_token(i, token, logprob)` gets each token of answer i as it
         comes, and True, the same on all ranks, ends that answer with it; `on_done` gets the answers as they finish.
-        `stop`, which all ranks have to give or none, is called on rank 0 for every token: True ends all answers where
-        they are, as "cancelled". Prompts must not be longer than `max_context`; an answer ends there at the latest.
+        `stop`, which all ranks have to give or none, is called on rank 0 for every token, and between the chunks of a
+        long prompt: True ends all answers where they are, as "cancelled". Prompts must not be longer than
+        `max_context`; an answer ends there at the latest.
         """
         rows = (Row(i, request, self) for i, request in enumerate(requests))
         self.seconds, self.tokens = ({"prefill": 0, "decode": 0} for _ in range(2))
+        self.stop = stop
         self.mark, answers, first = time.perf_counter(), {}, list(islice(rows, width))
         waiting = chain(first, rows)
 
@@ -258,6 +260,8 @@ class Engine:
 
     def agree(self, stop: Callable[[], bool]) -> bool:
         """What `stop()` says on rank 0, on all ranks."""
+        if self.place.device.type == "cuda":
+            torch.cuda.synchronize()  # else this would be asked long before the GPU is here
         said = torch.tensor(int(self.place.rank == 0 and stop()))
         if dist.is_initialized():
             dist.broadcast(said, src=0)
@@ -299,10 +303,20 @@ class Engine:
         for all of them.
         """
         first, last = len(group.rows), []
-        for pieces in self.chunks(group, new):
+        for i, pieces in enumerate(self.chunks(group, new)):
+            if i and self.stop and self.agree(self.stop):
+                return self.abandon(group, first, new, pieces)
             last += self.prefill_chunk(group, pieces)
         if self.place.last_stage:
             self.sample(torch.stack(last), group, slice(first, len(group.rows)), *sampling_flags(new))
+
+    def abandon(self, group: Group, first: int, new: list[Row], pieces: list[Piece]) -> None:
+        """End `new`, the group's rows from `first` on, before the chunk `pieces`: the cache holds what came before."""
+        for piece in pieces:
+            group.held[piece.row] = group.held[piece.row][: piece.start]
+        group.rows[first:] = new
+        for row in new:
+            row.answer.finish_reason = "cancelled"
 
     def prefill_chunk(self, group: Group, pieces: list[Piece]) -> list[torch.Tensor]:
         """The states (C,) after prompts that end here, on the last stage."""
@@ -594,9 +608,11 @@ def read_input(args: argparse.Namespace) -> tuple[bytes | None, bool]:
     """(what standard input asks, where the command line doesn't; whether a person is to ask, in a chat). On rank 0."""
     for_scripts = any([args.requests, args.prompt is not None, args.json, args.raw])
     chat = args.interactive or (sys.stdin.isatty() and not for_scripts)
-    if chat:
+    if chat:  # mistakes now, not once the model is loaded
         for path in args.image:
-            load_image(path)  # its mistakes now, not once the model is loaded
+            load_image(path)
+        if args.tools:
+            read_tools(args.tools)
     if chat or args.prompt is not None or args.requests not in (None, "-"):
         return None, chat
     data = b"" if sys.stdin.isatty() and not args.requests else sys.stdin.buffer.read()
@@ -611,6 +627,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--prompt", metavar="TEXT", help="the same as an option")
     add("--image", metavar="PATH", action="append", default=[], help="image before the question's text; repeatable")
     add("--system", metavar="TEXT", help="system prompt")
+    add("--tools", metavar="FILE", help="JSON list of tools that the model may call, in OpenAI's form")
     add("--raw", action="store_true", help="no chat template: <s> + the text, continued")
     add("--requests", metavar="FILE", help="one JSON request a line; - is standard input")
     add("--interactive", action="store_true", help="a chat, also where standard input is no terminal")
@@ -645,10 +662,11 @@ def check_args(args: argparse.Namespace) -> None:
     """Options that do not go together."""
     asked = [text for text in (args.question, args.prompt) if text is not None]
     require(len(asked) < 2, f"the question is given twice, as {args.question!r} and with --prompt; leave out one")
-    says, more = asked or args.image or args.system, "leave out question, --image, --system and --interactive"
+    chat = args.image or args.tools
+    says, more = asked or chat or args.system, "leave out question, --image, --system, --tools and --interactive"
     require(not args.requests or not (says or args.interactive), f"--requests already says what to ask; {more}")
-    chat = args.image or args.system is not None
-    require(not args.raw or not chat, "--raw continues plain text; leave out --image and --system")
+    plain = not chat and args.system is None
+    require(not args.raw or plain, "--raw continues plain text; leave out --image, --system and --tools")
     scripted, more = asked or args.json or args.raw, "leave out question, --raw and --json"
     require(not args.interactive or not scripted, f"--interactive reads turns from the terminal; {more}")
 
@@ -669,7 +687,7 @@ def main(argv: list[str]) -> None:
         if args.json:
             print(json.dumps(result, ensure_ascii=False), flush=True)
         else:
-            print(f"[{next(numbers)}] {result['text']}", end="")
+            print(f"[{next(numbers)}] {printable(result['text'], sys.stdout)}", end="")
             print_calls(result)
 
     if len(specs) == 1 and not args.json:

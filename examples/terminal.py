@@ -85,7 +85,7 @@ def record() -> str:
         if terminal.end() != 0:
             raise SystemExit(terminal.shown)
     shown = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", terminal.shown).split("\r\n")
-    kept = [line.split("\r")[-1].rstrip().replace(f"{ROOT}/", "") for line in shown]
+    kept = [line.split("\r")[-1].rstrip() for line in shown]
     return "\n".join(["$ " + " ".join(("python generate.py", *arguments)), *kept]).strip() + "\n"
 
 

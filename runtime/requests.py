@@ -11,7 +11,7 @@ import torch
 
 from model import VisionConfig
 from runtime.chat import Encoded, Reply, ReplyParser, encode_chat, opening, user_turn
-from runtime.files import UserError, parse_line, read_lines, require, within
+from runtime.files import UserError, parse_line, read_json, read_lines, require, within
 from runtime.images import grid_of, image_name, load_image, pixels
 from runtime.launch import COUNT, number
 from runtime.tokenizer import Tokenizer
@@ -77,7 +77,15 @@ def command_line_request(args: argparse.Namespace, data: bytes | None) -> dict:
     check_utf8(args.system or "", "--system")
     if args.raw:
         return {"raw": text, "where": where}
-    return {"messages": [*opening(args.system), user_turn(args.image, text)], "where": where}
+    tools = read_tools(args.tools) if args.tools else None
+    return {"messages": [*opening(args.system), user_turn(args.image, text)], "tools": tools, "where": where}
+
+
+def read_tools(path: str) -> list:
+    """Of --tools FILE. What stands in the list is checked with the chat."""
+    tools = read_json(path)
+    require(isinstance(tools, list), f"{path}: should be a JSON list of tools, in OpenAI's form")
+    return tools
 
 
 def check_utf8(text: str, where: str) -> None:
@@ -115,7 +123,7 @@ class RequestReader:
             effort, base = spec.get("reasoning_effort", self.args.reasoning_effort), spec.get("base", "")
             chat = self.prompt(spec, effort, base)
             sizes = f"{len(chat.ids)} tokens are more than the context of {self.max_context}"
-            advice = "shorten it or raise --max-context as far as the model goes"
+            advice = "shorten it (in a chat: /undo, /clear) or raise --max-context as far as the model goes"
             require(len(chat.ids) <= self.max_context, f"{sizes}; {advice}")
             request = Request(chat.ids, **self.numbers(spec, effort == "high", index))
             request.images = [

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import readline
 import select
 import shlex
@@ -15,17 +16,32 @@ import sys
 import termios
 from collections.abc import Iterator
 from functools import partial
+from typing import TextIO
 
 from runtime.chat import encode_chat, image_url, opening, user_turn
-from runtime.files import UserError, require, writing
+from runtime.files import UserError, read_lines, require, within, writing
 from runtime.images import grid, load_image
 from runtime.launch import Postponed, gather_objects, together
-from runtime.requests import NUMBERS, check_utf8, read_number, read_requests
+from runtime.requests import NUMBERS, check_utf8, read_number, read_requests, read_tools
+
+DUMB = os.environ.get("TERM") == "dumb"  # a terminal that knows no escape codes
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but the tab and the end of a line
+
+
+def count(number: int, name: str) -> str:
+    return f"{number} {name}" + "s" * (number != 1)
 
 
 def note(text: str, end: str = "\n") -> None:
     """A line beside the conversation, dimmed."""
-    print(f"\x1b[2m{text}\x1b[0m" if sys.stderr.isatty() else text, end=end, file=sys.stderr, flush=True)
+    plain = os.environ.get("NO_COLOR") or DUMB or not sys.stderr.isatty()
+    text = printable(text, sys.stderr)
+    print(text if plain else f"\x1b[2m{text}\x1b[0m", end=end, file=sys.stderr, flush=True)
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """In a terminal, control characters, which might steer it, are shown as escapes."""
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text) if stream.isatty() else text
 
 
 def stream(session, spec: dict, stop=None) -> dict:
@@ -41,7 +57,7 @@ def stream(session, spec: dict, stop=None) -> dict:
         if thinks:
             note(text, end="")
         else:
-            print(text, end="", flush=True)
+            print(printable(text, sys.stdout), end="", flush=True)
 
     (result,) = session.answer([spec], show, stop=stop)
     if session.place.rank == 0:
@@ -54,11 +70,38 @@ def stream(session, spec: dict, stop=None) -> dict:
 def print_calls(result: dict) -> None:
     print()
     for call in result["tool_calls"]:
-        print(json.dumps(call, ensure_ascii=False))
+        print(printable(json.dumps(call, ensure_ascii=False), sys.stdout))
     sys.stdout.flush()
 
 
 HISTORY = "~/.mistral_history"  # what was typed into the chat, a JSON string a line
+
+
+def expand(path: str) -> str:
+    """A file's name, with ~ for the home folder. Raises UserError for one that no file can have."""
+    try:
+        require(b"\0" not in os.fsencode(path), f"{path}: no file can be called this: it holds a zero byte")
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: cannot be written in this locale's encoding; choose another name") from None
+    return os.path.expanduser(path)
+
+
+def files_of(path: str) -> list[str]:
+    """The files whose names begin like this."""
+    folder, begin = os.path.split(path)
+    try:
+        names = sorted(os.listdir(os.path.expanduser(folder) or "."))
+    except (OSError, ValueError):
+        return []
+    hidden = begin.startswith(".")
+    paths = [os.path.join(folder, name) for name in names if name.startswith(begin) and name.startswith(".") == hidden]
+    return [f"{path}/" if os.path.isdir(os.path.expanduser(path)) else path for path in paths]
+
+
+def picture_name(part: dict) -> str:
+    """Of a message's part that is an image: without the data of one that has no file."""
+    url = str(image_url(part))
+    return "picture" if url[:5].lower() == "data:" else f"picture {url}"
 
 
 class Keyboard:
@@ -71,19 +114,21 @@ class Keyboard:
     def __init__(self, rank: int):
         self.terminal, self.interrupted = rank == 0 and sys.stdin.isatty(), False
         self.signals = Postponed()  # SIGINT in the chat, where a launcher sends it to the ranks
-        self.draft = ""  # stands in the line when the next turn is read
         self.edits = self.terminal and sys.stdout.isatty()  # without stdout in the terminal too, `input` edits nothing
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # see check_utf8
         if not self.edits:
             return
         # Ctrl-C leaves the line with just this character in it: end of line, clear, the character quoted, return.
         readline.parse_and_bind(r'"\C-c": "\C-e\C-u\C-v\C-c\C-m"')
-        readline.parse_and_bind("set enable-bracketed-paste on")  # a pasted block is one message
+        paste = "off" if DUMB else "on"  # on: a pasted block is one message
+        readline.parse_and_bind(f"set enable-bracketed-paste {paste}")
         readline.parse_and_bind("set bell-style none")
         readline.set_auto_history(False)
-        with contextlib.suppress(OSError, ValueError), open(os.path.expanduser(HISTORY), encoding="utf-8") as file:
-            for line in list(file)[-1000:]:
-                readline.add_history(json.loads(line))
+        readline.set_completer_delims(" ")
+        readline.parse_and_bind("tab: complete")
+        with contextlib.suppress(UserError):
+            for _, line in read_lines(os.path.expanduser(HISTORY))[-1000:]:
+                self.recall(line)
 
     @contextlib.contextmanager
     def mode(self, canonical: bool) -> Iterator[None]:
@@ -111,10 +156,8 @@ class Keyboard:
 
     def read(self, prompt: str = "\n> ") -> str | None:
         """A line, or a pasted block; "\\x03" for Ctrl-C, None at the end."""
-        draft, self.draft, self.interrupted, self.signals.number = self.draft, "", False, 0
-        if self.edits:
-            readline.set_startup_hook(lambda: readline.insert_text(draft))
-        elif self.terminal:
+        self.interrupted, self.signals.number = False, 0
+        if self.terminal and not self.edits:
             print(prompt, end="", file=sys.stderr, flush=True)
         try:
             self.signals.waiting = True
@@ -126,13 +169,38 @@ class Keyboard:
         finally:
             self.signals.waiting = False
 
+    def recall(self, line: bytes | str) -> None:
+        """Let Up bring back a text, given as JSON. What is none, or what the locale cannot write, is passed over."""
+        if self.edits:
+            with contextlib.suppress(ValueError, TypeError, RecursionError):
+                readline.add_history(json.loads(line))
+
     def remember(self, text: str) -> None:
         if self.edits and text.strip():
-            readline.add_history(text)
+            self.recall(json.dumps(text))
             with contextlib.suppress(OSError):
                 private = partial(os.open, mode=0o600)
                 with open(os.path.expanduser(HISTORY), "a", encoding="utf-8", opener=private) as file:
                     print(json.dumps(text), file=file)
+
+
+SAME = {"quit": "exit", "bye": "exit", "?": "help"}  # other names of commands
+WITH_FILE = "image", "tools", "save", "load"  # commands that take one
+
+# Of a setting: how it is called in the chat, and what is said where it is not set.
+SETTINGS = {
+    "system": ("system prompt:", "none"),
+    "tools": ("tools:", "none"),
+    "reasoning_effort": ("reasoning effort", "as the checkpoint has it"),
+    **{name: (name.replace("_", "-"), "by default") for name in (*NUMBERS, "stop")},
+}
+
+
+def setting(name: str, value) -> str:
+    title, unset = SETTINGS[name]
+    if name == "tools" and value:
+        value = ", ".join(tool["function"]["name"] for tool in value)
+    return f"{title} {unset if value in (None, []) else value}"
 
 
 class Chat(cmd.Cmd):
@@ -145,14 +213,28 @@ class Chat(cmd.Cmd):
     def __init__(self, session, keyboard: Keyboard):
         super().__init__()
         self.session, self.keyboard, self.messages = session, keyboard, []
-        self.prompt, self.images = session.args.system or None, []
-        # Of the request; None: what is the default.
+        self.images: list[str] = []  # for the next message
+        # Of the request, by the names of SETTINGS; None: what is the default. What /load brought counts first.
         self.given = {name: getattr(session.args, name) for name in ("reasoning_effort", *NUMBERS)}
-        self.options = dict(self.given)
+        self.given |= {"system": session.args.system or None, "tools": None}
+        self.chosen, self.loaded = dict(self.given), {}
+        if session.args.tools:
+            self.do_tools(session.args.tools)
+            self.given["tools"] = self.chosen["tools"]
         for path in session.args.image:
             self.do_image(path)
 
+    @property
+    def options(self) -> dict:
+        return self.chosen | self.loaded
+
+    def request(self, messages: list[dict]) -> dict:
+        options = self.options
+        return {"messages": [*opening(options.pop("system")), *messages], **options}
+
     def run(self) -> None:
+        if self.keyboard.edits:
+            readline.set_completer(self.complete)
         note("/help lists the commands, /exit ends")
         pressed = ended = False
         while not ended and (text := self.keyboard.read()) is not None:
@@ -163,7 +245,7 @@ class Chat(cmd.Cmd):
                 ended = self.turn(text)
 
     def turn(self, typed: str) -> bool | None:
-        """A message, or a command. What fails stands in the line again."""
+        """A message, or a command. Up recalls it, also one that is refused."""
         text = typed
         if typed.strip().startswith('"""'):
             typed = typed.strip()
@@ -179,11 +261,10 @@ class Chat(cmd.Cmd):
             return self.onecmd(text) if typed.startswith("/") and "\n" not in text else self.say(text)
         except UserError as error:
             note(f"error: {error}")
-            self.keyboard.draft = typed
 
     def parseline(self, line: str) -> tuple[str, str, str]:
-        name, _, rest = line[1:].strip().partition(" ")
-        return name, rest.strip(), line
+        name, rest = (*line[1:].split(maxsplit=1), "", "")[:2]
+        return SAME.get(name, name), rest.strip(), line
 
     def default(self, line: str) -> None:
         name = line.split()[0]
@@ -193,7 +274,7 @@ class Chat(cmd.Cmd):
 
     def ask(self, messages: list[dict], **options) -> None:
         """Let the model answer `messages`. They become the conversation once it has: a mistake changes nothing."""
-        spec = {"messages": [*opening(self.prompt), *messages], **self.options, **options, "where": "this turn"}
+        spec = {**self.request(messages), **options, "where": "this turn"}
         gather_objects(spec)
         with self.keyboard.mode(canonical=False):
             result = stream(self.session, spec, stop=self.keyboard.stop)
@@ -202,13 +283,14 @@ class Chat(cmd.Cmd):
         answers = [answer] if result["text"] or result["tool_calls"] else []
         self.messages = [*messages, *answers]
         used, most = len(result["prompt_tokens"]) + len(result["tokens"]), self.session.max_context
-        cut = "where the context ends" if used >= most else "by max-new-tokens (/set)"
+        cut = "where the context ends (/undo and /clear make room)" if used >= most else "by max-new-tokens (/set)"
         ended = {"cancelled": "stopped, ", "length": f"cut off {cut}, ", "stop": ""}[result["finish_reason"]]
         ended += "" if answers else "no answer, "
-        speed = f"{len(result['tokens'])} tokens, {result['stats']['decode_tokens_per_s']:g} tokens/s"
+        speed = f"{count(len(result['tokens']), 'token')}, {result['stats']['decode_tokens_per_s']:g} tokens/s"
         note(f"{ended}{speed}, context {used:,} of {most:,}")
         if calls := len(self.waiting()):
-            note(f"{calls} calls wait: /tool RESULT answers them, one after the other")
+            more = f"{calls} calls wait: /tool RESULT answers them, one after the other"
+            note(more if calls > 1 else "1 call waits: /tool RESULT answers it")
 
     def say(self, text: str) -> None:
         messages = self.messages
@@ -239,20 +321,21 @@ class Chat(cmd.Cmd):
     def do_undo(self, rest: str) -> None:
         """/undo: take back the last message
 
-        It goes back into the line, and its pictures to those that wait for the next one.
+        Its pictures go back to those that wait for the next one.
         """
         at = self.last("user")
         require(at >= 0, "nothing was said yet")
         content, self.messages = self.messages[at]["content"], self.messages[:at]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        self.keyboard.draft = "\n".join(part["text"] for part in parts if part["type"] == "text")
+        text = "\n".join(part["text"] for part in parts if part["type"] == "text")
+        self.keyboard.recall(json.dumps(f'"""{text}"""' if text.startswith("/") else text))
         self.images = [url for url in map(image_url, parts) if url]
-        note(f"taken back: {self.keyboard.draft[:60]}")
+        note(f"taken back; Up recalls it: {text[:60]}")
 
     def do_clear(self, rest: str) -> None:
-        """/clear: forget the conversation"""
+        """/clear: forget the conversation, and what /load set"""
         self.messages, self.images = [], []
-        note("forgotten")
+        note("forgotten" + self.reload({}))
 
     def last(self, *roles: str) -> int:
         """Where the last message of one of these roles stands; -1: nowhere."""
@@ -275,31 +358,59 @@ class Chat(cmd.Cmd):
         require(vision, "this checkpoint takes no images")
         with contextlib.suppress(ValueError):  # as a shell reads it: quotes, and spaces after a backslash
             path = path if os.path.exists(path) else " ".join(shlex.split(path))
-        path = os.path.abspath(os.path.expanduser(path))
-        size = load_image(path).size
-        self.images.append(path)
+        file = expand(path)
+        size = load_image(file).size
+        self.images.append(os.path.abspath(file))
         note("{}: {} × {} pixels, {} tokens, for the next message".format(path, *size, math.prod(grid(*size, vision))))
+
+    def choose(self, name: str, value) -> None:
+        self.chosen[name] = value
+        self.loaded.pop(name, None)
+        note(setting(name, value))
+
+    def try_turn(self, tools: list | None = None, effort: str | None = None) -> None:
+        """Refuses what the checkpoint's chat format does not take."""
+        encode_chat(self.session.tokenizer, [{"role": "user", "content": "?"}], tools, effort)
 
     def do_effort(self, rest: str) -> None:
         """/effort none|high: whether to reason; alone: the checkpoint's default"""
-        encode_chat(self.session.tokenizer, [{"role": "user", "content": "?"}], None, rest or None)  # refuses others
-        self.options["reasoning_effort"] = rest or None
-        note(f"reasoning effort {rest or 'as the checkpoint has it'}")
+        self.try_turn(effort=rest or None)
+        self.choose("reasoning_effort", rest or None)
 
     def do_system(self, rest: str) -> None:
         """/system TEXT: the system prompt; alone: none"""
-        self.prompt = rest or None
-        note(f"system prompt: {rest or 'none'}")
+        self.choose("system", rest or None)
+
+    def do_tools(self, path: str) -> None:
+        """/tools FILE: a JSON list of what the model may call; alone: none"""
+        tools = read_tools(expand(path)) if path else None
+        with within(path):
+            self.try_turn(tools)
+        self.choose("tools", tools)
 
     def do_set(self, rest: str) -> None:
         """/set NAME [VALUE]: temperature, top-p, max-new-tokens or seed; alone: shows them"""
         name, _, value = rest.partition(" ")
         key = name.replace("-", "_")
-        if rest:
-            require(key in NUMBERS, f"no such setting: {name}; there are temperature, top-p, max-new-tokens and seed")
-            self.options[key] = read_number(name, value) if value else None
-        now = self.session.requests.numbers(self.options, self.options["reasoning_effort"] == "high")
-        note(", ".join(f"{name.replace('_', '-')} {value}" for name, value in now.items() if value is not None))
+        if not rest:
+            return note(", ".join(self.numbers()) or "nothing is set")
+        require(key in NUMBERS, f"no such setting: {name}; there are temperature, top-p, max-new-tokens and seed")
+        self.choose(key, read_number(name, value) if value else None)
+
+    def numbers(self) -> list[str]:
+        """Those that were set."""
+        return [setting(name, value) for name, value in self.options.items() if name in NUMBERS and value is not None]
+
+    def do_show(self, rest: str) -> None:
+        """/show: the settings, pictures that wait, and the conversation"""
+        others = [setting(name, value) for name, value in self.options.items() if name not in NUMBERS]
+        note("\n".join([*others, *self.numbers(), *(f"picture for the next message: {path}" for path in self.images)]))
+        for message in self.messages:
+            content = message.get("content") or ""
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            said = [f"[{picture_name(part)}]" if image_url(part) else part.get(part["type"]) for part in parts]
+            calls = [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls") or []]
+            note(f"{message['role']}: " + "\n".join(map(str, (*said, *calls))))
 
     # --- files
 
@@ -308,19 +419,19 @@ class Chat(cmd.Cmd):
 
         The last answer stands apart, since a request ends with its question.
         """
-        messages, spec = [*opening(self.prompt), *self.messages], dict(self.options)
-        if self.messages and messages[-1]["role"] == "assistant":
-            spec["answer"] = messages.pop()
+        spec = self.request(self.messages)
+        if self.messages and self.messages[-1]["role"] == "assistant":
+            spec["answer"] = spec["messages"].pop()
         require(self.messages and path, "give /save the name of a new file, once something was said")
-        line = json.dumps({"messages": messages, **spec}, ensure_ascii=False)
-        path = os.path.expanduser(path)
+        line = json.dumps(spec, ensure_ascii=False)
+        path = expand(path)
         with writing(path), open(path, "x", encoding="utf-8", errors="backslashreplace") as file:  # JSON, see launch
             file.write(f"{line}\n")
-        note(f"{path}: {len(self.messages)} messages")
+        note(f"{path}: {count(len(self.messages), 'message')}")
 
     def do_load(self, path: str) -> None:
         """/load FILE: go on with a conversation that /save wrote"""
-        spec, *more = read_requests(argparse.Namespace(requests=os.path.expanduser(path) or "/load"))
+        spec, *more = read_requests(argparse.Namespace(requests=expand(path) or "/load"))
         require("messages" in spec and not more, f"{path}: should hold one line, with 'messages'")
         self.session.requests.read({**spec})  # refuses what could not be answered
         answer, base, _ = spec.pop("answer", None), spec.pop("base"), spec.pop("where")
@@ -329,9 +440,29 @@ class Chat(cmd.Cmd):
             for part in message["content"] if isinstance(message.get("content"), list) else []:
                 if (url := image_url(part)) and url[:5].lower() != "data:":
                     part["image_url"] = {"url": os.path.abspath(os.path.join(base, url))}
-        self.prompt = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
-        self.messages, self.images, self.options = messages, [], {**self.given, **spec}
-        note(f"{path}: {len(messages)} messages" + ("" if answer else "; /retry answers the last"))
+        system = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
+        changed = self.reload({**self.given, **spec, "system": system})
+        self.messages, self.images = messages, []
+        note(f"{path}: {count(len(messages), 'message')}" + ("" if answer else "; /retry answers the last") + changed)
+
+    def reload(self, loaded: dict) -> str:
+        """Let `loaded` be what /load brought. Returns what that changes, for a note."""
+        before, self.loaded = self.options, loaded
+        now = self.options
+        changed = [setting(name, now.get(name)) for name in before | now if now.get(name) != before.get(name)]
+        return "".join(f"\n{line}" for line in changed)
+
+    def complete(self, text: str, state: int) -> str | None:
+        """What Tab makes of the last word of the line, for `readline`."""
+        line, start = readline.get_line_buffer()[: readline.get_endidx()], readline.get_begidx()
+        name, space, path = line.partition(" ")
+        if space:
+            found = files_of(path) if name[1:] in WITH_FILE else []
+            found = [f"{name} {each}" for each in found]
+        else:
+            names = [method.removeprefix("do_") for method in vars(Chat) if method.startswith("do_")]
+            found = [f"/{each} " for each in (*names, *SAME) if f"/{each}".startswith(line or "/")]
+        return found[state][start:] if state < len(found) else None
 
     def do_help(self, rest: str) -> None:
         """/help: this"""
@@ -343,7 +474,7 @@ class Chat(cmd.Cmd):
         note("closes one of several lines.")
 
     def do_exit(self, rest: str) -> bool:
-        """/exit: or Ctrl-D, or Ctrl-C twice"""
+        """/exit: or /quit, /bye, Ctrl-D, Ctrl-C twice"""
         return True
 
 

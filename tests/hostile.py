@@ -147,7 +147,7 @@ def kind_saved(folder: str) -> Kind:
         terminal.stream = lambda session, spec, stop: session.requests.read(spec) and answered
         answered = {"text": "a", "tool_calls": [], "finish_reason": "stop", "prompt_tokens": [], "tokens": []}
         answered["stats"] = {"decode_tokens_per_s": 1}
-        keyboard = argparse.Namespace(mode=lambda canonical: contextlib.nullcontext(), stop=None, draft="")
+        keyboard = argparse.Namespace(mode=lambda canonical: contextlib.nullcontext(), stop=None, recall=str)
         talk = terminal.Chat(session, keyboard)
         talk.do_load(path)
         for command, text in (

@@ -373,3 +373,24 @@ def test_answers_can_be_stopped(folder, model, tp, pp):
         for i, (tokens, reason) in enumerate(said[:5]):
             assert reason == "cancelled" and tokens == whole[i][: len(tokens)] and (4 < len(tokens) < 12) == (i < 3)
         assert said[5:] == [(tokens, "length") for tokens in whole]
+
+
+def stopped_in_prompts_on_a_rank(folder: str, tp: int, pp: int) -> list:
+    place, calls = find_place(tp, pp), []
+    model = build_model(read_config(folder), place, torch.float32)
+    fill(model, Checkpoint(folder))
+    requests = [Request(random_tokens(30, 301, seed=i // 2), max_new_tokens=4) for i in range(5)]
+    made = Engine(model, Endless.eos_id, 4096)
+    made.chunk = 8
+    stopped = made.generate(requests, width=3, stop=lambda: calls.append(1) or len(calls) > 4)
+    return [(answer.tokens, answer.finish_reason) for answer in stopped + made.generate(requests)]
+
+
+@pytest.mark.parametrize("tp, pp", [(1, 1), (2, 1), (1, 2)])
+def test_long_prompts_can_be_stopped(folder, model, tp, pp):
+    """Between two chunks, on every rank alike; what is in the cache by then counts as that, and no more."""
+    requests = [Request(random_tokens(30, 301, seed=i // 2), max_new_tokens=4) for i in range(5)]
+    whole = [alone(model, request).tokens for request in requests]
+    for said in run_ranks(stopped_in_prompts_on_a_rank, tp * pp, folder, tp, pp):
+        assert said[:5] == 5 * [([], "cancelled")]
+        assert said[5:] == [(tokens, "length") for tokens in whole]

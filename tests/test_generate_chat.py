@@ -1,10 +1,12 @@
 """The chat of generate.py: over a pipe, in a pseudo-terminal, and on several ranks."""
 
+import argparse
 import json
 import os
 import re
 import shutil
 import signal
+import sys
 import termios
 import time
 
@@ -12,10 +14,12 @@ import pytest
 from helpers import answers
 from PIL import Image
 from processes import run
-from terminal import Terminal
+from terminal import ENVIRONMENT, Terminal
 
 import generate
+from parallel import Place
 from runtime import chat, requests
+from runtime.terminal import Keyboard, stream
 
 PASTE = "\x1b[200~{}\x1b[201~"
 ENDLESS = ("--temperature", 90, "--seed", 0)  # tokens at random, and with this seed a thousand without </s>
@@ -86,7 +90,7 @@ def test_settings(ckpt, program, asked):
     assert chosen[1] == chosen[2] == {**chosen[0], "seed": None}
     said = errors(err)
     assert status == 0 and len(said) == 3 and "hot" in said[0] and "top-p" in said[1] and "colour" in said[2]
-    assert "temperature 0.5, top-p 0.9, seed 7, max-new-tokens 3" in err.replace("max-new-tokens 3, seed 7", "") or True
+    assert "\nmax-new-tokens 3, temperature 0.5, top-p 0.9\n" in err and "\nseed by default\n" in err
 
 
 def test_cut_and_empty_answers(ckpt, program, asked):
@@ -94,7 +98,7 @@ def test_cut_and_empty_answers(ckpt, program, asked):
     typed = ["/set max-new-tokens 0", "one", "/set max-new-tokens 2", "two", "/set max-new-tokens", "three", "four"]
     status, _, err = program("--ckpt", ckpt, "--interactive", "--max-context", 60, *ENDLESS, stdin=lines(*typed))
     assert status == 0 and "no answer, 0 tokens" in err and "cut off by max-new-tokens (/set), 2 tokens" in err
-    assert "cut off where the context ends" in err and "context 60 of 60" in err
+    assert "cut off where the context ends (/undo and /clear make room)" in err and "context 60 of 60" in err
     assert [m["content"] for m in asked[1]["messages"]] == ["one", "two"]
     assert len(errors(err)) == 1 and "60" in errors(err)[0]  # the fourth: nothing more fits
 
@@ -111,7 +115,7 @@ def test_undo_and_retry(ckpt, program, asked):
 def test_help(ckpt, program, asked):
     """Every command with what it does, at 80 columns; what begins with a word of the library is a message."""
     status, _, err = program("--ckpt", ckpt, "--interactive", "--max-new-tokens", 1, stdin=lines("/help", "EOF", "?"))
-    names = "image effort system set retry undo clear tool save load help exit".split()
+    names = "image effort system tools set show retry undo clear tool save load help exit".split()
     assert status == 0 and not errors(err) and max(map(len, err.splitlines())) <= 80
     assert all(re.search(f"^/{name} .* {{2,}}[a-z]", err, flags=re.M) for name in names), err
     assert [spec["messages"][-1]["content"] for spec in asked] == ["EOF", "?"]
@@ -209,6 +213,94 @@ def test_files(seeing, program, asked, tmp_path, monkeypatch):
     assert answer["text"] == spec["answer"]["content"]
 
 
+def test_names_that_no_file_has(seeing, program, tmp_path):
+    typed = ["one", "/save a\0b", "/save ~a\0b", "/load ~a\0b", "/image ~a\0b", f"/save {tmp_path}/x.jsonl"]
+    status, _, err = program("--interactive", "--ckpt", seeing, "--max-new-tokens", 1, stdin=lines(*typed))
+    assert status == 0 and len(errors(err)) == 4 and (tmp_path / "x.jsonl").exists(), err
+    assert err.count("zero byte") == 4 and ", 1 token, " in err
+
+
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in "fg"]
+
+
+def test_tools_from_a_file(seeing, program, asked, tmp_path, monkeypatch):
+    """For the question, and for the chat, where another file or none may follow. Mistakes are one line."""
+    monkeypatch.chdir(tmp_path)
+    for name, tools in (("one", TOOLS[:1]), ("two", TOOLS), ("no", {}), ("bad", [{"type": "function"}])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(tools))
+    common = ("--ckpt", seeing, "--max-new-tokens", 1)
+    assert program(*common, "what?", "--tools", "two.json")[0] == 0
+    typed = [
+        "what?",
+        "/tools two.json",
+        "what?",
+        "/tools no.json",
+        "/tools bad.json",
+        "/tools none.json",
+        "/tools",
+        "what?",
+    ]
+    status, _, err = program(*common, "--interactive", "--tools", "one.json", stdin=lines(*typed))
+    assert status == 0 and [spec["tools"] for spec in asked] == [TOOLS, TOOLS[:1], TOOLS, None]
+    said = errors(err)
+    assert len(said) == 3 and all(f"{name}.json" in line for name, line in zip(("no", "bad", "none"), said))
+    assert "\ntools: f, g\n" in err and "\ntools: none\n" in err and err.startswith("tools: f\n")
+    for more in (["what?"], ["--interactive"], ["--raw", "what?"], ["--requests", "x.jsonl"]):
+        name = "no.json" if more[0] in ("what?", "--interactive") else "one.json"
+        status, _, err = program(*common, *more, "--tools", name)
+        assert status == 2 and err.count("\n") == 1 and ("list" in err or "--tools" in err)
+
+
+def test_what_load_brings_and_clear_forgets(seeing, program, asked, tmp_path):
+    """/load says what it changes; /clear takes that back, and leaves what was set before and after; /show shows all."""
+    path = save(tmp_path / "c.jsonl", tools=TOOLS, temperature=0.5, reasoning_effort="high", stop="x")
+    picture = tmp_path / "a b.png"
+    typed = ["/set seed 3", "/system Mine.", f"/load {path}", f"/image {picture}", "/set top-p 0.5", "/set", "/show"]
+    typed += ["/retry", f"/save {tmp_path}/d.jsonl", "/clear", "/show", "x", f"/load {tmp_path}/d.jsonl", "/bye"]
+    status, _, err = program("--interactive", "--ckpt", seeing, "--max-new-tokens", 1, stdin=lines(*typed, "never"))
+    assert status == 0 and not errors(err), err
+    changes = ["tools: f, g", "temperature 0.5", "reasoning effort high", "stop x", "system prompt: Be brief."]
+    said = err[err.index(f"\n{path}:") + 1 :].splitlines()
+    assert said[0] == f"{path}: 1 message; /retry answers the last"
+    assert sorted(said[1:7]) == sorted([*changes, "seed by default"])
+    at = said.index("max-new-tokens 1, temperature 0.5, top-p 0.5")
+    shown, after = said[at + 1 : at + 12], err[err.index("forgotten") :].splitlines()
+    assert {*changes, f"picture for the next message: {picture}"} <= set(shown), shown
+    assert "user: what is" in shown and f"[picture {tmp_path}/a b.png]" in shown
+    assert {"system prompt: Mine.", "tools: none", "seed 3", "top-p 0.5"} <= set(after) and "user: what is" not in after
+    retried, x = (spec for spec in asked if spec["where"] == "this turn")
+    assert (retried["tools"], retried["temperature"]) == (TOOLS, 0.5)
+    assert x["messages"][0]["content"] == "Mine." and x["tools"] is None and x["temperature"] is None
+    assert (x["seed"], x["top_p"]) == (3, 0.5) and "stop" not in x
+    assert json.loads((tmp_path / "d.jsonl").read_text())["tools"] == TOOLS
+
+
+def test_other_names(ckpt, program):
+    for typed in ("/quit", "/bye", "/exit now", "/exit\tnow"):
+        status, out, err = program("--ckpt", ckpt, "--interactive", stdin=lines("/?", typed, "never asked"))
+        assert status == 0 and not errors(err) and out == "" and "\n/undo " in err
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_long_prompt_is_interrupted(chunks, ckpt, program, asked, monkeypatch):
+    """Ctrl-C ends it at the next chunk; the chat goes on as if its part that is in the cache were none."""
+    common = ("--ckpt", ckpt, "--interactive", "--dtype", "float32", "--max-new-tokens", 4)
+    long, run, ran = "word" + " word" * 40, generate.Engine.prefill_chunk, []
+    monkeypatch.setattr(generate, "CPU_CHUNK", 24)
+    plain = program(*common, stdin=lines('"""' + long, "", 'and?"""'))[1]
+
+    def prefill_chunk(*arguments):
+        ran.append(1)
+        return run(*arguments)
+
+    monkeypatch.setattr(generate.Engine, "prefill_chunk", prefill_chunk)
+    asked.clear()
+    monkeypatch.setattr(Keyboard, "stop", lambda self: len(asked) == 1 and len(ran) == chunks)
+    status, out, err = program(*common, stdin=lines(long, "and?"))
+    assert status == 0 and not errors(err) and "stopped, no answer, 0 tokens" in err
+    assert out == "\n" + plain and len(ran) > chunks
+
+
 def test_pictures(seeing, program, asked, tmp_path, monkeypatch):
     """A picture is looked at when it is named, however a shell or a file manager writes its name."""
     shutil.copy(tmp_path / "a b.png", tmp_path / "c.png")
@@ -240,11 +332,30 @@ def test_a_picture_on_the_command_line(seeing, program, asked, tmp_path):
     path = tmp_path / "a b.png"
     status, _, err = program("--ckpt", seeing, "--interactive", "--image", path, stdin="what?\n")
     assert status == 0 and chat.image_url(asked[0]["messages"][0]["content"][0]) == str(path)
+    name = os.path.relpath(path)  # shown as it was given
+    assert program("--ckpt", seeing, "--interactive", "--image", name)[2].startswith(f"{name}: 60 × 40 pixels")
     status, out, err = program("--ckpt", seeing, "--interactive", "--image", "none.png", stdin="what?\n")
     assert status == 2 and err.count("\n") == 1 and "none.png" in err
 
 
 # --------------------------------------------------------------------------------------------- in a terminal
+
+
+def test_nothing_ends_a_chat(ckpt, tmp_path, monkeypatch):
+    """Neither what stands in the history file, nor a name that the locale cannot write, to save under or to recall."""
+    for name, value in (("LC_ALL", "C"), ("PYTHONUTF8", "0"), ("PYTHONCOERCECLOCALE", "0")):
+        monkeypatch.setenv(name, value)
+    (tmp_path / ".mistral_history").write_bytes(b'"first"\n7\n{"a": \n["b"]\n"\xff"\n"\\u00e9\\u0000"\n' + b"[" * 10**5)
+    chat = Terminal("generate.py", "--ckpt", ckpt, "--max-new-tokens", 1, home=tmp_path)
+    chat.say("\x1b[A")
+    chat.see("1 token,")
+    chat.say(f"/save {tmp_path}/\u00e9.jsonl")
+    chat.see("locale")
+    chat.say(f"/save {tmp_path}/e.jsonl")
+    chat.see("2 messages")
+    chat.say("/exit")
+    assert chat.end() == 0, chat.shown
+    assert json.loads((tmp_path / "e.jsonl").read_text())["messages"] == [{"role": "user", "content": "first"}]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -278,33 +389,75 @@ def test_in_a_terminal(ranks, ckpt, tmp_path):
     assert history[1:3] == ["toa", "first line\nsecond line"]
     again = Terminal("generate.py", "--ckpt", ckpt, "--max-new-tokens", 1, home=tmp_path)  # history over sessions
     again.say("\x1b[A")
-    again.see("1 tokens" if history[-1][0] != "/" else "max-new-tokens 1")
+    again.see("1 token" if history[-1][0] != "/" else "max-new-tokens 1")
     again.say("\x04", end="")
     again.end()
 
 
-def test_a_failed_turn(ckpt, tmp_path):
-    """It stands in the line again, to be mended."""
-    chat = Terminal("generate.py", "--ckpt", ckpt, *ENDLESS, "--max-new-tokens", 200, home=tmp_path)
+def test_the_line_is_empty_again(ckpt, tmp_path):
+    """After a turn that fails, and after /undo. Up recalls the turn, to be mended; and Tab completes."""
+    (tmp_path / "a b.jsonl").mkdir()
+    chat = Terminal("generate.py", "--ckpt", ckpt, "--max-context", 40, "--max-new-tokens", 1, home=tmp_path)
     chat.say("/efort high")
-    chat.see("no such command")
-    chat.see("> /efort high")
-    chat.press("\x01\x1b[C\x1b[C\x1b[Cf\r")
+    chat.see("no such command: /efort")
+    chat.say("hello")
+    chat.see("1 token, ")
+    chat.say("\x1b[A\x1b[A\x01\x1b[C\x1b[C\x1b[Cf")  # twice up, and an f after the first three characters
     chat.see("reasoning effort high")
-    chat.say("/exit")
-    assert chat.end() == 0
-
-
-def test_a_failed_block_stands_in_the_line_again(ckpt, tmp_path):
-    chat = Terminal("generate.py", "--ckpt", ckpt, "--max-new-tokens", 1, "--max-context", 40, home=tmp_path)
     chat.say('"""' + "long " * 30)
     chat.see("... ")
     chat.press('end"""\r')
-    chat.see("more than the context of 40")
-    chat.see('> """long')
-    chat.see('end"""')
-    chat.press("\x15/exit\r")  # clears the line
+    chat.see("more than the context of 40; shorten it (in a chat: /undo, /clear)")
+    chat.say("/un\t")
+    chat.see("Up recalls it: hello")
+    chat.say("/sav\t~/a\tx")
+    chat.see("once something was said")
+    chat.say("\x1b[A\x1b[A\x1b[A")  # /save, what was taken back, /undo
+    chat.see("nothing was said yet")
+    chat.say("\x1b[A\x1b[A\x1b[A")  # the same one later: what was taken back
+    chat.see("1 token, ")
+    chat.say("/save ~/a\tx")
+    chat.see("2 messages")
+    chat.say("/exit now")
+    assert chat.end() == 0, chat.shown
+    (question,) = json.loads((tmp_path / "a b.jsonl" / "x").read_text())["messages"]
+    assert question["content"] == "hello"
+
+
+COLOUR = re.compile(r"\x1b\[[\d;]*m")
+
+
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb"), ("NO_COLOR", "")])
+def test_a_terminal_without_escape_codes(name, value, ckpt, tmp_path, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, name, value)
+    chat = Terminal("generate.py", "--ckpt", ckpt, "--max-new-tokens", 1, home=tmp_path)
+    chat.say("hello")
+    chat.say("/system a\x16\x1b[2Jb")  # Ctrl-V quotes the escape
+    chat.see("system prompt: a\\x1b[2Jb")
+    chat.say("/exit")
     assert chat.end() == 0
+    assert bool(COLOUR.search(chat.shown)) == (not value) and ("\x1b" in chat.shown) == (value != "dumb")
+
+
+def test_control_characters(ckpt, program, monkeypatch, capsys):
+    """Of an answer: escapes in a terminal; into a pipe and in JSON as they are."""
+    text = "a\tb\n\x1b]0;x\x07\r\x7f\x9b2Jé\u200d"
+    session = argparse.Namespace(place=Place())
+
+    def answer(specs, show, stop):
+        show(0, "reasoning", text)
+        show(0, "text", text)
+        return [{"tool_calls": [{"x": text}]}]
+
+    session.answer = answer
+    for terminal in (True, False):
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(getattr(sys, name), "isatty", lambda terminal=terminal: terminal)
+        stream(session, {})
+        out, err = capsys.readouterr()
+        shown = r"\x1b]0;x\x07\r\x7f\x9b2Jé" + "\u200d" if terminal else text[4:]
+        assert out.startswith(f"a\tb\n{shown}\n") and f"a\tb\n{shown}" in err
+        assert ("\x7f" in out) == (not terminal)
 
 
 def test_the_terminal_is_given_back(ckpt, tmp_path):
