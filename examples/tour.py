@@ -88,11 +88,11 @@ def tokens_of(tokenizer, words: list[dict], answers: list[dict]) -> dict[int, tu
     for answer in answers:
         ids |= {*answer["prompt_tokens"], *answer["tokens"]}
         ids |= {id for said in answer["said"] for id, *_ in (*said["top"], *said["drawn"], *said["lens"])}
-    spelled = getattr(tokenizer, "token_bytes", None)  # which SentencePiece does not have
+    spelled = dict(enumerate(getattr(tokenizer, "token_bytes", ())))  # which SentencePiece does not have
     found = {}
     for id in ids:
-        data = spelled[id] if spelled else tokenizer.decode([id]).encode()
-        found[id] = (names.get(id) or tokenizer.decode([id]), data.hex(), id in names)
+        text = tokenizer.decode([id])  # of an id beyond the vocabulary: nothing
+        found[id] = (names.get(id) or text, spelled.get(id, text.encode()).hex(), id in names)
     return found
 
 
