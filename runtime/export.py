@@ -40,8 +40,13 @@ from vision import build_model
 
 SHARD_BYTES = 4_000_000_000  # a file written is at most about this large
 
-# The decoder's linears, as peft finds them. Those of the vision tower have other names.
-PEFT_TARGETS = r".*layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+# How the names of the decoder's linears end, as peft and SGLang find them; those of the vision tower end otherwise.
+PEFT_TARGETS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+
+# What an export takes along from its source. Other files may be weights in other formats, or tell of another model.
+COMPANIONS = "tekken.json tokenizer*.json *.model *.model.v* special_tokens_map.json added_tokens.json"
+COMPANIONS += " vocab.json vocab.txt merges.txt preprocessor_config.json processor_config.json generation_config.json"
+COMPANIONS += " chat_template.jinja chat_template.json SYSTEM_PROMPT.txt"
 
 
 @contextmanager
@@ -73,6 +78,7 @@ def put_in_place(folder: str, path: str) -> None:
     if os.path.isdir(path) and os.listdir(path):
         for name in names:
             os.replace(os.path.join(folder, name), os.path.join(path, name))
+            flush_to_disk(path)  # one by one, so that the last name is not on the disk before the others
     else:
         os.rename(folder, path)
     flush_to_disk(os.path.dirname(os.path.abspath(path)))
@@ -91,7 +97,7 @@ def write_model(folder: str, config: Config, weights: Iterable, source: str | No
 
     `weights` yields (canonical name, whole tensor of any dtype), followed by its scale if it is FP8 already, and by its
     input's static scale if there is one; see `stored`. `config` decides what is written: with `config.fp8` the
-    decoder's linears in E4M3, all else in BF16. `source` is the directory whose other small files come along.
+    decoder's linears in E4M3, all else in BF16. `source` is the directory from which COMPANIONS come along.
     """
     shards, total = [], 0  # the names in each file
     for tensors in in_shards(stored(config, *weight) for weight in weights):
@@ -106,10 +112,9 @@ def write_model(folder: str, config: Config, weights: Iterable, source: str | No
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(os.path.join(folder, "model.safetensors.index.json"), index)
     write_json(os.path.join(folder, "config.json"), to_hf(config))
-    for path in glob.glob(os.path.join(glob.escape(source), "*")) if source else ():
-        is_model = path.endswith(("/config.json", "/params.json", ".safetensors", ".index.json"))
-        if os.path.isfile(path) and not is_model:
-            shutil.copy(path, folder)
+    for pattern in COMPANIONS.split() if source else ():
+        for path in filter(os.path.isfile, glob.glob(os.path.join(glob.escape(source), pattern))):
+            shutil.copyfile(path, os.path.join(folder, os.path.basename(path)))
 
 
 def in_shards(stream: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
@@ -127,7 +132,8 @@ def in_shards(stream: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, t
 
 def write_tensors(path: str, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
-    os.chmod(path, 0o644)  # readable for everyone; save_file makes it readable for its owner
+    # save_file makes it readable for its owner alone. The umask has decided for whom the new folder is.
+    os.chmod(path, os.stat(os.path.dirname(path)).st_mode & 0o666)
 
 
 def stored(config: Config, name: str, weight: torch.Tensor, scale=None, input_scale=None) -> dict[str, torch.Tensor]:

@@ -16,14 +16,23 @@ from contextlib import ExitStack, suppress
 from datetime import datetime, timedelta
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from parallel import Place, Slice
 from runtime.checkpoint import Checkpoint
 from runtime.curve import draw_loss, points_of
-from runtime.export import export, export_adapters, staged
-from runtime.files import UserError, parse_line, read_json, read_lines, reading, require, write_json, writing
+from runtime.export import export, export_adapters, staged, write_tensors
+from runtime.files import (
+    UserError,
+    flush_to_disk,
+    parse_line,
+    read_json,
+    read_lines,
+    reading,
+    require,
+    write_json,
+    writing,
+)
 from runtime.launch import Postponed, gather_objects, together
 from runtime.optimizer import STATE, Optimizer
 
@@ -152,6 +161,7 @@ class RunFolder:
         args, source = self.args, self.args.ckpt or self.args.tokenizer
         curve, adapters, exported = (os.path.join(self.out, name) for name in ("loss.png", "adapters", "model"))
         self.on_rank_0(draw_loss, curve, self.lines)
+        self.on_rank_0(flush_to_disk, curve)
         if args.lora_rank:
             export_adapters(adapters, model, args.lora_rank, args.lora_alpha, args.ckpt or args.init)
         export(exported, model, args.export, source)
@@ -274,7 +284,7 @@ def save_state(directory: str, step: int, optimizer: Optimizer, settings: dict) 
     names = gather_objects(dict.fromkeys(tensors, file))
     final, advice = os.path.join(directory, f"step-{step}"), "earlier checkpoints are whole: make room, then --resume"
     with staged(final, place.rank, advice) as folder:
-        save_file(tensors, os.path.join(folder, file))
+        write_tensors(os.path.join(folder, file), tensors)
         if place.rank == 0:
             weight_map = {name: file for part in names for name, file in part.items()}
             write_json(os.path.join(folder, INDEX), {"metadata": {"step": step, **settings}, "weight_map": weight_map})

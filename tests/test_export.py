@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from functools import partial
 from types import SimpleNamespace
 
@@ -226,7 +227,7 @@ def test_the_sign_of_inputs_does_not_count(tmp_path, source):
         layer.register_forward_pre_hook(partial(watch, name))
     with torch.no_grad():
         model(model.embed(tokens))
-    found = measure_inputs(model, [SimpleNamespace(tokens=tokens, pixels=[], images=[])])
+    found = measure_inputs(model, [SimpleNamespace(tokens=tokens, pixels=[], images=[])], "")
     assert found == pytest.approx({name: max(-extremes[name][0], extremes[name][1]) / 448 for name in LINEARS})
     assert 0 < sum(-extremes[name][0] > extremes[name][1] for name in LINEARS) < len(LINEARS)
 
@@ -255,7 +256,7 @@ def test_save_and_load(layout, shard_bytes, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "SHARD_BYTES", shard_bytes)
     fields = text_fields("yarn, short", tie_word_embeddings=layout == "new")
     source = write_checkpoint(tmp_path / "in", fields, random_state(fields), layout)
-    for name in ("tekken.json", "README.md", "model-00009-of-00009.safetensors.old"):
+    for name in ("tekken.json", "README.md", "model-00009-of-00009.safetensors.old"):  # only the first comes along
         write_json(f"{source}/{name}", name)
     os.mkdir(f"{source}/subfolder")
     model = load(source)
@@ -277,9 +278,65 @@ def test_save_and_load(layout, shard_bytes, tmp_path, monkeypatch):
         assert 1 < len(files) < len(tensors)
     else:
         assert files == ["model.safetensors"]
-    others = {"config.json", "model.safetensors.index.json", "tekken.json", "README.md"}
-    assert set(os.listdir(out)) == others | set(files) | {"model-00009-of-00009.safetensors.old"}
+    others = {"config.json", "model.safetensors.index.json", "tekken.json"}
+    assert set(os.listdir(out)) == others | set(files)
     assert os.listdir(tmp_path / "deep") == ["out"]
+
+
+COMPANIONS = """tekken.json tokenizer.json tokenizer_config.json tokenizer.model tokenizer.model.v3
+    special_tokens_map.json mistral_instruct_tokenizer_240323.model.v3
+    added_tokens.json vocab.json merges.txt preprocessor_config.json processor_config.json generation_config.json
+    chat_template.jinja chat_template.json SYSTEM_PROMPT.txt""".split()
+OTHERS = """adapter_config.json adapter_model.safetensors pytorch_model.bin pytorch_model.bin.index.json model.gguf
+    consolidated.00.pth params.json README.md picture.png LICENSE training_args.bin consolidated.safetensors.index.json
+    mytekken.json config.json.bak .gitattributes model.safetensors.old run.json tf_model.h5""".split()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_comes_along(seed, tmp_path):
+    """What belongs to tokenizer, processor and chat, and nothing else; all of it for whom the umask says."""
+    draw, fields = random.Random(seed), text_fields(num_hidden_layers=1)
+    model = load(source := write_checkpoint(tmp_path / "in", fields, random_state(fields)))
+    drawn = {name: draw.randbytes(9) for name in draw.sample(COMPANIONS + OTHERS, 20)}
+    for name, data in drawn.items():
+        (tmp_path / "in" / name).write_bytes(data)
+        (tmp_path / "in" / name).chmod(0o600)
+    before, umask = os.umask(0), draw.choice([0o022, 0o027, 0o077, 0o002])
+    os.umask(umask)
+    try:
+        save(str(tmp_path / "out"), model.config, pieces(model), source)
+    finally:
+        os.umask(before)
+    own = {"config.json", "model.safetensors", "model.safetensors.index.json"}
+    assert set(os.listdir(tmp_path / "out")) == own | (set(drawn) & set(COMPANIONS))
+    for path in (tmp_path / "out").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
+        assert path.name in own or path.read_bytes() == drawn[path.name]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_on_the_disk_before_it_counts(there, tmp_path, monkeypatch):
+    """Every file is flushed before it has its name, and its folder before config.json, which makes a model of it."""
+    flushed, flush, replace, rename = [], export.flush_to_disk, os.replace, os.rename
+
+    def named(move, old, new) -> None:
+        files = set(os.listdir(old)) if os.path.isdir(old) else {os.path.basename(old)}
+        assert files <= {os.path.basename(path) for path in flushed}
+        if os.path.basename(new) == "config.json":
+            assert flushed[-1] == str(tmp_path / "out")
+        move(old, new)
+
+    if there:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine").touch()
+    with export.staged(str(tmp_path / "out")) as folder:
+        for name in ("config.json", "a.safetensors", "z.json"):
+            with open(os.path.join(folder, name), "w"):
+                pass
+        monkeypatch.setattr(export, "flush_to_disk", lambda path: flushed.append(path) or flush(path))
+        monkeypatch.setattr(os, "replace", partial(named, replace))
+        monkeypatch.setattr(os, "rename", partial(named, rename))
+    assert flushed[-1] == str(tmp_path) and (str(tmp_path / "out") in flushed) == there
 
 
 def test_saved_for_transformers(tmp_path):
