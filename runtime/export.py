@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ from parallel import Place, Slice, parts_of
 from runtime.checkpoint import Checkpoint, check_names, fill, hf_name, is_quantized, scale_names
 from runtime.config import read_config
 from runtime.data import Chats, MicroBatch, decode_images, micro_batches
-from runtime.files import flush_to_disk, new_folder, require, write_json, writing
+from runtime.files import flush_to_disk, lock, new_folder, remove, require, write_json, writing
 from runtime.launch import Parser, all_or_none, gather_objects
 from runtime.lora import merged
 from runtime.memory import cpu_memory
@@ -54,7 +55,8 @@ def staged(path: str, rank: int = 0, advice: str = "make room, or choose another
     """A new folder for all ranks to write into; it takes the name `path` when it is whole and on the disk.
 
     All ranks come here: what stops one of them in the block stops all, and nothing is left behind. If `path` holds
-    files already, those of the same names are replaced and the others stay. Raises UserError, on all ranks.
+    files already, those of the same names are replaced and the others stay; a link is replaced, too, and not followed.
+    Raises UserError, on all ranks.
     """
     # In containers process ids repeat, so the name is random, and rank 0's is everyone's.
     unfinished = gather_objects(f"{path.rstrip('/')}.partial-{secrets.token_hex(4)}")[0]
@@ -75,6 +77,8 @@ def put_in_place(folder: str, path: str) -> None:
     names = sorted(os.listdir(folder), key=lambda name: (name == "config.json", name))
     for name in ("", *names):
         flush_to_disk(os.path.join(folder, name))
+    if os.path.islink(path):
+        remove(path)
     if os.path.isdir(path) and os.listdir(path):
         for name in names:
             os.replace(os.path.join(folder, name), os.path.join(path, name))
@@ -86,10 +90,44 @@ def put_in_place(folder: str, path: str) -> None:
 
 def save(directory: str, config: Config, weights: Iterable, source: str | None) -> None:
     """Write a checkpoint into a new folder, which appears under its name when it is whole; see `write_model`."""
-    is_free = not os.listdir(directory) if os.path.isdir(directory) else not os.path.exists(directory)
-    require(is_free, f"{directory}: already exists; choose a new folder or remove it")
-    with staged(directory) as folder:
+    with new_model(directory) as folder:
         write_model(folder, config, weights, source)
+
+
+@contextmanager
+def new_model(path: str) -> Iterator[str]:
+    """`staged`, for one process and a `path` that is free: absent, or an empty folder.
+
+    What could not take the name at the end is refused at the beginning: a mount point, a link, ".", and a folder into
+    which another process is writing already.
+    """
+    check_free(path)
+    with staged(path) as folder, ExitStack() as stack:
+        lock(folder, stack)
+        yield folder
+        # Where there are no locks: `staged` would replace what another process wrote meanwhile.
+        is_free = not os.path.isdir(path) or not os.listdir(path)
+        require(is_free, f"{path}: another process wrote there meanwhile; choose a new folder")
+
+
+def check_free(path: str) -> None:
+    """Raises UserError unless a folder can be renamed to `path`, which is tried with an empty one."""
+    name = path.rstrip("/") or path
+    require(not os.path.islink(name), f"{path}: is a link; choose a new folder, or remove the link")
+    was_there = os.path.isdir(name)
+    is_free = not os.listdir(name) if was_there else not os.path.exists(name)
+    require(is_free, f"{path}: already exists; choose a new folder or remove it")
+    with ExitStack() as stack, writing(path):
+        for other in glob.glob(f"{glob.escape(name)}.partial-*"):
+            lock(other, stack)
+    parent = os.path.dirname(os.path.abspath(name))
+    with writing(path, "choose a new folder"):
+        os.makedirs(parent, exist_ok=True)
+        with TemporaryDirectory(dir=parent) as folder:
+            os.mkdir(probe := os.path.join(folder, "probe"))
+            os.rename(probe, name)
+        if not was_there:
+            os.rmdir(name)
 
 
 def write_model(folder: str, config: Config, weights: Iterable, source: str | None) -> None:
@@ -244,6 +282,7 @@ def convert(source: str, target: str, to_fp8: bool, chats: str | None) -> None:
     config = checkpoint.fit(read_config(source))
     model = build_model(config)
     check_names(checkpoint, model)
+    check_free(target)
     parts = {name: part.slice for name, (_, part) in parts_of(model).items()}
     quantized = [name for name in parts if to_fp8 and is_quantized(name)]
     inputs = {} if chats else {name: checkpoint.scale(scale_names(name)[1]) for name in quantized}

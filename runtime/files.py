@@ -1,13 +1,14 @@
 """User errors and the files that they are about: guards around reading, JSON, writing so that nothing is half there."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 import stat
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 from safetensors import SafetensorError
 
@@ -122,10 +123,36 @@ def parse_line(line: bytes, where: str, keys: Collection[str] = ()) -> dict:
 
 
 def write_json(path: str, value) -> None:
+    write_text(path, json.dumps(value, indent=2))
+
+
+def write_text(path: str, text: str) -> None:
     """Under a temporary name first: a reader sees the old file or the new one."""
-    with open(f"{path}.partial", "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
+    remove(f"{path}.partial")  # of a process that was killed; or a link, which would be followed
+    with open(f"{path}.partial", "x", encoding="utf-8") as file:
+        file.write(text)
     os.replace(f"{path}.partial", path)
+
+
+def remove(path: str) -> None:
+    """Remove what has this name, if it can be: a link itself, never what is behind it."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            os.remove(path)
+
+
+def lock(folder: str, stack: ExitStack) -> None:
+    """Whoever tries this, too, before `stack` is closed or the process ends, gets a UserError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    stack.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another run is writing there; choose another, or wait for its end") from None
+    except OSError:
+        pass  # a file system without locks
 
 
 def find_folder(path: str) -> str:

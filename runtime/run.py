@@ -1,13 +1,11 @@
 """A training run on disk: its folder, its metrics and its saved states."""
 
 import argparse
-import fcntl
 import glob
 import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -25,12 +23,15 @@ from runtime.export import export, export_adapters, staged, write_tensors
 from runtime.files import (
     UserError,
     flush_to_disk,
+    lock,
     parse_line,
     read_json,
     read_lines,
     reading,
+    remove,
     require,
     write_json,
+    write_text,
     writing,
 )
 from runtime.launch import Postponed, gather_objects, together
@@ -95,7 +96,7 @@ class RunFolder:
             self.finished = self.is_finished()
         for name in ("adapters", "model", "checkpoints/step-*"):  # where a process was killed: see `staged`
             for path in glob.glob(f"{glob.escape(self.out)}/{name}.partial-*"):
-                shutil.rmtree(path, ignore_errors=True)
+                remove(path)
 
     def is_finished(self) -> bool:
         names = set(os.listdir(self.out)) - {f"{RECORD}.partial"}
@@ -160,13 +161,18 @@ class RunFolder:
         """Write what the run leaves: `loss.png`, with LoRA `adapters/`, and last `model/`."""
         args, source = self.args, self.args.ckpt or self.args.tokenizer
         curve, adapters, exported = (os.path.join(self.out, name) for name in ("loss.png", "adapters", "model"))
-        self.on_rank_0(draw_loss, curve, self.lines)
-        self.on_rank_0(flush_to_disk, curve)
+        self.on_rank_0(self.draw, curve)
         if args.lora_rank:
             export_adapters(adapters, model, args.lora_rank, args.lora_alpha, args.ckpt or args.init)
         export(exported, model, args.export, source)
         took = timedelta(seconds=round(time.monotonic() - self.started))
         self.say(f"done in {took}: {summary(self.lines)}; {curve} shows it")
+
+    def draw(self, path: str) -> None:
+        if os.path.islink(path):
+            remove(path)
+        draw_loss(path, self.lines)
+        flush_to_disk(path)
 
     def say(self, text: str) -> None:
         """Print a line on stderr, from rank 0."""
@@ -184,17 +190,6 @@ class RunFolder:
         if len(self.seconds) == 10 and line["step"] < self.total:
             end = datetime.now() + left
             self.say(f"after ten steps: {left} left, which is until {end:%H:%M} on {end:%d %B}")
-
-
-def lock(folder: str, stack: ExitStack) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    stack.callback(os.close, descriptor)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{folder}: another run is writing there; choose another, or wait for its end") from None
-    except OSError:
-        pass  # a file system without locks
 
 
 def remove_if_empty(folder: str) -> None:
@@ -224,9 +219,7 @@ def start_metrics(out: str, after_step: int) -> list[dict]:
     with writing(path):
         if not os.path.exists(os.path.join(out, RECORD)):
             write_json(os.path.join(out, RECORD), {"program": "train.py"})
-        with open(f"{path}.partial", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-        os.replace(f"{path}.partial", path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
     return kept
 
 
@@ -299,7 +292,9 @@ def remove_old_states(directory: str, keep: int) -> None:
     newest = newest_states(directory, keep)
     for path in filter(step_of, glob.glob(os.path.join(glob.escape(directory), "step-*"))):
         files = [os.path.join(path, INDEX), *glob.glob(os.path.join(glob.escape(path), "rank-[0-9]*.safetensors"))]
-        if path not in newest:
+        if path not in newest and os.path.islink(path):
+            remove(path)
+        elif path not in newest:
             with suppress(OSError):
                 for file in filter(os.path.exists, files):
                     os.remove(file)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from contextlib import ExitStack
 from functools import partial
 from types import SimpleNamespace
 
@@ -24,9 +25,9 @@ from safetensors.torch import load_file
 
 from parallel import parts_of
 from runtime import export
-from runtime.checkpoint import canonical_name
+from runtime.checkpoint import Checkpoint, canonical_name
 from runtime.export import main, measure_inputs, save
-from runtime.files import UserError, new_folder
+from runtime.files import UserError, lock, new_folder
 
 LINEARS = [f"layers.{i}.{name}.weight" for i in range(3) for name in PROJECTIONS]
 
@@ -390,3 +391,88 @@ def test_save_refuses_and_leaves_nothing(tmp_path, monkeypatch):
     save(str(tmp_path / "out") + "/", model.config, tensors, None)  # an empty folder may be filled
     load(tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == sorted([*before, "out"])
+
+
+def cannot_be_replaced(draw: random.Random, folder) -> tuple[str, str]:
+    """(a name that a new folder cannot take, what is said of it)."""
+    how = draw.choice(["link", "link/", "dangling", ".", "full", "file", "running"])
+    out = folder / "out"
+    (folder / "behind").mkdir()
+    if how in ("link", "link/"):
+        out.symlink_to(folder / "behind")
+    elif how == "dangling":
+        out.symlink_to(folder / "nowhere")
+    elif how == "full":
+        (out / ".hidden").mkdir(parents=True)
+    elif how == "file":
+        out.touch()
+    elif how == "running":
+        (folder / "out.partial-0a1b2c3d").mkdir()
+    words = {"full": "already exists", "file": "already exists", ".": "cannot be written"}
+    words["running"] = "another run is writing there"
+    return {".": ".", "link/": f"{out}/"}.get(how, str(out)), words.get(how, "is a link")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_name_that_cannot_be_taken(seed, tmp_path, source, monkeypatch):
+    """It is refused before a tensor is read, and nothing is written or removed."""
+    write_checkpoint(tmp_path / "in", *source)
+    monkeypatch.setattr(Checkpoint, "weight", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(Checkpoint, "scale", lambda *_: pytest.fail("a scale was read"))
+    out, words = cannot_be_replaced(random.Random(seed), tmp_path)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    before = sorted(tmp_path.rglob("*"))
+    with ExitStack() as stack, pytest.raises(UserError, match=words):
+        for folder in tmp_path.glob("*.partial-*"):
+            lock(str(folder), stack)
+        main([str(tmp_path / "in"), out])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_mount_point(tmp_path, source, monkeypatch):
+    """Or whatever else the kernel does not rename to."""
+    write_checkpoint(tmp_path / "in", *source)
+    monkeypatch.setattr(Checkpoint, "weight", lambda *_: pytest.fail("a tensor was read"))
+    rename = os.rename
+
+    def busy(old, new):
+        if new == str(tmp_path / "disk"):
+            raise OSError(16, "Device or resource busy")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", busy)
+    (tmp_path / "disk").mkdir()
+    with pytest.raises(UserError, match=r"disk: cannot be written \(Device or resource busy\); choose a new folder"):
+        main([str(tmp_path / "in"), str(tmp_path / "disk")])
+    assert sorted(os.listdir(tmp_path)) == ["disk", "in"]
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_two_conversions_at_once(locks, tmp_path, source, monkeypatch):
+    """The second one learns it at once; without locks at its end, and then nothing of the first is lost."""
+    write_checkpoint(tmp_path / "in", *source)
+    weight, second, argv = Checkpoint.weight, [], [str(tmp_path / "in"), str(tmp_path / "out")]
+    if not locks:
+        monkeypatch.setattr(export, "lock", lambda *_: None)
+
+    def start_another(self, *arguments):
+        if not second:
+            second.append(True)
+            if locks:
+                with pytest.raises(UserError, match="another run is writing there"):
+                    main([*argv, "--to", "bfloat16"])
+            else:
+                main([*argv, "--to", "bfloat16"])
+        return weight(self, *arguments)
+
+    monkeypatch.setattr(Checkpoint, "weight", start_another)
+    if locks:
+        main(argv)
+    else:
+        with pytest.raises(UserError, match="another process wrote there meanwhile"):
+            main(argv)
+    is_fp8 = any(tensor.dtype == torch.float8_e4m3fn for tensor in written(tmp_path / "out").values())
+    assert is_fp8 == locks and sorted(os.listdir(tmp_path)) == ["in", "out"]
+    (tmp_path / "other.partial-00000000").mkdir()  # of one that was killed: it is no obstacle
+    main([argv[0], str(tmp_path / "other")])
