@@ -392,8 +392,7 @@ def main(argv: list[str]) -> None:
     place = replace(place, sequence_parallel=args.sequence_parallel and args.tp > 1)
     with RunFolder(args, place) as folder:
         if folder.finished:
-            model = os.path.join(args.out, "model")
-            folder.say(f"{args.out}: this run is finished; its model is {model}; move it away to take more steps")
+            folder.say_finished()
         else:
             Trainer(args, place, folder).train()
 

@@ -61,7 +61,7 @@ class RunFolder:
 
     def __init__(self, args: argparse.Namespace, place: Place):
         self.args, self.place, self.out = args, place, args.out
-        self.states = os.path.join(args.out, "checkpoints")
+        self.states, self.model = (os.path.join(args.out, name) for name in ("checkpoints", "model"))
         self.finished = False
         self.signals = Postponed()  # replaced while training
         self.saved = 0.0  # when, by the clock of time.monotonic
@@ -107,7 +107,30 @@ class RunFolder:
         require(is_run, f"{self.out}: holds {min(names)!r}, but no run of train.py; choose a new or an empty folder")
         advice = "--resume goes on with it, or choose another --out"
         require(self.args.resume, f"{self.out}: holds a run already; {advice}")
-        return os.path.exists(os.path.join(self.out, "model", "config.json"))
+        return os.path.exists(os.path.join(self.model, "config.json")) and self.is_whole()
+
+    def is_whole(self) -> bool:
+        """Whether `model/` holds all its files; if some are gone, it is written again from the newest state."""
+        try:
+            model = Checkpoint(self.model)
+            for file in {tensor.file for tensor in model.tensors.values()}:
+                model.file(file)  # its header, which says how long it should be
+        except UserError as error:
+            has_state = newest_state(self.states)
+            require(has_state, f"{error}; and no saved state is left to write it again; choose another --out")
+            self.say(f"{error}; it is written again")
+            return False
+        return True
+
+    def say_finished(self) -> None:
+        """Say that nothing is left to do. Raises UserError if there is, but no state from which to do it."""
+        what = f"{self.out}: this run is finished; its model is {self.model}"
+        lines = self.on_rank_0(read_metrics, self.out) or []
+        lost = not gather_objects(newest_state(self.states))[0]
+        done = max((line["step"] for line in lines), default=0)
+        more = f"its saved states are gone: start from this model, in another --out, to take more than its {done} steps"
+        require(not lost or (self.args.max_steps or 0) <= done, f"{what}; {more}")
+        self.say(f"{what}; {more if lost else 'move it away to take more steps'}")
 
     def start(self, optimizer: Optimizer, settings: dict, total: int) -> int:
         """Make the folder a run's, of `total` steps; returns the number of steps that were taken already.
@@ -160,11 +183,11 @@ class RunFolder:
     def finish(self, model: nn.Module) -> None:
         """Write what the run leaves: `loss.png`, with LoRA `adapters/`, and last `model/`."""
         args, source = self.args, self.args.ckpt or self.args.tokenizer
-        curve, adapters, exported = (os.path.join(self.out, name) for name in ("loss.png", "adapters", "model"))
+        curve, adapters = (os.path.join(self.out, name) for name in ("loss.png", "adapters"))
         self.on_rank_0(self.draw, curve)
         if args.lora_rank:
             export_adapters(adapters, model, args.lora_rank, args.lora_alpha, args.ckpt or args.init)
-        export(exported, model, args.export, source)
+        export(self.model, model, args.export, source)
         took = timedelta(seconds=round(time.monotonic() - self.started))
         self.say(f"done in {took}: {summary(self.lines)}; {curve} shows it")
 
@@ -205,22 +228,27 @@ def start_metrics(out: str, after_step: int) -> list[dict]:
 
     The steps after it will be taken again.
     """
-    path = os.path.join(out, "metrics.jsonl")
-    lines = read_lines(path) if os.path.exists(path) else []
-    if lines and not lines[-1][1].endswith(b"}"):
-        lines.pop()  # cut off when its process was killed
-    kept = []
-    for number, text in lines:
-        line = parse_line(text, where := f"{path} line {number}")
-        has_step = type(line.get("step")) is int
-        require(has_step, f"{where}: has no step; remove this line, or the file, to resume")
-        if line["step"] <= after_step:
-            kept.append(line)
+    kept, path = [line for line in read_metrics(out) if line["step"] <= after_step], os.path.join(out, "metrics.jsonl")
     with writing(path):
         if not os.path.exists(os.path.join(out, RECORD)):
             write_json(os.path.join(out, RECORD), {"program": "train.py"})
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
     return kept
+
+
+def read_metrics(out: str) -> list[dict]:
+    """The lines of `metrics.jsonl` in a run's folder. Raises UserError for one without a step."""
+    path = os.path.join(out, "metrics.jsonl")
+    lines = read_lines(path) if os.path.exists(path) else []
+    if lines and not lines[-1][1].endswith(b"}"):
+        lines.pop()  # cut off when its process was killed
+    parsed = []
+    for number, text in lines:
+        line = parse_line(text, where := f"{path} line {number}")
+        has_step = type(line.get("step")) is int
+        require(has_step, f"{where}: has no step; remove this line, or the file, to resume")
+        parsed.append(line)
+    return parsed
 
 
 def append_line(path: str, line: dict) -> None:

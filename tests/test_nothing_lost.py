@@ -159,6 +159,73 @@ def test_a_finished_run_goes_on_once_its_model_is_moved_away(out, text):
     assert again["model.safetensors"] != model["model.safetensors"] and files(out / "first") == model
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_resumed_after_files_were_removed(seed, out, text, capsys):
+    """States, or some of the model: it is said, and "finished" is said of nothing that is not whole."""
+    draw = random.Random(seed)
+    no_states, half, more = (draw.random() < 0.5 for _ in range(3))
+    before = files(out / "model")
+    if no_states:
+        shutil.rmtree(out / "checkpoints")
+    if half:
+        weights = out / "model" / "model.safetensors"
+        cut = weights.read_bytes()[: draw.randrange(weights.stat().st_size)]
+        weights.unlink()
+        if draw.random() < 0.5:
+            weights.write_bytes(cut)
+        else:
+            draw.choice([os.remove, os.path.getsize])(out / "model" / "model.safetensors.index.json")
+    argv = arguments(*text, out, resume=True, **{**SHORT, "max_steps": 5 if more else 3})
+    capsys.readouterr()
+    if no_states and (half or more):
+        refused(argv, "no saved state is left" if half else "its saved states are gone: start from this model")
+        return
+    train.main(argv)
+    said = capsys.readouterr().err
+    assert ("it is written again" in said) == half and ("this run is finished" in said) != half
+    assert ("its saved states are gone" in said) == no_states
+    assert half and more or files(out / "model") == before
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_links_are_not_followed(seed, text, tmp_path, ended):
+    """Where a run writes or removes, links to what is not its own: they go, what is behind them stays as it is."""
+    draw, out, behind = random.Random(seed), tmp_path / "out", tmp_path / "behind"
+    shutil.copytree(ended / "checkpoints" / "step-3", behind / "step-3")
+    shutil.copytree(ended / "model", behind / "model")
+    (behind / "file").write_text("mine")
+    before = files(behind)
+    shutil.copytree(ended, out)
+    shutil.rmtree(out / "model")
+    links = {"checkpoints/step-1": "step-3", "checkpoints/step-4": "nowhere", "model": "model", "adapters": "nowhere"}
+    links |= {"metrics.jsonl.partial": "file", "loss.png": "file", "checkpoints/step-2": "step-3"}
+    links |= {"checkpoints/step-3.partial-01234567": "step-3", "model.partial-01234567": "model"}
+    for name, to in draw.sample(sorted(links.items()), 6):
+        if name != "model":  # a whole model there would be the end
+            (out / name).unlink(missing_ok=True)
+            (out / name).symlink_to(behind / to)
+    if draw.random() < 0.5:
+        (behind / "model" / "config.json").rename(behind / "config.json")
+        (out / "model").symlink_to(behind / "model")
+        before = files(behind)
+    argv = arguments(*text, out, resume=True, keep=1, **{**SHORT, "max_steps": 4, "lora_rank": False})
+    train.main(argv)
+    assert files(behind) == before and not leftovers(out)
+    assert os.listdir(out / "checkpoints") == ["step-4"]
+    assert not [path for path in out.rglob("*") if path.is_symlink() and path.name != "adapters"]
+
+
+@pytest.mark.parametrize(
+    "names", [["model.old"], ["model.partial-0a1b2c3d", "metrics.jsonl.partial", "run.json.partial"]]
+)
+def test_leftovers_never_block(names, out, text):
+    shutil.rmtree(out / "model")
+    for name in names:
+        (out / name / "deep").mkdir(parents=True)
+    train.main(arguments(*text, out, resume=True, **{**SHORT, "max_steps": 4}))
+    assert (out / "model" / "config.json").exists() and (out / "model.old").exists() == (names == ["model.old"])
+
+
 # ------------------------------------------------------------------------------------- when a run saves, and what
 
 
