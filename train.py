@@ -34,7 +34,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from textwrap import shorten
 
 import torch
@@ -47,7 +46,7 @@ from runtime.checkpoint import Checkpoint, fill, initialize
 from runtime.config import read_config
 from runtime.cpu import speed_up
 from runtime.data import IGNORE, Chats, MicroBatch, Order, Sample, decode_images, micro_batches
-from runtime.files import UserError, require
+from runtime.files import UserError, require, within
 from runtime.launch import COUNT, SIZE, Parser, Postponed, find_place, gather_objects, number, run_program, together
 from runtime.lora import add_adapters, initialize_adapters
 from runtime.memory import peak_memory
@@ -113,6 +112,7 @@ class Trainer:
         trained = bool(self.optimizer.parts)
         self.pipeline = Pipeline(place, self.forward, self.config.hidden_size, self.model.dtype, trained)
         self.thread = ThreadPoolExecutor(max_workers=1)  # decodes images while the model computes
+        self.taken = 0  # steps that the optimizer has taken
         self.target_tokens = 0  # N, of the batch that is going through the pipeline
         self.losses: list[tuple[MicroBatch, torch.Tensor]] = []  # last stage: its micro-batches, sums (B,) per sample
 
@@ -151,39 +151,53 @@ class Trainer:
         first = folder.start(self.optimizer, self.settings(), self.total) + 1
         self.announce(first)
         with Postponed(tell=folder.say_stopping) as folder.signals:  # a step is always finished: see RunFolder.due
-            upcoming = self.upcoming(first)
-            for step in range(first, self.total + 1):
-                current, upcoming = upcoming, self.upcoming(step + 1)
-                folder.record(self.step(step, current))
-                if self.val and (step == self.total or step % (args.val_every or self.total) == 0):
-                    folder.record(self.validate(step))
-                if folder.due(step):
-                    folder.save(step, self.optimizer)
+            try:
+                self.take_steps(first)
+            except UserError as error:  # all ranks raise it, and never in the middle of an update
+                folder.rescue(self.taken, self.optimizer, error)
         folder.finish(self.model)
         self.say(f"try it: python generate.py --ckpt {shlex.quote(os.path.join(args.out, 'model'))}")
+
+    def take_steps(self, first: int) -> None:
+        folder, upcoming, self.taken = self.folder, self.upcoming(first), first - 1
+        for step in range(first, self.total + 1):
+            current, upcoming = upcoming, self.upcoming(step + 1)
+            folder.record(self.step(step, current))
+            if self.val and (step == self.total or step % (self.args.val_every or self.total) == 0):
+                with within(f"validation after step {step}"):
+                    line = self.validate(step)
+                folder.record(line)
+            if folder.due(step):
+                folder.save(step, self.optimizer)
 
     def upcoming(self, step: int) -> Split | None:
         """The samples of `step`, split; None after the last step. The longest come first, for little padding."""
         if step > self.total:
             return None
         samples = sorted((self.data.samples[i] for i in self.order.batch(step)), key=lambda sample: -len(sample.ids))
-        return self.split(samples, self.data.base, self.args.micro_batch_size)
+        return self.split(samples, self.data, self.args.micro_batch_size)
 
-    def split(self, samples: list[Sample], base: str, size: int) -> Split:
+    def split(self, samples: list[Sample], chats: Chats, size: int) -> Split:
         """(all micro-batches of `samples`, this replica's, a function that waits for the images of the latter)."""
         place = self.place
         batches = micro_batches(samples, size, self.tokenizer.pad_id or 0, place.token_parts)
         mine = batches[place.dp_rank :: place.dp_size]
-        decode = (decode_images, mine, base, self.config.vision, self.model.dtype)
+        decode = (decode_images, mine, chats.base, self.config.vision, self.model.dtype)
         wait = self.thread.submit(*decode).result if place.first_stage else lambda: None
-        # One rank's broken image is an error of all ranks. Without images there is nothing to agree on.
-        return batches, mine, partial(together, wait) if any(batch.images for batch in batches) else wait
+
+        def wait_together() -> None:  # one rank's broken image is an error of all ranks
+            with within(chats.path):
+                together(wait)
+
+        # Without images there is nothing to agree on.
+        return batches, mine, wait_together if any(batch.images for batch in batches) else wait
 
     def step(self, step: int, upcoming: Split) -> dict:
         """One optimizer step; returns its line for metrics.jsonl."""
         args, (batches, mine, wait) = self.args, upcoming
         started = time.perf_counter()
-        wait()
+        with within(f"step {step}"):
+            wait()
         self.losses, self.target_tokens = [], sum(int((batch.targets != IGNORE).sum()) for batch in batches)
         self.optimizer.start()
         self.pipeline.train(mine)
@@ -196,6 +210,7 @@ class Trainer:
         lr = learning_rate(step, self.total, args.lr, args.min_lr, args.warmup_steps)
         # Clipping as torch.nn.utils.clip_grad_norm_ does it: all gradients shrink by the same factor.
         self.optimizer.step(lr, min(1.0, args.max_grad_norm / (norm + 1e-6)) if args.max_grad_norm else 1.0)
+        self.taken = step
         (memory,) = over_ranks([peak_memory(self.place)], dist.ReduceOp.MAX)
         seconds, tokens = time.perf_counter() - started, sum(batch.length for batch in batches)
         line = dict(step=step, loss=loss, grad_norm=norm, lr=lr, target_tokens=self.target_tokens)
@@ -242,6 +257,7 @@ class Trainer:
         lines = sorted(bad) or sorted(line for batch in batches for line in batch.lines)
         shown = ", ".join(map(str, lines[:8])) + (f" and {len(lines) - 8} more" if len(lines) > 8 else "")
         what = f"the loss is {loss}" if bad or not math.isfinite(loss) else f"the gradient norm is {norm}"
+        self.folder.keep(self.taken, self.optimizer)
         newest = newest_state(self.folder.states)
         rest = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
         problem = f"step {step}: {what}, from {self.args.data} line {shown}; the step was not taken, {rest}"
@@ -265,7 +281,7 @@ class Trainer:
         at_once = VALIDATE_AT_ONCE * self.place.dp_size * size
         for first in range(0, len(every), at_once):
             samples = every[first : first + at_once]
-            _, mine, wait = self.split(samples, self.val.base, size)
+            _, mine, wait = self.split(samples, self.val, size)
             wait()
             yield samples, mine
 

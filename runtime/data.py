@@ -131,6 +131,7 @@ class MicroBatch:
     targets: torch.Tensor  # (B, T) int64: the next token, or IGNORE where no assistant wrote it
     lines: list[int]  # (B,) of the file
     images: list[str]  # of all samples, in the order of their tokens
+    image_lines: list[int]  # of the file, for each of the images
     length: int  # tokens without padding
     pixels: list[torch.Tensor] = field(default_factory=list)  # one per image, once they are decoded
 
@@ -150,11 +151,20 @@ def micro_batches(samples: list[Sample], size: int, pad_id: int, multiple: int =
             tokens[i, :length] = sample.ids[:-1]
             targets[i, :length] = sample.ids[1:].long().masked_fill(~sample.targets[1:], IGNORE)
         images = [url for sample in group for url in sample.images]
-        batches.append(MicroBatch(tokens, targets, [sample.line for sample in group], images, sum(lengths)))
+        image_lines = [sample.line for sample in group for _ in sample.images]
+        lines = [sample.line for sample in group]
+        batches.append(MicroBatch(tokens, targets, lines, images, image_lines, sum(lengths)))
     return batches
 
 
 def decode_images(batches: list[MicroBatch], base: str, vision: VisionConfig | None, dtype: torch.dtype) -> None:
-    """Fill in the `pixels` of `batches`, paths relative to `base`. Raises UserError for an image that is broken."""
+    """Fill in the `pixels` of `batches`, paths relative to `base`.
+
+    Raises UserError for an image that is broken, or was removed, and names its line.
+    """
     for batch in batches:
-        batch.pixels = [pixels(load_image(url, base), vision).to(dtype) for url in batch.images]
+        decoded = []
+        for i, url in enumerate(batch.images):
+            with reading(f"line {batch.image_lines[i]}", "image"):
+                decoded.append(pixels(load_image(url, base), vision).to(dtype))
+        batch.pixels = decoded

@@ -65,6 +65,8 @@ class RunFolder:
         self.finished = False
         self.signals = Postponed()  # replaced while training
         self.saved = 0.0  # when, by the clock of time.monotonic
+        self.kept = 0  # the last step of which the state was saved, or should have been
+        self.unheard = ""  # why nobody reads what is said any more
         self.lines: list[dict] = []  # of metrics.jsonl
         self.seconds: list[float] = []  # of the steps taken here, at most 20
 
@@ -142,7 +144,7 @@ class RunFolder:
         self.started = self.saved = time.monotonic()
         seen = gather_objects(newest_state(self.states))  # network file systems show a rank new folders late
         if newest := max(seen, key=lambda path: step_of(path or "")):
-            step = together(lambda: load_state(newest, optimizer, settings, self.args.data))
+            step = self.kept = together(lambda: load_state(newest, optimizer, settings, self.args.data))
             self.say(f"resumed after step {step} from {newest}")
         elif self.args.resume:
             self.say(f"{self.out}: holds no saved state; the run starts from its beginning")
@@ -160,25 +162,46 @@ class RunFolder:
             self.say_step(line)
 
     def due(self, step: int) -> bool:
-        """Whether to save after this step: because of --save-every or the clock, a signal, or as it is the last one.
+        """Whether to save after this step: because of --save-every or the clock, or as it is the last one, or ends the
+        run: because of a signal, or as nobody reads what it says.
 
         Signals reach the ranks at different moments, and clocks differ: ranks act on what all of them know.
         """
         late = time.monotonic() - self.saved > SAVE_SECONDS
-        lates, signals = zip(*gather_objects((late, self.signals.number)))
+        lates, signals, unheard = zip(*gather_objects((late, self.signals.number, self.unheard)))
         every = self.args.save_every
         regular = step % every == 0 if every else lates[0]
-        return step == self.total or regular or any(signals)
+        return step == self.total or regular or any(signals) or any(unheard)
 
     def save(self, step: int, optimizer: Optimizer) -> None:
-        """Save the run's state, and remove all but the newest --keep states. If a signal came, the run ends here."""
+        """Save the run's state. If a signal came, or nobody reads what the run says, it ends here."""
+        self.keep(step, optimizer)
+        signals, unheard = zip(*gather_objects((self.signals.number, self.unheard)))
+        rest = f"stopped after step {step}, which is saved; the same with --resume goes on"
+        if number := max(signals):
+            raise UserError(f"{signal.Signals(number).name}: {rest}", 128 + number)
+        if any(unheard) and step < self.total:
+            raise UserError(f"standard error: {max(unheard)}; {rest}", 1)
+
+    def keep(self, step: int, optimizer: Optimizer) -> None:
+        """Save the state after `step`, if it was not, and remove all but the newest --keep states."""
+        if step <= self.kept:
+            return
+        self.kept = step
         save_state(self.states, step, optimizer, self.settings)
         if self.place.rank == 0:
             remove_old_states(self.states, self.args.keep)
         self.saved = time.monotonic()
-        if number := max(gather_objects(self.signals.number)):
-            name, advice = signal.Signals(number).name, "the same with --resume goes on"
-            raise UserError(f"{name}: stopped after step {step}, which is saved; {advice}", 128 + number)
+
+    def rescue(self, step: int, optimizer: Optimizer, error: UserError) -> None:
+        """End a run with `error`, which all ranks have, but first save its state after `step` if that is not saved."""
+        if step <= self.kept:
+            raise error
+        try:
+            self.keep(step, optimizer)
+        except UserError:  # the disk is full, say: that is what the error is about
+            raise error from None
+        raise UserError(f"{error}; stopped after step {step}, which is saved: --resume goes on", error.status)
 
     def finish(self, model: nn.Module) -> None:
         """Write what the run leaves: `loss.png`, with LoRA `adapters/`, and last `model/`."""
@@ -199,8 +222,12 @@ class RunFolder:
 
     def say(self, text: str) -> None:
         """Print a line on stderr, from rank 0."""
-        if self.place.rank == 0:
-            print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one piece: two threads say something
+        try:
+            if self.place.rank == 0:
+                print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one piece: two threads say something
+        except OSError as error:  # its reader went away, or the disk is full: the run ends when a step is saved
+            self.unheard = error.strerror
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
     def say_stopping(self) -> None:
         self.say("stopping after this step, whose state is saved; Ctrl-C again ends the run at once")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from processes import run_on_ranks, start
 from safetensors.torch import load_file, save_file
-from train_cases import arguments, on, trained, trainer
+from train_cases import arguments, metrics, on, train_on_ranks, trained, trainer
 
 import train
 from parallel import Slice
@@ -321,6 +321,103 @@ def test_a_signal_while_a_folder_is_written(tmp_path):
         assert os.listdir(tmp_path) == ["new"]
         os.kill(os.getpid(), signal.SIGTERM)
     assert end.value.code == 143 and os.listdir(tmp_path) == []
+
+
+# ------------------------------------------------------------------------------------- errors that lose nothing
+
+
+@pytest.mark.time_limit(200)
+@pytest.mark.parametrize("where", ["data", "val"])
+@pytest.mark.parametrize(
+    "topology, seed", [((1, 1, 1), 0), ((1, 1, 1), 1), ((1, 1, 1), 2), ((1, 2, 1), 3), ((1, 1, 2), 4)]
+)
+def test_a_picture_that_breaks_off(where, topology, seed, images, tmp_path):
+    """Its header is whole, so nobody sees it before its step. What was done until then is saved, and once the picture
+    is mended, the run ends as if nothing had been."""
+    draw = random.Random(f"{seed} {where}")
+    shutil.copytree(os.path.dirname(images[1]), tmp_path / "data")
+    case, val = (images[0], str(tmp_path / "data" / "chats.jsonl")), str(tmp_path / "data" / "val.jsonl")
+    lines = (tmp_path / "data" / "chats.jsonl").read_text().splitlines()
+    line = draw.choice([at for at, text in enumerate(lines, 1) if ".png" in text])
+    picture = tmp_path / "data" / f"{line - 1}-0.png"
+    if where == "val":
+        shutil.copy(picture, tmp_path / "data" / "val.png")
+        chosen = lines[line - 1].replace(picture.name, "val.png")
+        picture, line = tmp_path / "data" / "val.png", draw.randint(1, 4)
+        (tmp_path / "data" / "val.jsonl").write_text("\n" * (line - 1) + chosen + "\n")
+    options = {"global_batch_size": 3, "max_steps": 6, "seed": seed, "micro_batch_size": draw.randint(1, 3)}
+    options |= {"val": val, "val_every": draw.randint(1, 6)} if where == "val" else {}
+    whole = picture.read_bytes()
+    train.main(arguments(*case, tmp_path / "whole", **options))
+    picture.write_bytes(whole[: len(whole) - draw.randint(30, 60)])
+    said = train_on_ranks(arguments(*case, tmp_path / "out", **options), topology, status=2)
+    (error,) = [text for text in said.splitlines() if text.startswith("error:")]
+    step = int(re.search(rf"step (\d+): .*{'val' if where == 'val' else 'chats'}.jsonl: line {line}: ", error)[1])
+    taken = step - 1 if where == "data" else step
+    assert [x["step"] for x in metrics(tmp_path / "out")][-1:] == [taken][:taken]
+    saved = os.listdir(tmp_path / "out" / "checkpoints") if taken else []
+    assert saved == [f"step-{taken}"][:taken] and (f"after step {taken}, which is saved" in error) == bool(taken), error
+    picture.write_bytes(whole)
+    train.main(arguments(*case, tmp_path / "out", resume=True, **options))
+    ours, theirs = ([x["loss"] for x in metrics(tmp_path / name) if "loss" in x] for name in ("out", "whole"))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    if topology == (1, 1, 1):
+        assert files(tmp_path / "out" / "model") == files(tmp_path / "whole" / "model")
+
+
+def lose_stderr(out: str, step: int, full: bool) -> None:
+    """Once `step` is taken, rank 0's stderr becomes a full disk, or a pipe that nobody reads."""
+
+    def wait() -> None:
+        while not os.path.exists(f"{out}/metrics.jsonl") or len(open(f"{out}/metrics.jsonl").readlines()) < step:
+            time.sleep(0.005)
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(os.open("/dev/full", os.O_WRONLY) if full else writer, 2)
+
+    if os.environ.get("RANK", "0") == "0":
+        threading.Thread(target=wait, daemon=True).start()
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("topology", [(1, 1, 1), (1, 2, 1)])
+def test_nobody_reads_what_it_says(topology, full, text, tmp_path):
+    """It saves, and ends: `2>&1 | head` wants no more, and on a full disk nothing will be seen."""
+    drawn, out = random.Random(f"{topology} {full}").randint(1, 9), tmp_path / "out"
+    argv = on(arguments(*text, out, max_steps=10000), topology)
+    ranks = run_on_ranks(topology[1], "train.py", *argv, prepare=partial(lose_stderr, str(out), drawn, full))
+    assert [rank.status for rank in ranks] == [1] * topology[1]
+    last = trained(out)[-1][0]
+    assert last >= drawn and os.listdir(out / "checkpoints") == [f"step-{last}"]
+    assert not [line for rank in ranks for line in rank.errors] and "Traceback" not in "".join(r.err for r in ranks)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_ends_the_steps(seed, text, tmp_path, monkeypatch):
+    """An error at a drawn step, after it or before it: what was taken is saved; a loss that is no number included."""
+    draw, out, taken = random.Random(seed), tmp_path / "out", 0
+    at, what = draw.randint(2, 5), draw.choice(["metrics", "loss"])
+    append, norm = run.append_line, train.Optimizer.squared_norm
+
+    def fail(path, line):
+        if line["step"] == at:
+            raise UserError("metrics.jsonl: cannot be written")
+        append(path, line)
+
+    def bad_norm(self):
+        nonlocal taken
+        taken += 1
+        return norm(self) * (float("inf") if taken == at else 1)
+
+    monkeypatch.setattr(
+        *(run, "append_line", fail) if what == "metrics" else (train.Optimizer, "squared_norm", bad_norm)
+    )
+    last = at if what == "metrics" else at - 1
+    refused(
+        arguments(*text, out, **{**SHORT, "max_steps": 6}),
+        rf"step.{last}, which is saved|last checkpoint is .*-{last};",
+    )
+    assert os.listdir(out / "checkpoints") == [f"step-{last}"]
 
 
 # --------------------------------------------------------------------------------------- states that are damaged
