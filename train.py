@@ -46,7 +46,7 @@ from runtime.checkpoint import Checkpoint, fill, initialize
 from runtime.config import read_config
 from runtime.cpu import speed_up
 from runtime.data import IGNORE, Chats, MicroBatch, Order, Sample, decode_images, micro_batches
-from runtime.files import UserError, require, within
+from runtime.files import UserError, digest_of, require, within
 from runtime.launch import COUNT, SIZE, Parser, Postponed, find_place, gather_objects, number, run_program, together
 from runtime.lora import add_adapters, initialize_adapters
 from runtime.memory import peak_memory
@@ -96,6 +96,9 @@ def read_start(args: argparse.Namespace) -> tuple[Checkpoint | None, Config, obj
     return checkpoint, config, load_tokenizer(args.ckpt or args.tokenizer, config)
 
 
+CHANGEABLE = "lr min_lr warmup_steps betas eps weight_decay max_grad_norm max_steps epochs".split()
+
+
 class Trainer:
     """A run, as `args` describe it, on the rank at `place`."""
 
@@ -113,6 +116,7 @@ class Trainer:
         self.pipeline = Pipeline(place, self.forward, self.config.hidden_size, self.model.dtype, trained)
         self.thread = ThreadPoolExecutor(max_workers=1)  # decodes images while the model computes
         self.taken = 0  # steps that the optimizer has taken
+        self.awaited: list[int] = []  # lines whose images are about to be decoded
         self.target_tokens = 0  # N, of the batch that is going through the pipeline
         self.losses: list[tuple[MicroBatch, torch.Tensor]] = []  # last stage: its micro-batches, sums (B,) per sample
 
@@ -154,7 +158,7 @@ class Trainer:
             try:
                 self.take_steps(first)
             except UserError as error:  # all ranks raise it, and never in the middle of an update
-                folder.rescue(self.taken, self.optimizer, error)
+                folder.rescue(self.taken, self.optimizer, error, self.awaited)
         folder.finish(self.model)
         self.say(f"try it: python generate.py --ckpt {shlex.quote(os.path.join(args.out, 'model'))}")
 
@@ -196,8 +200,10 @@ class Trainer:
         """One optimizer step; returns its line for metrics.jsonl."""
         args, (batches, mine, wait) = self.args, upcoming
         started = time.perf_counter()
+        self.awaited = [line for batch in batches for line in batch.lines]
         with within(f"step {step}"):
             wait()
+        self.awaited = []
         self.losses, self.target_tokens = [], sum(int((batch.targets != IGNORE).sum()) for batch in batches)
         self.optimizer.start()
         self.pipeline.train(mine)
@@ -301,10 +307,14 @@ class Trainer:
         return int(over_ranks([exact])[0]) // (place.tp_size * place.pp_size)  # all ranks of a replica counted them
 
     def settings(self) -> dict:
-        """What a resumed run must not change."""
+        """What a resumed run must not change; and "options", which it may, and then says so."""
         same = ("seed", "shuffle", "global_batch_size", "optimizer")
+        files = {stored.file for stored in self.checkpoint.tensors.values()} if self.checkpoint else ()
         return {name: getattr(self.args, name) for name in same} | {
             "data": self.data.fingerprint(),
+            "pictures": self.data.pictures(self.place),
+            "weights": gather_objects(together(lambda: self.place.rank == 0 and digest_of(files)))[0],
+            "options": {name: getattr(self.args, name) for name in CHANGEABLE},
             "freeze": sorted(set(self.args.freeze)),
             "lora": [self.args.lora_rank, self.args.lora_alpha],
         }

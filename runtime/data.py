@@ -28,7 +28,7 @@ from model import Config, VisionConfig
 from parallel import Place
 from runtime.chat import encode_chat
 from runtime.files import parse_line, read_lines, reading, require
-from runtime.images import grid_of, load_image, pixels
+from runtime.images import grid_of, image_name, load_image, pixels
 from runtime.launch import gather_objects, together
 
 KEYS = ("messages", "tools", "reasoning_effort")
@@ -89,8 +89,21 @@ class Chats:
         """Changes with the samples: a resumed run must go on with the same ones."""
         digest = hashlib.sha256()
         for sample in self.samples:
-            digest.update(sample.ids.numpy().tobytes() + repr(sample.images).encode())
+            digest.update(sample.ids.numpy().tobytes() + sample.targets.numpy().tobytes())
+            digest.update(repr(sample.images).encode())
         return digest.hexdigest()[:16]
+
+    def pictures(self, place: Place) -> dict[str, str]:
+        """Line -> a digest of its images' contents. All ranks call this together, and each reads a part of them."""
+
+        def digest(sample: Sample) -> str:
+            with reading(f"{self.path} line {sample.line}", "chat"):
+                names = "".join(image_name(url, self.base) for url in sample.images)
+            return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+        own = [sample for sample in self.samples[place.rank :: place.world_size] if sample.images]
+        parts = gather_objects(together(lambda: {str(sample.line): digest(sample) for sample in own}))
+        return {line: digest for part in parts for line, digest in part.items()}
 
 
 class Order:

@@ -41,6 +41,8 @@ RECORD = "run.json"  # says that a folder is a run's
 
 INDEX = "state.safetensors.index.json"  # of a saved state
 
+MENDED = ""  # in place of a digest: of pictures that stopped a run, and will be others when it goes on
+
 SAVE_SECONDS = 600  # without --save-every, the run's state is saved as often as this, and at the end
 
 LINE = "step {step}/{total}  loss {loss:.4f}  gradient norm {grad_norm:.4g}  {tokens_per_s:.0f} tokens/s  {left} left"
@@ -146,6 +148,8 @@ class RunFolder:
         if newest := max(seen, key=lambda path: step_of(path or "")):
             step = self.kept = together(lambda: load_state(newest, optimizer, settings, self.args.data))
             self.say(f"resumed after step {step} from {newest}")
+            if changes := changed_options(newest, settings["options"]):
+                self.say(f"changed from here on: {changes}")
         elif self.args.resume:
             self.say(f"{self.out}: holds no saved state; the run starts from its beginning")
         self.lines = self.on_rank_0(start_metrics, self.out, step) or []
@@ -193,8 +197,14 @@ class RunFolder:
             remove_old_states(self.states, self.args.keep)
         self.saved = time.monotonic()
 
-    def rescue(self, step: int, optimizer: Optimizer, error: UserError) -> None:
-        """End a run with `error`, which all ranks have, but first save its state after `step` if that is not saved."""
+    def rescue(self, step: int, optimizer: Optimizer, error: UserError, lines: list[int]) -> None:
+        """End a run with `error`, which all ranks have, but first save its state after `step` if that is not saved.
+
+        `lines` of the data have pictures that could not be decoded. They may be others when the run goes on.
+        """
+        if mended := {str(line) for line in lines} & set(self.settings["pictures"]):
+            self.settings["pictures"] |= dict.fromkeys(mended, MENDED)
+            self.kept = 0
         if step <= self.kept:
             raise error
         try:
@@ -338,6 +348,13 @@ def save_state(directory: str, step: int, optimizer: Optimizer, settings: dict) 
             write_json(os.path.join(folder, INDEX), {"metadata": {"step": step, **settings}, "weight_map": weight_map})
 
 
+def changed_options(path: str, options: dict) -> str:
+    """What is different since the state in `path` was saved: "--lr from 0.001 to 0.0001, …"."""
+    before = read_json(os.path.join(path, INDEX))["metadata"]["options"]
+    changed = [name for name, value in options.items() if before[name] != value]
+    return ", ".join(f"--{name.replace('_', '-')} from {before[name]} to {options[name]}" for name in changed)
+
+
 def remove_old_states(directory: str, keep: int) -> None:
     """Remove all but the `keep` newest states: the files that `save_state` writes, and folders without others.
 
@@ -364,11 +381,18 @@ def load_state(path: str, optimizer: Optimizer, settings: dict, data: str) -> in
     """
     index, advice = os.path.join(path, INDEX), f"remove {path} to resume from before"
     settings = {"step": step_of(path), **settings}
+    pictures, options = settings.pop("pictures"), settings.pop("options")
     with reading(index, "index", advice):
         metadata = read_json(index)["metadata"]
         found = {name: metadata[name] for name in settings}
-    same_data = found["data"] == settings["data"]
+        require(metadata["options"].keys() == options.keys(), "its options are others than those of this program")
+        learned = metadata["pictures"].items()
+        others = [line for line, digest in learned if digest != MENDED and pictures.get(line) != digest]
+    same_data, same_weights = (found[name] == settings[name] for name in ("data", "weights"))
     require(same_data, f"{path}: was made with other data than {data}; resume with the data it began with")
+    lines = ", ".join(others)[:80]
+    require(not others, f"{path}: was made with other pictures in {data} line {lines}; resume with those it began with")
+    require(same_weights, f"{path}: was made with another --ckpt; resume with the weights it began with")
     for name, value in settings.items():
         made = f"{path}: was made with {name} = {str(found[name])[:80]}"
         require(found[name] == value, f"{made}, but this run has {value}")

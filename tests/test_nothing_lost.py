@@ -14,6 +14,7 @@ from functools import partial
 
 import pytest
 import torch
+from PIL import Image
 from processes import run_on_ranks, start
 from safetensors.torch import load_file, save_file
 from train_cases import arguments, metrics, on, train_on_ranks, trained, trainer
@@ -321,6 +322,69 @@ def test_a_signal_while_a_folder_is_written(tmp_path):
         assert os.listdir(tmp_path) == ["new"]
         os.kill(os.getpid(), signal.SIGTERM)
     assert end.value.code == 143 and os.listdir(tmp_path) == []
+
+
+# ------------------------------------------------------------------------------------------- another run, or not
+
+OPTIONS = {
+    "lr": 2e-3, "min_lr": 1e-7, "warmup_steps": 2, "betas": [0.8, 0.9], "eps": 1e-7, "weight_decay": 0.1,
+    "max_grad_norm": 0.5, "max_steps": 6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_changed_options_are_said(seed, out, text, capsys):
+    """And the run goes on with them."""
+    draw = random.Random(seed)
+    shutil.rmtree(out / "model")
+    changes = dict(draw.sample(sorted(OPTIONS.items()), draw.randint(0, 4)))
+    before = {"lr": 1e-3, "min_lr": 1e-6, "warmup_steps": 0, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
+    before |= {"max_grad_norm": 1.0, "max_steps": 3}
+    capsys.readouterr()
+    train.main(arguments(*text, out, resume=True, **{**SHORT, **changes}))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("changed from here on: ")]
+    assert len(lines) == bool(changes)
+    said = {f"--{name.replace('_', '-')} from {before[name]} to {value}" for name, value in changes.items()}
+    assert said == set(re.split(r", (?=--)", lines[0].removeprefix("changed from here on: "))) if lines else not said
+    assert trained(out)[-1][0] == changes.get("max_steps", 3)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_another_run_is_refused(seed, images, tmp_path):
+    """Other targets, another picture, other frozen weights: one line that says which. Elsewhere they are the same."""
+    draw, folder = random.Random(seed), tmp_path / "data"
+    shutil.copytree(os.path.dirname(images[1]), folder)
+    ckpt = shutil.copytree(images[0], tmp_path / "ckpt", ignore=shutil.ignore_patterns("data"))
+    case, options = (str(ckpt), str(folder / "chats.jsonl")), {**SHORT, "max_steps": draw.randint(1, 2)}
+    options |= draw.choice([{}, {"lora_rank": 2}, {"freeze": ["vision_tower"]}])
+    train.main(arguments(*case, tmp_path / "out", **options))
+    shutil.rmtree(tmp_path / "out" / "model")
+    what = ["targets", "picture", "weights", "moved"][seed % 4]
+    if what == "targets":
+        chats = [json.loads(line) for line in (folder / "chats.jsonl").read_text().splitlines()]
+        several = [chat for chat in chats if len(chat["messages"]) > 2]
+        draw.choice(several)["messages"][1]["weight"] = 0
+        (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+        words = "was made with other data than"
+    elif what == "picture":
+        path = draw.choice(sorted(folder.glob("*.png")))
+        with Image.open(path) as picture:
+            Image.new("RGB", picture.size, "red").save(path)
+        words = rf"other pictures in .*chats.jsonl line {int(path.name.split('-')[0]) + 1};"
+    elif what == "weights":
+        tensors = load_file(ckpt / "model.safetensors")
+        tensors[draw.choice(sorted(tensors))].view(-1)[-1] += 0.5
+        save_file(tensors, ckpt / "model.safetensors")
+        words = "was made with another --ckpt"
+    else:
+        for name in ("ckpt", "data"):
+            os.rename(tmp_path / name, tmp_path / f"{name} elsewhere")
+        case = str(tmp_path / "ckpt elsewhere"), str(tmp_path / "data elsewhere" / "chats.jsonl")
+    argv = arguments(*case, tmp_path / "out", resume=True, **{**options, "max_steps": 3})
+    if what == "moved":
+        train.main(argv)
+    else:
+        refused(argv, words)
 
 
 # ------------------------------------------------------------------------------------- errors that lose nothing
