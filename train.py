@@ -46,7 +46,7 @@ from runtime.checkpoint import Checkpoint, fill, initialize
 from runtime.config import read_config
 from runtime.cpu import speed_up
 from runtime.data import IGNORE, Chats, MicroBatch, Order, Sample, decode_images, micro_batches
-from runtime.files import UserError, digest_of, require, within
+from runtime.files import UserError, digest_of, plural, require, within
 from runtime.launch import COUNT, SIZE, Parser, Postponed, find_place, gather_objects, number, run_program, together
 from runtime.lora import add_adapters, initialize_adapters
 from runtime.memory import peak_memory
@@ -124,7 +124,7 @@ class Trainer:
         chats = Chats(path, self.tokenizer, self.config, self.args.max_length, self.place)
         tokens = sum(len(sample.ids) for sample in chats.samples)
         targets = sum(sample.target_tokens for sample in chats.samples)
-        said = f"{len(chats.samples)} samples, {chats.dropped} dropped (--max-length)"
+        said = f"{plural(len(chats.samples), 'sample')}, {chats.dropped} dropped (--max-length)"
         self.say(f"{path}: {said}; {tokens:,} tokens, {targets:,} of them targets")
         return chats
 
@@ -326,12 +326,13 @@ class Trainer:
         trained, every = over_ranks([trained, sum(t.parameter.numel() for t in owned)])
         batch, count = args.global_batch_size, len(self.data.samples)
         epochs = min(self.total * batch / count, self.order.epochs or math.inf)
-        self.say(f"steps {first} to {self.total}, {batch} samples each: {epochs:.3g} times through the data")
+        each = f"{plural(batch, 'sample')} each: {epochs:.3g} times through the data"
+        self.say(f"steps {first} to {self.total}, {each}")
         memory = f"; by the plan this takes at most {self.planned / 1e9:.2g} GB" if self.planned else ""
         self.say(f"trains {trained:,.0f} of {every:,.0f} parameters{memory}")
-        often = f"every {args.save_every} steps" if args.save_every else f"every {SAVE_SECONDS // 60} minutes"
+        often = plural(args.save_every, "step") if args.save_every else plural(SAVE_SECONDS // 60, "minute")
         states = self.folder.states
-        self.say(f"saves its state {often} in {states}, the newest {args.keep} stay; Ctrl-C stops after a step")
+        self.say(f"saves its state every {often} in {states}, the newest {args.keep} stay; Ctrl-C stops after a step")
 
 
 # What an option takes, in argparse's words.
@@ -406,8 +407,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     split = args.val_generate and args.sequence_parallel
     require(not split, "--val-generate does not go with --sequence-parallel: a new token cannot be split")
     require(args.lora_rank or not args.lora_alpha, "--lora-alpha goes with --lora-rank N")
-    below = max(args.betas) < 1 and args.min_lr <= args.lr
-    require(below, "--betas must lie below 1, and --min-lr must not exceed --lr")
+    require(max(args.betas) < 1, "--betas must lie below 1")
+    lower = args.min_lr <= args.lr
+    require(lower, f"--min-lr must not exceed --lr: {args.min_lr:g} is more than {args.lr:g}")
     args.lora_alpha = args.lora_alpha or 4.0 * (args.lora_rank or 0)
     return args
 

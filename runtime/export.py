@@ -12,9 +12,11 @@ import glob
 import json
 import os
 import secrets
+import shlex
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -344,3 +346,7 @@ def main(argv: list[str]) -> None:
     wanted = args.to == "fp8" or not args.calibrate
     require(wanted, "--calibrate measures scales for FP8; leave it out with --to bfloat16")
     convert(args.source, args.target, args.to == "fp8", args.calibrate)
+    size = sum(os.path.getsize(path) for path in glob.glob(os.path.join(glob.escape(args.target), "*.safetensors")))
+    what = f"wrote {args.target}: {args.to}, {size / 1e9:.2g} GB; try it"
+    with suppress(OSError):  # nobody reads it: no reason to say that what is there was not written
+        print(f"{what}: python generate.py --ckpt {shlex.quote(args.target)}", file=sys.stderr, flush=True)

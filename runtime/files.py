@@ -34,6 +34,11 @@ def require(holds: object, problem: str) -> None:
         raise UserError(problem)
 
 
+def plural(count: int, noun: str) -> str:
+    """ "1 sample", "2 samples"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 @contextmanager
 def within(where: str) -> Iterator[None]:
     """A UserError of the block says where it was made."""
@@ -172,6 +177,7 @@ def find_folder(path: str) -> str:
     """`path`, which should be the folder of a checkpoint."""
     require(not os.path.isfile(path), f"{path}: is a file; give the folder that holds the checkpoint")
     hub = f" (of a Hugging Face repository: hf download {path} --local-dir DIR)" if path.count("/") == 1 else ""
+    require(os.path.isdir(path) or not path.endswith(".json"), f"{path}: no such file")
     require(os.path.isdir(path), f"{path}: no such directory; give the folder of a checkpoint{hub}")
     return path
 

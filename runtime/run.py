@@ -298,6 +298,8 @@ def summary(lines: list[dict]) -> str:
     losses = [loss for _, loss in points_of(lines, "loss")] or [math.nan]
     count = max(1, len(losses) // 10)
     first, last = sum(losses[:count]) / count, sum(losses[-count:]) / count
+    if count == 1:
+        return f"loss {first:.4f} in the first step, {last:.4f} in the last"
     return f"loss {first:.4f} in the first {count} steps, {last:.4f} in the last {count}"
 
 

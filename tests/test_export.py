@@ -50,10 +50,12 @@ def written(folder) -> dict[str, torch.Tensor]:
     return {canonical_name(name, False): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
-def test_quantizes_the_seven_linears_and_nothing_else(tmp_path, source):
+def test_quantizes_the_seven_linears_and_nothing_else(tmp_path, source, capsys):
     fields, state = source
     write_checkpoint(tmp_path / "in", fields, state)
     main([str(tmp_path / "in"), str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert said.startswith(f"wrote {tmp_path}/out: fp8, 0.0") and said.endswith(f"generate.py --ckpt {tmp_path}/out\n")
     out = written(tmp_path / "out")
     assert {name for name, tensor in out.items() if tensor.dtype == torch.float8_e4m3fn} == set(LINEARS)
     for name in LINEARS:
