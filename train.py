@@ -16,9 +16,9 @@ to the mean however the batch was split, and so do their gradients. Every rank k
 
 --out gets `metrics.jsonl`, a line per step and per validation; `checkpoints/step-N/`, from which --resume goes on, on
 any topology: saved every ten minutes, at the end, and when a signal or an error stops the run; at the end `loss.png`
-and `model/` in the HF layout. A finished run takes more steps if `model/` is moved away. With --lora-rank the model stays frozen (in
-FP8, if it is stored so) and only adapters are trained: `adapters/` has them alone, `model/` has them merged. Defaults
-are those of the published fine-tune on MedPix-VQA.
+and `model/` in the HF layout. A finished run takes more steps if `model/` is moved away. With --lora-rank the model
+stays frozen (in FP8, if it is stored so) and only adapters are trained: `adapters/` has them alone, `model/` has them
+merged. Defaults are those of the published fine-tune on MedPix-VQA.
 """
 
 import signal
