@@ -15,10 +15,10 @@ own targets, of which another may have ten times as many: it contributes (the su
 to the mean however the batch was split, and so do their gradients. Every rank knows all samples, hence N in advance.
 
 --out gets `metrics.jsonl`, a line per step and per validation; `checkpoints/step-N/`, from which --resume goes on, on
-any topology: saved every ten minutes, at the end, and when a signal stops the run; at the end `loss.png` and `model/`
-in the HF layout. A finished run takes more steps if `model/` is moved away. With --lora-rank the model stays frozen (in
-FP8, if it is stored so) and only adapters are trained: `adapters/` has them alone, `model/` has them merged. Defaults
-are those of the published fine-tune on MedPix-VQA.
+any topology: saved every ten minutes, at the end, and when a signal or an error stops the run; at the end `loss.png`
+and `model/` in the HF layout. A finished run takes more steps if `model/` is moved away. With --lora-rank the model
+stays frozen (in FP8, if it is stored so) and only adapters are trained: `adapters/` has them alone, `model/` has them
+merged. Defaults are those of the published fine-tune on MedPix-VQA.
 """
 
 import signal
@@ -34,7 +34,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from textwrap import shorten
 
 import torch
@@ -47,7 +46,7 @@ from runtime.checkpoint import Checkpoint, fill, initialize
 from runtime.config import read_config
 from runtime.cpu import speed_up
 from runtime.data import IGNORE, Chats, MicroBatch, Order, Sample, decode_images, micro_batches
-from runtime.files import UserError, require
+from runtime.files import UserError, digest_of, plural, require, within
 from runtime.launch import COUNT, SIZE, Parser, Postponed, find_place, gather_objects, number, run_program, together
 from runtime.lora import add_adapters, initialize_adapters
 from runtime.memory import peak_memory
@@ -97,6 +96,10 @@ def read_start(args: argparse.Namespace) -> tuple[Checkpoint | None, Config, obj
     return checkpoint, config, load_tokenizer(args.ckpt or args.tokenizer, config)
 
 
+# Options that a resumed run may change.
+CHANGEABLE = "lr min_lr warmup_steps betas eps weight_decay max_grad_norm max_steps epochs".split()
+
+
 class Trainer:
     """A run, as `args` describe it, on the rank at `place`."""
 
@@ -113,6 +116,8 @@ class Trainer:
         trained = bool(self.optimizer.parts)
         self.pipeline = Pipeline(place, self.forward, self.config.hidden_size, self.model.dtype, trained)
         self.thread = ThreadPoolExecutor(max_workers=1)  # decodes images while the model computes
+        self.taken = 0  # steps that the optimizer has taken
+        self.awaited: list[int] = []  # lines whose images are about to be decoded
         self.target_tokens = 0  # N, of the batch that is going through the pipeline
         self.losses: list[tuple[MicroBatch, torch.Tensor]] = []  # last stage: its micro-batches, sums (B,) per sample
 
@@ -120,7 +125,7 @@ class Trainer:
         chats = Chats(path, self.tokenizer, self.config, self.args.max_length, self.place)
         tokens = sum(len(sample.ids) for sample in chats.samples)
         targets = sum(sample.target_tokens for sample in chats.samples)
-        said = f"{len(chats.samples)} samples, {chats.dropped} dropped (--max-length)"
+        said = f"{plural(len(chats.samples), 'sample')}, {chats.dropped} dropped (--max-length)"
         self.say(f"{path}: {said}; {tokens:,} tokens, {targets:,} of them targets")
         return chats
 
@@ -151,39 +156,55 @@ class Trainer:
         first = folder.start(self.optimizer, self.settings(), self.total) + 1
         self.announce(first)
         with Postponed(tell=folder.say_stopping) as folder.signals:  # a step is always finished: see RunFolder.due
-            upcoming = self.upcoming(first)
-            for step in range(first, self.total + 1):
-                current, upcoming = upcoming, self.upcoming(step + 1)
-                folder.record(self.step(step, current))
-                if self.val and (step == self.total or step % (args.val_every or self.total) == 0):
-                    folder.record(self.validate(step))
-                if folder.due(step):
-                    folder.save(step, self.optimizer)
+            try:
+                self.take_steps(first)
+            except UserError as error:  # all ranks raise it, and never in the middle of an update
+                folder.rescue(self.taken, self.optimizer, error, self.awaited)
         folder.finish(self.model)
         self.say(f"try it: python generate.py --ckpt {shlex.quote(os.path.join(args.out, 'model'))}")
+
+    def take_steps(self, first: int) -> None:
+        folder, upcoming, self.taken = self.folder, self.upcoming(first), first - 1
+        for step in range(first, self.total + 1):
+            current, upcoming = upcoming, self.upcoming(step + 1)
+            folder.record(self.step(step, current))
+            if self.val and (step == self.total or step % (self.args.val_every or self.total) == 0):
+                with within(f"validation after step {step}"):
+                    line = self.validate(step)
+                folder.record(line)
+            if folder.due(step):
+                folder.save(step, self.optimizer)
 
     def upcoming(self, step: int) -> Split | None:
         """The samples of `step`, split; None after the last step. The longest come first, for little padding."""
         if step > self.total:
             return None
         samples = sorted((self.data.samples[i] for i in self.order.batch(step)), key=lambda sample: -len(sample.ids))
-        return self.split(samples, self.data.base, self.args.micro_batch_size)
+        return self.split(samples, self.data, self.args.micro_batch_size)
 
-    def split(self, samples: list[Sample], base: str, size: int) -> Split:
+    def split(self, samples: list[Sample], chats: Chats, size: int) -> Split:
         """(all micro-batches of `samples`, this replica's, a function that waits for the images of the latter)."""
         place = self.place
         batches = micro_batches(samples, size, self.tokenizer.pad_id or 0, place.token_parts)
         mine = batches[place.dp_rank :: place.dp_size]
-        decode = (decode_images, mine, base, self.config.vision, self.model.dtype)
+        decode = (decode_images, mine, chats.base, self.config.vision, self.model.dtype)
         wait = self.thread.submit(*decode).result if place.first_stage else lambda: None
-        # One rank's broken image is an error of all ranks. Without images there is nothing to agree on.
-        return batches, mine, partial(together, wait) if any(batch.images for batch in batches) else wait
+
+        def wait_together() -> None:  # one rank's broken image is an error of all ranks
+            with within(chats.path):
+                together(wait)
+
+        # Without images there is nothing to agree on.
+        return batches, mine, wait_together if any(batch.images for batch in batches) else wait
 
     def step(self, step: int, upcoming: Split) -> dict:
         """One optimizer step; returns its line for metrics.jsonl."""
         args, (batches, mine, wait) = self.args, upcoming
         started = time.perf_counter()
-        wait()
+        self.awaited = [line for batch in batches for line in batch.lines]
+        with within(f"step {step}"):
+            wait()
+        self.awaited = []
         self.losses, self.target_tokens = [], sum(int((batch.targets != IGNORE).sum()) for batch in batches)
         self.optimizer.start()
         self.pipeline.train(mine)
@@ -196,6 +217,7 @@ class Trainer:
         lr = learning_rate(step, self.total, args.lr, args.min_lr, args.warmup_steps)
         # Clipping as torch.nn.utils.clip_grad_norm_ does it: all gradients shrink by the same factor.
         self.optimizer.step(lr, min(1.0, args.max_grad_norm / (norm + 1e-6)) if args.max_grad_norm else 1.0)
+        self.taken = step
         (memory,) = over_ranks([peak_memory(self.place)], dist.ReduceOp.MAX)
         seconds, tokens = time.perf_counter() - started, sum(batch.length for batch in batches)
         line = dict(step=step, loss=loss, grad_norm=norm, lr=lr, target_tokens=self.target_tokens)
@@ -242,6 +264,7 @@ class Trainer:
         lines = sorted(bad) or sorted(line for batch in batches for line in batch.lines)
         shown = ", ".join(map(str, lines[:8])) + (f" and {len(lines) - 8} more" if len(lines) > 8 else "")
         what = f"the loss is {loss}" if bad or not math.isfinite(loss) else f"the gradient norm is {norm}"
+        self.folder.keep(self.taken, self.optimizer)
         newest = newest_state(self.folder.states)
         rest = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
         problem = f"step {step}: {what}, from {self.args.data} line {shown}; the step was not taken, {rest}"
@@ -265,7 +288,7 @@ class Trainer:
         at_once = VALIDATE_AT_ONCE * self.place.dp_size * size
         for first in range(0, len(every), at_once):
             samples = every[first : first + at_once]
-            _, mine, wait = self.split(samples, self.val.base, size)
+            _, mine, wait = self.split(samples, self.val, size)
             wait()
             yield samples, mine
 
@@ -285,10 +308,14 @@ class Trainer:
         return int(over_ranks([exact])[0]) // (place.tp_size * place.pp_size)  # all ranks of a replica counted them
 
     def settings(self) -> dict:
-        """What a resumed run must not change."""
+        """What a resumed run must not change; and "options", which it may, and then says so."""
         same = ("seed", "shuffle", "global_batch_size", "optimizer")
+        files = {stored.file for stored in self.checkpoint.tensors.values()} if self.checkpoint else ()
         return {name: getattr(self.args, name) for name in same} | {
             "data": self.data.fingerprint(),
+            "pictures": self.data.pictures(self.place),
+            "weights": gather_objects(together(lambda: self.place.rank == 0 and digest_of(files)))[0],
+            "options": {name: getattr(self.args, name) for name in CHANGEABLE},
             "freeze": sorted(set(self.args.freeze)),
             "lora": [self.args.lora_rank, self.args.lora_alpha],
         }
@@ -300,12 +327,13 @@ class Trainer:
         trained, every = over_ranks([trained, sum(t.parameter.numel() for t in owned)])
         batch, count = args.global_batch_size, len(self.data.samples)
         epochs = min(self.total * batch / count, self.order.epochs or math.inf)
-        self.say(f"steps {first} to {self.total}, {batch} samples each: {epochs:.3g} times through the data")
+        each = f"{plural(batch, 'sample')} each: {epochs:.3g} times through the data"
+        self.say(f"steps {first} to {self.total}, {each}")
         memory = f"; by the plan this takes at most {self.planned / 1e9:.2g} GB" if self.planned else ""
         self.say(f"trains {trained:,.0f} of {every:,.0f} parameters{memory}")
-        often = f"every {args.save_every} steps" if args.save_every else f"every {SAVE_SECONDS // 60} minutes"
+        often = plural(args.save_every, "step") if args.save_every else plural(SAVE_SECONDS // 60, "minute")
         states = self.folder.states
-        self.say(f"saves its state {often} in {states}, the newest {args.keep} stay; Ctrl-C stops after a step")
+        self.say(f"saves its state every {often} in {states}, the newest {args.keep} stay; Ctrl-C stops after a step")
 
 
 # What an option takes, in argparse's words.
@@ -380,8 +408,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     split = args.val_generate and args.sequence_parallel
     require(not split, "--val-generate does not go with --sequence-parallel: a new token cannot be split")
     require(args.lora_rank or not args.lora_alpha, "--lora-alpha goes with --lora-rank N")
-    below = max(args.betas) < 1 and args.min_lr <= args.lr
-    require(below, "--betas must lie below 1, and --min-lr must not exceed --lr")
+    require(max(args.betas) < 1, "--betas must lie below 1")
+    lower = args.min_lr <= args.lr
+    require(lower, f"--min-lr must not exceed --lr: {args.min_lr:g} is more than {args.lr:g}")
     args.lora_alpha = args.lora_alpha or 4.0 * (args.lora_rank or 0)
     return args
 
@@ -392,8 +421,7 @@ def main(argv: list[str]) -> None:
     place = replace(place, sequence_parallel=args.sequence_parallel and args.tp > 1)
     with RunFolder(args, place) as folder:
         if folder.finished:
-            model = os.path.join(args.out, "model")
-            folder.say(f"{args.out}: this run is finished; its model is {model}; move it away to take more steps")
+            folder.say_finished()
         else:
             Trainer(args, place, folder).train()
 

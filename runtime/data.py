@@ -28,7 +28,7 @@ from model import Config, VisionConfig
 from parallel import Place
 from runtime.chat import encode_chat
 from runtime.files import parse_line, read_lines, reading, require
-from runtime.images import grid_of, load_image, pixels
+from runtime.images import grid_of, image_name, load_image, pixels
 from runtime.launch import gather_objects, together
 
 KEYS = ("messages", "tools", "reasoning_effort")
@@ -89,8 +89,21 @@ class Chats:
         """Changes with the samples: a resumed run must go on with the same ones."""
         digest = hashlib.sha256()
         for sample in self.samples:
-            digest.update(sample.ids.numpy().tobytes() + repr(sample.images).encode())
+            digest.update(sample.ids.numpy().tobytes() + sample.targets.numpy().tobytes())
+            digest.update(repr(sample.images).encode())
         return digest.hexdigest()[:16]
+
+    def pictures(self, place: Place) -> dict[str, str]:
+        """Line -> a digest of its images' contents. All ranks call this together, and each reads a part of them."""
+
+        def digest(sample: Sample) -> str:
+            with reading(f"{self.path} line {sample.line}", "chat"):
+                names = "".join(image_name(url, self.base) for url in sample.images)
+            return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+        own = [sample for sample in self.samples[place.rank :: place.world_size] if sample.images]
+        parts = gather_objects(together(lambda: {str(sample.line): digest(sample) for sample in own}))
+        return {line: digest for part in parts for line, digest in part.items()}
 
 
 class Order:
@@ -131,6 +144,7 @@ class MicroBatch:
     targets: torch.Tensor  # (B, T) int64: the next token, or IGNORE where no assistant wrote it
     lines: list[int]  # (B,) of the file
     images: list[str]  # of all samples, in the order of their tokens
+    image_lines: list[int]  # of the file, for each of the images
     length: int  # tokens without padding
     pixels: list[torch.Tensor] = field(default_factory=list)  # one per image, once they are decoded
 
@@ -150,11 +164,20 @@ def micro_batches(samples: list[Sample], size: int, pad_id: int, multiple: int =
             tokens[i, :length] = sample.ids[:-1]
             targets[i, :length] = sample.ids[1:].long().masked_fill(~sample.targets[1:], IGNORE)
         images = [url for sample in group for url in sample.images]
-        batches.append(MicroBatch(tokens, targets, [sample.line for sample in group], images, sum(lengths)))
+        image_lines = [sample.line for sample in group for _ in sample.images]
+        lines = [sample.line for sample in group]
+        batches.append(MicroBatch(tokens, targets, lines, images, image_lines, sum(lengths)))
     return batches
 
 
 def decode_images(batches: list[MicroBatch], base: str, vision: VisionConfig | None, dtype: torch.dtype) -> None:
-    """Fill in the `pixels` of `batches`, paths relative to `base`. Raises UserError for an image that is broken."""
+    """Fill in the `pixels` of `batches`, paths relative to `base`.
+
+    Raises UserError for an image that is broken, or was removed, and names its line.
+    """
     for batch in batches:
-        batch.pixels = [pixels(load_image(url, base), vision).to(dtype) for url in batch.images]
+        decoded = []
+        for i, url in enumerate(batch.images):
+            with reading(f"line {batch.image_lines[i]}", "image"):
+                decoded.append(pixels(load_image(url, base), vision).to(dtype))
+        batch.pixels = decoded

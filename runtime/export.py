@@ -12,12 +12,15 @@ import glob
 import json
 import os
 import secrets
+import shlex
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.distributed as dist
@@ -30,7 +33,7 @@ from parallel import Place, Slice, parts_of
 from runtime.checkpoint import Checkpoint, check_names, fill, hf_name, is_quantized, scale_names
 from runtime.config import read_config
 from runtime.data import Chats, MicroBatch, decode_images, micro_batches
-from runtime.files import flush_to_disk, new_folder, require, write_json, writing
+from runtime.files import flush_to_disk, lock, new_folder, remove, require, write_json, writing
 from runtime.launch import Parser, all_or_none, gather_objects
 from runtime.lora import merged
 from runtime.memory import cpu_memory
@@ -40,8 +43,13 @@ from vision import build_model
 
 SHARD_BYTES = 4_000_000_000  # a file written is at most about this large
 
-# The decoder's linears, as peft finds them. Those of the vision tower have other names.
-PEFT_TARGETS = r".*layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+# How the names of the decoder's linears end, as peft and SGLang find them; those of the vision tower end otherwise.
+PEFT_TARGETS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+
+# What an export takes along from its source. Other files may be weights in other formats, or tell of another model.
+COMPANIONS = "tekken.json tokenizer*.json *.model *.model.v* special_tokens_map.json added_tokens.json"
+COMPANIONS += " vocab.json vocab.txt merges.txt preprocessor_config.json processor_config.json generation_config.json"
+COMPANIONS += " chat_template.jinja chat_template.json SYSTEM_PROMPT.txt"
 
 
 @contextmanager
@@ -49,7 +57,8 @@ def staged(path: str, rank: int = 0, advice: str = "make room, or choose another
     """A new folder for all ranks to write into; it takes the name `path` when it is whole and on the disk.
 
     All ranks come here: what stops one of them in the block stops all, and nothing is left behind. If `path` holds
-    files already, those of the same names are replaced and the others stay. Raises UserError, on all ranks.
+    files already, those of the same names are replaced and the others stay; a link is replaced, too, and not followed.
+    Raises UserError, on all ranks.
     """
     # In containers process ids repeat, so the name is random, and rank 0's is everyone's.
     unfinished = gather_objects(f"{path.rstrip('/')}.partial-{secrets.token_hex(4)}")[0]
@@ -70,9 +79,12 @@ def put_in_place(folder: str, path: str) -> None:
     names = sorted(os.listdir(folder), key=lambda name: (name == "config.json", name))
     for name in ("", *names):
         flush_to_disk(os.path.join(folder, name))
+    if os.path.islink(path):
+        remove(path)
     if os.path.isdir(path) and os.listdir(path):
         for name in names:
             os.replace(os.path.join(folder, name), os.path.join(path, name))
+            flush_to_disk(path)  # one by one, so that the last name is not on the disk before the others
     else:
         os.rename(folder, path)
     flush_to_disk(os.path.dirname(os.path.abspath(path)))
@@ -80,10 +92,44 @@ def put_in_place(folder: str, path: str) -> None:
 
 def save(directory: str, config: Config, weights: Iterable, source: str | None) -> None:
     """Write a checkpoint into a new folder, which appears under its name when it is whole; see `write_model`."""
-    is_free = not os.listdir(directory) if os.path.isdir(directory) else not os.path.exists(directory)
-    require(is_free, f"{directory}: already exists; choose a new folder or remove it")
-    with staged(directory) as folder:
+    with new_model(directory) as folder:
         write_model(folder, config, weights, source)
+
+
+@contextmanager
+def new_model(path: str) -> Iterator[str]:
+    """`staged`, for one process and a `path` that is free: absent, or an empty folder.
+
+    What could not take the name at the end is refused at the beginning: a mount point, a link, ".", and a folder into
+    which another process is writing already.
+    """
+    check_free(path)
+    with staged(path) as folder, ExitStack() as stack:
+        lock(folder, stack)
+        yield folder
+        # Where there are no locks: `staged` would replace what another process wrote meanwhile.
+        is_free = not os.path.isdir(path) or not os.listdir(path)
+        require(is_free, f"{path}: another process wrote there meanwhile; choose a new folder")
+
+
+def check_free(path: str) -> None:
+    """Raises UserError unless a folder can be renamed to `path`, which is tried with an empty one."""
+    name = path.rstrip("/") or path
+    require(not os.path.islink(name), f"{path}: is a link; choose a new folder, or remove the link")
+    was_there = os.path.isdir(name)
+    is_free = not os.listdir(name) if was_there else not os.path.exists(name)
+    require(is_free, f"{path}: already exists; choose a new folder or remove it")
+    with ExitStack() as stack, writing(path):
+        for other in glob.glob(f"{glob.escape(name)}.partial-*"):
+            lock(other, stack)
+    parent = os.path.dirname(os.path.abspath(name))
+    with writing(path, "choose a new folder"):
+        os.makedirs(parent, exist_ok=True)
+        with TemporaryDirectory(dir=parent) as folder:
+            os.mkdir(probe := os.path.join(folder, "probe"))
+            os.rename(probe, name)
+        if not was_there:
+            os.rmdir(name)
 
 
 def write_model(folder: str, config: Config, weights: Iterable, source: str | None) -> None:
@@ -91,7 +137,7 @@ def write_model(folder: str, config: Config, weights: Iterable, source: str | No
 
     `weights` yields (canonical name, whole tensor of any dtype), followed by its scale if it is FP8 already, and by its
     input's static scale if there is one; see `stored`. `config` decides what is written: with `config.fp8` the
-    decoder's linears in E4M3, all else in BF16. `source` is the directory whose other small files come along.
+    decoder's linears in E4M3, all else in BF16. `source` is the directory from which COMPANIONS come along.
     """
     shards, total = [], 0  # the names in each file
     for tensors in in_shards(stored(config, *weight) for weight in weights):
@@ -106,10 +152,9 @@ def write_model(folder: str, config: Config, weights: Iterable, source: str | No
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(os.path.join(folder, "model.safetensors.index.json"), index)
     write_json(os.path.join(folder, "config.json"), to_hf(config))
-    for path in glob.glob(os.path.join(glob.escape(source), "*")) if source else ():
-        is_model = path.endswith(("/config.json", "/params.json", ".safetensors", ".index.json"))
-        if os.path.isfile(path) and not is_model:
-            shutil.copy(path, folder)
+    for pattern in COMPANIONS.split() if source else ():
+        for path in filter(os.path.isfile, glob.glob(os.path.join(glob.escape(source), pattern))):
+            shutil.copyfile(path, os.path.join(folder, os.path.basename(path)))
 
 
 def in_shards(stream: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
@@ -127,7 +172,8 @@ def in_shards(stream: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, t
 
 def write_tensors(path: str, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
-    os.chmod(path, 0o644)  # readable for everyone; save_file makes it readable for its owner
+    # save_file makes it readable for its owner alone. The umask has decided for whom the new folder is.
+    os.chmod(path, os.stat(os.path.dirname(path)).st_mode & 0o666)
 
 
 def stored(config: Config, name: str, weight: torch.Tensor, scale=None, input_scale=None) -> dict[str, torch.Tensor]:
@@ -238,6 +284,7 @@ def convert(source: str, target: str, to_fp8: bool, chats: str | None) -> None:
     config = checkpoint.fit(read_config(source))
     model = build_model(config)
     check_names(checkpoint, model)
+    check_free(target)
     parts = {name: part.slice for name, (_, part) in parts_of(model).items()}
     quantized = [name for name in parts if to_fp8 and is_quantized(name)]
     inputs = {} if chats else {name: checkpoint.scale(scale_names(name)[1]) for name in quantized}
@@ -299,3 +346,7 @@ def main(argv: list[str]) -> None:
     wanted = args.to == "fp8" or not args.calibrate
     require(wanted, "--calibrate measures scales for FP8; leave it out with --to bfloat16")
     convert(args.source, args.target, args.to == "fp8", args.calibrate)
+    size = sum(os.path.getsize(path) for path in glob.glob(os.path.join(glob.escape(args.target), "*.safetensors")))
+    what = f"wrote {args.target}: {args.to}, {size / 1e9:.2g} GB; try it"
+    with suppress(OSError):  # nobody reads it: no reason to say that what is there was not written
+        print(f"{what}: python generate.py --ckpt {shlex.quote(args.target)}", file=sys.stderr, flush=True)

@@ -1,13 +1,15 @@
 """User errors and the files that they are about: guards around reading, JSON, writing so that nothing is half there."""
 
 import errno
+import fcntl
+import hashlib
 import json
 import os
 import shutil
 import stat
 import sys
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
 from safetensors import SafetensorError
 
@@ -30,6 +32,11 @@ def require(holds: object, problem: str) -> None:
     """Raises UserError unless `holds`. `problem` is put together in any case, so it must not fail where it holds."""
     if not holds:
         raise UserError(problem)
+
+
+def plural(count: int, noun: str) -> str:
+    """ "1 sample", "2 samples"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 @contextmanager
@@ -121,17 +128,56 @@ def parse_line(line: bytes, where: str, keys: Collection[str] = ()) -> dict:
     return value
 
 
+def digest_of(paths: Iterable[str]) -> str:
+    """A digest of the contents of files; of a large one, 64 blocks from all over it stand for the rest."""
+    digest, block = hashlib.sha256(), MEGABYTE // 4
+    for path in sorted(paths):
+        with reading(path, "file"), open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            for start in range(0, size, max(block, size // 64)):
+                file.seek(start)
+                digest.update(file.read(block))
+    return digest.hexdigest()[:16]
+
+
 def write_json(path: str, value) -> None:
+    write_text(path, json.dumps(value, indent=2))
+
+
+def write_text(path: str, text: str) -> None:
     """Under a temporary name first: a reader sees the old file or the new one."""
-    with open(f"{path}.partial", "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
+    remove(f"{path}.partial")  # of a process that was killed; or a link, which would be followed
+    with open(f"{path}.partial", "x", encoding="utf-8") as file:
+        file.write(text)
     os.replace(f"{path}.partial", path)
+
+
+def remove(path: str) -> None:
+    """Remove what has this name, if it can be: a link itself, never what is behind it."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            os.remove(path)
+
+
+def lock(folder: str, stack: ExitStack) -> None:
+    """Whoever tries this, too, before `stack` is closed or the process ends, gets a UserError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    stack.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another run is writing there; choose another, or wait for its end") from None
+    except OSError:
+        pass  # a file system without locks
 
 
 def find_folder(path: str) -> str:
     """`path`, which should be the folder of a checkpoint."""
     require(not os.path.isfile(path), f"{path}: is a file; give the folder that holds the checkpoint")
     hub = f" (of a Hugging Face repository: hf download {path} --local-dir DIR)" if path.count("/") == 1 else ""
+    require(os.path.isdir(path) or not path.endswith(".json"), f"{path}: no such file")
     require(os.path.isdir(path), f"{path}: no such directory; give the folder of a checkpoint{hub}")
     return path
 

@@ -340,7 +340,8 @@ def find_place(tp: int | None, pp: int | None) -> Place:
     tp = tp or max(1, world // pp)
     if world % (tp * pp):
         sizes = f"tensor-parallel size {tp} × pipeline-parallel size {pp}"
-        raise TopologyError(f"{sizes} does not divide the number of processes, {world}")
+        advice = "" if dist.is_initialized() else f"; start with torchrun --nproc-per-node {tp * pp}"
+        raise TopologyError(f"{sizes} does not divide the number of processes, {world}{advice}")
     dp = world // (tp * pp)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")

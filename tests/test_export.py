@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+from contextlib import ExitStack
 from functools import partial
 from types import SimpleNamespace
 
@@ -23,9 +25,9 @@ from safetensors.torch import load_file
 
 from parallel import parts_of
 from runtime import export
-from runtime.checkpoint import canonical_name
+from runtime.checkpoint import Checkpoint, canonical_name
 from runtime.export import main, measure_inputs, save
-from runtime.files import UserError, new_folder
+from runtime.files import UserError, lock, new_folder
 
 LINEARS = [f"layers.{i}.{name}.weight" for i in range(3) for name in PROJECTIONS]
 
@@ -48,10 +50,12 @@ def written(folder) -> dict[str, torch.Tensor]:
     return {canonical_name(name, False): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
-def test_quantizes_the_seven_linears_and_nothing_else(tmp_path, source):
+def test_quantizes_the_seven_linears_and_nothing_else(tmp_path, source, capsys):
     fields, state = source
     write_checkpoint(tmp_path / "in", fields, state)
     main([str(tmp_path / "in"), str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert said.startswith(f"wrote {tmp_path}/out: fp8, 0.0") and said.endswith(f"generate.py --ckpt {tmp_path}/out\n")
     out = written(tmp_path / "out")
     assert {name for name, tensor in out.items() if tensor.dtype == torch.float8_e4m3fn} == set(LINEARS)
     for name in LINEARS:
@@ -255,7 +259,7 @@ def test_save_and_load(layout, shard_bytes, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "SHARD_BYTES", shard_bytes)
     fields = text_fields("yarn, short", tie_word_embeddings=layout == "new")
     source = write_checkpoint(tmp_path / "in", fields, random_state(fields), layout)
-    for name in ("tekken.json", "README.md", "model-00009-of-00009.safetensors.old"):
+    for name in ("tekken.json", "README.md", "model-00009-of-00009.safetensors.old"):  # only the first comes along
         write_json(f"{source}/{name}", name)
     os.mkdir(f"{source}/subfolder")
     model = load(source)
@@ -277,9 +281,65 @@ def test_save_and_load(layout, shard_bytes, tmp_path, monkeypatch):
         assert 1 < len(files) < len(tensors)
     else:
         assert files == ["model.safetensors"]
-    others = {"config.json", "model.safetensors.index.json", "tekken.json", "README.md"}
-    assert set(os.listdir(out)) == others | set(files) | {"model-00009-of-00009.safetensors.old"}
+    others = {"config.json", "model.safetensors.index.json", "tekken.json"}
+    assert set(os.listdir(out)) == others | set(files)
     assert os.listdir(tmp_path / "deep") == ["out"]
+
+
+COMPANIONS = """tekken.json tokenizer.json tokenizer_config.json tokenizer.model tokenizer.model.v3
+    special_tokens_map.json mistral_instruct_tokenizer_240323.model.v3
+    added_tokens.json vocab.json merges.txt preprocessor_config.json processor_config.json generation_config.json
+    chat_template.jinja chat_template.json SYSTEM_PROMPT.txt""".split()
+OTHERS = """adapter_config.json adapter_model.safetensors pytorch_model.bin pytorch_model.bin.index.json model.gguf
+    consolidated.00.pth params.json README.md picture.png LICENSE training_args.bin consolidated.safetensors.index.json
+    mytekken.json config.json.bak .gitattributes model.safetensors.old run.json tf_model.h5""".split()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_comes_along(seed, tmp_path):
+    """What belongs to tokenizer, processor and chat, and nothing else; all of it for whom the umask says."""
+    draw, fields = random.Random(seed), text_fields(num_hidden_layers=1)
+    model = load(source := write_checkpoint(tmp_path / "in", fields, random_state(fields)))
+    drawn = {name: draw.randbytes(9) for name in draw.sample(COMPANIONS + OTHERS, 20)}
+    for name, data in drawn.items():
+        (tmp_path / "in" / name).write_bytes(data)
+        (tmp_path / "in" / name).chmod(0o600)
+    before, umask = os.umask(0), draw.choice([0o022, 0o027, 0o077, 0o002])
+    os.umask(umask)
+    try:
+        save(str(tmp_path / "out"), model.config, pieces(model), source)
+    finally:
+        os.umask(before)
+    own = {"config.json", "model.safetensors", "model.safetensors.index.json"}
+    assert set(os.listdir(tmp_path / "out")) == own | (set(drawn) & set(COMPANIONS))
+    for path in (tmp_path / "out").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
+        assert path.name in own or path.read_bytes() == drawn[path.name]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_on_the_disk_before_it_counts(there, tmp_path, monkeypatch):
+    """Every file is flushed before it has its name, and its folder before config.json, which makes a model of it."""
+    flushed, flush, replace, rename = [], export.flush_to_disk, os.replace, os.rename
+
+    def named(move, old, new) -> None:
+        files = set(os.listdir(old)) if os.path.isdir(old) else {os.path.basename(old)}
+        assert files <= {os.path.basename(path) for path in flushed}
+        if os.path.basename(new) == "config.json":
+            assert flushed[-1] == str(tmp_path / "out")
+        move(old, new)
+
+    if there:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine").touch()
+    with export.staged(str(tmp_path / "out")) as folder:
+        for name in ("config.json", "a.safetensors", "z.json"):
+            with open(os.path.join(folder, name), "w"):
+                pass
+        monkeypatch.setattr(export, "flush_to_disk", lambda path: flushed.append(path) or flush(path))
+        monkeypatch.setattr(os, "replace", partial(named, replace))
+        monkeypatch.setattr(os, "rename", partial(named, rename))
+    assert flushed[-1] == str(tmp_path) and (str(tmp_path / "out") in flushed) == there
 
 
 def test_saved_for_transformers(tmp_path):
@@ -333,3 +393,88 @@ def test_save_refuses_and_leaves_nothing(tmp_path, monkeypatch):
     save(str(tmp_path / "out") + "/", model.config, tensors, None)  # an empty folder may be filled
     load(tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == sorted([*before, "out"])
+
+
+def cannot_be_replaced(draw: random.Random, folder) -> tuple[str, str]:
+    """(a name that a new folder cannot take, what is said of it)."""
+    how = draw.choice(["link", "link/", "dangling", ".", "full", "file", "running"])
+    out = folder / "out"
+    (folder / "behind").mkdir()
+    if how in ("link", "link/"):
+        out.symlink_to(folder / "behind")
+    elif how == "dangling":
+        out.symlink_to(folder / "nowhere")
+    elif how == "full":
+        (out / ".hidden").mkdir(parents=True)
+    elif how == "file":
+        out.touch()
+    elif how == "running":
+        (folder / "out.partial-0a1b2c3d").mkdir()
+    words = {"full": "already exists", "file": "already exists", ".": "cannot be written"}
+    words["running"] = "another run is writing there"
+    return {".": ".", "link/": f"{out}/"}.get(how, str(out)), words.get(how, "is a link")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_name_that_cannot_be_taken(seed, tmp_path, source, monkeypatch):
+    """It is refused before a tensor is read, and nothing is written or removed."""
+    write_checkpoint(tmp_path / "in", *source)
+    monkeypatch.setattr(Checkpoint, "weight", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(Checkpoint, "scale", lambda *_: pytest.fail("a scale was read"))
+    out, words = cannot_be_replaced(random.Random(seed), tmp_path)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    before = sorted(tmp_path.rglob("*"))
+    with ExitStack() as stack, pytest.raises(UserError, match=words):
+        for folder in tmp_path.glob("*.partial-*"):
+            lock(str(folder), stack)
+        main([str(tmp_path / "in"), out])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_mount_point(tmp_path, source, monkeypatch):
+    """Or whatever else the kernel does not rename to."""
+    write_checkpoint(tmp_path / "in", *source)
+    monkeypatch.setattr(Checkpoint, "weight", lambda *_: pytest.fail("a tensor was read"))
+    rename = os.rename
+
+    def busy(old, new):
+        if new == str(tmp_path / "disk"):
+            raise OSError(16, "Device or resource busy")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", busy)
+    (tmp_path / "disk").mkdir()
+    with pytest.raises(UserError, match=r"disk: cannot be written \(Device or resource busy\); choose a new folder"):
+        main([str(tmp_path / "in"), str(tmp_path / "disk")])
+    assert sorted(os.listdir(tmp_path)) == ["disk", "in"]
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_two_conversions_at_once(locks, tmp_path, source, monkeypatch):
+    """The second one learns it at once; without locks at its end, and then nothing of the first is lost."""
+    write_checkpoint(tmp_path / "in", *source)
+    weight, second, argv = Checkpoint.weight, [], [str(tmp_path / "in"), str(tmp_path / "out")]
+    if not locks:
+        monkeypatch.setattr(export, "lock", lambda *_: None)
+
+    def start_another(self, *arguments):
+        if not second:
+            second.append(True)
+            if locks:
+                with pytest.raises(UserError, match="another run is writing there"):
+                    main([*argv, "--to", "bfloat16"])
+            else:
+                main([*argv, "--to", "bfloat16"])
+        return weight(self, *arguments)
+
+    monkeypatch.setattr(Checkpoint, "weight", start_another)
+    if locks:
+        main(argv)
+    else:
+        with pytest.raises(UserError, match="another process wrote there meanwhile"):
+            main(argv)
+    is_fp8 = any(tensor.dtype == torch.float8_e4m3fn for tensor in written(tmp_path / "out").values())
+    assert is_fp8 == locks and sorted(os.listdir(tmp_path)) == ["in", "out"]
+    (tmp_path / "other.partial-00000000").mkdir()  # of one that was killed: it is no obstacle
+    main([argv[0], str(tmp_path / "other")])

@@ -14,9 +14,10 @@ from functools import partial
 
 import pytest
 import torch
+from PIL import Image
 from processes import run_on_ranks, start
 from safetensors.torch import load_file, save_file
-from train_cases import arguments, on, trained, trainer
+from train_cases import arguments, metrics, on, train_on_ranks, trained, trainer
 
 import train
 from parallel import Slice
@@ -159,6 +160,73 @@ def test_a_finished_run_goes_on_once_its_model_is_moved_away(out, text):
     assert again["model.safetensors"] != model["model.safetensors"] and files(out / "first") == model
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_resumed_after_files_were_removed(seed, out, text, capsys):
+    """States, or some of the model: it is said, and "finished" is said of nothing that is not whole."""
+    draw = random.Random(seed)
+    no_states, half, more = (draw.random() < 0.5 for _ in range(3))
+    before = files(out / "model")
+    if no_states:
+        shutil.rmtree(out / "checkpoints")
+    if half:
+        weights = out / "model" / "model.safetensors"
+        cut = weights.read_bytes()[: draw.randrange(weights.stat().st_size)]
+        weights.unlink()
+        if draw.random() < 0.5:
+            weights.write_bytes(cut)
+        else:
+            draw.choice([os.remove, os.path.getsize])(out / "model" / "model.safetensors.index.json")
+    argv = arguments(*text, out, resume=True, **{**SHORT, "max_steps": 5 if more else 3})
+    capsys.readouterr()
+    if no_states and (half or more):
+        refused(argv, "no saved state is left" if half else "its saved states are gone: start from this model")
+        return
+    train.main(argv)
+    said = capsys.readouterr().err
+    assert ("it is written again" in said) == half and ("this run is finished" in said) != half
+    assert ("its saved states are gone" in said) == no_states
+    assert half and more or files(out / "model") == before
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_links_are_not_followed(seed, text, tmp_path, ended):
+    """Where a run writes or removes, links to what is not its own: they go, what is behind them stays as it is."""
+    draw, out, behind = random.Random(seed), tmp_path / "out", tmp_path / "behind"
+    shutil.copytree(ended / "checkpoints" / "step-3", behind / "step-3")
+    shutil.copytree(ended / "model", behind / "model")
+    (behind / "file").write_text("mine")
+    before = files(behind)
+    shutil.copytree(ended, out)
+    shutil.rmtree(out / "model")
+    links = {"checkpoints/step-1": "step-3", "checkpoints/step-4": "nowhere", "model": "model", "adapters": "nowhere"}
+    links |= {"metrics.jsonl.partial": "file", "loss.png": "file", "checkpoints/step-2": "step-3"}
+    links |= {"checkpoints/step-3.partial-01234567": "step-3", "model.partial-01234567": "model"}
+    for name, to in draw.sample(sorted(links.items()), 6):
+        if name != "model":  # a whole model there would be the end
+            (out / name).unlink(missing_ok=True)
+            (out / name).symlink_to(behind / to)
+    if draw.random() < 0.5:
+        (behind / "model" / "config.json").rename(behind / "config.json")
+        (out / "model").symlink_to(behind / "model")
+        before = files(behind)
+    argv = arguments(*text, out, resume=True, keep=1, **{**SHORT, "max_steps": 4, "lora_rank": False})
+    train.main(argv)
+    assert files(behind) == before and not leftovers(out)
+    assert os.listdir(out / "checkpoints") == ["step-4"]
+    assert not [path for path in out.rglob("*") if path.is_symlink() and path.name != "adapters"]
+
+
+@pytest.mark.parametrize(
+    "names", [["model.old"], ["model.partial-0a1b2c3d", "metrics.jsonl.partial", "run.json.partial"]]
+)
+def test_leftovers_never_block(names, out, text):
+    shutil.rmtree(out / "model")
+    for name in names:
+        (out / name / "deep").mkdir(parents=True)
+    train.main(arguments(*text, out, resume=True, **{**SHORT, "max_steps": 4}))
+    assert (out / "model" / "config.json").exists() and (out / "model.old").exists() == (names == ["model.old"])
+
+
 # ------------------------------------------------------------------------------------- when a run saves, and what
 
 
@@ -254,6 +322,166 @@ def test_a_signal_while_a_folder_is_written(tmp_path):
         assert os.listdir(tmp_path) == ["new"]
         os.kill(os.getpid(), signal.SIGTERM)
     assert end.value.code == 143 and os.listdir(tmp_path) == []
+
+
+# ------------------------------------------------------------------------------------------- another run, or not
+
+OPTIONS = {
+    "lr": 2e-3, "min_lr": 1e-7, "warmup_steps": 2, "betas": [0.8, 0.9], "eps": 1e-7, "weight_decay": 0.1,
+    "max_grad_norm": 0.5, "max_steps": 6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_changed_options_are_said(seed, out, text, capsys):
+    """And the run goes on with them."""
+    draw = random.Random(seed)
+    shutil.rmtree(out / "model")
+    changes = dict(draw.sample(sorted(OPTIONS.items()), draw.randint(0, 4)))
+    before = {"lr": 1e-3, "min_lr": 1e-6, "warmup_steps": 0, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
+    before |= {"max_grad_norm": 1.0, "max_steps": 3}
+    capsys.readouterr()
+    train.main(arguments(*text, out, resume=True, **{**SHORT, **changes}))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("changed from here on: ")]
+    assert len(lines) == bool(changes)
+    said = {f"--{name.replace('_', '-')} from {before[name]} to {value}" for name, value in changes.items()}
+    assert said == set(re.split(r", (?=--)", lines[0].removeprefix("changed from here on: "))) if lines else not said
+    assert trained(out)[-1][0] == changes.get("max_steps", 3)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_another_run_is_refused(seed, images, tmp_path):
+    """Other targets, another picture, other frozen weights: one line that says which. Elsewhere they are the same."""
+    draw, folder = random.Random(seed), tmp_path / "data"
+    shutil.copytree(os.path.dirname(images[1]), folder)
+    ckpt = shutil.copytree(images[0], tmp_path / "ckpt", ignore=shutil.ignore_patterns("data"))
+    case, options = (str(ckpt), str(folder / "chats.jsonl")), {**SHORT, "max_steps": draw.randint(1, 2)}
+    options |= draw.choice([{}, {"lora_rank": 2}, {"freeze": ["vision_tower"]}])
+    train.main(arguments(*case, tmp_path / "out", **options))
+    shutil.rmtree(tmp_path / "out" / "model")
+    what = ["targets", "picture", "weights", "moved"][seed % 4]
+    if what == "targets":
+        chats = [json.loads(line) for line in (folder / "chats.jsonl").read_text().splitlines()]
+        several = [chat for chat in chats if len(chat["messages"]) > 2]
+        draw.choice(several)["messages"][1]["weight"] = 0
+        (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+        words = "was made with other data than"
+    elif what == "picture":
+        path = draw.choice(sorted(folder.glob("*.png")))
+        with Image.open(path) as picture:
+            Image.new("RGB", picture.size, "red").save(path)
+        words = rf"other pictures in .*chats.jsonl line {int(path.name.split('-')[0]) + 1};"
+    elif what == "weights":
+        tensors = load_file(ckpt / "model.safetensors")
+        tensors[draw.choice(sorted(tensors))].view(-1)[-1] += 0.5
+        save_file(tensors, ckpt / "model.safetensors")
+        words = "was made with another --ckpt"
+    else:
+        for name in ("ckpt", "data"):
+            os.rename(tmp_path / name, tmp_path / f"{name} elsewhere")
+        case = str(tmp_path / "ckpt elsewhere"), str(tmp_path / "data elsewhere" / "chats.jsonl")
+    argv = arguments(*case, tmp_path / "out", resume=True, **{**options, "max_steps": 3})
+    if what == "moved":
+        train.main(argv)
+    else:
+        refused(argv, words)
+
+
+# ------------------------------------------------------------------------------------- errors that lose nothing
+
+
+@pytest.mark.time_limit(200)
+@pytest.mark.parametrize("where", ["data", "val"])
+@pytest.mark.parametrize(
+    "topology, seed", [((1, 1, 1), 0), ((1, 1, 1), 1), ((1, 1, 1), 2), ((1, 2, 1), 3), ((1, 1, 2), 4)]
+)
+def test_a_picture_that_breaks_off(where, topology, seed, images, tmp_path):
+    """Its header is whole, so nobody sees it before its step. What was done until then is saved, and once the picture
+    is mended, the run ends as if nothing had been."""
+    draw = random.Random(f"{seed} {where}")
+    shutil.copytree(os.path.dirname(images[1]), tmp_path / "data")
+    case, val = (images[0], str(tmp_path / "data" / "chats.jsonl")), str(tmp_path / "data" / "val.jsonl")
+    lines = (tmp_path / "data" / "chats.jsonl").read_text().splitlines()
+    line = draw.choice([at for at, text in enumerate(lines, 1) if ".png" in text])
+    picture = tmp_path / "data" / f"{line - 1}-0.png"
+    if where == "val":
+        shutil.copy(picture, tmp_path / "data" / "val.png")
+        chosen = lines[line - 1].replace(picture.name, "val.png")
+        picture, line = tmp_path / "data" / "val.png", draw.randint(1, 4)
+        (tmp_path / "data" / "val.jsonl").write_text("\n" * (line - 1) + chosen + "\n")
+    options = {"global_batch_size": 3, "max_steps": 6, "seed": seed, "micro_batch_size": draw.randint(1, 3)}
+    options |= {"val": val, "val_every": draw.randint(1, 6)} if where == "val" else {}
+    whole = picture.read_bytes()
+    train.main(arguments(*case, tmp_path / "whole", **options))
+    picture.write_bytes(whole[: len(whole) - draw.randint(30, 60)])
+    said = train_on_ranks(arguments(*case, tmp_path / "out", **options), topology, status=2)
+    (error,) = [text for text in said.splitlines() if text.startswith("error:")]
+    step = int(re.search(rf"step (\d+): .*{'val' if where == 'val' else 'chats'}.jsonl: line {line}: ", error)[1])
+    taken = step - 1 if where == "data" else step
+    assert [x["step"] for x in metrics(tmp_path / "out")][-1:] == [taken][:taken]
+    saved = os.listdir(tmp_path / "out" / "checkpoints") if taken else []
+    assert saved == [f"step-{taken}"][:taken] and (f"after step {taken}, which is saved" in error) == bool(taken), error
+    picture.write_bytes(whole)
+    train.main(arguments(*case, tmp_path / "out", resume=True, **options))
+    ours, theirs = ([x["loss"] for x in metrics(tmp_path / name) if "loss" in x] for name in ("out", "whole"))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    if topology == (1, 1, 1):
+        assert files(tmp_path / "out" / "model") == files(tmp_path / "whole" / "model")
+
+
+def lose_stderr(out: str, step: int, full: bool) -> None:
+    """Once `step` is taken, rank 0's stderr becomes a full disk, or a pipe that nobody reads."""
+
+    def wait() -> None:
+        while not os.path.exists(f"{out}/metrics.jsonl") or len(open(f"{out}/metrics.jsonl").readlines()) < step:
+            time.sleep(0.005)
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(os.open("/dev/full", os.O_WRONLY) if full else writer, 2)
+
+    if os.environ.get("RANK", "0") == "0":
+        threading.Thread(target=wait, daemon=True).start()
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("topology", [(1, 1, 1), (1, 2, 1)])
+def test_nobody_reads_what_it_says(topology, full, text, tmp_path):
+    """It saves, and ends: `2>&1 | head` wants no more, and on a full disk nothing will be seen."""
+    drawn, out = random.Random(f"{topology} {full}").randint(1, 9), tmp_path / "out"
+    argv = on(arguments(*text, out, max_steps=10000), topology)
+    ranks = run_on_ranks(topology[1], "train.py", *argv, prepare=partial(lose_stderr, str(out), drawn, full))
+    assert [rank.status for rank in ranks] == [1] * topology[1]
+    last = trained(out)[-1][0]
+    assert last >= drawn and os.listdir(out / "checkpoints") == [f"step-{last}"]
+    assert not [line for rank in ranks for line in rank.errors] and "Traceback" not in "".join(r.err for r in ranks)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_ends_the_steps(seed, text, tmp_path, monkeypatch):
+    """An error at a drawn step, after it or before it: what was taken is saved; a loss that is no number included."""
+    draw, out, taken = random.Random(seed), tmp_path / "out", 0
+    at, what = draw.randint(2, 5), draw.choice(["metrics", "loss"])
+    append, norm = run.append_line, train.Optimizer.squared_norm
+
+    def fail(path, line):
+        if line["step"] == at:
+            raise UserError("metrics.jsonl: cannot be written")
+        append(path, line)
+
+    def bad_norm(self):
+        nonlocal taken
+        taken += 1
+        return norm(self) * (float("inf") if taken == at else 1)
+
+    monkeypatch.setattr(
+        *(run, "append_line", fail) if what == "metrics" else (train.Optimizer, "squared_norm", bad_norm)
+    )
+    last = at if what == "metrics" else at - 1
+    refused(
+        arguments(*text, out, **{**SHORT, "max_steps": 6}),
+        rf"step.{last}, which is saved|last checkpoint is .*-{last};",
+    )
+    assert os.listdir(out / "checkpoints") == [f"step-{last}"]
 
 
 # --------------------------------------------------------------------------------------- states that are damaged

@@ -116,3 +116,16 @@ def test_from_python():
         (code,) = re.findall(r"^```python\n(.*?)^```$", file.read(), re.M | re.S)
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=100, capture_output=True, text=True)
     assert ended.returncode == 0 and ended.stdout.strip() == code.rsplit("#", 1)[1].strip(), ended.stderr
+
+
+def test_git_ignores_what_the_commands_write():
+    """Whoever follows README has nothing new to commit."""
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        outputs = set(re.findall(r"--out[ =]([\w./-]+)", file.read()))
+    assert {"run", "lora", "tour.html"} <= outputs
+    # With something below it, since "/run/" is about a folder, and none is there yet.
+    command = ["git", "check-ignore", *(f"{name}/x" for name in outputs)]
+    ignored = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if ignored.returncode == 128:
+        pytest.skip("not a git repository")
+    assert set(ignored.stdout.split()) == set(command[2:])

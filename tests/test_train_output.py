@@ -31,8 +31,20 @@ def test_what_it_says(text, tmp_path, capsys):
     assert lines.index(next(x for x in lines if x.startswith("after ten steps: 0:00:"))) > 5
     assert len([x for x in lines if x.startswith("  expected '")]) == 6  # three each time
     assert len([x for x in lines if x.startswith("  answered '")]) == 6
-    assert re.search(r"done in 0:\d\d:\d\d: loss \d\.\d+ in the first 1 steps, \d\.\d+ in the last 1; ", lines[-2])
+    assert re.search(r"done in 0:\d\d:\d\d: loss \d\.\d+ in the first step, \d\.\d+ in the last; ", lines[-2])
     assert lines[-1] == f"try it: python generate.py --ckpt '{tmp_path}/my run/model'"
+
+
+@pytest.mark.parametrize("batch, steps", [(1, 1), (1, 2), (2, 1), (3, 20)])
+def test_one_and_many(batch, steps, text, tmp_path, capsys):
+    """Counts and their nouns agree."""
+    with open(text[1], encoding="utf-8") as file:
+        (tmp_path / "chats.jsonl").write_text("".join(file.readlines()[:batch]))
+    options = {"max_steps": steps, "global_batch_size": batch, "save_every": steps}
+    train.main(arguments(text[0], str(tmp_path / "chats.jsonl"), tmp_path / "run", **options))
+    said = capsys.readouterr().err
+    assert not re.search(r"\b1 (samples|steps|minutes)\b|\b([02-9]|\d\d+) (sample|step|minute)\b", said), said
+    assert ("in the first step, " in said) == (steps < 20)
 
 
 def test_replicas_show_answers_once(text, tmp_path):

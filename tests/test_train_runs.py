@@ -241,6 +241,9 @@ def test_answers_that_become_exact(images, tmp_path):
         ({"eps": 0}, "argument --eps"),
         ({"lora_rank": 2, "lora_alpha": 0}, "argument --lora-alpha"),
         ({"min_lr": 1.0}, "--min-lr must not exceed"),
+        ({"lr": 1e-7}, "--min-lr must not exceed --lr: 1e-06 is more than 1e-07"),
+        ({"betas": [0.9, 1]}, "--betas must lie below 1"),
+        ({"tp": 2}, "start with torchrun --nproc-per-node 2"),
         ({"max_length": 99999}, "--max-length goes up to 4096"),
         ({"tp": 3}, "does not divide the number of processes, 1"),
     ],
@@ -266,6 +269,14 @@ def test_numbers_are_refused_or_can_be_trained_with(option, images, tmp_path):
             weights = load_file(out / "model" / "model.safetensors")
             assert all(tensor.isfinite().all() for tensor in weights.values()), value
     assert 3 < trained < len(sizes)
+
+
+@pytest.mark.parametrize("name", ["config.json", "no/where.json", "params.json"])
+def test_a_config_that_is_not_there(name, text, tmp_path):
+    argv = arguments("x", text[1], tmp_path / "out")
+    argv[:2] = ["--init", str(tmp_path / name), "--tokenizer", text[0]]
+    with pytest.raises(UserError, match=f"{name}: no such file$"):
+        train.main(argv)
 
 
 def test_bad_data_is_one_line_and_status_2(text, tmp_path):
