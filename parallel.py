@@ -432,10 +432,11 @@ class VocabParallelHead(Linear):
         if temperature is not None:
             hot = temperature > 0
             # In float64, where no temperature that float32 can hold makes a logit overflow.
-            keys = logits.double() / torch.where(hot, temperature, 1.0)
+            divisor = torch.where(hot, temperature, 1.0)
+            keys = logits.double() / divisor
             if top_p is not None:
-                everything = all_gather(keys, self.group).transpose(0, 1).flatten(1)  # (B, V), padding included
-                inside = nucleus(everything, top_p) | (top_p >= 1)
+                everything = all_gather(logits, self.group).transpose(0, 1).flatten(1)  # (B, V), padding included
+                inside = nucleus(everything.double() / divisor, top_p) | (top_p >= 1)
                 keys = keys.masked_fill(~inside[:, self.start :][:, : keys.shape[1]], -torch.inf)
             ids = torch.arange(self.start, self.start + keys.shape[1], device=keys.device)
             keys = keys + torch.where(hot, gumbel(*noise, ids), 0.0)

@@ -153,7 +153,7 @@ def micro_batch(number: int, shape: tuple[int, int], config: Config, image: bool
     """B samples of T tokens; with an image each, which is as long as the sample: nobody looks at its tokens' values."""
     (B, T), tokens = shape, torch.zeros(shape, dtype=torch.long)
     pixels = [picture(config, 1, T) for _ in range(B)] if image else []
-    return MicroBatch(tokens, torch.zeros_like(tokens), [number] * B, [], B * T, pixels)
+    return MicroBatch(tokens, torch.zeros_like(tokens), [number] * B, [], [], B * T, pixels)
 
 
 def picture(config: Config, rows: int, columns: int) -> torch.Tensor:

@@ -206,6 +206,7 @@ def trained() -> optimizer.Optimizer:
 
 def kind_state(folder: str) -> Kind:
     adam, settings = trained(), {"seed": 1, "shuffle": True, "data": "0123", "freeze": [], "lora": [None, 0.0]}
+    settings |= {"weights": "4567", "pictures": {}, "options": {}}
     run.save_state(folder, 3, adam, settings)
     path = f"{folder}/step-3"
     return Kind(path, sorted(os.listdir(path)), lambda: run.load_state(path, adam, settings, "chats.jsonl"))

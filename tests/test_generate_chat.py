@@ -397,7 +397,9 @@ def test_in_a_terminal(ranks, ckpt, tmp_path):
 def test_the_line_is_empty_again(ckpt, tmp_path):
     """After a turn that fails, and after /undo. Up recalls the turn, to be mended; and Tab completes."""
     (tmp_path / "a b.jsonl").mkdir()
-    chat = Terminal("generate.py", "--ckpt", ckpt, "--max-context", 40, "--max-new-tokens", 1, home=tmp_path)
+    chat = Terminal(
+        "generate.py", "--ckpt", ckpt, "--max-context", 40, "--max-new-tokens", 1, "--temperature", 0, home=tmp_path
+    )
     chat.say("/efort high")
     chat.see("no such command: /efort")
     chat.say("hello")
@@ -469,7 +471,7 @@ def test_the_terminal_is_given_back(ckpt, tmp_path):
     with open(f"/proc/{chat.pid}/task/{chat.pid}/children") as file:
         ranks = [int(pid) for pid in file.read().split()]
     os.kill(ranks[1], signal.SIGKILL)
-    chat.see("was killed")
+    chat.see("error: ")  # rank 0's: that the other was killed, or that torchrun stopped it, whichever it heard first
     while chat.listen():
         pass
     assert termios.tcgetattr(chat.keyboard)[6][termios.VINTR] == before
