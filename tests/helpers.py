@@ -7,6 +7,7 @@ import base64
 import json
 import math
 import os
+import random
 import re
 
 import numpy as np
@@ -378,6 +379,16 @@ def answers(result: tuple[int, str, str]) -> list[dict]:
 
 def random_tokens(count: int, vocab_size: int, seed: int = 0) -> list[int]:
     return torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def later_chunk(case: int) -> tuple:
+    """The queries, keys and values of a chunk that begins later in its text, and how steep their softmax is."""
+    draw, sizes = torch.Generator().manual_seed(case), random.Random(case)
+    B, KV, G, D = sizes.randint(1, 3), sizes.randint(1, 3), sizes.randint(1, 4), sizes.choice((6, 32, 48))
+    T, before, steep = sizes.randint(1, 70), sizes.randint(1, 300), sizes.choice((1, 1, 30))
+    q, k, v = (torch.randn(B, h, n, D, generator=draw) for h, n in ((KV * G, T), (KV, before + T), (KV, before + T)))
+    q *= steep
+    return q, k, v, steep
 
 
 def formula(fields: dict, state: dict, tokens: list[int]) -> np.ndarray:

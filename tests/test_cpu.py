@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Letters, random_state, random_tokens, text_fields, write_checkpoint
+from helpers import Letters, later_chunk, random_state, random_tokens, text_fields, write_checkpoint
 from request_cases import drawn_requests
 
 from generate import Engine
@@ -86,11 +86,7 @@ def test_products_and_gradients(seed, units, inference, monkeypatch):
 @pytest.mark.parametrize("case", range(12))
 def test_a_later_chunk(case):
     """A chunk attends to itself and to what came before it, apart; together that is one softmax, however steep."""
-    draw, sizes = torch.Generator().manual_seed(case), random.Random(case)
-    B, KV, G, D = sizes.randint(1, 3), sizes.randint(1, 3), sizes.randint(1, 4), sizes.choice((6, 32, 48))
-    T, before, steep = sizes.randint(1, 70), sizes.randint(1, 300), sizes.choice((1, 1, 30))
-    q, k, v = (torch.randn(B, h, n, D, generator=draw) for h, n in ((KV * G, T), (KV, before + T), (KV, before + T)))
-    q *= steep
+    q, k, v, _ = later_chunk(case)
     torch.testing.assert_close(cpu.attend_in_two(q, k, v), attend(q, k, v), rtol=2e-5, atol=2e-5)
 
 

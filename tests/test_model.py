@@ -14,6 +14,7 @@ import torch
 from helpers import (
     ROPES,
     formula,
+    later_chunk,
     load,
     log_probabilities,
     random_state,
@@ -119,11 +120,8 @@ def test_rows_at_different_positions(tmp_path):
 @pytest.mark.parametrize("case", range(12))
 def test_a_later_chunk(case):
     """A chunk attends to itself and to what came before it, apart; together that is one softmax, however steep."""
-    draw, sizes = torch.Generator().manual_seed(case), random.Random(case)
-    B, KV, G, D = sizes.randint(1, 3), sizes.randint(1, 3), sizes.randint(1, 4), sizes.choice((6, 32, 48))
-    T, before, steep = sizes.randint(1, 70), sizes.randint(1, 300), sizes.choice((1, 1, 30))
-    q, k, v = (torch.randn(B, h, n, D, generator=draw) for h, n in ((KV * G, T), (KV, before + T), (KV, before + T)))
-    q *= steep
+    q, k, v, steep = later_chunk(case)
+    T, G, D, before = q.shape[2], q.shape[1] // k.shape[1], q.shape[3], k.shape[2] - q.shape[2]
     scores = q.double() @ k.double().repeat_interleave(G, 1).mT / D**0.5
     scores = scores.masked_fill(torch.ones(T, before + T).triu(before + 1).bool(), -torch.inf)
     expected = scores.softmax(-1) @ v.double().repeat_interleave(G, 1)
