@@ -260,8 +260,6 @@ class Engine:
 
     def agree(self, stop: Callable[[], bool]) -> bool:
         """What `stop()` says on rank 0, on all ranks."""
-        if self.place.device.type == "cuda":
-            torch.cuda.synchronize()  # else this would be asked long before the GPU is here
         said = torch.tensor(int(self.place.rank == 0 and stop()))
         if dist.is_initialized():
             dist.broadcast(said, src=0)
@@ -304,8 +302,11 @@ class Engine:
         """
         first, last = len(group.rows), []
         for i, pieces in enumerate(self.chunks(group, new)):
-            if i and self.stop and self.agree(self.stop):
-                return self.abandon(group, first, new, pieces)
+            if i and self.stop:
+                if self.place.device.type == "cuda":
+                    torch.cuda.synchronize()  # else this would be asked long before the GPU is here
+                if self.agree(self.stop):
+                    return self.abandon(group, first, new, pieces)
             last += self.prefill_chunk(group, pieces)
         if self.place.last_stage:
             self.sample(torch.stack(last), group, slice(first, len(group.rows)), *sampling_flags(new))
