@@ -406,6 +406,7 @@ def test_a_port_in_use(monkeypatch):
             start_world()
 
 
+@pytest.mark.slow
 def test_whoever_takes_the_connection_and_says_nothing(script):
     """torch waits for an answer without end, whatever its own timeout."""
     path = script("from runtime import launch\nlaunch.run_program(lambda argv: None)")
@@ -509,6 +510,7 @@ def signal_myself(folder: str) -> None:
         threading.Thread(target=wait, daemon=True).start()
 
 
+@pytest.mark.slow
 def test_a_signal_to_a_rank_that_waits(script, tmp_path):
     """Its main thread waits in C and runs no handler; the watching thread ends it, tidies up, and so do the others."""
     path = script(HANG.replace("new_folder(folder)", "new_folder(f'{folder}.{os.environ[\"RANK\"]}')"))
