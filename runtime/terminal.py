@@ -15,7 +15,6 @@ import signal
 import sys
 import termios
 from collections.abc import Iterator
-from functools import partial
 from typing import TextIO
 
 from runtime.chat import encode_chat, image_url, opening, user_turn
@@ -84,6 +83,11 @@ def expand(path: str) -> str:
     except UnicodeEncodeError:
         raise UserError(f"{path}: cannot be written in this locale's encoding; choose another name") from None
     return os.path.expanduser(path)
+
+
+def private(path: str, flags: int) -> int:
+    """For `open`: a file for its owner alone. A pipe that nobody reads is an error at once, instead of a wait."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o600)
 
 
 def files_of(path: str) -> list[str]:
@@ -179,7 +183,6 @@ class Keyboard:
         if self.edits and text.strip():
             self.recall(json.dumps(text))
             with contextlib.suppress(OSError):
-                private = partial(os.open, mode=0o600)
                 with open(os.path.expanduser(HISTORY), "a", encoding="utf-8", opener=private) as file:
                     print(json.dumps(text), file=file)
 

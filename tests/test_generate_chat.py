@@ -426,6 +426,16 @@ def test_the_line_is_empty_again(ckpt, tmp_path):
     assert question["content"] == "hello"
 
 
+def test_a_history_that_is_a_pipe(ckpt, tmp_path):
+    """Neither its reading nor its writing waits for somebody at the other end."""
+    os.mkfifo(tmp_path / ".mistral_history")
+    chat = Terminal("generate.py", "--ckpt", ckpt, "--max-new-tokens", 1, home=tmp_path)
+    chat.say("hello")
+    chat.see("1 token, ", 20)
+    chat.say("/exit")
+    assert chat.end() == 0
+
+
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 
