@@ -10,8 +10,8 @@ what one rank holds: one pipeline stage, and of each matrix in it one tensor-par
 layout.
 
 How tokens attend depends on the call, and a *span* says it once for all layers: `Whole` samples in training, chunks of
-`Prompts` on their way into the key/value cache, or a `Step` with one new token per row. `generate_simply` is what all
-of generation comes down to.
+`Prompts` on their way into the key/value cache, or a `Step` with one new token per row, or a few. `generate_simply` is
+what all of generation comes down to.
 
 Shapes, with the sizes of this model where one rank holds everything: B batch, T tokens of this call, S tokens attended
 to, H query heads of this rank (96), KV key/value heads of this rank (8), D head_dim (128), C hidden_size (12,288),
@@ -284,18 +284,20 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def attend_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Attention of one token per row. q (B, H, 1, D), k and v (B, KV, S, D), bias (B, 1, 1, S) -> (B, H, 1, D).
+    """Attention of a few tokens per row. q (B, H, T, D), k and v (B, KV, S, D), bias see `Step` -> (B, H, T, D).
 
-    The one query of each head may attend to all S keys, so the heads of a group can stand where tokens would:
-    (H/KV, D) against (S, D) reads each key once for the whole group.
+    No query is hidden from another, only from keys, so the heads of a group can stand where tokens would: (T · H/KV, D)
+    against (S, D) reads each key once for the whole group.
     """
-    q = q.squeeze(2).unflatten(1, (k.shape[1], -1))  # (B, KV, H/KV, D)
+    B, H, T, D = q.shape
+    KV = k.shape[1]
+    q = q.view(B, KV, H // KV, T, D).transpose(2, 3).reshape(B, KV, -1, D)  # (B, KV, T · H/KV, D)
     attention = F.scaled_dot_product_attention if q.device.type == "cpu" else product_attention
-    return attention(q, k, v, bias).flatten(1, 2).unsqueeze(2)
+    return attention(q, k, v, bias).view(B, KV, T, -1, D).transpose(2, 3).reshape(B, H, T, D)
 
 
 def product_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Attention as two products. q (B, KV, H/KV, D), k and v (B, KV, S, D), bias (B, 1, 1, S) float32 -> like q.
+    """Attention as two products. q (B, KV, G, D), k and v (B, KV, S, D), bias (B, 1, 1 or G, S) float32 -> like q.
 
     The fused kernels give each row and head one thread block, which reads all S keys alone: at 16 rows of one head
     most of a GPU idles. Products are split over S as well. Scores are float32, as inside a fused kernel.
@@ -346,26 +348,27 @@ class Prompts:
 
 @dataclass
 class Step:
-    """One token for every row of the cache, T = 1, each at a position of its own.
+    """One token for every row of the cache, T = 1, each at a position of its own; or a few, one after the other.
 
     Nothing that changes from step to step is a Python number, so that a GPU can record a step once and replay it: rows
     write where the tensor `positions` says, attend to the whole `length`, and a `bias` hides what lies beyond a row's
     own end.
     """
 
-    cos: torch.Tensor  # (B, 1, 1, D)
+    cos: torch.Tensor  # (B, 1, T, D)
     sin: torch.Tensor
-    positions: torch.Tensor  # (B,)
-    rows: torch.Tensor | None  # (B,): 0, 1, …; None as the bias is
+    positions: torch.Tensor  # (B, T)
+    rows: torch.Tensor | None  # (B, 1): 0, 1, …; None as the bias is
     length: int | None  # how much of the cache is attended to; None: all
-    bias: torch.Tensor | None  # (B, 1, 1, length): 0, or -inf beyond a row's end; None: nothing lies beyond
+    # (B, 1, 1, length), or (B, 1, T · H/KV, length) for several tokens: 0, or -inf beyond a token's position.
+    bias: torch.Tensor | None  # None: nothing lies beyond
 
     def attend(self, q: torch.Tensor, kv: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
-        """q (B, H, 1, D), kv (2, B, KV, 1, D), cache (2, B, KV, length, D) -> (B, H, 1, D)."""
+        """q (B, H, T, D), kv (2, B, KV, T, D), cache (2, B, KV, length, D) -> (B, H, T, D)."""
         if self.bias is None:  # all at the same position
-            cache.index_copy_(3, self.positions[:1], kv)
+            cache.index_copy_(3, self.positions[0], kv)
         else:  # not scatter_, which on a CPU copies the whole cache there and back
-            cache[:, self.rows, :, self.positions] = kv.squeeze(3).transpose(0, 1)
+            cache[:, self.rows, :, self.positions] = kv.permute(1, 3, 0, 2, 4)  # (B, T, 2, KV, D)
         return attend_step(q, *cache[:, :, :, : self.length], self.bias)
 
 
@@ -505,18 +508,21 @@ class MistralMedium(nn.Module):
         return Prompts(*self.tables(torch.cat(parts)[None]), segments, self.chunk_attention)
 
     def step(self, positions: torch.Tensor, length: int, aligned: bool = False) -> Step:
-        """For one token of every row, at `positions` (B,), which attends to the first `length` of the cache.
+        """For some tokens of every row, at `positions` (B, T), which attend to the first `length` of the cache.
 
-        `aligned`: every row has exactly `length` tokens with this one, and nothing has to be hidden.
+        `aligned`: T is 1, every row has exactly `length` tokens with this one, and nothing has to be hidden.
         """
         rows = bias = None
         if not aligned:
             # What a row may not attend to gets -inf. In the dtype in which scores are: on a CPU, that of the inputs.
             dtype = self.dtype if self.place.device.type == "cpu" else torch.float32
-            rows = torch.arange(len(positions), device=self.place.device)
-            beyond = torch.arange(length, device=self.place.device) > positions[:, None]  # (B, length)
-            bias = beyond.new_zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, -torch.inf)[:, None, None]
-        return Step(*self.tables(positions[:, None]), positions, rows, length, bias)
+            rows = torch.arange(len(positions), device=self.place.device)[:, None]
+            beyond = torch.arange(length, device=self.place.device) > positions[..., None]  # (B, T, length)
+            if positions.shape[1] > 1:
+                heads, kv_heads = local_heads(self.config, self.place)
+                beyond = beyond.repeat_interleave(heads // kv_heads, dim=1)
+            bias = beyond.new_zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, -torch.inf)[:, None]
+        return Step(*self.tables(positions), positions, rows, length, bias)
 
     def tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Of positions (B, T), once for all layers: cosines and signed sines (B, 1, T, D).
