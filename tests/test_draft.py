@@ -1,0 +1,159 @@
+"""Draft and verify: the same tokens as without a draft, whatever it guesses; and what an EAGLE head guesses."""
+
+import random
+
+import pytest
+import torch
+from draft_cases import END, Knows, draft_fields, key, make_draft, make_model, play, play_with_all
+from helpers import formula, load, random_tokens
+from processes import run_ranks
+from test_engine_cache import assert_same
+
+from generate import Engine
+from runtime.draft import EAGLE, Eagle, read_draft
+from runtime.launch import find_place
+from runtime.requests import Request
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("draft")
+    make_draft(folder, seed=3)
+    return str(folder)
+
+
+def check(found: dict[str, list[tuple]], expected: list[tuple]) -> int:
+    for name, played in found.items():
+        assert [request for request, _ in played] == [request for request, _ in expected], name
+        assert_same([answer for _, answer in played], [answer for _, answer in expected])
+        for (_, one), (_, other) in zip(played, expected):
+            assert one.prompt_logprobs[1:] == pytest.approx(other.prompt_logprobs[1:], abs=1e-4)
+    return len(expected)
+
+
+@pytest.mark.parametrize("seed, count", [(1, 3), (2, 1), (3, 5)])
+def test_the_same_answers(ckpt, draft, seed, count):
+    """Chats that go on, are taken back and share beginnings, with pictures; batches of 1 to 16, refilled; stops."""
+    found = play_with_all(ckpt, draft, seed, 5, count)
+    assert check(found, found.pop("none")) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.time_limit(900)
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_the_same_answers_of_300_requests(ckpt, draft, tp):
+    asked, seed = 0, 100 * tp
+    while asked < 300:
+        seed += 1
+        count = random.Random(seed).randint(1, 6)
+        found = play_with_all(ckpt, draft, seed, 10, count)
+        expected = found.pop("none")
+        if tp > 1:
+            found = run_ranks(on_a_rank, tp, ckpt, draft, seed, 10, count)[tp - 1]
+        asked += check(found, expected)
+
+
+def on_a_rank(ckpt: str, draft: str, seed: int, turns: int, count: int) -> dict[str, list[tuple]]:
+    return play_with_all(ckpt, draft, seed, turns, count, find_place(None, None))
+
+
+def test_two_ranks(ckpt, draft):
+    expected = play_with_all(ckpt, draft, 7, 2, 2)["none"]
+    for found in run_ranks(on_a_rank, 2, ckpt, draft, 7, 2, 2):
+        check(found, expected)
+
+
+def test_steps_are_saved(ckpt):
+    """One that knows the answer takes a (K + 1)th of the steps."""
+    model, requests = load(ckpt), [Request(random_tokens(9, 37, seed=i), max_new_tokens=33) for i in range(3)]
+    plain = Engine(model, -1, 400)
+    known = {key(request): answer.tokens for request, answer in zip(requests, plain.generate(requests))}
+    engine = Engine(model, -1, 400, Knows(3, known, 0.0))
+    engine.generate(requests)
+    assert plain.row_steps == 3 * 32 and engine.row_steps == 3 * 8
+    assert plain.tokens["decode"] == engine.tokens["decode"] == 3 * 32
+
+
+# ------------------------------------------------------------------------------------------------------- the head
+
+
+@pytest.mark.parametrize("fp8", [None, "static", "dynamic"])
+def test_the_head_equals_the_formula(ckpt, tmp_path, fp8):
+    """In float64, and in its layout: rotary pairs, scales and names."""
+    meant = make_draft(tmp_path, seed=11, fp8=fp8)
+    model, fields = load(ckpt), draft_fields()
+    head = read_draft(str(tmp_path), model)
+    C, T = fields["hidden_size"], 23
+    e, h = torch.randn(2, 1, T, C, generator=torch.Generator().manual_seed(4))
+    x = torch.cat((e, h), dim=-1)[0].double() @ meant.pop(EAGLE).double().T
+    # Tokens 0, 1, … whose embeddings are what enters the layers, and a head that shows the states themselves.
+    state = meant | {"embed_tokens.weight": x, "lm_head.weight": torch.eye(C)}
+    expected = torch.from_numpy(formula(fields, state, list(range(T))))
+    with torch.inference_mode():
+        found = head.predict(e, h)[0].double().log_softmax(-1)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+def test_the_head_equals_transformers(ckpt, tmp_path):
+    """Its layers around a concatenation, with the model's embeddings."""
+    transformers = pytest.importorskip("transformers")
+    meant = make_draft(tmp_path, seed=12)
+    model, fields = load(ckpt), draft_fields()
+    linear = meant.pop(EAGLE)
+    config = transformers.Ministral3Config(**{k: v for k, v in fields.items() if k != "vision_config"})
+    theirs = transformers.Ministral3Model(config).float().eval()
+    theirs.load_state_dict(meant | {"embed_tokens.weight": model.embed_tokens.weight})
+    ids = torch.tensor([random_tokens(31, 37, seed=2)])
+    h = torch.randn(1, 31, fields["hidden_size"], generator=torch.Generator().manual_seed(5))
+    with torch.inference_mode():
+        x = torch.cat((theirs.embed_tokens(ids), h), dim=-1) @ linear.T
+        expected = theirs(inputs_embeds=x).last_hidden_state
+        found = read_draft(str(tmp_path), model).predict(model.embed_tokens(ids), h)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def guessed_by_formula(head, model, request: Request, answer: list[int], count: int) -> list[int]:
+    """The greedy guesses after `answer`: everything anew, without a cache."""
+    features = model.vision(request.pixels) if request.pixels else None
+    embeddings = model.embed(torch.tensor([request.prompt]), features)
+    embeddings = torch.cat((embeddings, model.embed(torch.tensor([answer]))), dim=1)
+    states = model.norm(model(embeddings[:, :-1]))
+    embeddings, guesses = embeddings[:, 1:], []
+    for _ in range(count):
+        out = head.predict(embeddings, states)[:, -1:]
+        guesses.append(int(model.lm_head(out).argmax()))
+        embeddings = torch.cat((embeddings, model.embed(torch.tensor([guesses[-1:]]))), dim=1)
+        states = torch.cat((states, out), dim=1)
+    return guesses
+
+
+class Watched(Eagle):
+    """Compares its guesses for greedy rows with those of the formula."""
+
+    compared = 0
+
+    def propose(self, group, part, length, choose):
+        guesses = super().propose(group, part, length, choose)
+        for row, found in zip(group.rows, guesses.tolist()):
+            if row.request.temperature == 0:
+                tokens = row.answer.tokens
+                assert found == guessed_by_formula(self.head, self.model, row.request, tokens, self.count)
+                self.compared += 1
+        return guesses
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_what_the_head_guesses(ckpt, draft, seed):
+    """Through chunks, kept beginnings, moved rows and rejected tokens: what it would guess from the whole text."""
+    model = load(ckpt)
+    watched = Watched(read_draft(draft, model), model, 3)
+    engine = Engine(model, END, 400, watched)
+    engine.chunk = 29
+    play(engine, 40 + seed, 4)
+    assert watched.compared > 50
