@@ -98,7 +98,7 @@ class Guesses:
         wrong = torch.arange(self.count + 1, device=right.device) > right[:, None]
         sampled[..., 0].masked_fill_(wrong, -1)
         group.sampled[part] = sampled
-        group.positions[part] += right + 1
+        group.positions[part].add_(right + 1)
 
 
 class Lookup(Guesses):

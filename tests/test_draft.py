@@ -1,16 +1,29 @@
 """Draft and verify: the same tokens as without a draft, whatever it guesses; and what an EAGLE head guesses."""
 
+import json
 import random
+import re
 
 import pytest
 import torch
 from draft_cases import END, Knows, draft_fields, key, make_draft, make_model, play, play_with_all
-from helpers import formula, load, random_tokens
-from processes import run_ranks
-from test_engine_cache import assert_same
+from helpers import (
+    SIZES,
+    answers,
+    formula,
+    load,
+    random_state,
+    random_tokens,
+    text_fields,
+    write_checkpoint,
+    write_tekken,
+)
+from processes import run_on_ranks, run_ranks
+from request_cases import assert_same
 
 from generate import Engine
 from runtime.draft import EAGLE, Eagle, read_draft
+from runtime.files import UserError
 from runtime.launch import find_place
 from runtime.requests import Request
 
@@ -157,3 +170,59 @@ def test_what_the_head_guesses(ckpt, draft, seed):
     engine.chunk = 29
     play(engine, 40 + seed, 4)
     assert watched.compared > 50
+
+
+# --------------------------------------------------------------------------------------------------- the program
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        (dict(hidden_size=48), "hidden_size is 48, but the model's is 40"),
+        (dict(vocab_size=40), "vocab_size is 40, but the model's is 37"),
+    ],
+)
+def test_a_head_of_another_model(ckpt, tmp_path, changes, named):
+    make_draft(tmp_path, **changes)
+    with pytest.raises(UserError, match=named):
+        read_draft(str(tmp_path), load(ckpt))
+
+
+def test_what_is_no_head(ckpt):
+    with pytest.raises(UserError, match=f"holds no {EAGLE}"):
+        read_draft(ckpt, load(ckpt))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> tuple[str, str]:
+    """A checkpoint with a tokenizer, and a head for it."""
+    root = tmp_path_factory.mktemp("pair")
+    (root / "model").mkdir()
+    sizes = dict(vocab_size=write_tekken(root / "model"), max_position_embeddings=600)
+    fields = text_fields("yarn, short", **sizes)
+    write_checkpoint(root / "model", fields, random_state(fields, seed=6))
+    make_draft(root / "draft", **{name: fields[name] for name in (*SIZES, *sizes) if name in fields})
+    return str(root / "model"), str(root / "draft")
+
+
+@pytest.mark.parametrize("name, tokens", [("head", 2), ("lookup", 4)])
+def test_the_option(pair, program, tmp_path, name, tokens):
+    ckpt, draft = pair
+    requests = tmp_path / "requests.jsonl"
+    specs = [{"raw": "abc" * i, "max_new_tokens": 30, "temperature": i % 2, "seed": i} for i in range(1, 6)]
+    requests.write_text("".join(json.dumps(spec | {"stop": ["q"]}) + "\n" for spec in specs))
+    common = ("--ckpt", ckpt, "--requests", requests, "--dtype", "float32", "--json")
+    plain = answers(program(*common))
+    option = ("--draft", draft if name == "head" else name, "--draft-tokens", tokens)
+    drafted = answers(program(*common, *option))
+    for one, other in zip(plain, drafted, strict=True):
+        assert one["tokens"] == other["tokens"] and one["finish_reason"] == other["finish_reason"]
+        assert "tokens_per_step" not in one["stats"] and 1 <= other["stats"]["tokens_per_step"] <= tokens + 1
+    status, out, err = program("--ckpt", ckpt, "--prompt", "hi", "--max-new-tokens", 30, *option)
+    assert status == 0 and re.search(r"[\d.]+ new tokens/s, [\d.]+ a step\n$", err)
+
+
+def test_no_pipeline(pair):
+    ckpt, draft = pair
+    ranks = run_on_ranks(2, "generate.py", "--ckpt", ckpt, "--prompt", "hi", "--pp", 2, "--draft", draft)
+    assert [ended.status for ended in ranks] == [2, 2] and "leave out --pp" in ranks[0].err
