@@ -319,10 +319,11 @@ class Whole:
 
     cos: torch.Tensor  # (1, 1, T, D), see MistralMedium.tables
     sin: torch.Tensor
+    attention: Callable = attend  # or what is faster on this device
 
     def attend(self, q: torch.Tensor, kv: torch.Tensor, cache: None) -> torch.Tensor:
         """q (B, H, T, D), kv (2, B, KV, T, D): keys and values -> (B, H, T, D)."""
-        return attend(q, *kv)
+        return self.attention(q, *kv)
 
 
 @dataclass
@@ -456,7 +457,7 @@ class MistralMedium(nn.Module):
         super().__init__()
         self.config, self.place, self.dtype, self.keep_fp8 = config, place, dtype, keep_fp8
         self.activation_checkpointing = False
-        self.chunk_attention = attend  # of prompts; `runtime/cpu.py` has a faster one for CPUs
+        self.attention = attend  # of samples and prompts; `runtime/cpu.py` has a faster one for CPUs
         if place.first_stage:
             self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, place, dtype)
         stage = place.layers(config.num_hidden_layers)
@@ -500,12 +501,12 @@ class MistralMedium(nn.Module):
 
     def whole(self, length: int) -> Whole:
         """For samples of `length` tokens from their beginning."""
-        return Whole(*self.tables(torch.arange(length, device=self.place.device)[None]))
+        return Whole(*self.tables(torch.arange(length, device=self.place.device)[None]), self.attention)
 
     def prompts(self, segments: list[tuple[int, int, int]]) -> Prompts:
         """For tokens of prompts, which stand in one row: (row of the cache, first position, tokens) of each."""
         parts = [torch.arange(start, start + size, device=self.place.device) for _, start, size in segments]
-        return Prompts(*self.tables(torch.cat(parts)[None]), segments, self.chunk_attention)
+        return Prompts(*self.tables(torch.cat(parts)[None]), segments, self.attention)
 
     def step(self, positions: torch.Tensor, length: int, aligned: bool = False) -> Step:
         """For some tokens of every row, at `positions` (B, T), which attend to the first `length` of the cache.

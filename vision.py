@@ -76,12 +76,16 @@ class VisionAttention(nn.Module):
         self.qkv_proj = ColumnParallelLinear(C, {"q_proj": C, "k_proj": C, "v_proj": C}, place, dtype)
         self.o_proj = RowParallelLinear(C, C, place, dtype)
 
+    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Of an image's patches to each other, (1, H, n, D) each; `runtime/cpu.py` has a faster one for CPUs."""
+        return F.scaled_dot_product_attention(q, k, v)
+
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         """x (1, N, C), cos and sin (N, D), lengths: the patches of each image -> (1, N, C)."""
         x = copy_to_group(x, self.group)
         heads = rotate(self.qkv_proj(x), 2 * self.heads, cos, sin)  # (1, 3 H, N, D), queries and keys turned
         images = [image.chunk(3, dim=1) for image in heads.split(lengths, dim=2)]
-        out = torch.cat([F.scaled_dot_product_attention(q, k, v) for q, k, v in images], dim=2)  # (1, H, N, D)
+        out = torch.cat([self.attention(q, k, v) for q, k, v in images], dim=2)  # (1, H, N, D)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 

@@ -28,7 +28,7 @@ def without_layouts(side: Ours) -> None:
 
 
 def with_masks(side: Ours) -> None:
-    side.model.chunk_attention = model.attend
+    side.model.attention = model.attend
 
 
 def main() -> None:

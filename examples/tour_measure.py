@@ -84,7 +84,7 @@ class Watch:
         with ExitStack() as stack:
             for hook in hooks:
                 stack.callback(hook.remove)
-            watched = ((self.model, "chunk_attention"), (decoder, "attend_step"), (F, "scaled_dot_product_attention"))
+            watched = ((self.model, "attention"), (decoder, "attend_step"), (F, "scaled_dot_product_attention"))
             for owner, name in watched:
                 call = partial(self.kernel if owner is F else self.attend, getattr(owner, name))
                 stack.enter_context(patch.object(owner, name, call))

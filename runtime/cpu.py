@@ -7,6 +7,7 @@ measures what each of them gains.
 |---|---|
 | `Product`: BF16 products in float32, or in the layout that the kernels read | `F.linear(x, W)` |
 | `attend_in_two`: a later chunk of a prompt, without computing what a mask would hide | `model.attend` |
+| `attend_by_products`: short samples in training, without the fused kernel's backward pass | `model.attend` |
 | `Traced`: a decoding step started by C++ instead of Python | `MistralMedium.forward` |
 """
 
@@ -20,12 +21,15 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from model import KVCache, MistralMedium, Step, attend
+from model import KVCache, MistralMedium, Step, attend, product_attention
 from parallel import Linear
+from vision import VisionAttention
 
-FLOAT32_ROWS = 64  # a CPU without matrix units multiplies at least this many BF16 rows in float32
+FLOAT32_ROWS = 64  # a CPU without BF16 products multiplies at least this many BF16 rows in float32
 FLOAT32_ROWS_AVX2 = 8  # one that has no BF16 instructions at all, this many
 PACKED_FLOAT32_ROWS = 256  # and this many where a packed weight has to be unpacked for it
+SHORT = 256  # tokens of a sample, up to which attention in training may be two products
+FLOAT32_SCORES = 1 << 17  # in float32, where the fused kernel is better, they have to be at least this many
 STEPS_BEFORE_TRACING = 16  # making a graph takes as long as some 50 steps gain by it
 BLOCK, CACHED = 1 << 24, 1 << 18  # elements of a weight converted to float32 at a time; and so that they stay in cache
 
@@ -34,7 +38,10 @@ def speed_up(model: MistralMedium, inference: bool = True) -> None:
     """Put the tricks over `model`, whose weights are there: for training only those that have gradients."""
     if model.place.device.type != "cpu":
         return
-    model.chunk_attention = attend_in_two
+    model.attention = attend_fast
+    for module in model.modules():
+        if isinstance(module, VisionAttention):
+            module.attention = attend_to_all
     if model.dtype != torch.bfloat16:
         return
     named = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
@@ -60,11 +67,17 @@ def has_matrix_units() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
+@functools.cache
+def multiplies_bf16() -> bool:
+    """Whether the CPU itself does: twice to four times as fast as float32. From AVX-512 on, others can only pretend."""
+    return has_matrix_units() or (knows_bf16() and torch.cpu._is_avx512_bf16_supported())
+
+
 class Product:
     """`F.linear(x, W)` of one linear in BF16, the fastest way for each number of rows.
 
-    Many rows, on a CPU without matrix units: in float32. Few rows, decoding: from the second time on with the weight in
-    the layout of the kernels, whose making the first token need not wait for.
+    Many rows, on a CPU without products of BF16: in float32. Few rows, decoding: from the second time on with the
+    weight in the layout of the kernels, whose making the first token need not wait for.
     """
 
     def __init__(self, linear: Linear, inference: bool):
@@ -81,8 +94,8 @@ class Product:
             return self(x)
         # A head that is tied to the embedding has no weight of its own, and is never packed.
         weight = self.linear.holder[0].weight if self.linear.weight is None else self.linear.weight
-        if has_matrix_units():
-            few = self.inference and 0 < rows < FLOAT32_ROWS
+        if multiplies_bf16():
+            few = self.inference and has_matrix_units() and 0 < rows < FLOAT32_ROWS
             return with_weight_on_the_left(x, weight) if few else F.linear(x, weight)
         many = rows >= (FLOAT32_ROWS if knows_bf16() else FLOAT32_ROWS_AVX2)
         return Float32Matmul.apply(x, weight) if many else F.linear(x, weight)
@@ -101,9 +114,9 @@ def with_weight_on_the_left(x: torch.Tensor, weight: torch.Tensor) -> torch.Tens
 
 
 class Float32Matmul(torch.autograd.Function):
-    """`F.linear(x, weight)` in BF16, multiplied in float32: the same sums, rounded once, as a matrix unit forms them.
+    """`F.linear(x, weight)` in BF16, multiplied in float32: the same sums, rounded once, as BF16 products have them.
 
-    A CPU without such a unit multiplies BF16 at half its float32 speed or far below, so from some rows on converting
+    A CPU without such products multiplies BF16 at half its float32 speed or far below, so from some rows on converting
     pays. The weight is converted block by block, and the copy is not kept.
     """
 
@@ -154,7 +167,7 @@ class OneDNNWeight:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_tracing():
             return product_in_script()(x, self.weight)
-        if x.numel() >= PACKED_FLOAT32_ROWS * x.shape[-1] and not has_matrix_units():
+        if x.numel() >= PACKED_FLOAT32_ROWS * x.shape[-1] and not multiplies_bf16():
             return Float32Matmul.apply(x, self.weight.to_dense())
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
 
@@ -183,15 +196,41 @@ class FBGEMMWeight:
 # ----------------------------------------------------------------------------------------------------- attention
 
 
+def attend_fast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """`model.attend`, the fastest way for these tokens."""
+    if k.shape[2] > q.shape[2]:
+        return attend_in_two(q, k, v)
+    return attend_by_products(q, k, v, causal=True) if is_short(q) else attend(q, k, v)
+
+
+def attend_to_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """`F.scaled_dot_product_attention`, the fastest way for these patches."""
+    return attend_by_products(q, k, v, causal=False) if is_short(q) else F.scaled_dot_product_attention(q, k, v)
+
+
+def is_short(q: torch.Tensor) -> bool:
+    """Whether two products are faster than the fused kernel. They keep the scores, which long samples could not."""
+    B, H, T, _ = q.shape
+    return q.requires_grad and T <= SHORT and (q.dtype == torch.bfloat16 or B * H * T * T >= FLOAT32_SCORES)
+
+
+def attend_by_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+    """Attention of T tokens to themselves, with gradients: the fused kernel's backward pass takes several times its
+    forward pass, and in BF16 several times that again. The scores are float32, as inside the kernel.
+    """
+    B, H, T, D = q.shape
+    KV = k.shape[1]
+    bias = torch.full((T, T), -torch.inf).triu_(1).repeat(H // KV, 1) if causal else None
+    return product_attention(q.reshape(B, KV, -1, D), k, v, bias).view(B, H, T, D)
+
+
 def attend_in_two(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """`model.attend`. Here a later chunk would take a mask, and with one the kernel computes what it hides, too.
+    """`model.attend` of a later chunk, which would take a mask, and with one the kernel computes what it hides, too.
 
     So the chunk attends to itself and to what came before, and the two are merged by their softmax denominators.
     """
     B, H, T, D = q.shape
     KV, S = k.shape[1], k.shape[2]
-    if S == T:
-        return attend(q, k, v)
     q = q.reshape(B * KV, H // KV, T, D)
     k, v = (x.flatten(0, 1)[:, None].expand(-1, H // KV, -1, -1) for x in (k, v))
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

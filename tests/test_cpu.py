@@ -56,11 +56,12 @@ def test_what_fp16_cannot_hold(largest, monkeypatch):
 
 
 @pytest.mark.parametrize("inference", [True, False])
-@pytest.mark.parametrize("units", [True, False])
+@pytest.mark.parametrize("units", ["matrix", "rows", "none"])
 @pytest.mark.parametrize("seed", range(12))
 def test_products_and_gradients(seed, units, inference, monkeypatch):
-    """As CPUs with and without matrix units multiply, on any CPU: no rows, one, few, many; and gradients."""
-    monkeypatch.setattr(cpu, "has_matrix_units", lambda: units)
+    """As CPUs with matrix units, BF16 instructions or neither multiply, on any CPU: no rows to many; and gradients."""
+    monkeypatch.setattr(cpu, "has_matrix_units", lambda: units == "matrix")
+    monkeypatch.setattr(cpu, "multiplies_bf16", lambda: units != "none")
     draw = random.Random(seed)
     some = (draw.randint(0, 2 * cpu.FLOAT32_ROWS),)
     shape = draw.choice([some, some, (1, 1), (), (draw.randint(1, 3), draw.randint(1, 90))]) if seed else (0,)
@@ -81,6 +82,52 @@ def test_products_and_gradients(seed, units, inference, monkeypatch):
     for mine, theirs in zip(results[1], results[0]):
         assert mine.shape == theirs.shape and mine.dtype == torch.bfloat16
         torch.testing.assert_close(mine.double(), theirs, rtol=0.03, atol=0.03 * max(1, float(theirs.norm()) / 5))
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_attention_of_training(seed, monkeypatch):
+    """Two products, short samples: outputs and gradients against float64, of text and (KV = H, no mask) of patches."""
+    draw, dtype = random.Random(seed), (torch.bfloat16, torch.float32)[seed % 2]
+    B, KV, heads, T, D = (draw.randint(1, most) for most in (3, 3, 4, 40, 70))
+    causal = draw.random() < 0.6
+    torch.manual_seed(seed)
+    q, k, v = (
+        torch.randn(B, T, n, D).mul_(draw.choice([0.3, 1, 3])).to(dtype).transpose(1, 2).requires_grad_()
+        for n in (KV * heads, KV if causal else KV * heads, KV if causal else KV * heads)
+    )
+    grad, by_products = torch.randn(B, KV * heads, T, D).to(dtype), []
+    products = cpu.attend_by_products
+    monkeypatch.setattr(cpu, "FLOAT32_SCORES", 1)
+    monkeypatch.setattr(
+        cpu, "attend_by_products", lambda *args, **more: by_products.append(1) or products(*args, **more)
+    )
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in wide[1:])
+    hidden = torch.full((T, T), -torch.inf if causal else 0.0, dtype=torch.double).triu_(1)
+    exact = (wide[0] @ keys.mT * D**-0.5 + hidden).softmax(-1) @ values
+    found = (cpu.attend_fast if causal else cpu.attend_to_all)(q, k, v)
+    assert by_products and found.dtype == dtype
+    exact.backward(grad.double())
+    found.backward(grad)
+    for mine, theirs in ((found, exact), *((x.grad, y.grad) for x, y in zip((q, k, v), wide))):
+        error = (mine.double() - theirs).norm() / theirs.norm().clamp(min=1e-2 * grad.norm().double())
+        assert error < (2e-2 if dtype == torch.bfloat16 else 2e-6)
+
+
+def test_which_attention_of_training(monkeypatch):
+    """Two products for short samples with gradients, in float32 only for many scores; not where none are wanted."""
+    monkeypatch.setattr(cpu, "attend_by_products", lambda q, *_, **__: "products")
+
+    def chosen(dtype: torch.dtype, tokens: int, heads: int, grad: bool = True):
+        q, kv = (
+            torch.zeros(1, heads, tokens, 2, dtype=dtype, requires_grad=grad),
+            torch.zeros(1, 1, tokens, 2).to(dtype),
+        )
+        return isinstance(cpu.attend_fast(q, kv, kv), str)
+
+    assert chosen(torch.bfloat16, cpu.SHORT, 2) and not chosen(torch.bfloat16, cpu.SHORT + 1, 2)
+    assert not chosen(torch.bfloat16, 5, 2, grad=False)
+    assert chosen(torch.float32, 200, 4) and not chosen(torch.float32, 200, 3)
 
 
 @pytest.mark.parametrize("case", range(12))
