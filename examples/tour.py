@@ -142,7 +142,7 @@ def main(argv: list[str]) -> None:
     pipe = measure.start(args, spec, cut["sizes"] if size < CUT else None)
     session = Session(args, find_place(1, 1))
     session.engine.record = None  # steps that are replayed call no hooks,
-    vars(session.model).pop("forward", None)  # neither on GPUs nor, as `runtime.cpu.Traced`, on CPUs
+    vars(session.model).pop("forward", None)  # neither on GPUs nor, as `runtime.cpu.Steps`, on CPUs
     limits = measure.input_limits(checkpoint, config.num_hidden_layers)
     efforts = ("high", "none") if "reasoning_effort" in (tokenizer.model_settings or {}) else (None,)
     asked = [ask(session, {**spec, "reasoning_effort": effort}, limits) for effort in efforts]

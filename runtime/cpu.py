@@ -8,10 +8,9 @@ measures what each of them gains.
 | `Product`: BF16 products in float32, or in the layout that the kernels read | `F.linear(x, W)` |
 | `attend_in_two`: a later chunk of a prompt, without computing what a mask would hide | `model.attend` |
 | `attend_by_products`: short samples in training, without the fused kernel's backward pass | `model.attend` |
-| `Traced`: a decoding step started by C++ instead of Python | `MistralMedium.forward` |
+| `Steps`: a decoding step started by C++ instead of Python | `MistralMedium.forward` |
 """
 
-import collections
 import functools
 import sys
 import warnings
@@ -21,16 +20,15 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from model import KVCache, MistralMedium, Step, attend, product_attention
+from model import DecoderLayer, KVCache, MistralMedium, Step, attend, product_attention
 from parallel import Linear
 from vision import VisionAttention
 
 FLOAT32_ROWS = 64  # a CPU without BF16 products multiplies at least this many BF16 rows in float32
 FLOAT32_ROWS_AVX2 = 8  # one that has no BF16 instructions at all, this many
 PACKED_FLOAT32_ROWS = 256  # and this many where a packed weight has to be unpacked for it
-SHORT = 256  # tokens of a sample, up to which attention in training may be two products
-FLOAT32_SCORES = 1 << 17  # in float32, where the fused kernel is better, they have to be at least this many
-STEPS_BEFORE_TRACING = 16  # making a graph takes as long as some 50 steps gain by it
+SHORT = {torch.bfloat16: 256, torch.float32: 128}  # tokens of a sample whose attention in training is two products
+FLOAT32_SCORES = 1 << 17  # in float32, where the fused kernel is faster, if there are at least this many scores
 BLOCK, CACHED = 1 << 24, 1 << 18  # elements of a weight converted to float32 at a time; and so that they stay in cache
 
 
@@ -49,8 +47,7 @@ def speed_up(model: MistralMedium, inference: bool = True) -> None:
         if linear.weight_scale is None and ".adapter" not in name:
             linear.multiply = Product(linear, inference)
     if inference:
-        model.requires_grad_(False)  # a graph's constants may not want gradients
-        model.forward = Traced(model)
+        model.forward = Steps(model)
 
 
 # ----------------------------------------------------------------------------------------------------- products
@@ -74,36 +71,38 @@ def multiplies_bf16() -> bool:
 
 
 class Product:
-    """`F.linear(x, W)` of one linear in BF16, the fastest way for each number of rows.
-
-    Many rows, on a CPU without products of BF16: in float32. Few rows, decoding: from the second time on with the
-    weight in the layout of the kernels, whose making the first token need not wait for.
+    """`F.linear(x, W)` of one linear in BF16, the fastest way for each number of rows: many, on a CPU without products
+    of BF16, in float32; and few, decoding, with the weight in the layout of the kernels, once `pack` was called.
     """
 
     def __init__(self, linear: Linear, inference: bool):
-        self.linear, self.inference, self.calls = linear, inference, 0
+        self.linear, self.inference = linear, inference
         self.packed: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.linear.holder[0].weight if self.linear.weight is None else self.linear.weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.packed is not None:
             return self.packed(x)
         rows = x.numel() // x.shape[-1]
-        self.calls += rows < FLOAT32_ROWS
-        if self.inference and self.calls == 2 and self.linear.weight is not None:
-            self.pack()
-            return self(x)
-        # A head that is tied to the embedding has no weight of its own, and is never packed.
-        weight = self.linear.holder[0].weight if self.linear.weight is None else self.linear.weight
         if multiplies_bf16():
             few = self.inference and has_matrix_units() and 0 < rows < FLOAT32_ROWS
-            return with_weight_on_the_left(x, weight) if few else F.linear(x, weight)
+            return with_weight_on_the_left(x, self.weight) if few else F.linear(x, self.weight)
         many = rows >= (FLOAT32_ROWS if knows_bf16() else FLOAT32_ROWS_AVX2)
-        return Float32Matmul.apply(x, weight) if many else F.linear(x, weight)
+        return Float32Matmul.apply(x, self.weight) if many else F.linear(x, self.weight)
 
     def pack(self) -> None:
-        self.packed = pack(self.linear.weight.data)
+        """The weight of a head that is the embedding's, too, stays there: what is packed is a copy."""
+        self.packed = self.packed or pack(self.weight.data)
         if self.packed is not None:
             self.linear.weight = None
+
+
+def product_of(module: torch.nn.Module) -> Product | None:
+    multiply = getattr(module, "multiply", None)
+    return multiply if isinstance(multiply, Product) else None
 
 
 def with_weight_on_the_left(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -211,7 +210,7 @@ def attend_to_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Te
 def is_short(q: torch.Tensor) -> bool:
     """Whether two products are faster than the fused kernel. They keep the scores, which long samples could not."""
     B, H, T, _ = q.shape
-    return q.requires_grad and T <= SHORT and (q.dtype == torch.bfloat16 or B * H * T * T >= FLOAT32_SCORES)
+    return q.requires_grad and T <= SHORT[q.dtype] and (q.dtype == torch.bfloat16 or B * H * T * T >= FLOAT32_SCORES)
 
 
 def attend_by_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
@@ -243,45 +242,75 @@ def attend_in_two(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Te
 # --------------------------------------------------------------------------------------------------------- steps
 
 
-class Traced:
-    """`MistralMedium.forward` with decoding steps as TorchScript graphs: the same operations on the same numbers.
+class Steps:
+    """`MistralMedium.forward`, but from the second step of decoding on with packed weights, and with the layers called
+    by C++, as a TorchScript graph: the same operations on the same numbers.
 
     Weights stream through a CPU's caches and evict the interpreter: a small model's step waits for Python a fifth of
-    its time. A graph depends on nothing but tensors and their sizes, on whether the step has one row, and on how many
-    tokens of each: every such kind has a graph of its own. TorchScript can't hold oneDNN's layout as a constant, so the
-    packed weights are inputs of a graph, too; a trace knows a tensor by its identity.
+    its time. Layers are alike, so one is traced, in 0.02 s, and called for all with their tensors as inputs. It depends
+    on nothing but tensors and their sizes, on whether there is one row, whether all are at the same position, and how
+    many tokens there are of each: every such kind has a graph of its own.
     """
 
     def __init__(self, model: MistralMedium):
-        self.forward, self.steps, self.graphs = model.forward, collections.Counter(), {}
-        self.layers = len(model.layers)
-        inside = [module for module in model.layers.modules() if isinstance(module, Linear)]
-        self.products = [module.multiply for module in inside if isinstance(module.multiply, Product)]
-        # All of the weights have to be inputs of the graph; messages between ranks cannot be part of it.
-        self.possible = bool(self.products) and model.place.world_size == 1 and not model.keep_fp8
-        self.possible &= knows_bf16() and sys.version_info < (3, 14)  # which has no TorchScript
+        self.forward, self.layers, self.graphs = model.forward, list(model.layers.values()), {}
+        self.count, self.packed = 0, False
+        # Messages between ranks cannot be part of a graph, nor FBGEMM's weights; Python 3.14 has no TorchScript.
+        self.traces = model.place.world_size == 1 and not model.keep_fp8 and knows_bf16()
+        self.traces &= sys.version_info < (3, 14)
+        named = model.named_modules()  # a picture has many rows
+        self.products = [p for name, m in named if (p := product_of(m)) and not name.startswith("vision.")]
 
     def __call__(self, x: torch.Tensor, span=None, cache: KVCache | None = None) -> torch.Tensor:
-        # From some rows on other products may be used.
-        if not (self.possible and isinstance(span, Step) and x.shape[:2].numel() < FLOAT32_ROWS):
+        rows, step = x.shape[:2].numel(), isinstance(span, Step)
+        self.count += step
+        if not step or self.count == 1 or rows >= FLOAT32_ROWS:  # from there on, other products may be used
             return self.forward(x, span, cache)
-        kind = len(x) == 1, x.shape[1]
-        self.steps[kind] += 1
-        if self.steps[kind] <= STEPS_BEFORE_TRACING:  # by then all weights are packed
+        if not self.packed and (rows > 1 or not has_matrix_units()):  # which read one row's weights as they lie
+            self.pack()
+        if not self.traces:
             return self.forward(x, span, cache)
-        weights = [product.packed.weight for product in self.products]
-        tensors = {name: value for name, value in vars(span).items() if isinstance(value, torch.Tensor)}
-        own = cache.layers[: self.layers]  # a draft's are behind them
-        inputs = weights, x, tensors, [layer[:, :, :, : span.length] for layer in own]
+        shared = [x for x in (span.cos, span.sin, span.positions, span.rows, span.bias) if x is not None]
+        kind = len(x) == 1, span.bias is None, x.shape[1]
         if kind not in self.graphs:
-            self.graphs[kind] = self.trace(span, inputs)
+            self.tensors = [tensors_of(layer) for layer in self.layers]
+            seen = cache.layers[0][:, :, :, : span.length]
+            self.graphs[kind] = trace(self.layers[0], replace(span, length=None), x, seen, shared, self.tensors[0])
         with torch.jit.optimized_execution(False):  # optimizing takes longer than it saves
-            return self.graphs[kind](*inputs)
+            return self.graphs[kind](x, shared, cache.layers, span.length, self.tensors)
 
-    def trace(self, span: Step, inputs: tuple) -> Callable[..., torch.Tensor]:
-        def run(weights, x, tensors, seen):
-            return self.forward(x, replace(span, length=None, **tensors), KVCache(seen))
+    def pack(self) -> None:
+        for product in self.products:
+            product.pack()
+        self.packed = True
+        self.graphs.clear()
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that TorchScript is old, and that a graph has no `if`
-            return torch.jit.trace(run, inputs, check_trace=False)
+
+def tensors_of(layer: DecoderLayer) -> list[torch.Tensor]:
+    """All that a layer computes with: what is packed, and the parameters that are left."""
+    products = filter(None, map(product_of, layer.modules()))
+    return [product.packed.weight for product in products if product.packed] + list(layer.parameters())
+
+
+def trace(layer: DecoderLayer, span: Step, *inputs) -> Callable[..., torch.Tensor]:
+    """A TorchScript function that runs layers like this one. `inputs`: x, its cache, the span's tensors, its own."""
+
+    def call(x, cache, shared, tensors):  # a trace knows a tensor by its identity
+        return layer(x, span, cache)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that TorchScript is old, and that a graph has no `if`
+        graph = torch.jit.trace(call, inputs, check_trace=False)
+
+        def run(
+            x: torch.Tensor,
+            shared: list[torch.Tensor],
+            caches: list[torch.Tensor],
+            length: int,
+            tensors: list[list[torch.Tensor]],
+        ) -> torch.Tensor:
+            for cache, own in zip(caches, tensors):  # a draft's caches are behind those of the layers
+                x = graph(x, cache[:, :, :, :length], shared, own)
+            return x
+
+        return torch.jit.script(run)

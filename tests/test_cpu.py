@@ -10,7 +10,7 @@ from helpers import Letters, later_chunk, random_state, random_tokens, text_fiel
 from request_cases import drawn_requests
 
 from generate import Engine
-from model import MistralMedium, attend
+from model import KVCache, MistralMedium, attend
 from parallel import Linear, Part, Slice
 from runtime import cpu
 from runtime.checkpoint import Checkpoint, fill, initialize
@@ -125,9 +125,9 @@ def test_which_attention_of_training(monkeypatch):
         )
         return isinstance(cpu.attend_fast(q, kv, kv), str)
 
-    assert chosen(torch.bfloat16, cpu.SHORT, 2) and not chosen(torch.bfloat16, cpu.SHORT + 1, 2)
+    assert chosen(torch.bfloat16, 256, 2) and not chosen(torch.bfloat16, 257, 2)
     assert not chosen(torch.bfloat16, 5, 2, grad=False)
-    assert chosen(torch.float32, 200, 4) and not chosen(torch.float32, 200, 3)
+    assert chosen(torch.float32, 128, 8) and not chosen(torch.float32, 128, 7) and not chosen(torch.float32, 129, 9)
 
 
 @pytest.mark.parametrize("case", range(12))
@@ -148,24 +148,56 @@ def folder(tmp_path_factory) -> str:
 
 
 @pytest.mark.skipif(not cpu.knows_bf16() or sys.version_info >= (3, 14), reason="steps are not traced here")
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("seed, adapters", [(1, False), (2, False), (3, True), (4, True)])
-def test_traced_steps(seed, adapters, folder, monkeypatch):
-    """The numbers of steps that Python runs, whatever the rows and lengths were when a step was traced."""
-    monkeypatch.setattr(cpu, "STEPS_BEFORE_TRACING", 2)
+def test_traced_steps(seed, adapters, packed, folder, monkeypatch):
+    """The numbers of steps that Python runs, whatever the rows and lengths were when a layer was traced."""
+    monkeypatch.setattr(cpu, "has_matrix_units", lambda: not packed)
     model = build_model(read_config(folder), dtype=torch.bfloat16)
     if adapters:
         add_adapters(model, 3, 20.0)
     initialize(model, seed) if adapters else fill(model, Checkpoint(folder))
     cpu.speed_up(model)
-    traced, engine = model.forward, Engine(model, Endless.eos_id, 4096)
+    steps, engine = model.forward, Engine(model, Endless.eos_id, 4096)
+    if packed:
+        steps.pack()
+    steps.packed = True  # or as if: then nothing ever is
     for turn, rows in enumerate(random.Random(seed).sample((1, 2, 5, 9, 20, 70), k=6)):
         requests, results = drawn_requests(rows, 10 * seed + turn), []
-        for forward in (traced.forward, traced):
+        for forward in (steps.forward, steps):
             model.forward = forward
             results.append(engine.generate(requests, width=1 + turn * 20))
             engine.groups.clear()
         assert [(x.tokens, x.logprobs) for x in results[0]] == [(x.tokens, x.logprobs) for x in results[1]]
-    assert sorted(traced.graphs) == [(False, 1), (True, 1)]  # of several rows and of one
+    assert sorted(steps.graphs) == [(False, False, 1), (True, True, 1)]  # of several rows and of one
+
+
+@pytest.mark.skipif(not cpu.knows_bf16() or sys.version_info >= (3, 14), reason="steps are not traced here")
+@pytest.mark.parametrize("seed", range(8))
+def test_steps_of_several_tokens(seed, folder):
+    """As drafts make them: rows at positions of their own, some tokens of each; also a single row that is not aligned.
+
+    Layers that a draft has behind the model's own are not touched.
+    """
+    draw = random.Random(seed)
+    model = build_model(read_config(folder), dtype=torch.bfloat16)
+    fill(model, Checkpoint(folder))
+    cpu.speed_up(model)
+    steps = model.forward
+    steps.pack()
+    torch.manual_seed(seed)
+    for _ in range(12):
+        rows, tokens = draw.choice((1, 1, 2, 5)), draw.choice((1, 1, 3, 4))
+        starts = torch.randint(0, 20, (rows, 1))
+        positions, length = starts + torch.arange(tokens), int(starts.max()) + tokens + draw.randint(0, 3)
+        x = torch.randn(rows, tokens, model.config.hidden_size).bfloat16()
+        filled = [torch.randn_like(layer) for layer in model.new_cache(rows, 30).layers]
+        caches = [KVCache([layer.clone() for layer in filled + filled[:1]]) for _ in range(2)]
+        with torch.inference_mode():
+            plain, fast = (f(x, model.step(positions, length), c) for f, c in zip((steps.forward, steps), caches))
+        assert torch.equal(plain, fast)
+        assert all(map(torch.equal, caches[0].layers, caches[1].layers))
+    assert len(steps.graphs) > 1
 
 
 @pytest.mark.parametrize("adapters, tied", [(False, False), (False, True), (True, False)])
@@ -196,6 +228,7 @@ def test_packed_by_the_first_steps(adapters, tied, tmp_path):
         inside = [linear for layer in fast.layers.values() for linear in linears(layer)]
         assert len(inside) == 4 * len(fast.layers)
         assert all((linear.weight is None) == (packs and steps > 1) for linear in inside)
+        assert (fast.lm_head.multiply.packed is not None) == (packs and steps > 1)  # tied, it is a copy
         assert torch.tensor(found.prompt_logprobs[1:]).sub(torch.tensor(wanted.prompt_logprobs[1:])).abs().max() < 0.2
     assert all(linear.weight is not None for linear in linears(plain))
 
