@@ -24,12 +24,11 @@ from model import DecoderLayer, KVCache, MistralMedium, Step, attend, product_at
 from parallel import Linear
 from vision import VisionAttention
 
-FLOAT32_ROWS = 64  # a CPU without BF16 products multiplies at least this many BF16 rows in float32
+FLOAT32_ROWS = 64  # a CPU that can't multiply BF16 multiplies at least this many rows in float32
 FLOAT32_ROWS_AVX2 = 8  # one that has no BF16 instructions at all, this many
-PACKED_FLOAT32_ROWS = 256  # and this many where a packed weight has to be unpacked for it
+Tensors = list[torch.Tensor]
+CACHED = 1 << 18  # elements of a weight converted to float32 at a time, so that they stay in cache
 SHORT = {torch.bfloat16: 256, torch.float32: 128}  # tokens of a sample whose attention in training is two products
-FLOAT32_SCORES = 1 << 17  # in float32, where the fused kernel is faster, if there are at least this many scores
-BLOCK, CACHED = 1 << 24, 1 << 18  # elements of a weight converted to float32 at a time; and so that they stay in cache
 
 
 def speed_up(model: MistralMedium, inference: bool = True) -> None:
@@ -37,15 +36,13 @@ def speed_up(model: MistralMedium, inference: bool = True) -> None:
     if model.place.device.type != "cpu":
         return
     model.attention = attend_fast
-    for module in model.modules():
-        if isinstance(module, VisionAttention):
-            module.attention = attend_to_all
     if model.dtype != torch.bfloat16:
         return
-    named = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
-    for name, linear in named:
-        if linear.weight_scale is None and ".adapter" not in name:
-            linear.multiply = Product(linear, inference)
+    for name, module in model.named_modules():
+        if isinstance(module, VisionAttention):
+            module.attention = functools.partial(attend_fast, causal=False)
+        elif isinstance(module, Linear) and module.weight_scale is None and ".adapter" not in name:
+            module.multiply = Product(module)
     if inference:
         model.forward = Steps(model)
 
@@ -71,38 +68,33 @@ def multiplies_bf16() -> bool:
 
 
 class Product:
-    """`F.linear(x, W)` of one linear in BF16, the fastest way for each number of rows: many, on a CPU without products
-    of BF16, in float32; and few, decoding, with the weight in the layout of the kernels, once `pack` was called.
+    """`F.linear(x, W)` of one linear in BF16, the fastest way for each number of rows: many, on a CPU that can't
+    multiply BF16, in float32; and few, decoding, with the weight in the layout of the kernels, once `pack` was called.
     """
 
-    def __init__(self, linear: Linear, inference: bool):
-        self.linear, self.inference = linear, inference
+    def __init__(self, linear: Linear):
+        self.linear = linear
         self.packed: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def weight(self) -> torch.Tensor:
-        return self.linear.holder[0].weight if self.linear.weight is None else self.linear.weight
+        return self.linear.holder[0].weight if self.linear.weight is None else self.linear.weight  # a tied head's
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.packed is not None:
             return self.packed(x)
         rows = x.numel() // x.shape[-1]
-        if multiplies_bf16():
-            few = self.inference and has_matrix_units() and 0 < rows < FLOAT32_ROWS
-            return with_weight_on_the_left(x, self.weight) if few else F.linear(x, self.weight)
+        if has_matrix_units() and 0 < rows < FLOAT32_ROWS:
+            return with_weight_on_the_left(x, self.weight)
         many = rows >= (FLOAT32_ROWS if knows_bf16() else FLOAT32_ROWS_AVX2)
-        return Float32Matmul.apply(x, self.weight) if many else F.linear(x, self.weight)
+        multiply = Float32Matmul.apply if many and not multiplies_bf16() else F.linear
+        return multiply(x, self.weight)
 
     def pack(self) -> None:
-        """The weight of a head that is the embedding's, too, stays there: what is packed is a copy."""
-        self.packed = self.packed or pack(self.weight.data)
+        """The weight of a tied head stays with the embedding: what is packed is a copy."""
+        self.packed = self.linear.packed = pack(self.weight.data)
         if self.packed is not None:
             self.linear.weight = None
-
-
-def product_of(module: torch.nn.Module) -> Product | None:
-    multiply = getattr(module, "multiply", None)
-    return multiply if isinstance(multiply, Product) else None
 
 
 def with_weight_on_the_left(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -132,15 +124,11 @@ class Float32Matmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        grad, rows = grad.float(), max(1, BLOCK // weight.shape[1])
-        grad_x = grad_weight = None
+        grad, grad_x, grad_weight = grad.float(), None, None
         if ctx.needs_input_grad[0]:
-            pairs = zip(grad.split(rows, dim=-1), weight.split(rows))
-            grad_x = sum(part @ block.float() for part, block in pairs).to(x.dtype)
+            grad_x = (grad @ weight.float()).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            flat, grad_weight = x.float().flatten(0, -2), torch.empty_like(weight)
-            for part, block in zip(grad.flatten(0, -2).split(rows, dim=-1), grad_weight.split(rows)):
-                block.copy_(part.t() @ flat)
+            grad_weight = (grad.flatten(0, -2).t() @ x.float().flatten(0, -2)).to(weight.dtype)
         return grad_x, grad_weight
 
 
@@ -153,7 +141,7 @@ def pack(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
     return None
 
 
-class OneDNNWeight:
+class OneDNNWeight(torch.nn.Module):
     """A BF16 weight (out, in) in oneDNN's own layout, for CPUs from AVX-512 on.
 
     Such a CPU multiplies BF16 in pairs along the columns, for 16 rows of the weight at a time. Found row by row in
@@ -161,12 +149,13 @@ class OneDNNWeight:
     """
 
     def __init__(self, weight: torch.Tensor):
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        super().__init__()
+        self.register_buffer("weight", torch.ops.mkldnn._reorder_linear_weight(weight, 1))
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_tracing():
             return product_in_script()(x, self.weight)
-        if x.numel() >= PACKED_FLOAT32_ROWS * x.shape[-1] and not multiplies_bf16():
+        if x.numel() >= FLOAT32_ROWS * x.shape[-1] and not multiplies_bf16():
             return Float32Matmul.apply(x, self.weight.to_dense())
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
 
@@ -195,27 +184,18 @@ class FBGEMMWeight:
 # ----------------------------------------------------------------------------------------------------- attention
 
 
-def attend_fast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """`model.attend`, the fastest way for these tokens."""
+def attend_fast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = True) -> torch.Tensor:
+    """`model.attend`, or `VisionAttention.attention` where it is not causal, the fastest way for these tokens."""
     if k.shape[2] > q.shape[2]:
         return attend_in_two(q, k, v)
-    return attend_by_products(q, k, v, causal=True) if is_short(q) else attend(q, k, v)
-
-
-def attend_to_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """`F.scaled_dot_product_attention`, the fastest way for these patches."""
-    return attend_by_products(q, k, v, causal=False) if is_short(q) else F.scaled_dot_product_attention(q, k, v)
-
-
-def is_short(q: torch.Tensor) -> bool:
-    """Whether two products are faster than the fused kernel. They keep the scores, which long samples could not."""
-    B, H, T, _ = q.shape
-    return q.requires_grad and T <= SHORT[q.dtype] and (q.dtype == torch.bfloat16 or B * H * T * T >= FLOAT32_SCORES)
+    if q.requires_grad and q.shape[2] <= SHORT.get(q.dtype, 0):
+        return attend_by_products(q, k, v, causal)
+    return attend(q, k, v) if causal else F.scaled_dot_product_attention(q, k, v)
 
 
 def attend_by_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
-    """Attention of T tokens to themselves, with gradients: the fused kernel's backward pass takes several times its
-    forward pass, and in BF16 several times that again. The scores are float32, as inside the kernel.
+    """Attention of T tokens to themselves, with gradients: the fused kernel's backward pass is slow, most of all in
+    BF16. The scores are float32, as in the kernel, but they are kept, for which long samples would lack the memory.
     """
     B, H, T, D = q.shape
     KV = k.shape[1]
@@ -253,13 +233,11 @@ class Steps:
     """
 
     def __init__(self, model: MistralMedium):
-        self.forward, self.layers, self.graphs = model.forward, list(model.layers.values()), {}
-        self.count, self.packed = 0, False
+        self.model, self.forward, self.graphs = model, model.forward, {}
+        self.count, self.packed, self.tensors = 0, False, []
         # Messages between ranks cannot be part of a graph, nor FBGEMM's weights; Python 3.14 has no TorchScript.
         self.traces = model.place.world_size == 1 and not model.keep_fp8 and knows_bf16()
         self.traces &= sys.version_info < (3, 14)
-        named = model.named_modules()  # a picture has many rows
-        self.products = [p for name, m in named if (p := product_of(m)) and not name.startswith("vision.")]
 
     def __call__(self, x: torch.Tensor, span=None, cache: KVCache | None = None) -> torch.Tensor:
         rows, step = x.shape[:2].numel(), isinstance(span, Step)
@@ -273,23 +251,20 @@ class Steps:
         shared = [x for x in (span.cos, span.sin, span.positions, span.rows, span.bias) if x is not None]
         kind = len(x) == 1, span.bias is None, x.shape[1]
         if kind not in self.graphs:
-            self.tensors = [tensors_of(layer) for layer in self.layers]
+            layers = list(self.model.layers.values())
+            self.tensors = [[*layer.parameters(), *layer.buffers()] for layer in layers]
             seen = cache.layers[0][:, :, :, : span.length]
-            self.graphs[kind] = trace(self.layers[0], replace(span, length=None), x, seen, shared, self.tensors[0])
+            self.graphs[kind] = trace(layers[0], replace(span, length=None), x, seen, shared, self.tensors[0])
         with torch.jit.optimized_execution(False):  # optimizing takes longer than it saves
             return self.graphs[kind](x, shared, cache.layers, span.length, self.tensors)
 
     def pack(self) -> None:
-        for product in self.products:
-            product.pack()
-        self.packed = True
+        """All but the vision tower's weights: a picture has many rows."""
+        self.packed, self.tensors = True, []
         self.graphs.clear()
-
-
-def tensors_of(layer: DecoderLayer) -> list[torch.Tensor]:
-    """All that a layer computes with: what is packed, and the parameters that are left."""
-    products = filter(None, map(product_of, layer.modules()))
-    return [product.packed.weight for product in products if product.packed] + list(layer.parameters())
+        for name, module in self.model.named_modules():
+            if isinstance(getattr(module, "multiply", None), Product) and not name.startswith("vision."):
+                module.multiply.pack()
 
 
 def trace(layer: DecoderLayer, span: Step, *inputs) -> Callable[..., torch.Tensor]:
@@ -302,13 +277,7 @@ def trace(layer: DecoderLayer, span: Step, *inputs) -> Callable[..., torch.Tenso
         warnings.simplefilter("ignore")  # that TorchScript is old, and that a graph has no `if`
         graph = torch.jit.trace(call, inputs, check_trace=False)
 
-        def run(
-            x: torch.Tensor,
-            shared: list[torch.Tensor],
-            caches: list[torch.Tensor],
-            length: int,
-            tensors: list[list[torch.Tensor]],
-        ) -> torch.Tensor:
+        def run(x: torch.Tensor, shared: Tensors, caches: Tensors, length: int, tensors: list[Tensors]):
             for cache, own in zip(caches, tensors):  # a draft's caches are behind those of the layers
                 x = graph(x, cache[:, :, :, :length], shared, own)
             return x

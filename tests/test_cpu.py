@@ -20,11 +20,11 @@ from runtime.requests import Request
 from vision import build_model
 
 
-def product_of(weight: torch.Tensor, inference: bool = True) -> cpu.Product:
+def product_of(weight: torch.Tensor) -> cpu.Product:
     """The product of a linear that has this weight."""
     linear = Linear([Part(Slice.of(weight.shape, 0, 0, 1))], torch.bfloat16)
     linear.weight = torch.nn.Parameter(weight)
-    return cpu.Product(linear, inference)
+    return cpu.Product(linear)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 70, 300])
@@ -55,10 +55,9 @@ def test_what_fp16_cannot_hold(largest, monkeypatch):
     assert cpu.pack(weight * (largest / weight.abs().max())) is None
 
 
-@pytest.mark.parametrize("inference", [True, False])
 @pytest.mark.parametrize("units", ["matrix", "rows", "none"])
 @pytest.mark.parametrize("seed", range(12))
-def test_products_and_gradients(seed, units, inference, monkeypatch):
+def test_products_and_gradients(seed, units, monkeypatch):
     """As CPUs with matrix units, BF16 instructions or neither multiply, on any CPU: no rows to many; and gradients."""
     monkeypatch.setattr(cpu, "has_matrix_units", lambda: units == "matrix")
     monkeypatch.setattr(cpu, "multiplies_bf16", lambda: units != "none")
@@ -70,7 +69,7 @@ def test_products_and_gradients(seed, units, inference, monkeypatch):
     exact, found = (
         [t.detach().to(dtype).requires_grad_() for t in (x, weight)] for dtype in (torch.double, torch.bfloat16)
     )
-    product = product_of(found[1].detach(), inference)
+    product = product_of(found[1].detach())
     product.linear.weight = torch.nn.Parameter(found[1].detach())
     found[1] = product.linear.weight
     results = []
@@ -97,7 +96,6 @@ def test_attention_of_training(seed, monkeypatch):
     )
     grad, by_products = torch.randn(B, KV * heads, T, D).to(dtype), []
     products = cpu.attend_by_products
-    monkeypatch.setattr(cpu, "FLOAT32_SCORES", 1)
     monkeypatch.setattr(
         cpu, "attend_by_products", lambda *args, **more: by_products.append(1) or products(*args, **more)
     )
@@ -105,7 +103,7 @@ def test_attention_of_training(seed, monkeypatch):
     keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in wide[1:])
     hidden = torch.full((T, T), -torch.inf if causal else 0.0, dtype=torch.double).triu_(1)
     exact = (wide[0] @ keys.mT * D**-0.5 + hidden).softmax(-1) @ values
-    found = (cpu.attend_fast if causal else cpu.attend_to_all)(q, k, v)
+    found = cpu.attend_fast(q, k, v, causal)
     assert by_products and found.dtype == dtype
     exact.backward(grad.double())
     found.backward(grad)
@@ -115,19 +113,15 @@ def test_attention_of_training(seed, monkeypatch):
 
 
 def test_which_attention_of_training(monkeypatch):
-    """Two products for short samples with gradients, in float32 only for many scores; not where none are wanted."""
-    monkeypatch.setattr(cpu, "attend_by_products", lambda q, *_, **__: "products")
+    """Two products for short samples with gradients; not where none are wanted, as in validation."""
+    monkeypatch.setattr(cpu, "attend_by_products", lambda *_: "products")
 
-    def chosen(dtype: torch.dtype, tokens: int, heads: int, grad: bool = True):
-        q, kv = (
-            torch.zeros(1, heads, tokens, 2, dtype=dtype, requires_grad=grad),
-            torch.zeros(1, 1, tokens, 2).to(dtype),
-        )
+    def chosen(dtype: torch.dtype, tokens: int, grad: bool = True):
+        q, kv = torch.zeros(1, 2, tokens, 2, dtype=dtype, requires_grad=grad), torch.zeros(1, 1, tokens, 2).to(dtype)
         return isinstance(cpu.attend_fast(q, kv, kv), str)
 
-    assert chosen(torch.bfloat16, 256, 2) and not chosen(torch.bfloat16, 257, 2)
-    assert not chosen(torch.bfloat16, 5, 2, grad=False)
-    assert chosen(torch.float32, 128, 8) and not chosen(torch.float32, 128, 7) and not chosen(torch.float32, 129, 9)
+    assert chosen(torch.bfloat16, 256) and not chosen(torch.bfloat16, 257) and not chosen(torch.bfloat16, 5, grad=False)
+    assert chosen(torch.float32, 128) and not chosen(torch.float32, 129) and not chosen(torch.float64, 5)
 
 
 @pytest.mark.parametrize("case", range(12))
