@@ -211,32 +211,78 @@ def picture(args: argparse.Namespace, table: Table) -> None:
         assert sides["ours"].last[0][0] == sides["theirs"].last[0][0]
 
 
-START = """
-import sys, torch
+OURS = """
+import sys, generate
+Engine = generate.Engine
+generate.Engine = lambda model, eos_id, *more: Engine(model, -1, *more)  # no answer ends early
+generate.main(sys.argv[1:])
+"""
+
+THEIRS = """
+import sys, time, torch
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from transformers import AutoModelForCausalLM
-tokenizer = Tekkenizer.from_file(sys.argv[1] + "/tekken.json")
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2])).eval()
-ids = torch.tensor([tokenizer.encode("Hello you", bos=True, eos=False)])
-out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
-print(tokenizer.decode(out[0, ids.shape[1]:].tolist()))
+folder, dtype, count, *prompts = sys.argv[1:]
+tokenizer = Tekkenizer.from_file(folder + "/tekken.json")
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+started, count = time.perf_counter(), int(count)
+ids = torch.tensor([tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts])
+out = model.generate(
+    ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False
+)
+for row in out[:, ids.shape[1]:].tolist():
+    tokenizer.decode(row)
+print(time.perf_counter() - started)
 """
+
+
+def commands(args: argparse.Namespace, count: int, prompts: list[str], folder: str) -> dict[str, list[str]]:
+    """Of both sides: a Python program that answers each of `prompts` with `count` tokens, as a user starts it."""
+    requests = os.path.join(folder, "requests.jsonl")
+    with open(requests, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"raw": prompt}) + "\n" for prompt in prompts)
+    options = ["--json", "--ckpt", args.ckpt, "--dtype", args.dtype, "--max-new-tokens", str(count)]
+    return {
+        "ours": ["-c", OURS, *options, "--requests", requests],
+        "theirs": ["-c", THEIRS, args.ckpt, args.dtype, str(count), *prompts],
+    }
 
 
 def start(args: argparse.Namespace, table: Table) -> None:
     """A whole process: seconds to the first token, and its peak of memory."""
     peaks: dict[str, list[int]] = {"ours": [], "theirs": []}
-    options = ["--raw", "--ckpt", args.ckpt, "--dtype", args.dtype, "--max-new-tokens", "1"]
-    commands = {"ours": ["generate.py", *options, "Hello you"], "theirs": ["-c", START, args.ckpt, args.dtype]}
 
     def run(side: str) -> dict[str, float]:
         started = time.perf_counter()
-        peaks[side].append(run_quietly(*commands[side]))
+        peaks[side].append(run_quietly(*sides[side])[0])
         return {"start to first token": time.perf_counter() - started}
 
-    table.measure("s", {side: lambda side=side: run(side) for side in commands})
+    with tempfile.TemporaryDirectory() as folder:
+        sides = commands(args, 1, ["Hello you"], folder)
+        table.measure("s", {side: lambda side=side: run(side) for side in sides})
     ours, theirs = (statistics.median(values) for values in peaks.values())
     print(f"peak memory of that: ours {ours / 1e6:.0f}, theirs {theirs / 1e6:.0f} MB; ratio {theirs / ours:.2f}")
+
+
+def answers(args: argparse.Namespace, only: Callable, table: Table) -> None:
+    """A whole process but its loading, of one answer or of 16 together: what it has to prepare is in it."""
+    prompts = [f"{i} stories for children: once upon a time there was" for i in range(10, 26)]  # of as many tokens each
+    for rows, count in ((1, 32), (1, 64), (1, 128), (1, 256), (16, 32), (16, 128)):
+        if not only(name := f"answer of {count} tokens" if rows == 1 else f"{rows} answers of {count} tokens"):
+            continue
+
+        def run(side: str, name=name, count=count) -> dict[str, float]:
+            printed = run_quietly(*sides[side])[1].splitlines()
+            if side == "theirs":
+                return {name: float(printed[-1])}
+            results = [json.loads(line) for line in printed]
+            assert all(len(result["tokens"]) == count for result in results)
+            stats = results[-1]["stats"]
+            return {name: sum(stats[f"{x}_tokens"] / stats[f"{x}_tokens_per_s"] for x in ("prefill", "decode"))}
+
+        with tempfile.TemporaryDirectory() as folder:
+            sides = commands(args, count, prompts[:rows], folder)
+            table.measure("s", {side: lambda side=side, run=run: run(side) for side in sides})
 
 
 def refill(args: argparse.Namespace, table: Table) -> None:
@@ -257,22 +303,24 @@ def refill(args: argparse.Namespace, table: Table) -> None:
     table.measure("s", {"refilled": lambda: run([requests]), "in four batches": lambda: run(fixed)})
 
 
-def run_quietly(*command: str) -> int:
-    """A Python program, from the repository's root; returns its peak memory in bytes."""
-    child = subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    _, status, usage = os.wait4(child.pid, 0)
-    assert status == 0, command
-    return usage.ru_maxrss * 1024
+def run_quietly(*command: str) -> tuple[int, str]:
+    """A Python program, from the repository's root; returns its peak memory in bytes, and what it printed."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
+        child = subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL
+        )
+        _, status, usage = os.wait4(child.pid, 0)
+        assert status == 0, command
+        out.seek(0)
+        return usage.ru_maxrss * 1024, out.read()
 
 
 # ---------------------------------------------------------------------------------------------------------- training
 
 
 def training(args: argparse.Namespace, what: str, dtype: str, images: bool, table: Table) -> None:
-    """Optimizer steps: forward, backward, clipping, Adam. transformers has torch's Adam, and the same micro-batches.
+    """Optimizer steps of 32 samples: forward, backward, clipping, Adam. transformers has torch's, and as large
+    micro-batches.
 
     transformers computes logits for all tokens, train.py for those only that an assistant wrote.
     """
@@ -284,12 +332,12 @@ def training(args: argparse.Namespace, what: str, dtype: str, images: bool, tabl
             run_quietly("examples/shapes.py", os.path.join(folder, "shapes"), *options)
             data = os.path.join(folder, "shapes", "train.jsonl")
         else:
-            write_chats(data, 4 * (args.rounds + 1))
+            write_chats(data, 32 * (args.rounds + 1))
             shutil.copytree(args.ckpt, ckpt, copy_function=os.symlink)
             os.remove(os.path.join(ckpt, "tekken.json"))
             write_tekken(ckpt)  # one that has the tokens of chats
         argv = ["--ckpt", ckpt, "--data", data, "--out", os.path.join(folder, "out"), "--dtype", dtype]
-        argv += ["--micro-batch-size", "2", "--global-batch-size", "4", "--min-lr", "1e-5"]
+        argv += ["--micro-batch-size", "8", "--global-batch-size", "32", "--min-lr", "1e-5"]
         args, place = train.parse_args(argv), find_place(1, 1)
         ours = train.Trainer(args, place, train.RunFolder(args, place))
         kind = AutoModelForImageTextToText if images else AutoModelForCausalLM
@@ -371,6 +419,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {kind}")
     if only("start"):  # first: a child's peak counts what its parent had when it was forked
         start(args, table)
+    answers(args, only, table)
     if any(name.startswith(("decode", "prefill")) or not name for name in args.only):
         sides = {"ours": Ours(args.ckpt, dtype), "theirs": Theirs(args.ckpt, dtype)}
         with tempfile.TemporaryDirectory() as scratch:

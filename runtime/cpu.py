@@ -114,22 +114,16 @@ class Float32Matmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
-        wide, out = x.float(), x.new_empty(*x.shape[:-1], weight.shape[0])
-        rows = max(1, CACHED // weight.shape[1])
-        copy = wide.new_empty(min(rows, len(weight)), weight.shape[1])  # one for all: new memory is slow at first touch
-        for block, part in zip(weight.split(rows), out.split(rows, dim=-1)):
-            part.copy_(F.linear(wide, copy[: len(block)].copy_(block)))
-        return out
+        wide, rows = x.float(), max(1, CACHED // weight.shape[1])
+        return torch.cat([F.linear(wide, block.float()).to(x.dtype) for block in weight.split(rows)], dim=-1)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad, grad_x, grad_weight = grad.float(), None, None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight.float()).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grad.flatten(0, -2).t() @ x.float().flatten(0, -2)).to(weight.dtype)
-        return grad_x, grad_weight
+        (x, weight), (for_x, for_weight) = ctx.saved_tensors, ctx.needs_input_grad
+        grad = grad.float()
+        grad_x = (grad @ weight.float()).to(x.dtype) if for_x else None
+        flat, wide = grad.flatten(0, -2), x.float().flatten(0, -2)
+        return grad_x, (flat.t() @ wide).to(weight.dtype) if for_weight else None
 
 
 def pack(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
@@ -233,11 +227,11 @@ class Steps:
     """
 
     def __init__(self, model: MistralMedium):
-        self.model, self.forward, self.graphs = model, model.forward, {}
-        self.count, self.packed, self.tensors = 0, False, []
+        self.model, self.forward, self.count, self.packed = model, model.forward, 0, False
+        self.graphs: dict[tuple, Callable[..., torch.Tensor]] = {}
         # Messages between ranks cannot be part of a graph, nor FBGEMM's weights; Python 3.14 has no TorchScript.
-        self.traces = model.place.world_size == 1 and not model.keep_fp8 and knows_bf16()
-        self.traces &= sys.version_info < (3, 14)
+        plain = model.place.world_size == 1 and not model.keep_fp8
+        self.traces = plain and knows_bf16() and sys.version_info < (3, 14)
 
     def __call__(self, x: torch.Tensor, span=None, cache: KVCache | None = None) -> torch.Tensor:
         rows, step = x.shape[:2].numel(), isinstance(span, Step)
@@ -251,35 +245,34 @@ class Steps:
         shared = [x for x in (span.cos, span.sin, span.positions, span.rows, span.bias) if x is not None]
         kind = len(x) == 1, span.bias is None, x.shape[1]
         if kind not in self.graphs:
-            layers = list(self.model.layers.values())
-            self.tensors = [[*layer.parameters(), *layer.buffers()] for layer in layers]
-            seen = cache.layers[0][:, :, :, : span.length]
-            self.graphs[kind] = trace(layers[0], replace(span, length=None), x, seen, shared, self.tensors[0])
+            own = cache.layers[0][:, :, :, : span.length]
+            self.graphs[kind] = trace(list(self.model.layers.values()), replace(span, length=None), x, own, shared)
         with torch.jit.optimized_execution(False):  # optimizing takes longer than it saves
-            return self.graphs[kind](x, shared, cache.layers, span.length, self.tensors)
+            return self.graphs[kind](x, shared, cache.layers, span.length)
 
     def pack(self) -> None:
         """All but the vision tower's weights: a picture has many rows."""
-        self.packed, self.tensors = True, []
+        self.packed = True
         self.graphs.clear()
         for name, module in self.model.named_modules():
             if isinstance(getattr(module, "multiply", None), Product) and not name.startswith("vision."):
                 module.multiply.pack()
 
 
-def trace(layer: DecoderLayer, span: Step, *inputs) -> Callable[..., torch.Tensor]:
-    """A TorchScript function that runs layers like this one. `inputs`: x, its cache, the span's tensors, its own."""
+def trace(layers: list[DecoderLayer], span: Step, *inputs) -> Callable[..., torch.Tensor]:
+    """TorchScript that runs all layers, made from the first one's operations on `inputs`: x, its cache, the span's."""
+    every = [[*layer.parameters(), *layer.buffers()] for layer in layers]
 
     def call(x, cache, shared, tensors):  # a trace knows a tensor by its identity
-        return layer(x, span, cache)
+        return layers[0](x, span, cache)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that TorchScript is old, and that a graph has no `if`
-        graph = torch.jit.trace(call, inputs, check_trace=False)
+        layer = torch.jit.trace(call, (*inputs, every[0]), check_trace=False)
 
-        def run(x: torch.Tensor, shared: Tensors, caches: Tensors, length: int, tensors: list[Tensors]):
-            for cache, own in zip(caches, tensors):  # a draft's caches are behind those of the layers
-                x = graph(x, cache[:, :, :, :length], shared, own)
+        def run(every: list[Tensors], x: torch.Tensor, shared: Tensors, caches: Tensors, length: int):
+            for tensors, cache in zip(every, caches):  # a draft's caches are behind those of the layers
+                x = layer(x, cache[:, :, :, :length], shared, tensors)
             return x
 
-        return torch.jit.script(run)
+        return functools.partial(torch.jit.script(run), every)

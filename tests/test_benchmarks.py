@@ -5,10 +5,11 @@ from helpers import make_checkpoint
 from processes import run
 from train_cases import TEXT
 
-ROWS = """start to first token, peak memory of that, decode, prefill 1024, prefill 4000, decode after 4000,
-prefill 16 x 20, decode 16 rows, picture: first token, picture: an answer of 16 tokens, 64 requests, 16 at a time,
-training step, float32, text, training step, float32, images, training step, bfloat16, text,
-training step, bfloat16, images"""
+ROWS = """start to first token, peak memory of that, answer of 32 tokens, answer of 64 tokens, answer of 128
+tokens, answer of 256 tokens, 16 answers of 32 tokens, 16 answers of 128 tokens, decode, prefill 1024,
+prefill 4000, decode after 4000, prefill 16 x 20, decode 16 rows, picture: first token, picture: an
+answer of 16 tokens, 64 requests, 16 at a time, training step, float32, text, training step, float32,
+images, training step, bfloat16, text, training step, bfloat16, images"""
 
 
 @pytest.mark.slow
