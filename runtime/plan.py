@@ -228,7 +228,8 @@ def stage_times(config: Config, place: Place, gpu: Gpu, work: Work) -> torch.Ten
       10 D.
     - other kernels read and write, in bytes: norms and residuals 8 C + 12 C; the rotation (roll, times cosine, plus
       times sine) 4 + 4 + 6 for each number of q and k; the cache 8 KV D; silu and product 4 F + 6 F; quantizing to FP8
-      3 for each input of a product, or dequantizing 7 for each weight; putting an
+      3 for each input of a product; without FP8 units converting 3 for each weight, whose product then takes 2, and
+      float32 sums that are scaled 8 for each output; putting an
       adapter's output together, scaling and adding it 4 + 4 + 6 for each output. Backward, norms and residuals 12 C +
       12 C, the rotation of a copy 4 Q + 14, silu, product and joining their gradients 6 F + 12 F + 8 F; and each
       trained weight's gradient is added to a float32 sum, 10 bytes. Logits in training: 52 bytes for each.
@@ -239,12 +240,12 @@ def stage_times(config: Config, place: Place, gpu: Gpu, work: Work) -> torch.Ten
     N, KV, training, last = work.rows * work.length, (Q - A) // 2, backward > 0, place.last_stage
     layers, tp, V = len(place.layers(config.num_hidden_layers)), place.tp_size, config.vocab_size / place.tp_size
     fp8, again = work.fp8 and gpu.fp8 > 0 and not training, forward > 1 and not work.rank
-    dequantizes, adapters, scored = work.fp8 and not fp8, work.rank > 0, N if training else 1
+    converts, adapters, scored = work.fp8 and not fp8, work.rank > 0, N if training else 1
     weights, inputs, outputs = C * (Q + A + 3 * F), 2 * C + A + F, Q + 2 * C + 2 * F
     both, keys, pairs = forward + training, work.start + work.length, N * (work.start + (work.length + 1) / 2)
     matrices = layers * (forward + backward - again * C * F / weights)
-    launched = both * (KERNELS + 4 * fp8 + 8 * dequantizes + 20 * adapters)
-    moved = both * (14 * (A + KV + adapters * outputs) + 20 * C) + training * (4 * C + 4 * Q + 26 * F)
+    launched = both * (KERNELS + 4 * fp8 + 8 * converts + 20 * adapters)
+    moved = both * (14 * (A + KV + adapters * outputs) + 20 * C + 8 * converts * outputs) + training * (4 * C + 4 * Q + 26 * F)
     moved += forward * (8 * KV + 10 * F + 3 * fp8 * inputs)
     peak, ends = gpu.fp8 if fp8 else gpu.bf16, inputs + outputs
     # How often, kernels, bytes, operations, operations per second
@@ -254,7 +255,7 @@ def stage_times(config: Config, place: Place, gpu: Gpu, work: Work) -> torch.Ten
         (adapters * layers * (forward + 2), 4, 2 * N * ends, 2 * N * work.rank * ends, gpu.bf16),
         (last * (1 + backward), 1, 2 * (C * V + scored * (C + V)), 2 * scored * C * V, gpu.bf16),
         (layers, launched, N * moved, 0, 1),
-        (layers, 0, (7 * dequantizes * both + 10 * (backward > 1)) * weights, 0, 1),
+        (layers, 0, (3 * converts * both + 10 * (backward > 1)) * weights, 0, 1),
         (1, ENDS * (1 + last), 52 * training * last * N * V, 0, 1),
     ]
     # How often, bytes, ranks among which they travel
