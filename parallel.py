@@ -355,8 +355,12 @@ class Linear(nn.Module):
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight_scale is None:
             return F.linear(x, self.weight)
-        scale = self.weight_scale if len(self.parts) > 1 else self.weight_scale[0, 0]
-        return fp8.linear(x, self.weight, scale, self.activation_scale)
+        if len(self.parts) == 1:
+            return fp8.linear(x, self.weight, self.weight_scale[0, 0], self.activation_scale)
+        if fp8.multiplies_in_fp8(x, self.weight) and not fp8.takes_row_scales(x.device):
+            pairs = [(part.rows_of(self.weight), part.rows_of(self.weight_scale)[0, 0]) for part in self.parts]
+            return torch.cat([fp8.linear(x, *pair, self.activation_scale) for pair in pairs], dim=-1)
+        return fp8.linear(x, self.weight, self.weight_scale, self.activation_scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.multiply(x)

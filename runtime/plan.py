@@ -203,7 +203,7 @@ PRODUCTS, COPIES, LINKS = 0.7, 0.8, 0.7  # what is reached of them
 
 KERNEL, MESSAGE = 3e-6, 15e-6  # seconds that each takes at least
 
-KERNELS = 13  # of a layer's step, beside six products: norms, rotation, cache, softmax, silu, residuals
+KERNELS = 10  # of a layer's step, beside four products and attention: norms, rotation, cache, silu, residuals
 ENDS = 22  # kernels of a stage before its layers, in a step; and of the last one after them, to sample the next token
 
 ADAM_BYTES = 82  # that a step of optimizer.py reads and writes per trained weight

@@ -266,8 +266,13 @@ def test_one_product_for_several_matrices(scheme, tmp_path, monkeypatch):
     parts = [
         fp8.fp8_matmul(x, stored[f"{name}.weight"], stored[f"{name}.weight_scale_inv"].float(), scale) for name in names
     ]
-    with torch.inference_mode():
-        assert torch.equal(layer(x), torch.cat(parts, -1))
+    for by_rows in (True, False):
+        monkeypatch.setattr(fp8, "takes_row_scales", lambda device, by_rows=by_rows: by_rows)
+        quantized.clear()
+        with torch.inference_mode():
+            assert torch.equal(layer(x), torch.cat(parts, -1))
+        assert len(quantized) == (1 if by_rows else 3)
+    monkeypatch.setattr(fp8, "takes_row_scales", lambda device: True)
     odd = text_fields("yarn, short", **{**sizes, "intermediate_size": 72})  # no multiple of 16
     made = write_checkpoint(tmp_path / "odd", odd, to_fp8(random_state(odd), scheme == "static")[0], fp8=scheme)
     for dtype, count in ((torch.bfloat16, 3), (torch.float32, 0)):  # not down, whose input is odd; twice 72 is not
@@ -276,6 +281,22 @@ def test_one_product_for_several_matrices(scheme, tmp_path, monkeypatch):
         with torch.inference_mode():
             log_probabilities(model, tokens)
         assert len(quantized) == count * len(model.layers)
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_row_scales_are_tried_once(refuses, monkeypatch):
+    calls, device = [], torch.device("cpu")
+
+    def product(a, b, scale_a, scale_b, out_dtype):
+        calls.append((a.shape, b.stride(), scale_a.shape, scale_b.shape, out_dtype))
+        if refuses:
+            raise RuntimeError("Invalid scaling configuration")
+
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    fp8.takes_row_scales.cache_clear()
+    assert [fp8.takes_row_scales(device) for _ in range(3)] == [not refuses] * 3
+    assert calls == [((16, 16), (1, 16), (16, 1), (1, 16), torch.bfloat16)]
+    fp8.takes_row_scales.cache_clear()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
