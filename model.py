@@ -288,7 +288,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether flash attention takes such heads: in 16 bits, on NVIDIA's GPUs from A100 on."""
+    """Whether flash attention takes such heads: in 16 bits, from compute capability 8.0 (A100) on."""
     fits = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
     return device.type == "cuda" and fits and torch.cuda.get_device_capability(device) >= (8, 0)
 

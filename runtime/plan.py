@@ -76,11 +76,7 @@ class StagePlan:
 
 def make_plan(config: Config, args: argparse.Namespace) -> dict:
     """The plan as the JSON object that --json prints. Raises UserError where the topology does not divide the model."""
-    if args.inference and config.fp8 and not args.weights:  # as generate.py does: see keeps_fp8
-        dequantized = argparse.Namespace(**vars(args) | {"weights": "dequantized"})
-        if not GPUS[args.gpu].fp8 and (plan := make_plan(config, dequantized))["fits"]:
-            return plan
-    keep_fp8 = config.fp8 and (args.weights != "dequantized" if args.inference else bool(args.lora_rank))
+    keep_fp8 = config.fp8 and stays_fp8(config, args)
     counts, stages, memory = Counter(), [], args.gpu_memory_gb * 1e9
     for stage_places in places(args.tp, args.pp, args.dp, args.sequence_parallel):
         ranks, kinds = zip(*(plan_rank(config, place, args, keep_fp8) for place in stage_places))
@@ -104,6 +100,15 @@ def make_plan(config: Config, args: argparse.Namespace) -> dict:
         plan["micro_batches"] = m = count_micro_batches(args, args.dp)
         plan["bubble"] = (args.pp - 1) / (m + args.pp - 1)  # see parallel.Pipeline
     return plan
+
+
+def stays_fp8(config: Config, args: argparse.Namespace) -> bool:
+    """Whether FP8 weights stay as they are. Where --weights does not say so: as generate.py does, see `keeps_fp8`."""
+    if not args.inference:
+        return bool(args.lora_rank)
+    if args.weights or GPUS[args.gpu].fp8:
+        return args.weights != "dequantized"
+    return not make_plan(config, argparse.Namespace(**vars(args) | {"weights": "dequantized"}))["fits"]
 
 
 def places(tp: int, pp: int, dp: int = 1, sequence: bool = False) -> list[list[Place]]:
