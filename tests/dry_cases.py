@@ -177,11 +177,14 @@ def answering(
     tokens: int = 4,
     logprobs: bool = False,
     flash_decoding: bool = True,
+    units: bool = True,
 ) -> list[list]:
     """`Engine.generate` for prompts of so many tokens, all together: [phase, report] of each of the engine's calls.
 
-    Phases are "prefill" and "decode", methods of the engine, and "rest", what lies between them.
+    Phases are "prefill" and "decode", methods of the engine, and "rest", what lies between them. `units`: whether the
+    GPU has units for FP8.
     """
+    checkpoint.fp8.has_fp8_matmul = lambda device: units
     config, seen, watch.flash_decoding = real_config(layers), [], flash_decoding
     with world(rank, tp, pp) as place, watch:
         model = build_model(config, place, torch.bfloat16, keep_fp8)

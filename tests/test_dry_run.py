@@ -202,6 +202,13 @@ def test_kernels_per_token(dry, prompts, flash, budget):
     assert two + 86 * (three - two) <= budget
 
 
+@pytest.mark.parametrize("prompts, kernels", [(ONE, 92), (SIXTEEN, 94)])
+def test_without_fp8_units(dry, prompts, kernels):
+    """Weights are converted and sums scaled: 8 kernels of a layer instead of 4, and none that would fail."""
+    phases = dry("answering", rank=0, tp=8, pp=1, prompts=prompts, layers=2, tokens=2, units=False)
+    check_answering(phases, kernels)
+
+
 def test_later_chunks(dry):
     """No chunk of a long prompt has a mask: flash takes all."""
     phases = dry("answering", rank=0, tp=8, pp=1, prompts=[10_000], layers=2, tokens=2)
