@@ -356,7 +356,7 @@ def segments_of(positions: torch.Tensor, cache: torch.Tensor) -> tuple[torch.Ten
     _, B, KV, length, _ = cache.shape
     options = dict(dtype=torch.int32, device=positions.device)
     starts = torch.arange(B * KV + 1, **options), torch.arange(0, B * KV * length + 1, length, **options)
-    return *starts, (positions + 1).int()[:, None].expand(B, KV).flatten()
+    return *starts, (positions + 1).int()[:, None].expand(B, KV).flatten().contiguous()
 
 
 @functools.cache

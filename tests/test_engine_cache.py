@@ -123,14 +123,40 @@ def recording(model) -> Engine:
     return made
 
 
+def flash_by_definition(q, k, v, q_starts, k_starts, max_q, max_k, dropout, causal, debug, *, seqused_k=None, **other):
+    """`_flash_attention_forward` for samples of one query each, as its documentation says, in float64."""
+    assert not other and (max_q, dropout, causal, debug) == (1, 0.0, False, False) and max_k >= seqused_k.max()
+    assert all(x.dtype == torch.int32 and x.is_contiguous() for x in (q_starts, k_starts, seqused_k))
+    assert k.data_ptr() != v.data_ptr() and q.shape[1] % k.shape[1] == 0
+    out = torch.empty_like(q)
+    for i, (start, count) in enumerate(zip(k_starts.tolist(), seqused_k.tolist(), strict=False)):
+        keys, values = (x[start : start + count].double().transpose(0, 1) for x in (k, v))  # (KV, count, D)
+        query = q[int(q_starts[i])].double().unflatten(0, (k.shape[1], -1))
+        out[i] = ((query @ keys.mT / q.shape[2] ** 0.5).softmax(-1) @ values).flatten(0, 1)
+    return out, *[torch.empty(0)] * 4
+
+
+@pytest.fixture
+def flash():
+    """A kernel for this CPU, where there is none."""
+    kernels = torch.library.Library("aten", "IMPL")
+    kernels.impl("_flash_attention_forward", flash_by_definition, "CPU")
+    yield
+    kernels._destroy()
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_replayed_steps(model, seed):
+@pytest.mark.parametrize("flash_decodes", [False, True])
+def test_replayed_steps(model, seed, flash_decodes, flash, monkeypatch):
     """The tokens of steps that run as they are: rows end early, the cache outgrows its size, sampling goes on."""
     requests = drawn_requests(7, seed) + [Request(random_tokens(60, 301, seed=seed), max_new_tokens=150)]
+    expected = [alone(model, request) for request in requests]
+    monkeypatch.setattr("model.has_flash_decoding", lambda *arguments: flash_decodes)
     taped = recording(model)
     answers = taped.generate(requests)
     assert taped.replays > 100 and len(taped.taped) >= 4
-    assert_same(answers, [alone(model, request) for request in requests])
+    assert flash_decodes == any("flash" in str(done[0]) for done in taped.taped[0].done)
+    assert_same(answers, expected)
 
 
 @pytest.mark.parametrize("rows", [1, 16])
@@ -192,24 +218,11 @@ def test_attention_as_two_products():
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
-def flash_by_definition(q, k, v, q_starts, k_starts, max_q, max_k, dropout, causal, debug, *, seqused_k=None, **other):
-    """`_flash_attention_forward` for samples of one query each, as its documentation says, in float64."""
-    assert not other and (max_q, dropout, causal, debug) == (1, 0.0, False, False) and max_k >= seqused_k.max()
-    assert all(x.dtype == torch.int32 and x.is_contiguous() for x in (q_starts, k_starts, seqused_k))
-    assert k.data_ptr() != v.data_ptr() and q.shape[1] % k.shape[1] == 0
-    out = torch.empty_like(q)
-    for i, (start, count) in enumerate(zip(k_starts.tolist(), seqused_k.tolist(), strict=False)):
-        keys, values = (x[start : start + count].double().transpose(0, 1) for x in (k, v))  # (KV, count, D)
-        query = q[int(q_starts[i])].double().unflatten(0, (k.shape[1], -1))
-        out[i] = ((query @ keys.mT / q.shape[2] ** 0.5).softmax(-1) @ values).flatten(0, 1)
-    return out, *[torch.empty(0)] * 4
-
-
-@pytest.mark.parametrize("case", range(8))
-def test_flash_decoding(case):
+@pytest.mark.parametrize("case", range(24))
+def test_flash_decoding(case, flash):
     """What a GPU does in a step, by the definition of its kernel: the numbers of the plain form, whatever lies beyond a
     row's end; without copies of the cache, and in a part of its rows."""
-    draw, kernels = random.Random(case), torch.library.Library("aten", "IMPL")
+    draw = random.Random(case)
     rows, kv_heads, group = draw.randint(1, 5), draw.randint(1, 3), draw.randint(1, 6)
     length, size = draw.randint(1, 70), 8 * draw.randint(1, 16)
     torch.manual_seed(case)
@@ -218,12 +231,7 @@ def test_flash_decoding(case):
     positions = torch.randint(length, (rows,))
     for i, position in enumerate(positions):
         cache[:, i, :, position + 1 :] = torch.nan
-    segments = segments_of(positions, cache)
-    kernels.impl("_flash_attention_forward", flash_by_definition, "CPU")
-    try:
-        found = flash_decoding(q, cache, *segments)
-    finally:
-        kernels._destroy()
+    found = flash_decoding(q, cache, *segments_of(positions, cache))
     hidden = torch.zeros(rows, length).masked_fill_(torch.arange(length) > positions[:, None], -torch.inf)
     expected = attend_step(q, *cache.nan_to_num(0), hidden[:, None, None])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
