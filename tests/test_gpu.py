@@ -133,7 +133,8 @@ def test_gradients_of_attention(sizes):
 
 
 @pytest.mark.parametrize("rows, kv_heads, group, length, size", [
-    (1, 1, 12, 8192, 128), (16, 1, 12, 1000, 128), (3, 2, 3, 77, 32), (1, 2, 3, 77, 32), (5, 8, 12, 513, 128), (2, 4, 1, 300, 64),
+    (1, 1, 12, 8192, 128), (16, 1, 12, 1000, 128), (3, 2, 3, 77, 32), (1, 2, 3, 77, 32), (5, 8, 12, 513, 128),
+    (2, 4, 1, 300, 64),
 ])  # fmt: skip
 def test_flash_decoding(rows, kv_heads, group, length, size):
     """Against attention as products, also recorded and replayed at other positions; what lies beyond does not count."""
