@@ -119,7 +119,7 @@ class _Fp8Linear(torch.autograd.Function):
         if dequantizes(grad.device):
             return grad @ dequantize(weight, scale, grad.dtype), None, None
         if scale.dim():
-            return (grad * scale.t()).to(grad.dtype) @ weight.to(grad.dtype), None, None
+            return torch.mul(grad, scale.t(), out=torch.empty_like(grad)) @ weight.to(grad.dtype), None, None
         return times_fp8(grad, weight, scale), None, None
 
 

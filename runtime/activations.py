@@ -80,23 +80,25 @@ class Layer(NamedTuple):
         gate_up = max(product(C, 2 * F, 2 * C * F), size * tokens * 4 * F)
         return size * tokens * 3 * C + max(gate_up, size * tokens * 3 * F + product(F, C, C * F))
 
-    def backward(self, tokens: int, own: int, weights: bool, rank: int) -> int:
+    def backward(self, tokens: int, own: int, weights: bool, rank: int, fp8: bool = False) -> int:
         """The most that its backward pass takes beyond what is kept of it: in the MLP, before anything of it is freed.
 
         The gradient of the output, of `own` tokens, and
 
-        - in down_proj the gradient of its input, F, and of its weight, or a frozen FP8 weight dequantized, C F;
+        - in down_proj the gradient of its input, F, and of its weight, C F; or a frozen FP8 weight converted, C F, with
+          float32 sums, 2 F, which become that gradient;
         - the gradients of the two factors of silu(gate) · up, 2 F; adapters, when the layer is computed again: their
           output of gate and up in parts, joined, and scaled, 3 · 2 F, while silu(gate) and the product are to come;
-        - in gate_up_proj, whose output's gradient has taken the place of 4 F, C (of adapters, too) and 2 C F.
+        - in gate_up_proj, whose output's gradient has taken the place of 4 F, C (of adapters, too) and 2 C F; that
+          gradient times an FP8 weight's scales, 2 F.
         """
         C, F = self.C, self.F
         down, adapters = weights * C * F, rank > 0
         g = tokens * C if own < tokens else 0  # the gathered gradient
         return own * C + max(
-            g + tokens * F + down,
+            g + max((1 + fp8) * tokens * F + down, fp8 * 3 * tokens * F),
             adapters * (2 * g + tokens * C) + (2 + 2 * adapters) * tokens * F,
-            adapters * (g + tokens * C) + tokens * (C - 2 * F) + 2 * down,
+            adapters * (g + tokens * C) + tokens * (C - 2 * (not fp8) * F) + 2 * down,
         )
 
 
@@ -188,7 +190,7 @@ def training_bytes(
     )
     embedding = first and trained and "embeddings" not in freeze
     working = (
-        again + layer.backward(N, n, trained or fp8, rank) + last * view,
+        again + layer.backward(N, n, trained or fp8, rank, fp8) + last * view,
         # The residual, an output, that in parts where tokens are split, and on the first stage features
         (not recomputed) * (own + (1 + split + first) * states + (not trained) * 3 * N * layer.F),
         last * loss(config, place, N, trained, size),
