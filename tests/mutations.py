@@ -44,7 +44,7 @@ COVER = {
 
 PAIRS = [("<", "<="), (">", ">="), ("==", "!="), ("+", "-"), ("*", "+"), ("//", "*"), ("and", "or")]
 PAIRS += [("True", "False"), ("min", "max"), ("any", "all")]
-SWAPS = {a: b for a, b in PAIRS} | {b: a for a, b in reversed(PAIRS)}
+SWAPS = dict(PAIRS) | {b: a for a, b in reversed(PAIRS)}
 SWAPS |= {"&": "|", "not": "", "if": "if not", "elif": "elif not", "while": "while not", "+=": "-=", "-=": "+="}
 
 

@@ -447,3 +447,35 @@ def test_refused(messages, says, small):
     with pytest.raises(UserError) as refusal:
         encode_chat(small["tekken-v15"], messages)
     assert says in str(refusal.value) and "messages[" in str(refusal.value)
+
+
+def test_what_is_falsy_is_not_taken_for_absent(small):
+    """Each field of a chat with each falsy or odd value: one line, unless it is of the right type."""
+    call = {"id": "abcdefgh1", "function": {"name": "f", "arguments": "{}"}}
+    tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}, "strict": False}}
+    thought = {"type": "thinking", "thinking": "hm", "closed": True}
+    answer = {"role": "assistant", "content": [thought], "name": "me", "tool_calls": [call], "prefix": False}
+    last = {"role": "assistant", "content": "", "tool_calls": [], "weight": 1, "prefix": False, "reasoning": "hm"}
+    messages = [USER, answer, result("abcdefgh1"), last]
+    parts = [answer, thought, call, call["function"], tool, tool["function"], last]
+    types = dict(role=str, content=str | list, tool_calls=list, prefix=bool, weight=int | float)
+    types |= dict(
+        type=str, thinking=str | list, reasoning=str | list, closed=bool, id=str, function=dict, arguments=str | dict
+    )
+    types |= dict(description=str, parameters=dict, name=object, strict=object)  # the last two say nothing
+    refused = 0
+    for tokenizer in (small["tekken-v13"], small["tekken-v15"]):
+        for part in parts:
+            for name in list(part):
+                before = dict(part)
+                for value in (0, 0.0, "", [], {}, False, 1, -1, "true", [[]], {"a": None}):
+                    part[name] = value
+                    try:
+                        encode_chat(tokenizer, messages, [tool], training=True)
+                        right = isinstance(value, types.get(name, ())) and not (name == "weight" and value is False)
+                        assert right, (name, value)
+                    except UserError:
+                        refused += 1
+                part.clear()
+                part.update(before)
+    assert refused > 100

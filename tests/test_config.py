@@ -1,5 +1,6 @@
 """Configs: both files of the model, every spelling, every refusal, and back to the HF form."""
 
+import codecs
 import copy
 import dataclasses
 import json
@@ -14,7 +15,7 @@ from helpers import ROPES, layout_config, text_fields, write_json
 from model import RopeConfig
 from runtime.config import parse_config, read_config
 from runtime.export import to_hf
-from runtime.files import LARGEST, LARGEST_SIZE, MEGABYTE, UserError, read_file, read_lines, reading
+from runtime.files import LARGEST, LARGEST_SIZE, MEGABYTE, UserError, parse_line, read_file, read_lines, reading
 from runtime.native import translate_params
 from vision import build_model
 
@@ -328,6 +329,42 @@ def test_read_file(tmp_path):
         read_lines("/dev/zero")
 
 
+def test_a_byte_order_mark(tmp_path):
+    """Windows' editors begin a file with one, and files that were put together have some inside."""
+    mark = codecs.BOM_UTF8
+    lines = [mark + b'{"a": 1}', b"", mark + b" ", mark + b'{"b": "\xef\xbb\xbf"}', mark]
+    (tmp_path / "lines.jsonl").write_bytes(b"\r\n".join(lines))
+    read = read_lines(str(tmp_path / "lines.jsonl"))
+    assert [(number, parse_line(line, "")) for number, line in read] == [(1, {"a": 1}), (4, {"b": "\ufeff"})]
+    for name in ("config.json", "params.json"):
+        with open(os.path.join(DATA, name), "rb") as file:
+            whole = file.read()
+        (tmp_path / name).write_bytes(mark + whole)
+        with_mark, without = (read_config(os.path.join(folder, name)) for folder in (str(tmp_path), DATA))
+        assert with_mark == without
+    (tmp_path / "config.json").write_bytes(mark + mark + whole)  # a second one is nobody's
+    with pytest.raises(UserError, match="config.json: not JSON"):
+        read_config(str(tmp_path))
+
+
+def test_unknown_fields_are_named(tmp_path, capsys):
+    """They change nothing, in transformers neither, but whoever wrote them meant something by them."""
+    for file, places in (
+        ("config.json", ("", "text_config/", "vision_config/", "text_config/rope_parameters/")),
+        ("params.json", ("", "vision_encoder/")),
+    ):
+        raw = raw_config(file)
+        for place in places:
+            for name, value in (("logit_softcapping", 30.0), ("qk_norm", True), ("layer_types", ["sliding"])):
+                write_json(tmp_path / file, changed(raw, place + name, value))
+                read_config(str(tmp_path / file))
+                said = capsys.readouterr().err
+                assert said.count("\n") == 1 and f"{name} = {value!r} is not known here" in said and file in said
+                write_json(tmp_path / file, changed(raw, place + name, None))
+                read_config(str(tmp_path / file))
+                assert capsys.readouterr().err == ""
+
+
 def test_the_guard_names_the_file():
     for raised in (KeyError("x"), TypeError(), RecursionError("deep"), MemoryError(), OverflowError("int"), OSError()):
         with pytest.raises(UserError, match=rf"^a/b.json: not a valid config \({type(raised).__name__}") as error:
@@ -370,9 +407,9 @@ def test_to_hf():
     assert to_hf(kept)["comment"] == "stays" and kept.raw == text_fields(comment="stays")
 
 
-def test_tied_as_in_transformers(tmp_path):
+def test_tied_as_in_transformers(tmp_path, capsys):
     """The defaults of the two classes differ, and transformers writes a config that says one thing at the top and
-    another in text_config: the top counts."""
+    another in text_config: the top counts. None of the fields that transformers writes is unknown."""
     transformers = pytest.importorskip("transformers")
     sizes = dict(hidden_size=24, num_attention_heads=2, num_key_value_heads=1, head_dim=12, num_hidden_layers=1)
     vision = dict(model_type="pixtral", hidden_size=24, num_attention_heads=2, head_dim=12, intermediate_size=8)
@@ -391,7 +428,8 @@ def test_tied_as_in_transformers(tmp_path):
             peer.tie_weights()
             really = peer.get_output_embeddings().weight is peer.get_input_embeddings().weight
             raw = json.loads((tmp_path / "config.json").read_text())
-            assert parse_config(raw).tie_word_embeddings == really
+            capsys.readouterr()
+            assert parse_config(raw).tie_word_embeddings == really and capsys.readouterr().err == ""
             if not tied:
                 for fields in (raw, raw.get("text_config", raw)):
                     fields.pop("tie_word_embeddings", None)
