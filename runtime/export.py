@@ -170,8 +170,8 @@ def in_shards(stream: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, t
     yield shard
 
 
-def write_tensors(path: str, tensors: dict[str, torch.Tensor]) -> None:
-    save_file(tensors, path, metadata={"format": "pt"})
+def write_tensors(path: str, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
+    save_file(tensors, path, metadata={"format": "pt"} | metadata)
     # save_file makes it readable for its owner alone. The umask has decided for whom the new folder is.
     os.chmod(path, os.stat(os.path.dirname(path)).st_mode & 0o666)
 

@@ -142,7 +142,7 @@ class RequestReader:
             encode_chat(self.tokenizer, [*messages, spec["answer"]], tools, None, see, training=True)
         return encode_chat(self.tokenizer, messages, tools, effort, see)
 
-    def numbers(self, spec: dict, thinks: bool, index: int = 0) -> dict:
+    def numbers(self, spec: dict, thinks: bool, index: int) -> dict:
         """max_new_tokens, temperature, top_p and seed: the request's, else the command line's, else the defaults."""
         found = {"temperature": 0.7 if thinks else 0.0, "top_p": 0.95 if thinks else 1.0}
         found |= {"seed": (self.seed + index) % (1 << 63), "max_new_tokens": None}  # None: what the context leaves
