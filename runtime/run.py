@@ -402,7 +402,7 @@ def load_state(path: str, optimizer: Optimizer, settings: dict, data: str) -> in
         state = Checkpoint(path)
         for file in {stored.file for stored in state.tensors.values()}:
             step = (state.file(file).metadata() or {}).get("step")
-            require(step == str(settings["step"]), f"{file}: is of the state after step {step}")
+            require(step in (None, str(settings["step"])), f"{file}: is of the state after step {step}")
         for name, part, values in unpadded(optimizer.parts):
             state.fill_part(name, part, values)
     optimizer.resume(settings["step"])
