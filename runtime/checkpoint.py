@@ -102,6 +102,14 @@ class Checkpoint:
             what = f"{plural(len(keys), 'tensor')} of no use here passed over"
             warn(f"{self.directory}: {what}: {some(keys)}")
 
+    def unlisted(self, path: str) -> set[str]:
+        """The tensors in a file that are of no use here. Raises UserError for one that only the index does not list."""
+        keys = set(self.file(path).keys()) - {at.key for at in self.tensors.values() if at.file == path}
+        useless = {key for key in keys if PASSED_OVER.search(key)}
+        if strangers := keys - useless:
+            raise UserError(f"{path}: holds {some(strangers)}, which the index does not list")
+        return useless
+
     def _files(self) -> tuple[dict[str, list[str]], bool]:
         """File -> names in it, from an index where there is one; and whether the layout is the native one."""
         for stem, native in (("model", False), ("consolidated", True), ("state", False)):  # "state": see `fill_part`
@@ -296,11 +304,7 @@ def fill(model: nn.Module, checkpoint: Checkpoint, progress: Callable[[int, int]
         wanted.setdefault(checkpoint.tensors[name].file, []).append(name)
     done, read, useless = 0, 0, set()
     for path, names in sorted(wanted.items()):
-        listed = {at.key for at in checkpoint.tensors.values() if at.file == path}
-        unlisted = set(checkpoint.file(path).keys()) - listed
-        useless |= {key for key in unlisted if PASSED_OVER.search(key)}
-        if strangers := unlisted - useless:
-            raise UserError(f"{path}: holds {some(strangers)}, which the index does not list")
+        useless |= checkpoint.unlisted(path)
         for name in names:
             layer, part = parts[name]
             allocate(layer, model.place.device)

@@ -284,6 +284,8 @@ def convert(source: str, target: str, to_fp8: bool, chats: str | None) -> None:
     config = checkpoint.fit(read_config(source))
     model = build_model(config)
     check_names(checkpoint, model)
+    for path in {at.file for at in checkpoint.tensors.values()}:
+        checkpoint.pass_over(checkpoint.unlisted(path))
     check_free(target)
     parts = {name: part.slice for name, (_, part) in parts_of(model).items()}
     quantized = [name for name in parts if to_fp8 and is_quantized(name)]

@@ -23,7 +23,7 @@ from helpers import (
     write_json,
     write_tekken,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from parallel import parts_of
 from runtime import export
@@ -182,6 +182,12 @@ def test_refusals_leave_nothing_behind(tmp_path, source):
     os.remove(tmp_path / "in" / "model.safetensors")
     write_checkpoint(tmp_path / "in", fields, damaged)
     with pytest.raises(UserError, match="layers.1.mlp.up_proj.weight"):
+        main([str(tmp_path / "in"), str(tmp_path / "out")])
+    os.remove(tmp_path / "in" / "model.safetensors")
+    write_checkpoint(tmp_path / "in", fields, state, shards=2)
+    path = tmp_path / "in" / "model-00002-of-00002.safetensors"
+    save_file(load_file(path) | {"stranger": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match="holds stranger, which the index does not list"):
         main([str(tmp_path / "in"), str(tmp_path / "out")])
     assert sorted(os.listdir(tmp_path)) == ["bad.jsonl", "full", "in"]
 
