@@ -57,7 +57,8 @@ def parse_config(raw: dict, where: str = "config.json") -> Config:
     text.only(hidden_act=("silu",), sliding_window=(None,), attention_bias=(False, None), mlp_bias=(False, None))
     sizes = {name: text.size(name) for name in TEXT_SIZES}
     heads = sizes["num_attention_heads"]
-    q = top.section("quantization_config") or Fields({}, where)
+    q = top.section("quantization_config") or Fields({"quant_method": "fp8"}, where)
+    q.get("quant_method", str)
     q.only(quant_method=("fp8",), weight_block_size=(None,), activation_scheme=("static", "dynamic"))
     return Config(
         **sizes,

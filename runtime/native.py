@@ -42,6 +42,7 @@ def translate_params(raw: dict, where: str = "params.json") -> dict:
     architecture = "Mistral3ForConditionalGeneration" if tower else f"{family}ForCausalLM"
     hf = dict(architectures=[architecture], dtype="bfloat16") | hf
     if quantization := top.section("quantization"):
+        quantization.get("qformat_weight", str)
         quantization.only(qformat_weight=("fp8_e4m3",), qscheme_act=("TENSOR", "DYNAMIC", None))
         static = quantization.values.get("qscheme_act", "TENSOR") == "TENSOR"
         hf["quantization_config"] = dict(quant_method="fp8", activation_scheme="static" if static else "dynamic")

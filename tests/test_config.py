@@ -175,7 +175,8 @@ TEXT_REFUSALS = [
     ("quantization_config", {"quant_method": "awq"}, "quant_method"),
     ("quantization_config", {"quant_method": "fp8", "weight_block_size": [128, 128]}, "weight_block_size"),
     ("quantization_config", {"quant_method": "fp8", "activation_scheme": "token"}, "activation_scheme"),
-    ("quantization_config", "fp8", "object"),
+    ("quantization_config", "fp8", "object"), ("quantization_config", {}, "quant_method"),
+    *[("rope_scaling", value, "object") for value in (0, "", False, [])],
 ]  # fmt: skip
 
 
@@ -202,6 +203,7 @@ def test_text_refusals(path, value, named, tmp_path):
     ("vision_config/hidden_act", "relu", "hidden_act"), ("vision_config/head_dim", 100, "head_dim"),
     ("vision_config/patch_size", 0, "patch_size"), ("vision_config/num_attention_heads", 7, "heads"),
     ("vision_config/image_size", ..., "image_size"), ("vision_config/rope_parameters/rope_type", "yarn", "rope_type"),
+    ("vision_config/rope_parameters/type", "yarn", "type"),
     ("image_token_id", 11, "image_token"), ("spatial_merge_size", 0, "spatial_merge_size"),
 ])  # fmt: skip
 def test_vision_refusals(path, value, named, tmp_path):
@@ -221,6 +223,7 @@ def test_vision_refusals(path, value, named, tmp_path):
     ("hidden_dim", "2", "hidden_dim"), ("n_kv_heads", 0, "n_kv_heads"), ("norm_eps", -1, "norm_eps"),
     ("yarn/alpha", ..., "alpha"), ("yarn", 3, "yarn"), ("vision_encoder/max_image_size", "x", "max_image_size"),
     ("vision_encoder/image_token_id", [], "image_token_id"),
+    ("quantization", {}, "qformat_weight"),
     ("quantization/qformat_weight", "fp4", "qformat_weight"), ("quantization/qscheme_act", "ROW", "qscheme_act"),
     ("tied_embeddings", "yes", "tied_embeddings"), ("vision_encoder/mm_projector_id", "other", "mm_projector_id"),
     ("vision_encoder/adapter_bias", True, "adapter_bias"), ("vision_encoder/hidden_size", 1663, "hidden_size"),
