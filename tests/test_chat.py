@@ -193,6 +193,17 @@ def test_a_prefix_is_left_open(small):
     assert spelled(small["tekken-v13"], ids) == "<s>[INST]hi[/INST][THINK]hm"
 
 
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("closed", [True, False])
+def test_whether_the_reply_begins_in_a_thought(prefix, closed, small):
+    """Only where the last message is to be continued, and a thought in it is open."""
+    text, thought = {"type": "text", "text": "so"}, {"type": "thinking", "thinking": "hm", "closed": closed}
+    for content in ([thought], [text, thought], [text]):
+        answer = {"role": "assistant", "content": content, "prefix": prefix}
+        encoded = encode_chat(small["tekken-v15"], [USER, answer], training=not prefix)
+        assert encoded.thinks == (prefix and not closed and thought in content)
+
+
 def image(url: str) -> dict:
     return {"type": "image_url", "image_url": {"url": url}}
 
