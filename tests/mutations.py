@@ -23,7 +23,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # The tests that are run for a file, those that are likeliest to see a change first. test_fuzz.py is added to each.
 COVER = {
-    "model.py": "model engine shapes cpu",
+    "model.py": "model engine engine_cache shapes cpu",
     "vision.py": "vision shapes",
     "fp8.py": "fp8 export model",
     "parallel.py": "parallel pipeline train shapes sharding plan",

@@ -3,6 +3,7 @@
 import codecs
 import copy
 import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -15,7 +16,7 @@ from helpers import ROPES, layout_config, text_fields, write_json
 from model import RopeConfig
 from runtime.config import parse_config, read_config
 from runtime.export import to_hf
-from runtime.files import LARGEST, LARGEST_SIZE, MEGABYTE, UserError, parse_line, read_file, read_lines, reading
+from runtime.files import LARGEST, LARGEST_SIZE, MEGABYTE, UserError, parse_line, read_file, read_lines, reading, remove
 from runtime.native import translate_params
 from vision import build_model
 
@@ -311,6 +312,24 @@ def test_user_errors_are_one_short_line():
         if length < 30:
             assert message.endswith("; do this")
     assert str(UserError("a\nb\x1b[31m")) == "a\\nb\\x1b[31m" and str(UserError("é漢")) == "é漢"
+
+
+def test_what_cannot_be_removed_stays(tmp_path, monkeypatch):
+    """That is no reason to stop: whoever needs the name says so."""
+    for make in (lambda path: path.mkdir(), lambda path: path.touch(), lambda path: path.symlink_to(tmp_path)):
+        make(path := tmp_path / "here")
+        with monkeypatch.context() as patch:
+            for name in ("rmdir", "remove", "unlink"):
+                patch.setattr(os, name, refuse)
+            remove(str(path))
+        assert os.path.lexists(path)
+        remove(str(path))
+        assert not os.path.lexists(path) and tmp_path.exists()
+    remove(str(path))  # there is nothing
+
+
+def refuse(*arguments, **more) -> None:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def test_read_file(tmp_path):
