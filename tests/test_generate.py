@@ -24,6 +24,7 @@ from helpers import (
 from processes import run, run_ranks, start
 
 import generate
+from runtime.files import UserError
 from runtime.launch import find_place
 from runtime.requests import RequestReader
 from runtime.tokenizer import load_tokenizer
@@ -164,6 +165,22 @@ def test_seeds_and_sampling(ckpt, program, tmp_path):
         answers(program(*common, *more))[0]["tokens"] for more in ((0,), (0, "--seed", 9), (1.5, "--top-p", 1e-9))
     ]
     assert greedy[0] == greedy[1] == greedy[2]
+
+
+@pytest.mark.parametrize(
+    "argv, chat",
+    [([], True), (["hi"], False), (["--requests", "x"], False), (["--json"], None), (["--raw"], None)],
+)
+def test_when_a_terminal_begins_a_chat(argv, chat, monkeypatch):
+    """If nothing else says what to ask, and the answer is not for a script; then there is nothing to do."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    args = generate.parse_args(argv)
+    if chat is None:
+        with pytest.raises(UserError, match="nothing to do"):
+            generate.read_input(args)
+    else:
+        assert generate.read_input(args) == (None, chat)
 
 
 def test_how_is_answered():
