@@ -115,6 +115,8 @@ def test_translation():
         del hf["text_config"]["rope_parameters"][name]
     del hf["vision_config"]["attention_dropout"]
     assert translated == hf
+    assert translate_params(changed(raw, "tied_embeddings", ...)) == translated
+    assert translate_params(changed(raw, "tied_embeddings", True))["text_config"]["tie_word_embeddings"]
     scaled = changed(raw, "yarn/apply_scale", False)
     for params, all_dim in ((raw, 0.0), (scaled, 1.0)):
         rope = translate_params(params)["text_config"]["rope_parameters"]
