@@ -170,8 +170,8 @@ def in_shards(stream: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, t
     yield shard
 
 
-def write_tensors(path: str, tensors: dict[str, torch.Tensor]) -> None:
-    save_file(tensors, path, metadata={"format": "pt"})
+def write_tensors(path: str, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
+    save_file(tensors, path, metadata={"format": "pt"} | metadata)
     # save_file makes it readable for its owner alone. The umask has decided for whom the new folder is.
     os.chmod(path, os.stat(os.path.dirname(path)).st_mode & 0o666)
 
@@ -284,6 +284,8 @@ def convert(source: str, target: str, to_fp8: bool, chats: str | None) -> None:
     config = checkpoint.fit(read_config(source))
     model = build_model(config)
     check_names(checkpoint, model)
+    for path in {at.file for at in checkpoint.tensors.values()}:
+        checkpoint.pass_over(checkpoint.unlisted(path))
     check_free(target)
     parts = {name: part.slice for name, (_, part) in parts_of(model).items()}
     quantized = [name for name in parts if to_fp8 and is_quantized(name)]

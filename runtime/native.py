@@ -12,6 +12,12 @@ NATIVE_SIZES |= dict(num_hidden_layers="n_layers", num_attention_heads="n_heads"
 # What absent fields mean to mistral-inference. Three of them then say what is not supported here.
 NATIVE_VISION = dict(mm_projector_id="", spatial_merge_size=1, add_pre_mm_projector_layer_norm=False, adapter_bias=True)
 
+# What mistral-inference and vLLM know: it is read here, or changes nothing that is computed.
+NATIVE_KNOWN = {*NATIVE_SIZES.values(), "norm_eps", "rope_theta", "max_position_embeddings", "tied_embeddings"}
+NATIVE_KNOWN |= {"yarn", "llama_4_scaling", "quantization", "vision_encoder", "max_seq_len", "model_type", "causal"}
+NATIVE_KNOWN_OF_VISION = {*VISION_SIZES, *NATIVE_VISION, "rope_theta", "num_channels", "image_size", "max_image_size"}
+NATIVE_KNOWN_OF_VISION |= {"image_token_id", "image_break_token_id", "image_end_token_id"}
+
 
 def translate_params(raw: dict, where: str = "params.json") -> dict:
     """The dictionary of a `config.json` that says what this native `params.json` says.
@@ -20,6 +26,7 @@ def translate_params(raw: dict, where: str = "params.json") -> dict:
     the result, so it also says what transformers and llama.cpp want to read, defaults included.
     """
     top = Fields(raw, where)
+    top.say_strangers(NATIVE_KNOWN)
     top.only(**dict.fromkeys(("moe", "lora", "sliding_window", "_sliding_window"), (None, False)))
     top.only(use_biases=(None, False), q_lora_rank=(None, False))
     family, rope = translate_rope(top)
@@ -35,6 +42,7 @@ def translate_params(raw: dict, where: str = "params.json") -> dict:
     architecture = "Mistral3ForConditionalGeneration" if tower else f"{family}ForCausalLM"
     hf = dict(architectures=[architecture], dtype="bfloat16") | hf
     if quantization := top.section("quantization"):
+        quantization.get("qformat_weight", str)
         quantization.only(qformat_weight=("fp8_e4m3",), qscheme_act=("TENSOR", "DYNAMIC", None))
         static = quantization.values.get("qscheme_act", "TENSOR") == "TENSOR"
         hf["quantization_config"] = dict(quant_method="fp8", activation_scheme="static" if static else "dynamic")
@@ -62,6 +70,7 @@ def translate_rope(top: Fields) -> tuple[str, dict]:
 
 def translate_vision(tower: Fields, text: dict) -> dict:
     """The dictionary of a model that has this tower beside the decoder `text`."""
+    tower.say_strangers(NATIVE_KNOWN_OF_VISION)
     tower.values = NATIVE_VISION | tower.values
     tower.only(mm_projector_id=("patch_merge",), add_pre_mm_projector_layer_norm=(True,), adapter_bias=(False,))
     tower.only(num_channels=(3,))

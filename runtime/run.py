@@ -344,7 +344,7 @@ def save_state(directory: str, step: int, optimizer: Optimizer, settings: dict) 
     names = gather_objects(dict.fromkeys(tensors, file))
     final, advice = os.path.join(directory, f"step-{step}"), "earlier checkpoints are whole: make room, then --resume"
     with staged(final, place.rank, advice) as folder:
-        write_tensors(os.path.join(folder, file), tensors)
+        write_tensors(os.path.join(folder, file), tensors, step=str(step))
         if place.rank == 0:
             weight_map = {name: file for part in names for name, file in part.items()}
             write_json(os.path.join(folder, INDEX), {"metadata": {"step": step, **settings}, "weight_map": weight_map})
@@ -400,6 +400,9 @@ def load_state(path: str, optimizer: Optimizer, settings: dict, data: str) -> in
         require(found[name] == value, f"{made}, but this run has {value}")
     with reading(path, "saved state", advice), torch.no_grad():
         state = Checkpoint(path)
+        for file in {stored.file for stored in state.tensors.values()}:
+            step = (state.file(file).metadata() or {}).get("step")
+            require(step in (None, str(settings["step"])), f"{file}: is of the state after step {step}")
         for name, part, values in unpadded(optimizer.parts):
             state.fill_part(name, part, values)
     optimizer.resume(settings["step"])
