@@ -52,7 +52,7 @@ class Shelf(checkpoint.Checkpoint):
     """A checkpoint of the whole model whose files are never read: their tensors have no values."""
 
     def __init__(self, config: Config, fp8: bool):
-        self.title, self.native, self.bytes_read = "shelf", False, 0
+        self.title, self.native, self.bytes_read, self.passed_over = "shelf", False, 0, set()
         names = list(parts_of(build_model(config)))
         self.quantized = {name for name in names if fp8 and is_quantized(name)}
         names += [scale for name in self.quantized for scale in scale_names(name)]
