@@ -91,6 +91,8 @@ class RunFolder:
             path, real = getattr(self.args, flag), os.path.realpath(self.out)
             inside = path and os.path.commonpath([os.path.realpath(path), real]) == real
             require(not inside, f"--{flag} {path} lies inside --out {self.out}; choose another --out")
+        no_link = not os.path.islink(self.states)  # old states are removed, and nothing behind a link ever is
+        require(no_link, f"{self.states}: is a link; remove it, and give an --out on the disk that it leads to")
         is_new = not os.path.exists(self.out)
         with writing(self.out):
             os.makedirs(self.out, exist_ok=True)

@@ -216,6 +216,14 @@ def test_links_are_not_followed(seed, text, tmp_path, ended):
     assert not [path for path in out.rglob("*") if path.is_symlink() and path.name != "adapters"]
 
 
+def test_states_behind_a_link(out, text, tmp_path):
+    (out / "checkpoints").rename(tmp_path / "behind")
+    (out / "checkpoints").symlink_to(tmp_path / "behind")
+    before = files(tmp_path / "behind")
+    refused(arguments(*text, out, resume=True, **SHORT), "checkpoints: is a link")
+    assert files(tmp_path / "behind") == before
+
+
 @pytest.mark.parametrize(
     "names", [["model.old"], ["model.partial-0a1b2c3d", "metrics.jsonl.partial", "run.json.partial"]]
 )
