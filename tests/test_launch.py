@@ -14,10 +14,11 @@ from functools import partial
 
 import pytest
 from helpers import EYES, make_eyes, random_state, text_fields, write_checkpoint, write_tekken
-from processes import ROOT, run, run_on_ranks, start
+from processes import ROOT, run, run_on_ranks, run_ranks, start
+from torch import cuda, distributed
 
 from runtime.files import UserError
-from runtime.launch import WHAT_TO_DO, start_world
+from runtime.launch import WHAT_TO_DO, find_place, start_world
 
 ASK = ("--raw", "--prompt", "the", "--json", "--dtype", "float32", "--temperature", "0")
 
@@ -404,6 +405,52 @@ def test_a_port_in_use(monkeypatch):
             monkeypatch.setenv(name, value)
         with pytest.raises(UserError, match="MASTER_PORT .*: in use on this machine; set a free one"):
             start_world()
+
+
+@pytest.mark.parametrize("gpus, gpu", [(3, 1), (2, 0), (1, 1)])
+def test_a_rank_has_its_gpu_before_nccl_begins(gpus, gpu, monkeypatch):
+    happened = []
+    for name, value in {**GOOD, "LOCAL_RANK": str(gpu)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(cuda, "set_device", happened.append)
+    monkeypatch.setattr(distributed, "rendezvous", lambda *args, **options: iter([(None,)]))
+    monkeypatch.setattr(distributed, "init_process_group", lambda backend, **options: happened.append(backend))
+    if gpu < gpus:
+        start_world()
+        assert happened == [gpu, "cpu:gloo,cuda:nccl"]
+    else:
+        with pytest.raises(UserError, match="more processes than the 1 GPUs of a machine"):
+            start_world()
+
+
+def first_messages(tp: int, pp: int) -> list[tuple]:
+    """(what, group, with which stage) while a rank finds its place."""
+    seen, send, receive = [], distributed.send, distributed.recv
+
+    def sends(x, group, group_dst):
+        seen.append(("to", group, group_dst))
+        send(x, group=group, group_dst=group_dst)
+
+    def receives(x, group, group_src):
+        seen.append(("from", group, group_src))
+        receive(x, group=group, group_src=group_src)
+
+    distributed.send, distributed.recv = sends, receives
+    place = find_place(tp, pp)
+    assert {group for _, group, _ in seen} <= {place.pp_group, place.answer_group} - {None}
+    return [(what, group is place.pp_group, stage) for what, group, stage in seen]
+
+
+@pytest.mark.parametrize("tp, pp", [(1, 2), (1, 3), (2, 2), (1, 4), (2, 1)])
+def test_stages_meet_before_they_read(tp, pp):
+    """In both groups each of them sends to the next and receives from the one before; with Gloo, in earnest."""
+    for rank, seen in enumerate(run_ranks(first_messages, tp * pp, tp, pp)):
+        stage = rank // tp
+        ring = [
+            (what, down, to % pp) for down in (True, False) for what, to in (("to", stage + 1), ("from", stage - 1))
+        ]
+        assert sorted(seen) == (sorted(ring) if pp > 1 else [])
 
 
 @pytest.mark.slow
