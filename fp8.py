@@ -28,6 +28,8 @@ import torch.nn.functional as F
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
+# Whether a conversion turns what lies beyond ±448 into ±448. Before torch 2.13 it makes it NaN.
+SATURATES = bool(torch.tensor([464.1, 1e4, torch.inf]).to(E4M3).float().isfinite().all())
 
 
 def dequantize(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -45,10 +47,14 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) ->
 def quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """`x` over `scale` (0-d float32), clamped to ±448 and rounded to E4M3. Same shape.
 
-    Divided in float32: a scale of one dimension takes part in type promotion, a 0-d one does not. Converting `x`
-    first would give the same numbers with one more kernel.
+    Divided in float32: a scale of one dimension takes part in type promotion, a 0-d one does not. A GPU divides and
+    converts in one kernel when the output is E4M3, without a float32 tensor between the two. A CPU would take copies of
+    input and output for that, more than it takes one after the other.
     """
-    return (x / scale.reshape(1)).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
+    scale = scale.reshape(1)
+    if x.device.type == "cuda" and SATURATES:
+        return torch.div(x, scale, out=torch.empty_like(x, dtype=E4M3))
+    return (x / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
 def scale_of(amax: torch.Tensor) -> torch.Tensor:

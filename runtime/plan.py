@@ -228,7 +228,7 @@ def stage_times(config: Config, place: Place, gpu: Gpu, work: Work) -> torch.Ten
       10 D.
     - other kernels read and write, in bytes: norms and residuals 8 C + 12 C; the rotation (roll, times cosine, plus
       times sine) 4 + 4 + 6 for each number of q and k; the cache 8 KV D; silu and product 4 F + 6 F; quantizing to FP8
-      (divide, clamp, convert) 6 + 8 + 5 for each input of a product, or dequantizing 7 for each weight; putting an
+      3 for each input of a product, or dequantizing 7 for each weight; putting an
       adapter's output together, scaling and adding it 4 + 4 + 6 for each output. Backward, norms and residuals 12 C +
       12 C, the rotation of a copy 4 Q + 14, silu, product and joining their gradients 6 F + 12 F + 8 F; and each
       trained weight's gradient is added to a float32 sum, 10 bytes. Logits in training: 52 bytes for each.
@@ -243,9 +243,9 @@ def stage_times(config: Config, place: Place, gpu: Gpu, work: Work) -> torch.Ten
     weights, inputs, outputs = C * (Q + A + 3 * F), 2 * C + A + F, Q + 2 * C + 2 * F
     both, keys, pairs = forward + training, work.start + work.length, N * (work.start + (work.length + 1) / 2)
     matrices = layers * (forward + backward - again * C * F / weights)
-    launched = both * (KERNELS + 12 * fp8 + 8 * dequantizes + 20 * adapters)
+    launched = both * (KERNELS + 4 * fp8 + 8 * dequantizes + 20 * adapters)
     moved = both * (14 * (A + KV + adapters * outputs) + 20 * C) + training * (4 * C + 4 * Q + 26 * F)
-    moved += forward * (8 * KV + 10 * F + 19 * fp8 * inputs)
+    moved += forward * (8 * KV + 10 * F + 3 * fp8 * inputs)
     peak, ends = gpu.fp8 if fp8 else gpu.bf16, inputs + outputs
     # How often, kernels, bytes, operations, operations per second
     kernels = [

@@ -191,7 +191,7 @@ def decoding_kernels(dry: Process, layers: int, prompts: list[int]) -> int:
     return max(report["kernels"] for name, report in phases if name == "decode")
 
 
-@pytest.mark.parametrize("prompts, budget", [(ONE, 2_772), (SIXTEEN, 2_948)])
+@pytest.mark.parametrize("prompts, budget", [(ONE, 2_068), (SIXTEEN, 2_244)])
 def test_kernels_per_token(dry, prompts, budget):
     """A token of the 88 layers at TP=8, from two and three of them."""
     two, three = (decoding_kernels(dry, layers, prompts) for layers in (2, 3))

@@ -73,6 +73,24 @@ def test_quantize():
         assert torch.equal(fp8.quantize(inputs, by).double(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_quantize_has_the_bits_of_clamping(dtype):
+    """All numbers of 16 bits (in float32 those of BF16, and the borders), strided too, by scales of all sizes."""
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    x = bits.view(torch.float16 if dtype == torch.float16 else torch.bfloat16).to(dtype)
+    more = torch.tensor([448, 449, 464, 465, 479, 480, 1e30, 2**-9, 2**-10, 1.5 * 2**-10, 1e-45, torch.inf, torch.nan])
+    x = torch.cat((x, more.to(dtype), -more.to(dtype)))
+    for scale in [*torch.logspace(-39, 3, 9), torch.tensor(1.0), torch.tensor(0.0)]:
+        expected = (x.float() / scale).clamp(-448, 448).to(fp8.E4M3).view(torch.uint8)
+        with torch.inference_mode():
+            assert torch.equal(fp8.quantize(x, scale).view(torch.uint8), expected)
+            if fp8.SATURATES:  # as on a GPU
+                found = torch.div(x, scale.reshape(1), out=torch.empty_like(x, dtype=fp8.E4M3))
+                assert torch.equal(found.view(torch.uint8), expected)
+        pairs = x.view(2, -1).t()
+        assert torch.equal(fp8.quantize(pairs, scale).view(torch.uint8), expected.view(2, -1).t())
+
+
 def test_scale_of():
     assert fp8.scale_of(torch.tensor(0.0)) == 1
     assert fp8.scale_of(torch.tensor(3.0, dtype=torch.bfloat16)) == torch.tensor(3.0) / 448

@@ -150,9 +150,9 @@ def test_time_by_hand(medium):
     A rank has 173.0 million weights of a layer, of them 44.0 in down_proj; 201.3 in the head. Reached are 692 and 1,385
     TFLOP/s, 2.68 TB/s, and 315 and 35 GB/s of the links.
     """
-    # A token after 8,192: FP8 weights; keys and values of 8,192 tokens in less than 3 µs each; 25 other kernels; two
+    # A token after 8,192: FP8 weights; keys and values of 8,192 tokens in less than 3 µs each; 17 other kernels; two
     # sums of 24.6 kB, of which 1.75 times travels. At the ends the head in BF16, 44 kernels, two messages.
-    layer = 173.0 / 2.68 + 2 * 3 + 25 * 3 + 2 * (15 + 0.14)
+    layer = 173.0 / 2.68 + 2 * 3 + 17 * 3 + 2 * (15 + 0.14)
     infer = planned(medium, "--inference", "--tp", 8)["seconds"]
     assert infer["a token after 8,192"][1] * 1e6 == pytest.approx(
         88 * layer + 2 * 201.3 / 2.68 + 44 * 3 + 30, rel=0.005
@@ -161,8 +161,8 @@ def test_time_by_hand(medium):
         (88 * (173.0 + 8192 * 512e-6) + 2 * 201.3) / 3.35, rel=0.005
     )
     # A chunk of 4,096 tokens, after 2,048 on average: 346 million operations a token, and 4 · 1,536 for each of 4,096
-    # keys; norms, residuals 246 kB, rotation 23, cache 1, silu 36, quantizing 564; two sums of 101 MB.
-    layer = 4096 * (346 / 1385 + 4 * 1536 * 4096e-6 / 692 + 0.870 / 2.68) + 2 * (15 + 1.75 * 101e3 / 315)
+    # keys; norms, residuals 246 kB, rotation 23, cache 1, silu 36, quantizing 89; two sums of 101 MB.
+    layer = 4096 * (346 / 1385 + 4 * 1536 * 4096e-6 / 692 + 0.395 / 2.68) + 2 * (15 + 1.75 * 101e3 / 315)
     assert infer["a prompt of 8,192"][1] * 1e6 == pytest.approx(2 * 88 * layer, rel=0.01)
     # A step of the recipe: 2,048 tokens through the last stage's 11 layers forward twice, but for down_proj, and
     # backward; attention as often as 4.5 times forward, to 1,024 keys; 306 kB moved twice forward, 419 backward; 10
