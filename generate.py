@@ -42,7 +42,7 @@ from runtime.images import load_image
 from runtime.launch import COUNT, SIZE, Parser, find_place, gather_objects, number, run_program, together
 from runtime.lora import add_adapters, read_adapters
 from runtime.memory import peak_memory
-from runtime.plan import Progress, check_memory
+from runtime.plan import Progress, check_memory, keeps_fp8
 from runtime.requests import NUMBERS, Answer, Request, RequestReader, read_requests, read_tools, result_of
 from runtime.terminal import interact, print_calls, printable, stream
 from runtime.tokenizer import load_tokenizer
@@ -525,6 +525,7 @@ class Session:
         self.args, self.place = args, place
         started = time.perf_counter()
         checkpoint = together(self.read)
+        self.keep_fp8 = keeps_fp8(self.config, place, args, checkpoint.is_fp8())
         check_memory(self.config, place, args, self.keep_fp8)
         dtype = getattr(torch, args.dtype)
         self.model = together(lambda: build_model(self.config, place, dtype, self.keep_fp8))
@@ -551,11 +552,8 @@ class Session:
         self.tokenizer = load_tokenizer(directory, self.config)
         longest = self.config.max_position_embeddings
         self.max_context = min(args.max_context or longest, longest)
-        stored_fp8 = checkpoint.is_fp8()
-        good = stored_fp8 or args.weights != "fp8"
+        good = checkpoint.is_fp8() or args.weights != "fp8"
         require(good, f"{directory}: its weights are not FP8; leave out --weights fp8")
-        on_gpu = self.place.device.type == "cuda"  # a CPU has no fast FP8 arithmetic
-        self.keep_fp8 = args.weights == "fp8" or (args.weights == "auto" and on_gpu and stored_fp8)
         return checkpoint
 
     def answer(

@@ -18,6 +18,7 @@ to, H query heads of this rank (96), KV key/value heads of this rank (8), D head
 F intermediate_size (28,672), V vocab_size (131,072).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from parallel import (
+    PLAIN_KERNELS,
     ColumnParallelLinear,
     Part,
     Place,
@@ -277,10 +279,18 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     if S == T:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).reshape(B, H, T, D)
     # A later chunk: query i stands at position S - T + i, and a causal triangle has to be aligned with the last key.
-    # Flash attention on a GPU can do that, and no mask exists; an explicit mask would exclude flash.
+    # That is what flash attention itself means by causal, and no mask exists; an explicit mask would exclude it.
+    if has_flash(q.device, q.dtype, D):
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0].reshape(B, H, T, D)
     from torch.nn.attention.bias import causal_lower_right  # here, since it takes two seconds to import
 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S)).reshape(B, H, T, D)
+
+
+def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether flash attention takes such heads: in 16 bits, on NVIDIA's GPUs from A100 on."""
+    fits = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
+    return device.type == "cuda" and fits and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attend_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -297,8 +307,9 @@ def attend_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.T
 def product_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Attention as two products. q (B, KV, H/KV, D), k and v (B, KV, S, D), bias (B, 1, 1, S) float32 -> like q.
 
-    The fused kernels give each row and head one thread block, which reads all S keys alone: at 16 rows of one head
-    most of a GPU idles. Products are split over S as well. Scores are float32, as inside a fused kernel.
+    What flash-decoding has to equal, and what takes its place. F.scaled_dot_product_attention gives each row and head
+    one thread block, which reads all S keys alone: at 16 rows of one head most of a GPU idles. Products are split over
+    S as well. Scores are float32, as inside a fused kernel.
     """
     B, KV, G, D = q.shape
     q, keys, values = (x.reshape(B * KV, -1, D) for x in (q, k, v))
@@ -309,6 +320,60 @@ def product_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: t
     scores = scores.view(B, KV, G, -1)
     scores = scores * D**-0.5 if bias is None else torch.add(bias, scores, alpha=D**-0.5)
     return (scores.softmax(-1).to(v.dtype).view(B * KV, G, -1) @ values).view(B, KV, G, D)
+
+
+def flash_decoding(q: torch.Tensor, cache: torch.Tensor, *segments: torch.Tensor) -> torch.Tensor:
+    """`attend_step` by flash attention, which splits the keys among thread blocks and keeps no scores in memory.
+
+    q (B, H, 1, D), cache (2, B, KV, length, D) -> (B, H, 1, D). Each key/value head of a row is a sample of its own,
+    with one query position of H / KV heads: the cache is read as it lies, and what counts of it is a number on the
+    device, so no mask is needed and the step can be recorded. `segments`: see `segments_of`. Flash-decoding:
+    https://pytorch.org/blog/flash-decoding/
+    """
+    queries, keys, values = segments
+    k, v = (x.view(-1, 1, q.shape[3]) for x in cache)
+    out = torch.ops.aten._flash_attention_forward(
+        q.reshape(len(values), -1, q.shape[3]),
+        k,
+        v,
+        queries,
+        keys,
+        1,
+        cache.shape[3],
+        0.0,
+        False,
+        False,
+        seqused_k=values,
+    )
+    return out[0].view(q.shape)
+
+
+def segments_of(positions: torch.Tensor, cache: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Where the samples of `flash_decoding` begin and end, int32, for one token of every row at `positions` (B,).
+
+    First query and first key of each sample, (B · KV + 1,); how many of its keys count, (B · KV,).
+    """
+    _, B, KV, length, _ = cache.shape
+    options = dict(dtype=torch.int32, device=positions.device)
+    starts = torch.arange(B * KV + 1, **options), torch.arange(0, B * KV * length + 1, length, **options)
+    return *starts, (positions + 1).int()[:, None].expand(B, KV).flatten()
+
+
+@functools.cache
+def has_flash_decoding(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `flash_decoding` works here, and gives the numbers of the plain form: tried once, on a small cache."""
+    if PLAIN_KERNELS or not has_flash(device, dtype, head_dim):
+        return False
+    positions, length = torch.tensor([0, 130, 299], device=device), 300
+    numbers = torch.arange(2 * 3 * 2 * length * head_dim, device=device).sin().to(dtype)
+    cache, q = numbers.view(2, 3, 2, length, head_dim), numbers[-3 * 12 * head_dim :].view(3, 12, 1, head_dim)
+    beyond = torch.arange(length, device=device) > positions[:, None]
+    bias = torch.zeros(3, length, device=device).masked_fill_(beyond, -torch.inf)[:, None, None]
+    try:
+        found = flash_decoding(q, cache, *segments_of(positions, cache))
+    except (AttributeError, RuntimeError, TypeError):  # the operator of another version
+        return False
+    return torch.allclose(found, attend_step(q, *cache, bias), atol=0.02, rtol=0)
 
 
 @dataclass
@@ -356,16 +421,21 @@ class Step:
     cos: torch.Tensor  # (B, 1, 1, D)
     sin: torch.Tensor
     positions: torch.Tensor  # (B,)
-    rows: torch.Tensor | None  # (B,): 0, 1, …; None as the bias is
+    rows: torch.Tensor | None  # (B,): 0, 1, …; None: all at the same position
     length: int | None  # how much of the cache is attended to; None: all
-    bias: torch.Tensor | None  # (B, 1, 1, length): 0, or -inf beyond a row's end; None: nothing lies beyond
+    bias: torch.Tensor | None  # (B, 1, 1, length): 0, or -inf beyond a row's end; None: nothing lies beyond, or `flash`
+    flash: bool = False  # attend by `flash_decoding`
+    segments: tuple[torch.Tensor, ...] | None = None  # of the cache, once the first layer has shown it
 
     def attend(self, q: torch.Tensor, kv: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
         """q (B, H, 1, D), kv (2, B, KV, 1, D), cache (2, B, KV, length, D) -> (B, H, 1, D)."""
-        if self.bias is None:  # all at the same position
+        if self.rows is None:
             cache.index_copy_(3, self.positions[:1], kv)
         else:  # not scatter_, which on a CPU copies the whole cache there and back
             cache[:, self.rows, :, self.positions] = kv.squeeze(3).transpose(0, 1)
+        if self.flash:
+            self.segments = self.segments or segments_of(self.positions, cache)
+            return flash_decoding(q, cache, *self.segments)
         return attend_step(q, *cache[:, :, :, : self.length], self.bias)
 
 
@@ -509,14 +579,16 @@ class MistralMedium(nn.Module):
 
         `aligned`: every row has exactly `length` tokens with this one, and nothing has to be hidden.
         """
-        rows = bias = None
+        device, rows, bias = self.place.device, None, None
+        flash = has_flash_decoding(device, self.dtype, self.config.head_dim)
         if not aligned:
+            rows = torch.arange(len(positions), device=device)
+        if not (aligned or flash):
             # What a row may not attend to gets -inf. In the dtype in which scores are: on a CPU, that of the inputs.
-            dtype = self.dtype if self.place.device.type == "cpu" else torch.float32
-            rows = torch.arange(len(positions), device=self.place.device)
-            beyond = torch.arange(length, device=self.place.device) > positions[:, None]  # (B, length)
+            dtype = self.dtype if device.type == "cpu" else torch.float32
+            beyond = torch.arange(length, device=device) > positions[:, None]  # (B, length)
             bias = beyond.new_zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, -torch.inf)[:, None, None]
-        return Step(*self.tables(positions[:, None]), positions, rows, length, bias)
+        return Step(*self.tables(positions[:, None]), positions, rows, length, bias, flash)
 
     def tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Of positions (B, T), once for all layers: cosines and signed sines (B, 1, T, D).

@@ -37,6 +37,7 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of an import; `run_program` sets the rule
 
+import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,6 +49,10 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 import fp8
+
+# PLAIN_KERNELS=1 in the environment leaves out what a GPU has a faster kernel for but could do without: flash-decoding
+# (see model.py).
+PLAIN_KERNELS = os.environ.get("PLAIN_KERNELS") == "1"
 
 
 class TopologyError(ValueError):

@@ -65,7 +65,7 @@ class Layer(NamedTuple):
 
         Input, residual and norm are there, 3 C, and gate, up, silu(gate) and their product, 4 F. Multiplying in FP8
         (`products`) quantizes the input: a byte for each number. FP8 weights without FP8 arithmetic are there once
-        more for their product.
+        more for their product, whose float32 sums then become the output.
         """
         C, F = self.C, self.F
 
@@ -73,7 +73,9 @@ class Layer(NamedTuple):
             """Bytes of a product's output, and of what its input or its weights become."""
             if products:
                 return tokens * (inputs + size * outputs)
-            return size * (tokens * outputs + fp8 * weights)
+            if fp8:
+                return tokens * outputs * FP32 + max(size * weights, size * tokens * outputs)
+            return size * tokens * outputs
 
         gate_up = max(product(C, 2 * F, 2 * C * F), size * tokens * 4 * F)
         return size * tokens * 3 * C + max(gate_up, size * tokens * 3 * F + product(F, C, C * F))

@@ -186,15 +186,19 @@ def test_answering(dry, rank, tp, pp, prompts, options, kernels):
     check_answering(phases, kernels)
 
 
-def decoding_kernels(dry: Process, layers: int, prompts: list[int]) -> int:
-    phases = dry("answering", rank=0, tp=8, pp=1, prompts=prompts, layers=layers, tokens=2)
-    return max(report["kernels"] for name, report in phases if name == "decode")
+def decoding_kernels(dry: Process, layers: int, prompts: list[int], flash: bool) -> int:
+    options = dict(prompts=prompts, layers=layers, tokens=2, flash_decoding=flash)
+    steps = [report for name, report in dry("answering", rank=0, tp=8, pp=1, **options) if name == "decode"]
+    assert all(step["attention"] == ({"flash-decoding": layers} if flash else {}) for step in steps)
+    return max(step["kernels"] for step in steps)
 
 
-@pytest.mark.parametrize("prompts, budget", [(ONE, 2_068), (SIXTEEN, 2_244)])
-def test_kernels_per_token(dry, prompts, budget):
-    """A token of the 88 layers at TP=8, from two and three of them."""
-    two, three = (decoding_kernels(dry, layers, prompts) for layers in (2, 3))
+@pytest.mark.parametrize("prompts, flash, budget", [
+    (ONE, True, 1_804), (SIXTEEN, True, 1_980), (ONE, False, 2_068), (SIXTEEN, False, 2_244),
+])  # fmt: skip
+def test_kernels_per_token(dry, prompts, flash, budget):
+    """A token of the 88 layers at TP=8, from two and three of them; attention by flash-decoding, and as products."""
+    two, three = (decoding_kernels(dry, layers, prompts, flash) for layers in (2, 3))
     assert two + 86 * (three - two) <= budget
 
 

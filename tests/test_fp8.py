@@ -138,6 +138,43 @@ def test_kept_fp8_equals_dequantized(out_features, in_features):
             assert torch.equal(ours, theirs)
 
 
+def draw_rows(shape: tuple, by_rows: bool, dtype: torch.dtype) -> tuple:
+    """x, a gradient, an E4M3 weight and its scale."""
+    rows, out, size = shape
+    x, grad = torch.randn(2, rows, size).to(dtype), torch.randn(2, rows, out).to(dtype)
+    scale = torch.rand(out, 1).pow(3) + 1e-3 if by_rows else torch.tensor(0.0123)
+    return x, grad, random_fp8(out, size, seed=sum(shape)), scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("by_rows", [False, True])
+@pytest.mark.parametrize("shape", [(1, 48, 64), (5, 7, 333), (33, 144, 1000)])
+def test_scaled_products(shape, by_rows, dtype, monkeypatch):
+    """As on a GPU without FP8 units: float64's numbers, rounded once; gradients of rows' scales as when dequantized."""
+    torch.manual_seed(shape[0])
+    x, grad, weight, scale = draw_rows(shape, by_rows, dtype)
+    monkeypatch.setattr(fp8, "dequantizes", lambda device: False)
+    x.requires_grad_()
+    y = fp8.linear(x, weight, scale, None)
+    y.backward(grad)
+    assert y.dtype == x.grad.dtype == dtype
+    exact, once = weight.double() * scale.double(), 2**-8 if dtype == torch.bfloat16 else 2**-24
+    pairs = ((y.detach(), x.detach().double(), exact.t()), (x.grad, grad.double(), exact))
+    for i, (found, left, right) in enumerate(pairs):
+        expected, sizes = left @ right, left.abs() @ right.abs()
+        twice = by_rows and i == 1  # the scaled gradient is rounded, too
+        bound = 1.01 * once * expected.abs() + sizes * (2**-20 + twice * once)
+        assert ((found.double() - expected).abs() <= bound).all()
+
+
+def test_scaled_products_are_nearer_than_dequantized_ones():
+    torch.manual_seed(0)
+    x, _, weight, scale = draw_rows((40, 300, 2000), False, torch.bfloat16)
+    expected = x.double() @ (weight.double() * scale.double()).t()
+    ours, theirs = fp8.times_fp8(x, weight.t(), scale), F.linear(x, fp8.dequantize(weight, scale, x.dtype))
+    assert (ours.double() - expected).norm() < 0.85 * (theirs.double() - expected).norm()
+
+
 def test_backward_keeps_the_fp8_weight_only():
     weight, saved = random_fp8(48, 64), []
     x = torch.randn(2, 64, requires_grad=True)
