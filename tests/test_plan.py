@@ -154,9 +154,9 @@ def test_time_by_hand(medium):
     A rank has 173.0 million weights of a layer, of them 44.0 in down_proj; 201.3 in the head. Reached are 692 and 1,385
     TFLOP/s, 2.68 TB/s, and 315 and 35 GB/s of the links.
     """
-    # A token after 8,192: FP8 weights; keys and values of 8,192 tokens in less than 3 µs each; 17 other kernels; two
+    # A token after 8,192: FP8 weights; keys and values of 8,192 tokens in less than 3 µs each; 14 other kernels; two
     # sums of 24.6 kB, of which 1.75 times travels. At the ends the head in BF16, 44 kernels, two messages.
-    layer = 173.0 / 2.68 + 2 * 3 + 17 * 3 + 2 * (15 + 0.14)
+    layer = 173.0 / 2.68 + 2 * 3 + 14 * 3 + 2 * (15 + 0.14)
     infer = planned(medium, "--inference", "--tp", 8)["seconds"]
     assert infer["a token after 8,192"][1] * 1e6 == pytest.approx(
         88 * layer + 2 * 201.3 / 2.68 + 44 * 3 + 30, rel=0.005
