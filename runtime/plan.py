@@ -73,7 +73,6 @@ class StagePlan:
     reads: int = 0  # of the checkpoint
     saves: int = 0  # of a saved state, if it has no replicas to share that with
     exports: int = 0  # of model/
-    fits: bool = True
 
     @property
     def peak_bytes(self) -> int:
@@ -82,46 +81,46 @@ class StagePlan:
 
 def make_plan(config: Config, args: argparse.Namespace) -> dict:
     """The plan as the JSON object that --json prints. Raises UserError where the topology does not divide the model."""
-    if args.inference and config.fp8 and not args.weights:  # as generate.py does: see keeps_fp8
-        dequantized = argparse.Namespace(**vars(args) | {"weights": "dequantized"})
-        if not GPUS[args.gpu].fp8 and (plan := make_plan(config, dequantized))["fits"]:
+    if args.inference and config.fp8 and not (args.weights or GPUS[args.gpu].fp8):  # as generate.py does: see keeps_fp8
+        plan = plan_weights(config, args, keep_fp8=False)
+        if plan["fits"]:
             return plan
-    keep_fp8 = config.fp8 and (args.weights != "dequantized" if args.inference else bool(args.lora_rank))
-    counts, stages, parts, memory = Counter(), [], {}, args.gpu_memory_gb * 1e9
-    for s, stage_places in enumerate(places(args.tp, args.pp, args.dp, args.sequence_parallel)):
-        ranks, kinds = zip(*(plan_rank(config, place, args, keep_fp8) for place in stage_places))
-        counts = sum(kinds, counts)
-        parts |= {(s, t): rank for t, rank in enumerate(ranks)}
-        stages.append(max(ranks, key=lambda rank: rank.peak_bytes))
-        stages[-1].fits = stages[-1].peak_bytes <= memory
-    replicas = min(args.dp, NODE)  # more than that are on other machines
-    grid = itertools.product(range(args.pp), range(replicas), range(args.tp))
-    shares = [(rank // NODE, (s, t), parts[s, t]) for rank, (s, _, t) in enumerate(grid)]
+    kept = args.weights != "dequantized" if args.inference else bool(args.lora_rank)
+    return plan_weights(config, args, config.fp8 and kept)
+
+
+def plan_weights(config: Config, args: argparse.Namespace, keep_fp8: bool) -> dict:
+    """The plan, with weights as `keep_fp8` says."""
+    memory, grid = args.gpu_memory_gb * 1e9, places(args.tp, args.pp, args.dp, args.sequence_parallel)
+    ranks = {place: plan_rank(config, place, args, keep_fp8) for stage in grid for place in stage}
+    counts = sum((kinds for _, kinds in ranks.values()), Counter())
+    largest = [max((ranks[place][0] for place in stage), key=lambda rank: rank.peak_bytes) for stage in grid]
+    stages = [asdict(rank) | {"peak_bytes": rank.peak_bytes, "fits": rank.peak_bytes <= memory} for rank in largest]
     plan = {
         "gpus": args.tp * args.pp * args.dp,
         **{name: counts.pop(name, 0) for name in ("parameters", "adapters", "padding")},
         "copies": dict(counts),  # what is left, by kind
-        "stages": [{**asdict(stage), "peak_bytes": stage.peak_bytes} for stage in stages],
-        "fits": all(stage.fits for stage in stages),
+        "stages": stages,
+        "fits": all(stage["fits"] for stage in stages),
         "gpu": args.gpu,
-        "seconds": make_times(config, args, keep_fp8, max(stage.gradient_bytes // FP32 for stage in stages)),
-        "files": make_files(shares, args.dp),
+        "seconds": make_times(config, args, keep_fp8, max(stage["gradient_bytes"] // FP32 for stage in stages)),
+        "files": make_files(on_machines(ranks, args.dp), args.dp),
     }
     if not plan["fits"]:
+        like = Place(dp_size=args.dp, sequence_parallel=args.sequence_parallel)
+        plan["smallest"] = smallest_topology(lambda place: plan_rank(config, place, args, keep_fp8)[0], memory, like)
+    return plan | (plan_context(config, args, largest) if args.inference else plan_bubble(args))
 
-        def needs(place: Place) -> StagePlan:
-            place = replace(place, dp_size=args.dp, sequence_parallel=args.sequence_parallel and place.tp_size > 1)
-            return plan_rank(config, place, args, keep_fp8)[0]
 
-        plan["smallest"] = smallest_topology(needs, memory)
-    if args.inference:
-        # Of the columns only the cache grows with the context (activations stop growing at one chunk of the prompt).
-        grow = [1 + (memory - stage.peak_bytes) / stage.cache_bytes for stage in stages]
-        plan["largest_context"] = max(0, min(config.max_position_embeddings, int(args.max_context * min(grow))))
-    else:
-        plan["micro_batches"] = m = count_micro_batches(args, args.dp)
-        plan["bubble"] = (args.pp - 1) / (m + args.pp - 1)  # see parallel.Pipeline
-    return plan
+def plan_context(config: Config, args: argparse.Namespace, ranks: list[StagePlan]) -> dict[str, int]:
+    # Of the columns only the cache grows with the context (activations stop growing at one chunk of the prompt).
+    grow = min(1 + (args.gpu_memory_gb * 1e9 - rank.peak_bytes) / rank.cache_bytes for rank in ranks)
+    return {"largest_context": max(0, min(config.max_position_embeddings, int(args.max_context * grow)))}
+
+
+def plan_bubble(args: argparse.Namespace) -> dict[str, float]:
+    m = count_micro_batches(args, args.dp)
+    return {"micro_batches": m, "bubble": (args.pp - 1) / (m + args.pp - 1)}  # see parallel.Pipeline
 
 
 def places(tp: int, pp: int, dp: int = 1, sequence: bool = False) -> list[list[Place]]:
@@ -157,17 +156,11 @@ def plan_rank(
         for name, x in [*model.named_parameters(), *model.named_buffers()]
     )
     held, counts = [(tensor, times(tensor.name)) for tensor in held_tensors(model)], Counter()
-    stage = StagePlan(place.pp_rank, [layers[0], layers[-1]], 0, weights)
-    to_fp8 = getattr(args, "export", "") == "fp8"
     for tensor, count in held:
-        inside = count * inside_of(tensor)
-        counts[kind_of(tensor)] += inside
-        counts["padding"] += count * tensor.size - inside
-        if ".adapter." not in tensor.name:  # which is neither read nor, merged into its weight, written
-            quantized = is_quantized(tensor.name)
-            stage.reads += inside * (1 if quantized and config.fp8 else BF16)
-            stage.exports += inside * (1 if quantized and to_fp8 else BF16) * tensor.owner
-    stage.parameters = sum(counts.values())
+        counts[kind_of(tensor)] += count * inside_of(tensor)
+        counts["padding"] += count * (tensor.size - inside_of(tensor))
+    stage = StagePlan(place.pp_rank, [layers[0], layers[-1]], sum(counts.values()), weights)
+    stage.reads = stored_bytes(held, config.fp8)
     if args.inference:
         stage.cache_bytes = len(layers) * model.new_cache(1, args.max_context).nbytes
         products = keep_fp8 and GPUS[args.gpu].fp8 > 0
@@ -176,6 +169,8 @@ def plan_rank(
         freeze = tuple(FREEZABLE if args.lora_rank else args.freeze)
         passes = training_bytes(config, place, args, freeze, keep_fp8, dtype.itemsize)
         plan_training(stage, passes, held, freeze)
+        owned = [(tensor, count) for tensor, count in held if tensor.owner]
+        stage.exports = stored_bytes(owned, getattr(args, "export", "") == "fp8")
     return stage, counts
 
 
@@ -195,6 +190,12 @@ def inside_of(tensor: Held) -> int:
     """Its numbers without padding."""
     shape, dim = tensor.part.shape, tensor.part.dim
     return math.prod(shape) // shape[dim] * tensor.part.length
+
+
+def stored_bytes(held: list[tuple[Held, int]], fp8: bool) -> int:
+    """In a checkpoint's files; adapters are not there, or merged into their weights."""
+    weights = [(tensor, count) for tensor, count in held if ".adapter." not in tensor.name]
+    return sum(count * inside_of(t) * (1 if fp8 and is_quantized(t.name) else BF16) for t, count in weights)
 
 
 def kind_of(tensor: Held) -> str:
@@ -362,22 +363,33 @@ def make_times(config: Config, args: argparse.Namespace, keep_fp8: bool, trained
     return {name: value.tolist() for name, value in times.items()}
 
 
+def on_machines(ranks: dict[Place, tuple[StagePlan, Counter]], replicas: int) -> list[tuple]:
+    """The shares of `make_files`, of the `ranks` of one replica, NODE to a machine; many replicas are like a few."""
+    few = min(replicas, NODE)
+    shares = itertools.product(ranks.items(), range(few))
+    return [
+        (((place.pp_rank * few + replica) * place.tp_size + place.tp_rank) // NODE, place, plan)
+        for (place, (plan, _)), replica in shares
+    ]
+
+
 def make_files(shares: list[tuple[object, object, StagePlan]], replicas: int) -> dict[str, list[float]]:
     """What is read and written: name -> [bytes in all, at most of a rank, seconds].
 
     `shares`: of each rank its machine, which part of the model it has, and its plan. The ranks of a machine read
     what they have in common once; replicas share the writing of a state; rank 0 writes model/.
     """
-    machines, whole = defaultdict(list), {part: plan for _, part, plan in shares}.values()
-    for machine, *share in shares:
-        machines[machine].append(share)
-    reads = max(sum({part: plan.reads for part, plan in here}.values()) for here in machines.values())
-    saves = max(sum(plan.saves for _, plan in here) for here in machines.values()) / replicas
-    most, total = max(plan.saves for plan in whole), sum(plan.exports for plan in whole)
-    files = {"loading": [sum(plan.reads for plan in whole), max(plan.reads for plan in whole), reads / DISK]}
-    if most:
-        files["a saved state"] = [sum(plan.saves for plan in whole), most / replicas, saves / DISK]
-        files["model/"] = [total, total, total / DISK]
+    reads, saves = Counter(), Counter()  # bytes of each machine
+    for (machine, _), nbytes in {(machine, part): plan.reads for machine, part, plan in shares}.items():
+        reads[machine] += nbytes
+    for machine, _, plan in shares:
+        saves[machine] += plan.saves / replicas
+    whole = {part: plan for _, part, plan in shares}.values()
+    read, saved, total = ([getattr(plan, name) for plan in whole] for name in ("reads", "saves", "exports"))
+    files = {"loading": [sum(read), max(read), max(reads.values()) / DISK]}
+    if any(saved):
+        files["a saved state"] = [sum(saved), max(saved) / replicas, max(saves.values()) / DISK]
+        files["model/"] = [sum(total), sum(total), sum(total) / DISK]
     return files
 
 
@@ -476,8 +488,13 @@ def advice(topology: tuple[int, int] | None, room: float, replicas: int = 1) -> 
     return f"the smallest split that fits is --tp {tp} --pp {pp}, {processes} processes with {room / 1e9:.1f} GB each"
 
 
-def smallest_topology(needs: Callable[[Place], StagePlan], room: float) -> tuple[int, int] | None:
-    """(tp, pp) of the fewest ranks that have `room` bytes each; tp within a machine where there is a choice."""
+def smallest_topology(
+    needs: Callable[[Place], StagePlan], room: float, like: Place = Place()
+) -> tuple[int, int] | None:
+    """(tp, pp) of the fewest ranks that have `room` bytes each; tp within a machine where there is a choice.
+
+    `like` says whether there are replicas and sequence parallelism.
+    """
     whole = needs(Place())
     fewest = math.ceil((whole.weight_bytes + whole.gradient_bytes + whole.optimizer_bytes) / max(1, room))
     step = NODE if fewest > 64 else 1  # whole machines
@@ -486,7 +503,8 @@ def smallest_topology(needs: Callable[[Place], StagePlan], room: float) -> tuple
             pp = ranks // tp
             # The first stage has the embedding and the tower, the last the head; and with 1F1B the earlier ones hold
             # more activations than the later ones.
-            some = [Place(0, 0, tp, stage, pp) for stage in sorted({0, min(1, pp - 1), pp - 1})]
+            here = replace(like, tp_size=tp, pp_size=pp, sequence_parallel=like.sequence_parallel and tp > 1)
+            some = [replace(here, pp_rank=stage) for stage in sorted({0, min(1, pp - 1), pp - 1})]
             with contextlib.suppress(TopologyError):
                 if all(needs(place).peak_bytes <= room for place in some):
                     return tp, pp
