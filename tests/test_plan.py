@@ -472,13 +472,14 @@ def test_a_run_says_what_takes_long(medium, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_plan_names_what_would_fit(seed, medium, capsys):
+CASES = [(rng.uniform(20, 120), rng.choice([1, 3]), 64, rng.random() < 0.5) for rng in map(random.Random, range(3))]
+
+
+@pytest.mark.parametrize("room, dp, batch, sequence", [*CASES, (43, 3, 3, False)])
+def test_the_plan_names_what_would_fit(room, dp, batch, sequence, medium, capsys):
     """The smallest split: it fits, and nothing smaller does. With replicas, of all of them."""
-    rng = random.Random(seed)
-    room, dp = rng.uniform(20, 120), rng.choice([1, 3])
     common = ["--gpu-memory-gb", room, "--dp", dp, "--activation-checkpointing", "--freeze", "vision_tower"]
-    common += rng.choice([[], ["--sequence-parallel"]])
+    common += ["--global-batch-size", batch, *(["--sequence-parallel"] if sequence else [])]
     said = planned(medium, *common)
     tp, pp = said["smallest"]
     there = planned(medium, *common, "--tp", tp, "--pp", pp)
