@@ -133,6 +133,17 @@ def has_fp8_matmul(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+@functools.cache
+def takes_row_scales(device: torch.device) -> bool:
+    """Whether `torch._scaled_mm` multiplies with a scale per row, tried once: not all GPUs do (pytorch #192707)."""
+    a, scales = torch.empty(16, 16, dtype=E4M3, device=device), torch.ones(16, 1, device=device)
+    try:
+        torch._scaled_mm(a, a.t(), scale_a=scales, scale_b=scales.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
+
+
 def multiplies_in_fp8(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the product is one for the FP8 units.
 

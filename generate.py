@@ -649,9 +649,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--ckpt", metavar="DIR", help="checkpoint, any layout; default: the small one in the repository")
     add("--lora", metavar="DIR", help="adapters that train.py exported, to add to it")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of activations and unquantized weights")
-    add(
-        "--weights", choices=["auto", "fp8", "dequantized"], default="auto", help="FP8 weights in memory; auto: on GPUs"
-    )
+    weights = "FP8 weights in memory; auto: on GPUs, without FP8 units only where dequantized ones don't fit"
+    add("--weights", choices=["auto", "fp8", "dequantized"], default="auto", help=weights)
     add("--max-context", type=SIZE, metavar="N", help="longest prompt and answer together; default: the model's")
     add = parser.add_argument_group("processes").add_argument
     add("--tp", type=SIZE, metavar="N", help="tensor-parallel size; default: all processes")

@@ -234,7 +234,7 @@ def test_flash_decoding(case):
 
 
 def test_flash_where_it_runs(monkeypatch):
-    """From A100 on, in 16 bits, for heads that it takes; flash-decoding where a trial gives the plain form's numbers."""
+    """From A100 on, in 16 bits, for heads that it takes; flash-decoding where a trial gives the plain numbers."""
     gpu, here = torch.device("cuda", 0), torch.device("cpu")
     for capability, runs in (((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     PROJECTIONS,
+    check_product,
     load,
     log_probabilities,
     random_state,
@@ -266,8 +267,13 @@ def test_one_product_for_several_matrices(scheme, tmp_path, monkeypatch):
     parts = [
         fp8.fp8_matmul(x, stored[f"{name}.weight"], stored[f"{name}.weight_scale_inv"].float(), scale) for name in names
     ]
-    with torch.inference_mode():
-        assert torch.equal(layer(x), torch.cat(parts, -1))
+    for by_rows in (True, False):
+        monkeypatch.setattr(fp8, "takes_row_scales", lambda device, by_rows=by_rows: by_rows)
+        quantized.clear()
+        with torch.inference_mode():
+            assert torch.equal(layer(x), torch.cat(parts, -1))
+        assert len(quantized) == (1 if by_rows else 3)
+    monkeypatch.setattr(fp8, "takes_row_scales", lambda device: True)
     odd = text_fields("yarn, short", **{**sizes, "intermediate_size": 72})  # no multiple of 16
     made = write_checkpoint(tmp_path / "odd", odd, to_fp8(random_state(odd), scheme == "static")[0], fp8=scheme)
     for dtype, count in ((torch.bfloat16, 3), (torch.float32, 0)):  # not down, whose input is odd; twice 72 is not
@@ -278,26 +284,30 @@ def test_one_product_for_several_matrices(scheme, tmp_path, monkeypatch):
         assert len(quantized) == count * len(model.layers)
 
 
+@pytest.mark.parametrize("refuses", [True, False])
+def test_row_scales_are_tried_once(refuses, monkeypatch):
+    calls, device = [], torch.device("cpu")
+
+    def product(a, b, scale_a, scale_b, out_dtype):
+        calls.append((a.shape, b.stride(), scale_a.shape, scale_b.shape, out_dtype))
+        if refuses:
+            raise RuntimeError("Invalid scaling configuration")
+
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    fp8.takes_row_scales.cache_clear()
+    assert [fp8.takes_row_scales(device) for _ in range(3)] == [not refuses] * 3
+    assert calls == [((16, 16), (1, 16), (16, 1), (1, 16), torch.bfloat16)]
+    fp8.takes_row_scales.cache_clear()
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("by_rows", [False, True])
 def test_fp8_products(seed, by_rows, device):
-    """Against float64 on the very numbers that are multiplied, one row among other numbers of them, the input's scale
-    given and not. Sums are float32's, but units that add up many products at a time keep 14 bits of each beside the
-    largest."""
+    """One row, and many."""
     if device == "cuda" and not (torch.cuda.is_available() and fp8.has_fp8_matmul(torch.device(device, 0))):
         pytest.skip("needs a GPU with FP8 products")
     if device == "cpu" and torch.__version__ < "2.13":
         pytest.skip("multiplies no rows with scales of their own on a CPU, and many rows to NaN")
     draw = random.Random(seed)
-    torch.manual_seed(seed)
-    rows, size, out = draw.choice([1, draw.randint(2, 300)]), 16 * draw.randint(1, 20), 16 * draw.randint(1, 20)
-    x, weight = torch.randn(rows, size).bfloat16(), torch.randn(out, size).mul(100).to(fp8.E4M3)
-    scales = torch.rand(out, 1).add(0.5) if by_rows else torch.tensor(0.7)
-    act = draw.choice([None, x.abs().max().float() / 600])  # the largest inputs are clamped
-    scale = fp8.scale_of(x.abs().amax()) if act is None else act
-    meant, exact = fp8.quantize(x, scale).double() * scale.double(), weight.double() * scales.double()
-    expected, sizes = meant @ exact.t(), meant.abs() @ exact.abs().t()
-    x, weight, scales = (t.to(device) for t in (x, weight, scales))
-    found = fp8.fp8_matmul(x, weight, scales, act if act is None else act.to(device)).cpu()
-    assert ((found.double() - expected).abs() <= expected.abs() * 2**-8 + sizes * 2**-12).all()
+    check_product(draw, draw.choice([1, draw.randint(2, 300)]), by_rows, torch.device(device))
