@@ -477,7 +477,7 @@ def say_files(mine: StagePlan, place: Place, args: argparse.Namespace) -> None:
         del files["loading"]
     slow = {name: numbers for name, numbers in files.items() if numbers[-1] >= SLOW}
     if slow and place.rank == 0:
-        print(f"at {DISK / 1e9:g} GB/s a machine: {'; '.join(show_files(slow))}", file=sys.stderr)
+        print(f"on paper, at {DISK / 1e9:g} GB/s a machine: {'; '.join(show_files(slow))}", file=sys.stderr)
 
 
 def advice(topology: tuple[int, int] | None, room: float, replicas: int = 1) -> str:

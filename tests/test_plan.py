@@ -461,12 +461,12 @@ def test_a_run_says_what_takes_long(medium, monkeypatch, capsys):
             args = train.parse_args([*start, *common, "--export", export])
             plan.check_memory(config, Place(), args, False)
             err = capsys.readouterr().err
-            assert err.count("\n") == 1 and err.startswith("at 3 GB/s a machine: ")
-            parts = err.removeprefix("at 3 GB/s a machine: ").split("; ")
+            assert err.count("\n") == 1 and err.startswith("on paper, at 3 GB/s a machine: ")
+            parts = err.removeprefix("on paper, at 3 GB/s a machine: ").split("; ")
             expected = [*says, "a saved state: 1,532.5 GB", f"model/: {size} GB"]
             assert [part.partition(" GB")[0] + " GB" for part in parts] == expected
     plan.check_memory(config, Place(), generate.parse_args(["--ckpt", "x", "hello"]), True)
-    assert capsys.readouterr().err == "at 3 GB/s a machine: loading: 133.6 GB, at most 133.6 a rank, 44.5 s\n"
+    assert capsys.readouterr().err == "on paper, at 3 GB/s a machine: loading: 133.6 GB, at most 133.6 a rank, 44.5 s\n"
     small = replace(config, num_hidden_layers=1, vision=None)
     plan.check_memory(small, Place(), generate.parse_args(["--ckpt", "x", "hello"]), True)
     assert capsys.readouterr().err == ""
