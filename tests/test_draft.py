@@ -90,6 +90,10 @@ def test_steps_are_saved(ckpt):
     engine.generate(requests)
     assert plain.row_steps == 3 * 32 and engine.row_steps == 3 * 8
     assert plain.tokens["decode"] == engine.tokens["decode"] == 3 * 32
+    # The cache is known to hold all but the last step's tokens, and a next turn computes no others.
+    (answer,) = engine.generate(requests[:1])
+    engine.generate([Request(requests[0].prompt + answer.tokens + [5], max_new_tokens=0)])
+    assert engine.tokens["prefill"] == 5
 
 
 # ------------------------------------------------------------------------------------------------------- the head
