@@ -589,6 +589,8 @@ class Session:
         good = stored_fp8 or args.weights != "fp8"
         require(good, f"{directory}: its weights are not FP8; leave out --weights fp8")
         on_gpu = self.place.device.type == "cuda"  # a CPU has no fast FP8 arithmetic
+        drafts = args.draft and args.draft != LOOKUP
+        args.draft_layers = read_config(args.draft).num_hidden_layers if drafts else None  # for the plan
         self.keep_fp8 = args.weights == "fp8" or (args.weights == "auto" and on_gpu and stored_fp8)
         return checkpoint
 

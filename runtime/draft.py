@@ -28,6 +28,7 @@ made anew from it: `propose` begins with the tokens that the last step accepted.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -112,6 +113,11 @@ class Lookup(Guesses):
         """The K ids that followed the latest earlier place of the last two; the last one again where there is none."""
         after = next((i for i in range(len(ids) - 2, 1, -1) if ids[i - 2 : i] == ids[-2:]), len(ids))
         return (ids[after : after + self.count] + ids[-1:] * self.count)[: self.count]
+
+
+def sizes_of_head(config: Config, layers: int) -> Config:
+    """Of a head for a model with this config."""
+    return replace(config, num_hidden_layers=layers, vision=None)
 
 
 class Head(MistralMedium):
