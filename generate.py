@@ -706,6 +706,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--timeout", type=number(float, 5, 1e9), default=300, metavar="S", help="a rank silent for so long is gone")
     args = parser.parse_args(argv)
     check_args(args)
+    require(args.draft or not args.draft_tokens, "--draft-tokens goes with --draft DIR")
     args.prompt = args.question if args.prompt is None else args.prompt
     return args
 
@@ -721,7 +722,6 @@ def check_args(args: argparse.Namespace) -> None:
     require(not args.raw or plain, "--raw continues plain text; leave out --image, --system and --tools")
     scripted, more = asked or args.json or args.raw, "leave out question, --raw and --json"
     require(not args.interactive or not scripted, f"--interactive reads turns from the terminal; {more}")
-    require(args.draft or not args.draft_tokens, "--draft-tokens goes with --draft DIR")
 
 
 def main(argv: list[str]) -> None:
