@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     PROJECTIONS,
+    check_product,
     load,
     log_probabilities,
     random_state,
@@ -303,22 +304,10 @@ def test_row_scales_are_tried_once(refuses, monkeypatch):
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("by_rows", [False, True])
 def test_fp8_products(seed, by_rows, device):
-    """Against float64 on the very numbers that are multiplied, one row among other numbers of them, the input's scale
-    given and not. Sums are float32's, but units that add up many products at a time keep 14 bits of each beside the
-    largest."""
+    """One row, and many."""
     if device == "cuda" and not (torch.cuda.is_available() and fp8.has_fp8_matmul(torch.device(device, 0))):
         pytest.skip("needs a GPU with FP8 products")
     if device == "cpu" and torch.__version__ < "2.13":
         pytest.skip("multiplies no rows with scales of their own on a CPU, and many rows to NaN")
     draw = random.Random(seed)
-    torch.manual_seed(seed)
-    rows, size, out = draw.choice([1, draw.randint(2, 300)]), 16 * draw.randint(1, 20), 16 * draw.randint(1, 20)
-    x, weight = torch.randn(rows, size).bfloat16(), torch.randn(out, size).mul(100).to(fp8.E4M3)
-    scales = torch.rand(out, 1).add(0.5) if by_rows else torch.tensor(0.7)
-    act = draw.choice([None, x.abs().max().float() / 600])  # the largest inputs are clamped
-    scale = fp8.scale_of(x.abs().amax()) if act is None else act
-    meant, exact = fp8.quantize(x, scale).double() * scale.double(), weight.double() * scales.double()
-    expected, sizes = meant @ exact.t(), meant.abs() @ exact.abs().t()
-    x, weight, scales = (t.to(device) for t in (x, weight, scales))
-    found = fp8.fp8_matmul(x, weight, scales, act if act is None else act.to(device)).cpu()
-    assert ((found.double() - expected).abs() <= expected.abs() * 2**-8 + sizes * 2**-12).all()
+    check_product(draw, draw.choice([1, draw.randint(2, 300)]), by_rows, torch.device(device))
