@@ -29,7 +29,7 @@ def make_draft(folder, seed: int = 0, fp8: str | None = None, whole_fp8: bool = 
 
     `whole_fp8`: `eagle_linear` is FP8, too.
     """
-    fields = draft_fields(**changes)
+    fields = draft_fields(**changes) | dict(num_hidden_layers=2)
     state = random_state(fields, seed)
     C = fields["hidden_size"]
     del state["embed_tokens.weight"], state["lm_head.weight"]
@@ -47,8 +47,8 @@ def make_draft(folder, seed: int = 0, fp8: str | None = None, whole_fp8: bool = 
 class Knows(Guesses):
     """Knows the answers, and says something else with probability `wrong`."""
 
-    def __init__(self, count: int, known: dict[tuple, list[int]], wrong: float, seed: int = 0):
-        super().__init__(count)
+    def __init__(self, count: int, known: dict[tuple, list[int]], wrong: float, seed: int = 0, device=Place.device):
+        super().__init__(count, device)
         self.known, self.wrong, self.draw = known, wrong, random.Random(seed)
 
     def prepare(self, group) -> None:
