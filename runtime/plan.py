@@ -363,7 +363,7 @@ def answering_times(config: Config, args: argparse.Namespace, stages: Callable[.
     for note, kernels in (("", OURS), (", with vLLM's kernels", VLLM)):
         times[token + note] = stages(1, 1, context - 1, kernels=kernels).sum(0)
     if args.draft_layers:
-        # A step's guesses and one more token; the head's first pass has all tokens of the last step. Its `eagle_linear`,
+        # A step: guesses and one more token. The head first reads all tokens of the last step; its `eagle_linear`,
         # a fifth of a layer, is left out.
         head = partial(stages, config=sizes_of_head(config, args.draft_layers))
         step = stages(1, 1 + guesses, context - 1) + head(1, 1 + guesses, context) + (guesses - 1) * head(1, 1, context)
