@@ -37,6 +37,7 @@ from parallel import Channel, Place, from_last_stage
 from runtime.checkpoint import Checkpoint, fill, weight_bytes
 from runtime.config import read_config
 from runtime.cpu import speed_up
+from runtime.draft import LOOKUP, Guesses, open_draft
 from runtime.files import UserError, require, within
 from runtime.images import load_image
 from runtime.launch import COUNT, SIZE, Parser, find_place, gather_objects, number, run_program, together
@@ -44,7 +45,7 @@ from runtime.lora import add_adapters, read_adapters
 from runtime.memory import peak_memory
 from runtime.plan import Progress, check_memory, keeps_fp8
 from runtime.requests import NUMBERS, Answer, Request, RequestReader, read_requests, read_tools, result_of
-from runtime.terminal import interact, print_calls, printable, stream
+from runtime.terminal import interact, print_calls, printable, speed_of, stream
 from runtime.tokenizer import load_tokenizer
 from vision import build_model
 
@@ -57,12 +58,17 @@ class Row:
 
     def __init__(self, index: int, request: Request, engine: "Engine"):
         self.index, self.request, self.eos_id, self.answer = index, request, engine.eos_id, Answer()
-        self.length = len(request.prompt)  # tokens in the cache, once the prompt is
         room = engine.max_context - self.length
         self.room = room if request.max_new_tokens is None else min(request.max_new_tokens, room)
         self.start = 0  # tokens that the cache had already
         self.scores: list[torch.Tensor] = []  # of the prompt's tokens, on the last stage
+        self.state: torch.Tensor | None = None  # (C,) after the last token that went through the model; for a draft
         self.cache_keys = cache_keys(request, engine.image_token_id)
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache, once the prompt is: the last one of the answer has not gone through the model."""
+        return len(self.request.prompt) + max(0, len(self.answer.tokens) - 1)
 
     def take(self, token: int, logprob: float, stop: bool) -> None:
         """Append a sampled token. `stop`: whoever reads the answer needs no more."""
@@ -94,15 +100,17 @@ def common(a: list, b: list) -> int:
 class Group:
     """Up to `width` rows that decode together: rows[i] is row i of the cache and of all tensors here."""
 
-    def __init__(self, model: MistralMedium, width: int, length: int):
+    def __init__(self, model: MistralMedium, width: int, length: int, draft: Guesses):
         self.rows: list[Row] = []
         self.room = width  # how many rows there may be; a GPU's steps run over a power of two
-        self.cache: KVCache = model.new_cache(width, length)
+        self.cache = KVCache(model.new_cache(width, length).layers + draft.new_layers(width, length))
         self.held: list[list] = [[] for _ in range(width)]  # the `cache_keys` of what each row of the cache holds
-        device = model.place.device
-        self.sampled = torch.zeros(width, 2, dtype=torch.float64, device=device)  # the last token, its log-probability
-        self.positions, self.seeds = torch.zeros(2, width, dtype=torch.long, device=device)  # where that token goes
+        self.draft, device = draft, model.place.device
+        # The tokens of the last step, -1 after those that count, and their log-probabilities.
+        self.sampled = torch.zeros(width, 1 + draft.count, 2, dtype=torch.float64, device=device)
+        self.positions, self.seeds = torch.zeros(2, width, dtype=torch.long, device=device)  # where the last one goes
         self.temperature, self.top_p = torch.zeros(2, width, 1, device=device)
+        self.memory = draft.new_memory(width)
         self.work: dist.Work | None = None  # the broadcast of `sampled`
         self.phase = "prefill"  # what is in flight
         self.steps: dict[tuple, Callable | None] = {}  # see Engine.decode
@@ -110,7 +118,7 @@ class Group:
 
     def state_of(self, i: int) -> tuple[torch.Tensor, ...]:
         """The numbers of row i, each a view."""
-        return self.positions[i], self.seeds[i], self.temperature[i], self.top_p[i], self.sampled[i]
+        return self.positions[i], self.seeds[i], self.temperature[i], self.top_p[i], self.sampled[i], self.memory[i]
 
     def drop_finished(self) -> list[Row]:
         """Takes out what is finished and returns it. Last rows take these places: a step runs over the first rows."""
@@ -130,7 +138,8 @@ class Group:
         at, best, request = len(self.rows), shared.index(max(shared)), row.request
         # Log-probabilities need every prompt token computed, so nothing is reused for them.
         if not request.logprobs and (best == at or shared[best] >= SHARED):
-            row.start = min(shared[best], row.length - 1)  # something has to go through the model to sample from
+            # Something has to go through the model to sample from; and the draft needs the state before what is new.
+            row.start = max(0, min(shared[best] - self.draft.needs_state, row.length - 1))
         if best != at and row.start:
             self.cache.copy_row(best, at, row.start)
         self.held[at] = row.cache_keys
@@ -183,8 +192,9 @@ class Engine:
     rank.
     """
 
-    def __init__(self, model: MistralMedium, eos_id: int, max_context: int):
+    def __init__(self, model: MistralMedium, eos_id: int, max_context: int, draft: Guesses | None = None):
         self.model, self.place, self.eos_id, self.max_context = model, model.place, eos_id, max_context
+        self.draft = draft or Guesses(0)
         self.image_token_id = model.config.vision and model.config.vision.image_token_id
         on_gpu = self.place.device.type == "cuda"
         self.chunk = CHUNK if on_gpu else CPU_CHUNK
@@ -194,6 +204,7 @@ class Engine:
         self.down = Channel(self.place, model.dtype, in_flight=2 * self.place.pp_size)
         self.groups: list[Group] = []
         self.seconds, self.tokens, self.mark = {}, {}, 0.0  # of the last call, by phase: "prefill" and "decode"
+        self.row_steps = 0  # of the last call: a row's steps, of which each brings a token or, with a draft, several
 
     @torch.inference_mode()
     def generate(
@@ -214,7 +225,7 @@ class Engine:
         """
         rows = (Row(i, request, self) for i, request in enumerate(requests))
         self.seconds, self.tokens = ({"prefill": 0, "decode": 0} for _ in range(2))
-        self.stop = stop
+        self.stop, self.row_steps = stop, 0
         self.mark, answers, first = time.perf_counter(), {}, list(islice(rows, width))
         waiting = chain(first, rows)
 
@@ -252,7 +263,7 @@ class Engine:
         fit = [len(group.held) for group in self.groups] == widths
         if not fit or not (small or self.hold_a_beginning_of(rows)):
             self.groups.clear()  # first, to have their memory
-            self.groups += [Group(self.model, width, length) for width in widths]
+            self.groups += [Group(self.model, width, length, self.draft) for width in widths]
         for group, width in zip(self.groups, asked):
             group.room = width
 
@@ -279,7 +290,7 @@ class Engine:
     def advance(self, group: Group, waiting: Iterator[Row]) -> None:
         """A token for every row; and rows that wait take the places that are free, with the first token of theirs."""
         old, new = len(group.rows), list(islice(waiting, group.room - len(group.rows)))
-        longest = max((row.length for row in (*group.rows, *new)), default=0) + 1  # with the token that goes in
+        longest = max((row.length for row in (*group.rows, *new)), default=0) + 1 + self.draft.count
         if longest > group.cache.length:
             group.cache.grow(KVCache.length_for(longest))
             group.steps.clear()  # none of them will come again, and recordings take memory
@@ -289,7 +300,7 @@ class Engine:
         if new:
             self.prefill(group, new)
         group.phase = "prefill" if new else "decode"
-        self.tokens["decode"] += old
+        self.row_steps += old
         self.tokens["prefill"] += sum(row.length - row.start for row in new)
         if old or new:
             self.post(group)
@@ -312,7 +323,9 @@ class Engine:
                     return self.abandon(group, first, new, pieces)
             last += self.prefill_chunk(group, pieces)
         if self.place.last_stage:
-            self.sample(torch.stack(last), group, slice(first, len(group.rows)), *sampling_flags(new))
+            part = slice(first, len(group.rows))
+            self.sample(self.model.norm(torch.stack(last))[:, None], group, part, *sampling_flags(new))
+            self.draft.begin(group, part)
 
     def abandon(self, group: Group, first: int, new: list[Row], pieces: list[Piece]) -> None:
         """End `new`, the group's rows from `first` on, before the chunk `pieces`: the cache holds what came before."""
@@ -330,9 +343,11 @@ class Engine:
         features = [piece.features for piece in pieces if piece.features is not None]
         features = torch.cat(features) if features else None
         span = self.model.prompts([(piece.row, piece.start, piece.size) for piece in pieces])
-        hidden = self.run_stage(torch.tensor([tokens]), span, group.cache, features)
+        tokens = torch.tensor([tokens])
+        hidden = self.run_stage(tokens, span, group.cache, features)
         if hidden is None:
             return []
+        self.draft.read(group, pieces, tokens, features, hidden)
         last = []
         for states, (i, start, size, _) in zip(hidden[0].split([piece.size for piece in pieces]), pieces):
             row, end = group.rows[i], start + size
@@ -386,19 +401,19 @@ class Engine:
         Where steps are recorded, they run over a power of two of rows and over the whole cache, and so are the same
         operations on the same addresses until rows end or the cache grows. The first step of a kind runs as it is,
         which also lets libraries choose their kernels; the second is recorded; from then on it is replayed. A row
-        without a request goes along, at position 0: counted on and on, it would leave the cache.
+        without a request goes along, near position 0: counted on and on, it would leave the cache.
         """
         rows = group.rows
         for row, held in zip(rows, group.held):
-            row.length += 1
-            held.append(row.answer.tokens[-1])
+            held += row.answer.tokens[len(held) - len(row.request.prompt) :]
+        self.draft.prepare(group)
         if self.record is None:
-            longest = max(row.length for row in rows)
+            longest = max(row.length for row in rows) + 1 + self.draft.count
             return self.step(group, len(rows), longest, len(rows) == 1, *sampling_flags(rows))
         kind = (power_of_two(len(rows)), group.cache.length, False, *sampling_flags(rows))
         for i in range(len(rows), kind[0]):
             group.held[i] = []
-        group.positions[len(rows) : kind[0]].zero_()
+        group.positions[len(rows) : kind[0]].fill_(1 + self.draft.count)
         run = group.steps.get(kind) or partial(self.step, group, *kind)
         if kind in group.steps and group.steps[kind] is None:
             group.steps[kind], group.pool = self.record(run, group.pool)
@@ -408,21 +423,45 @@ class Engine:
 
     def step(self, group: Group, count: int, length: int, aligned: bool, *flags: bool) -> None:
         """`sampled` of the first `count` rows -> their next ones, attending to the first `length` of the cache."""
-        positions = group.positions[:count]
-        span = self.model.step(positions, length, aligned)
-        hidden = self.run_stage(group.sampled[:count, :1].long(), span, group.cache.rows(0, count))  # (B, 1, C)
-        positions.add_(1)
+        part = slice(0, count)
+        if self.draft.count:
+            return self.draft_and_verify(group, part, length, *flags)
+        span = self.model.step(group.positions[part, None], length, aligned)
+        hidden = self.run_stage(group.sampled[part, :, 0].long(), span, group.cache.rows(0, count))  # (B, 1, C)
+        group.positions[part].add_(1)
         if hidden is not None:
-            self.sample(hidden[:, 0], group, slice(0, count), *flags)
+            self.sample(self.model.norm(hidden), group, part, *flags)
 
-    def sample(self, hidden: torch.Tensor, group: Group, part: slice, temperature: bool, top_p: bool) -> None:
-        """hidden (B, C) after the last tokens of the group's rows `part` -> their next ones, in `group.sampled`.
+    def draft_and_verify(self, group: Group, part: slice, length: int, *flags: bool) -> None:
+        """`step` with K guesses for each row: all K + 1 tokens go through the model, and what is right stays."""
+        choose = partial(self.choose, group, part, *flags)
+        guessed = self.draft.propose(group, part, length, choose)
+        tokens = torch.cat((self.draft.last_of(group, part), guessed), dim=1)  # (B, K + 1)
+        places = group.positions[part, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        span = self.model.step(places, length)
+        states = self.model.norm(self.run_stage(tokens, span, group.cache.rows(part.start, part.stop)))
+        self.draft.accept(group, part, guessed, choose(states, places + 1), states)
 
-        The noise of a sample is a hash of seed and position, see `parallel.gumbel`: it does not depend on the batch.
+    def sample(self, states: torch.Tensor, group: Group, part: slice, *flags: bool) -> None:
+        """States (B, 1, C) after the last tokens of the group's rows `part` -> their next ones, in `group.sampled`."""
+        group.sampled[part, :1] = self.choose(group, part, *flags, states, group.positions[part, None])
+        group.sampled[part, 1:] = -1  # nothing where there is no draft
+
+    def choose(
+        self, group: Group, part: slice, temperature: bool, top_p: bool, states: torch.Tensor, places: torch.Tensor
+    ) -> torch.Tensor:
+        """States (B, T, C) of the rows `part` -> tokens and their log-probabilities (B, T, 2), for the places (B, T).
+
+        The noise of a sample is a hash of seed and place, see `parallel.gumbel`: it does not depend on the batch.
         """
-        asked = group.temperature[part] if temperature else None, group.top_p[part] if top_p else None
-        noise = group.seeds[part], group.positions[part]
-        group.sampled[part] = self.model.lm_head.sample(self.model.logits(hidden), *asked, *noise)
+
+        def each(values: torch.Tensor) -> torch.Tensor:  # one of a row for each of its T places
+            return values[part].view(-1, 1).expand(places.shape).flatten()
+
+        asked = each(group.temperature)[:, None] if temperature else None, each(group.top_p)[:, None] if top_p else None
+        logits = self.model.lm_head(states.flatten(0, 1))
+        sampled = self.model.lm_head.sample(logits, *asked, each(group.seeds), places.flatten())
+        return sampled.view(*places.shape, 2)
 
     def run_stage(self, tokens: torch.Tensor, span: Span, cache: KVCache, features: torch.Tensor | None = None):
         """This rank's layers over some tokens (B, T); on the first stage `features` (n, C) stand for n `[IMG]` tokens.
@@ -461,9 +500,10 @@ class Engine:
         now = time.perf_counter()
         self.seconds[group.phase] += now - self.mark
         self.mark = now
-        for row, (token, logprob) in zip(group.rows, sampled):
+        for row, token, logprob in [(row, *pair) for row, pairs in zip(group.rows, sampled) for pair in pairs]:
             check_finite(logprob)
-            if not row.done:
+            if token >= 0 and not row.done:
+                self.tokens["decode"] += bool(row.answer.tokens)  # the first one is the prompt's
                 row.take(int(token), logprob, on_token(row.index, int(token), logprob))
 
     def share_scores(self, row: Row) -> None:
@@ -538,7 +578,8 @@ class Session:
         self.model.eval()
         self.weight_bytes = weight_bytes(self.model)
         speed_up(self.model)
-        self.engine = Engine(self.model, self.tokenizer.eos_id, self.max_context)
+        draft = together(lambda: open_draft(args.draft, args.draft_tokens or 3, self.model)) if args.draft else None
+        self.engine = Engine(self.model, self.tokenizer.eos_id, self.max_context, draft)
         self.load_s, self.bytes_read = time.perf_counter() - started, checkpoint.bytes_read
 
     def read(self) -> Checkpoint:
@@ -554,6 +595,8 @@ class Session:
         self.max_context = min(args.max_context or longest, longest)
         good = checkpoint.is_fp8() or args.weights != "fp8"
         require(good, f"{directory}: its weights are not FP8; leave out --weights fp8")
+        drafts = args.draft and args.draft != LOOKUP
+        args.draft_layers = read_config(args.draft).num_hidden_layers if drafts else None  # for the plan
         return checkpoint
 
     def answer(
@@ -605,6 +648,8 @@ class Session:
         for phase in ("prefill", "decode"):
             stats[f"{phase}_tokens"], seconds = engine.tokens[phase], engine.seconds[phase]
             stats[f"{phase}_tokens_per_s"] = round(engine.tokens[phase] / seconds, 2) if seconds else 0.0
+        if engine.draft.count:
+            stats["tokens_per_step"] = round(engine.tokens["decode"] / max(1, engine.row_steps), 2)
         mine = {"peak_memory_bytes": peak_memory(self.place), "weight_bytes": self.weight_bytes}
         ranks = gather_objects({**mine, "bytes_read": self.bytes_read})
         return stats | {name: [rank[name] for rank in ranks] for name in ranks[0]}
@@ -651,6 +696,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of activations and unquantized weights")
     weights = "FP8 weights in memory; auto: on GPUs, without FP8 units only where dequantized ones don't fit"
     add("--weights", choices=["auto", "fp8", "dequantized"], default="auto", help=weights)
+    add("--draft", metavar="DIR", help=f"EAGLE head that guesses tokens, or {LOOKUP}; the same answers, sooner")
+    add("--draft-tokens", type=SIZE, metavar="N", help="guesses a step; default 3")
     add("--max-context", type=SIZE, metavar="N", help="longest prompt and answer together; default: the model's")
     add = parser.add_argument_group("processes").add_argument
     add("--tp", type=SIZE, metavar="N", help="tensor-parallel size; default: all processes")
@@ -659,6 +706,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--timeout", type=number(float, 5, 1e9), default=300, metavar="S", help="a rank silent for so long is gone")
     args = parser.parse_args(argv)
     check_args(args)
+    require(args.draft or not args.draft_tokens, "--draft-tokens goes with --draft DIR")
     args.prompt = args.question if args.prompt is None else args.prompt
     return args
 
@@ -681,6 +729,7 @@ def main(argv: list[str]) -> None:
     place = find_place(args.tp, args.pp)
     sizes = f"--tp {place.tp_size} × --pp {place.pp_size} should be the number of processes, {place.world_size}"
     require(place.dp_size == 1, f"{sizes}; start that many with torchrun")
+    require(place.pp_size == 1 or not args.draft, "--draft works with tensor parallelism alone: leave out --pp")
     data, chat = gather_objects(together(lambda: read_input(args) if place.rank == 0 else None))[0]
     specs = [] if chat else together(lambda: read_requests(args, data))
     session = Session(args, place)
@@ -708,7 +757,7 @@ def answer_all(session: Session, args: argparse.Namespace, specs: list[dict]) ->
         results = session.answer(specs, on_result=show)
     if session.place.rank == 0 and not args.json:
         stats = results[-1]["stats"]
-        speeds = f"{stats['prefill_tokens_per_s']} prompt tokens/s, {stats['decode_tokens_per_s']} new tokens/s"
+        speeds = f"{stats['prefill_tokens_per_s']} prompt tokens/s, {speed_of(stats, 'new tokens/s')}"
         print(f"loaded in {stats['load_s']} s, {speeds}", file=sys.stderr)
 
 

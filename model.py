@@ -10,8 +10,8 @@ what one rank holds: one pipeline stage, and of each matrix in it one tensor-par
 layout.
 
 How tokens attend depends on the call, and a *span* says it once for all layers: `Whole` samples in training, chunks of
-`Prompts` on their way into the key/value cache, or a `Step` with one new token per row. `generate_simply` is what all
-of generation comes down to.
+`Prompts` on their way into the key/value cache, or a `Step` with one new token per row, or a few. `generate_simply` is
+what all of generation comes down to.
 
 Shapes, with the sizes of this model where one rank holds everything: B batch, T tokens of this call, S tokens attended
 to, H query heads of this rank (96), KV key/value heads of this rank (8), D head_dim (128), C hidden_size (12,288),
@@ -294,18 +294,20 @@ def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
 
 
 def attend_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Attention of one token per row. q (B, H, 1, D), k and v (B, KV, S, D), bias (B, 1, 1, S) -> (B, H, 1, D).
+    """Attention of a few tokens per row. q (B, H, T, D), k and v (B, KV, S, D), bias see `Step` -> (B, H, T, D).
 
-    The one query of each head may attend to all S keys, so the heads of a group can stand where tokens would:
-    (H/KV, D) against (S, D) reads each key once for the whole group.
+    No query is hidden from another, only from keys, so the heads of a group can stand where tokens would: (T · H/KV, D)
+    against (S, D) reads each key once for the whole group.
     """
-    q = q.squeeze(2).unflatten(1, (k.shape[1], -1))  # (B, KV, H/KV, D)
+    B, H, T, D = q.shape
+    KV = k.shape[1]
+    q = q.view(B, KV, H // KV, T, D).transpose(2, 3).reshape(B, KV, -1, D)  # (B, KV, T · H/KV, D)
     attention = F.scaled_dot_product_attention if q.device.type == "cpu" else product_attention
-    return attention(q, k, v, bias).flatten(1, 2).unsqueeze(2)
+    return attention(q, k, v, bias).view(B, KV, T, -1, D).transpose(2, 3).reshape(B, H, T, D)
 
 
 def product_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Attention as two products. q (B, KV, H/KV, D), k and v (B, KV, S, D), bias (B, 1, 1, S) float32 -> like q.
+    """Attention as two products. q (B, KV, G, D), k and v (B, KV, S, D), bias (B, 1, 1 or G, S) float32 -> like q.
 
     What flash-decoding has to equal, and what takes its place. F.scaled_dot_product_attention gives each row and head
     one thread block, which reads all S keys alone: at 16 rows of one head most of a GPU idles. Products are split over
@@ -325,38 +327,29 @@ def product_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: t
 def flash_decoding(q: torch.Tensor, cache: torch.Tensor, *segments: torch.Tensor) -> torch.Tensor:
     """`attend_step` by flash attention, which splits the keys among thread blocks and keeps no scores in memory.
 
-    q (B, H, 1, D), cache (2, B, KV, length, D) -> (B, H, 1, D). Each key/value head of a row is a sample of its own,
-    with one query position of H / KV heads: the cache is read as it lies, and what counts of it is a number on the
-    device, so no mask is needed and the step can be recorded. `segments`: see `segments_of`. Flash-decoding:
-    https://pytorch.org/blog/flash-decoding/
+    q (B, H, T, D), cache (2, B, KV, length, D) -> (B, H, T, D). Each key/value head of a row is a sample of its own,
+    with T query positions of H / KV heads, the last one at its last key, which is what flash attention means by causal:
+    the cache is read as it lies, and what counts of it is a number on the device, so no mask is needed and the step can
+    be recorded. `segments`: see `segments_of`. Flash-decoding: https://pytorch.org/blog/flash-decoding/
     """
-    queries, keys, values = segments
-    k, v = (x.view(-1, 1, q.shape[3]) for x in cache)
+    (B, H, T, D), KV, (queries, keys, values) = q.shape, cache.shape[2], segments
+    k, v = (x.view(-1, 1, D) for x in cache)
+    q = q.view(B, KV, -1, T, D).transpose(2, 3).reshape(B * KV * T, -1, D)
     out = torch.ops.aten._flash_attention_forward(
-        q.reshape(len(values), -1, q.shape[3]),
-        k,
-        v,
-        queries,
-        keys,
-        1,
-        cache.shape[3],
-        0.0,
-        False,
-        False,
-        seqused_k=values,
+        q, k, v, queries, keys, T, cache.shape[3], 0.0, True, False, seqused_k=values
     )
-    return out[0].view(q.shape)
+    return out[0].view(B, KV, T, -1, D).transpose(2, 3).reshape(B, H, T, D)
 
 
 def segments_of(positions: torch.Tensor, cache: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Where the samples of `flash_decoding` begin and end, int32, for one token of every row at `positions` (B,).
+    """Where the samples of `flash_decoding` begin and end, int32, for tokens of every row at `positions` (B, T).
 
     First query and first key of each sample, (B · KV + 1,); how many of its keys count, (B · KV,).
     """
-    _, B, KV, length, _ = cache.shape
+    (_, B, KV, length, _), T = cache.shape, positions.shape[1]
     options = dict(dtype=torch.int32, device=positions.device)
-    starts = torch.arange(B * KV + 1, **options), torch.arange(0, B * KV * length + 1, length, **options)
-    return *starts, (positions + 1).int()[:, None].expand(B, KV).flatten().contiguous()
+    starts = (torch.arange(0, B * KV * size + 1, size, **options) for size in (T, length))
+    return *starts, (positions[:, -1:] + 1).int().expand(B, KV).flatten().contiguous()
 
 
 @functools.cache
@@ -364,11 +357,11 @@ def has_flash_decoding(device: torch.device, dtype: torch.dtype, head_dim: int) 
     """Whether `flash_decoding` works here, and gives the numbers of the plain form: tried once, on a small cache."""
     if PLAIN_KERNELS or not has_flash(device, dtype, head_dim):
         return False
-    positions, length = torch.tensor([0, 130, 299], device=device), 300
+    positions, length = torch.tensor([[0, 1], [130, 131], [298, 299]], device=device), 300
     numbers = torch.arange(2 * 3 * 2 * length * head_dim, device=device).sin().to(dtype)
-    cache, q = numbers.view(2, 3, 2, length, head_dim), numbers[-3 * 12 * head_dim :].view(3, 12, 1, head_dim)
-    beyond = torch.arange(length, device=device) > positions[:, None]
-    bias = torch.zeros(3, length, device=device).masked_fill_(beyond, -torch.inf)[:, None, None]
+    cache, q = numbers.view(2, 3, 2, length, head_dim), numbers[-3 * 12 * 2 * head_dim :].view(3, 12, 2, head_dim)
+    beyond = torch.arange(length, device=device) > positions.repeat_interleave(6, dim=1)[..., None]  # (3, 12, length)
+    bias = torch.zeros(3, 12, length, device=device).masked_fill_(beyond, -torch.inf)[:, None]
     try:
         found = flash_decoding(q, cache, *segments_of(positions, cache))
     except (AttributeError, RuntimeError, TypeError):  # the operator of another version
@@ -411,28 +404,29 @@ class Prompts:
 
 @dataclass
 class Step:
-    """One token for every row of the cache, T = 1, each at a position of its own.
+    """One token for every row of the cache, T = 1, each at a position of its own; or a few, one after the other.
 
     Nothing that changes from step to step is a Python number, so that a GPU can record a step once and replay it: rows
     write where the tensor `positions` says, attend to the whole `length`, and a `bias` hides what lies beyond a row's
     own end.
     """
 
-    cos: torch.Tensor  # (B, 1, 1, D)
+    cos: torch.Tensor  # (B, 1, T, D)
     sin: torch.Tensor
-    positions: torch.Tensor  # (B,)
-    rows: torch.Tensor | None  # (B,): 0, 1, …; None: all at the same position
+    positions: torch.Tensor  # (B, T)
+    rows: torch.Tensor | None  # (B, 1): 0, 1, …; None: all at the same position
     length: int | None  # how much of the cache is attended to; None: all
-    bias: torch.Tensor | None  # (B, 1, 1, length): 0, or -inf beyond a row's end; None: nothing lies beyond, or `flash`
+    # (B, 1, 1, length), or (B, 1, T · H/KV, length) for several tokens: 0, or -inf beyond a token's position.
+    bias: torch.Tensor | None  # None: nothing lies beyond, or `flash`
     flash: bool = False  # attend by `flash_decoding`
     segments: tuple[torch.Tensor, ...] | None = None  # of the cache, once the first layer has shown it
 
     def attend(self, q: torch.Tensor, kv: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
-        """q (B, H, 1, D), kv (2, B, KV, 1, D), cache (2, B, KV, length, D) -> (B, H, 1, D)."""
+        """q (B, H, T, D), kv (2, B, KV, T, D), cache (2, B, KV, length, D) -> (B, H, T, D)."""
         if self.rows is None:
-            cache.index_copy_(3, self.positions[:1], kv)
+            cache.index_copy_(3, self.positions[0], kv)
         else:  # not scatter_, which on a CPU copies the whole cache there and back
-            cache[:, self.rows, :, self.positions] = kv.squeeze(3).transpose(0, 1)
+            cache[:, self.rows, :, self.positions] = kv.permute(1, 3, 0, 2, 4)  # (B, T, 2, KV, D)
         if self.flash:
             self.segments = self.segments or segments_of(self.positions, cache)
             return flash_decoding(q, cache, *self.segments)
@@ -575,20 +569,23 @@ class MistralMedium(nn.Module):
         return Prompts(*self.tables(torch.cat(parts)[None]), segments, self.chunk_attention)
 
     def step(self, positions: torch.Tensor, length: int, aligned: bool = False) -> Step:
-        """For one token of every row, at `positions` (B,), which attends to the first `length` of the cache.
+        """For some tokens of every row, at `positions` (B, T), which attend to the first `length` of the cache.
 
-        `aligned`: every row has exactly `length` tokens with this one, and nothing has to be hidden.
+        `aligned`: T is 1, every row has exactly `length` tokens with this one, and nothing has to be hidden.
         """
         device, rows, bias = self.place.device, None, None
         flash = has_flash_decoding(device, self.dtype, self.config.head_dim)
         if not aligned:
-            rows = torch.arange(len(positions), device=device)
+            rows = torch.arange(len(positions), device=device)[:, None]
         if not (aligned or flash):
             # What a row may not attend to gets -inf. In the dtype in which scores are: on a CPU, that of the inputs.
             dtype = self.dtype if device.type == "cpu" else torch.float32
-            beyond = torch.arange(length, device=device) > positions[:, None]  # (B, length)
-            bias = beyond.new_zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, -torch.inf)[:, None, None]
-        return Step(*self.tables(positions[:, None]), positions, rows, length, bias, flash)
+            beyond = torch.arange(length, device=device) > positions[..., None]  # (B, T, length)
+            if positions.shape[1] > 1:
+                heads, kv_heads = local_heads(self.config, self.place)
+                beyond = beyond.repeat_interleave(heads // kv_heads, dim=1)
+            bias = beyond.new_zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, -torch.inf)[:, None]
+        return Step(*self.tables(positions), positions, rows, length, bias, flash)
 
     def tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Of positions (B, T), once for all layers: cosines and signed sines (B, 1, T, D).

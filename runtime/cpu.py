@@ -208,13 +208,14 @@ class Traced:
     """`MistralMedium.forward` with decoding steps as TorchScript graphs: the same operations on the same numbers.
 
     Weights stream through a CPU's caches and evict the interpreter: a small model's step waits for Python a fifth of
-    its time. A graph depends on nothing but tensors and their sizes, and on whether the step has one row: each kind has
-    a graph of its own. TorchScript can't hold oneDNN's layout as a constant, so the packed weights are inputs of a
-    graph, too; a trace knows a tensor by its identity.
+    its time. A graph depends on nothing but tensors and their sizes, on whether the step has one row, and on how many
+    tokens of each: every such kind has a graph of its own. TorchScript can't hold oneDNN's layout as a constant, so the
+    packed weights are inputs of a graph, too; a trace knows a tensor by its identity.
     """
 
     def __init__(self, model: MistralMedium):
         self.forward, self.steps, self.graphs = model.forward, collections.Counter(), {}
+        self.layers = len(model.layers)
         inside = [module for module in model.layers.modules() if isinstance(module, Linear)]
         self.products = [module.multiply for module in inside if isinstance(module.multiply, Product)]
         # All of the weights have to be inputs of the graph; messages between ranks cannot be part of it.
@@ -223,19 +224,20 @@ class Traced:
 
     def __call__(self, x: torch.Tensor, span=None, cache: KVCache | None = None) -> torch.Tensor:
         # From some rows on other products may be used.
-        if not (self.possible and isinstance(span, Step) and len(x) < FLOAT32_ROWS):
+        if not (self.possible and isinstance(span, Step) and x.shape[:2].numel() < FLOAT32_ROWS):
             return self.forward(x, span, cache)
-        alone = len(x) == 1
-        self.steps[alone] += 1
-        if self.steps[alone] <= STEPS_BEFORE_TRACING:  # by then all weights are packed
+        kind = len(x) == 1, x.shape[1]
+        self.steps[kind] += 1
+        if self.steps[kind] <= STEPS_BEFORE_TRACING:  # by then all weights are packed
             return self.forward(x, span, cache)
         weights = [product.packed.weight for product in self.products]
         tensors = {name: value for name, value in vars(span).items() if isinstance(value, torch.Tensor)}
-        inputs = weights, x, tensors, [layer[:, :, :, : span.length] for layer in cache.layers]
-        if alone not in self.graphs:
-            self.graphs[alone] = self.trace(span, inputs)
+        own = cache.layers[: self.layers]  # a draft's are behind them
+        inputs = weights, x, tensors, [layer[:, :, :, : span.length] for layer in own]
+        if kind not in self.graphs:
+            self.graphs[kind] = self.trace(span, inputs)
         with torch.jit.optimized_execution(False):  # optimizing takes longer than it saves
-            return self.graphs[alone](*inputs)
+            return self.graphs[kind](*inputs)
 
     def trace(self, span: Step, inputs: tuple) -> Callable[..., torch.Tensor]:
         def run(weights, x, tensors, seen):

@@ -29,6 +29,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 
@@ -43,8 +44,9 @@ from runtime.activations import (
     prompt_bytes,
     training_bytes,
 )
-from runtime.checkpoint import is_quantized
+from runtime.checkpoint import is_quantized, weight_bytes
 from runtime.config import read_config
+from runtime.draft import Head, sizes_of_head
 from runtime.files import UserError
 from runtime.launch import SIZE, Parser, gather_objects, number, together
 from runtime.lora import add_adapters
@@ -165,6 +167,11 @@ def plan_rank(
         stage.cache_bytes = len(layers) * model.new_cache(1, args.max_context).nbytes
         products = keep_fp8 and GPUS[args.gpu].fp8 > 0
         stage.activation_bytes = prompt_bytes(config, place, args.max_context, keep_fp8, products, dtype.itemsize)
+        if args.draft_layers:
+            head = Head(sizes_of_head(config, args.draft_layers), model.place, dtype, keep_fp8, keep_fp8)
+            stage.parameters += sum(parameter.numel() for parameter in head.parameters())
+            stage.weight_bytes += weight_bytes(head)
+            stage.cache_bytes += head.new_cache(1, args.max_context).nbytes
     else:
         freeze = tuple(FREEZABLE if args.lora_rank else args.freeze)
         passes = training_bytes(config, place, args, freeze, keep_fp8, dtype.itemsize)
@@ -263,6 +270,8 @@ SLOW = 10  # seconds from which on a run says how long its files take
 
 ADAM_BYTES = 82  # that a step of optimizer.py reads and writes per trained weight
 
+ACCEPTED = (1.5, 2, 2.5, 3)  # tokens per step that a draft may bring
+
 RECIPE_STEPS, MEDPIX = 100, 20_500  # of the published fine-tune; samples of its data
 
 
@@ -336,31 +345,48 @@ def stage_times(config: Config, place: Place, gpu: Gpu, work: Work, kernels: Ker
 
 def make_times(config: Config, args: argparse.Namespace, keep_fp8: bool, trained: int) -> dict[str, list[float]]:
     """What takes how long: name -> [floor, estimate], in seconds. `trained`: the most weights that a rank trains."""
-    gpu, p, times = GPUS[args.gpu], args.pp, {}
-    grid = [stage[0] for stage in places(args.tp, p, args.dp, args.sequence_parallel)]
+    grid = [stage[0] for stage in places(args.tp, args.pp, args.dp, args.sequence_parallel)]
 
-    def stages(*shape: int, kernels: Kernels = OURS, **more) -> torch.Tensor:
-        """Of each stage: (p, 2)."""
+    def stages(*shape: int, kernels: Kernels = OURS, config: Config = config, **more) -> torch.Tensor:
+        """Of each stage: (pp, 2)."""
         work = Work(*shape, fp8=keep_fp8, **more)
-        return torch.stack([stage_times(config, at, gpu, work, kernels) for at in grid])
+        return torch.stack([stage_times(config, at, GPUS[args.gpu], work, kernels) for at in grid])
 
-    if args.inference:
-        context = min(8192, args.max_context)
-        for note, kernels in (("", OURS), (", with vLLM's kernels", VLLM)):
-            times[f"a token after {context:,}{note}"] = stages(1, 1, context - 1, kernels=kernels).sum(0)
-        for length in (n for n in (8192, 131072) if n <= args.max_context):
-            slowest = (stages(1, CHUNK) + stages(1, CHUNK, length - CHUNK)).amax(0) / 2
-            times[f"a prompt of {length:,}"] = (length // CHUNK + p - 1) * slowest
-    else:
-        whole = not (args.lora_rank or "language_model" in args.freeze)
-        passes = dict(forward=1 + args.activation_checkpointing, backward=1 + whole, rank=args.lora_rank or 0)
-        slowest = stages(*batch_shape(args, grid[0]), **passes).amax(0)
-        adam = torch.tensor([1, 1 / COPIES]) * ADAM_BYTES * trained / gpu.memory
-        adam[1] += 2 * (args.dp - 1) / args.dp * FP32 * trained / gpu.network / LINKS  # gradients of replicas
-        times["a step"] = step = (count_micro_batches(args, args.dp) + p - 1) * slowest + adam
-        times[f"{RECIPE_STEPS} steps (the published fine-tune)"] = RECIPE_STEPS * step
-        times[f"an epoch of MedPix ({MEDPIX:,} samples)"] = math.ceil(MEDPIX / args.global_batch_size) * step
+    times = answering_times(config, args, stages) if args.inference else training_times(args, stages, grid[0], trained)
     return {name: value.tolist() for name, value in times.items()}
+
+
+def answering_times(config: Config, args: argparse.Namespace, stages: Callable[..., torch.Tensor]) -> dict:
+    """Of a token, with other kernels and with a draft, too; and of prompts. `stages`: see `make_times`."""
+    context, times = min(8192, args.max_context), {}
+    token, guesses = f"a token after {context:,}", args.draft_tokens
+    for note, kernels in (("", OURS), (", with vLLM's kernels", VLLM)):
+        times[token + note] = stages(1, 1, context - 1, kernels=kernels).sum(0)
+    if args.draft_layers:
+        # A step: guesses and one more token. The head first reads all tokens of the last step; its `eagle_linear`,
+        # a fifth of a layer, is left out.
+        head = partial(stages, config=sizes_of_head(config, args.draft_layers))
+        step = stages(1, 1 + guesses, context - 1) + head(1, 1 + guesses, context) + (guesses - 1) * head(1, 1, context)
+        for count in (n for n in ACCEPTED if n <= 1 + guesses):
+            times[f"{token}, with a draft that brings {count:g} a step"] = step.sum(0) / count
+    for length in (n for n in (8192, 131072) if n <= args.max_context):
+        slowest = (stages(1, CHUNK) + stages(1, CHUNK, length - CHUNK)).amax(0) / 2
+        times[f"a prompt of {length:,}"] = (length // CHUNK + args.pp - 1) * slowest
+    return times
+
+
+def training_times(args: argparse.Namespace, stages: Callable[..., torch.Tensor], place: Place, trained: int) -> dict:
+    gpu, whole = GPUS[args.gpu], not (args.lora_rank or "language_model" in args.freeze)
+    passes = dict(forward=1 + args.activation_checkpointing, backward=1 + whole, rank=args.lora_rank or 0)
+    slowest = stages(*batch_shape(args, place), **passes).amax(0)
+    adam = torch.tensor([1, 1 / COPIES]) * ADAM_BYTES * trained / gpu.memory
+    adam[1] += 2 * (args.dp - 1) / args.dp * FP32 * trained / gpu.network / LINKS  # gradients of replicas
+    step = (count_micro_batches(args, args.dp) + args.pp - 1) * slowest + adam
+    return {
+        "a step": step,
+        f"{RECIPE_STEPS} steps (the published fine-tune)": RECIPE_STEPS * step,
+        f"an epoch of MedPix ({MEDPIX:,} samples)": math.ceil(MEDPIX / args.global_batch_size) * step,
+    }
 
 
 def on_machines(ranks: dict[Place, tuple[StagePlan, Counter]], replicas: int) -> list[tuple]:
@@ -615,15 +641,22 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--inference", action="store_true", help="plan generate.py with one request, not train.py")
     add("--weights", choices=["fp8", "dequantized"], help="FP8 weights in memory; default: generate.py's")
     size("--max-context", "tokens; default: the model's context")
+    size("--draft-layers", "layers of a draft head; the published one has 2")
+    size("--draft-tokens", "guesses a step", 3)
     args = parser.parse_args(argv)
     args.gpu_memory_gb = args.gpu_memory_gb or GPUS[args.gpu].gigabytes
+    check_args(args)
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Options that do not go together."""
     training = args.freeze or args.activation_checkpointing or args.sequence_parallel or args.max_length
     if args.inference and (args.dp > 1 or training or args.lora_rank):
         flags = "--dp, --freeze, --activation-checkpointing, --sequence-parallel, --max-length and --lora-rank"
         raise UserError(f"{flags} are for training, not --inference")
-    if not args.inference and (args.weights or args.max_context):
-        raise UserError("--weights and --max-context go with --inference")
-    return args
+    if not args.inference and (args.weights or args.max_context or args.draft_layers):
+        raise UserError("--weights, --max-context and --draft-layers go with --inference")
 
 
 def main(argv: list[str]) -> None:
@@ -635,5 +668,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"this model's context is {limit} tokens; --max-length and --max-context go up to that")
     if args.weights == "fp8" and not config.fp8:
         raise UserError(f"{args.config}: its weights are not FP8; leave out --weights fp8")
+    if args.draft_layers and args.pp > 1:
+        raise UserError("a draft works with tensor parallelism alone: leave out --pp, or --draft-layers")
     plan = make_plan(config, args)
     print(json.dumps(plan) if args.json else show(plan, args))

@@ -145,6 +145,7 @@ ANSWERING = {
     "prefill": {
         ("copy to the GPU", "generate.py run_stage"),  # token ids
         ("copy to the GPU", "vision.py forward"),  # pixels
+        ("copy to the GPU", "draft.py read"),  # token ids again
     },
     "decode": set(),
     "rest": {("item", "generate.py pick_up")},  # sampled tokens, for whoever asked
@@ -186,20 +187,38 @@ def test_answering(dry, rank, tp, pp, prompts, options, kernels):
     check_answering(phases, kernels)
 
 
-def decoding_kernels(dry: Process, layers: int, prompts: list[int], flash: bool) -> int:
-    options = dict(prompts=prompts, layers=layers, tokens=2, flash_decoding=flash)
-    steps = [report for name, report in dry("answering", rank=0, tp=8, pp=1, **options) if name == "decode"]
-    assert all(step["attention"] == ({"flash-decoding": layers} if flash else {}) for step in steps)
-    return max(step["kernels"] for step in steps)
+def kernels_per_step(dry: Process, prompts: list[int], flash: bool = True, draft_tokens: int = 0) -> int:
+    """Of the 88 layers at TP=8, from two and three of them. Nothing in a step comes from the host, or waits for it."""
+    kernels = []
+    for layers in (2, 3):
+        options = dict(layers=layers, tokens=2 + 2 * draft_tokens, draft_tokens=draft_tokens, flash_decoding=flash)
+        phases = dry("answering", rank=0, tp=8, pp=1, prompts=prompts, **options)
+        check_answering(phases, 500)
+        steps = [report for name, report in phases if name == "decode"]
+        times = layers + 2 * draft_tokens  # the head has two
+        assert all(step["attention"] == ({"flash-decoding": times} if flash else {}) for step in steps)
+        kernels.append(max(step["kernels"] for step in steps))
+    return kernels[0] + 86 * (kernels[1] - kernels[0])
 
 
 @pytest.mark.parametrize("prompts, flash, budget", [
     (ONE, True, 1_804), (SIXTEEN, True, 1_980), (ONE, False, 2_068), (SIXTEEN, False, 2_244),
 ])  # fmt: skip
 def test_kernels_per_token(dry, prompts, flash, budget):
-    """A token of the 88 layers at TP=8, from two and three of them; attention by flash-decoding, and as products."""
-    two, three = (decoding_kernels(dry, layers, prompts, flash) for layers in (2, 3))
-    assert two + 86 * (three - two) <= budget
+    """Attention by flash-decoding, and as products."""
+    assert kernels_per_step(dry, prompts, flash) <= budget
+
+
+@pytest.mark.parametrize("prompts, guess, more", [(ONE, 110, 300), (SIXTEEN, 114, 120)])
+def test_kernels_with_a_draft(dry, prompts, guess, more):
+    """`guess`: of each guess, by a head of two layers; `more`: what the model's step takes more than without a draft.
+
+    Of several tokens a row, one row has to be told apart from others, so that it costs what 16 rows do.
+    """
+    without, one, three = (kernels_per_step(dry, prompts, draft_tokens=count) for count in (0, 1, 3))
+    each = (three - one) // 2  # a guess by two layers, and sampling it
+    print(f"without a draft {without} kernels a step, with one guess {one}, with three {three}: {each} for each")
+    assert each <= guess and one - each - without <= more
 
 
 @pytest.mark.parametrize("prompts, kernels", [(ONE, 92), (SIXTEEN, 94)])

@@ -439,7 +439,7 @@ def test_memory_of_a_long_prompt(tmp_path):
 def test_a_step_costs_what_it_reads(model, alike):
     """Not what the cache could hold: writing one token must not copy it."""
     x, positions = torch.randn(3, 1, model.config.hidden_size), torch.tensor([40] * 3 if alike else [40, 7, 29])
-    span, times = model.step(positions, 41, alike), {64: [], 65_536: []}
+    span, times = model.step(positions[:, None], 41, alike), {64: [], 65_536: []}
     caches = {length: model.new_cache(4, length).rows(0, 3) for length in times}  # one row waits
     for _ in range(9):
         for length, cache in caches.items():

@@ -5,9 +5,10 @@ import random
 
 import pytest
 import torch
+from draft_cases import Knows, key
 from helpers import Endless, load, make_eyes, random_state, random_tokens, text_fields, write_checkpoint
 from processes import run_ranks
-from request_cases import drawn_requests
+from request_cases import assert_same, drawn_requests
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +26,7 @@ from parallel import Place, VocabParallelHead, gumbel, nucleus
 from runtime import requests
 from runtime.checkpoint import Checkpoint, fill
 from runtime.config import read_config
+from runtime.draft import Guesses
 from runtime.launch import find_place
 from runtime.requests import Request
 from vision import build_model
@@ -43,14 +45,6 @@ def model(folder):
 
 def alone(model, request: Request) -> requests.Answer:
     return Engine(model, Endless.eos_id, 4096).generate([request])[0]
-
-
-def assert_same(answers, expected) -> None:
-    for answer, other in zip(answers, expected, strict=True):
-        ends = [i for i, pair in enumerate(zip(answer.tokens, other.tokens)) if pair[0] != pair[1]]
-        count = ends[0] + 1 if ends else None  # two tokens that are equally likely: either may be taken, and then …
-        assert ends or (answer.tokens, answer.finish_reason) == (other.tokens, other.finish_reason)
-        torch.testing.assert_close(answer.logprobs[:count], other.logprobs[:count], atol=2e-6 if ends else 1e-4, rtol=0)
 
 
 # ---------------------------------------------------------------------------------------------------- recorded steps
@@ -99,14 +93,14 @@ def memory(x: torch.Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
-def recording(model) -> Engine:
+def recording(model, draft: Guesses | None = None) -> Engine:
     """An engine that records its steps as it would on a GPU. A recording does not compute: the state is put back."""
-    made = Engine(model, Endless.eos_id, 4096)
+    made = Engine(model, Endless.eos_id, 4096, draft)
     made.taped, made.pools, made.replays = [], [], 0  # pools: with the cache's length
 
     def record(step, pool):
         group = next(group for group in made.groups if group.rows)
-        tensors = [group.sampled, group.positions, *group.cache.layers]
+        tensors = [group.sampled, group.positions, group.memory, *group.cache.layers]
         before = [tensor.clone() for tensor in tensors]
         tape = Tape(step)
         for tensor, value in zip(tensors, before):
@@ -125,15 +119,18 @@ def recording(model) -> Engine:
 
 
 def flash_by_definition(q, k, v, q_starts, k_starts, max_q, max_k, dropout, causal, debug, *, seqused_k=None, **other):
-    """`_flash_attention_forward` for samples of one query each, as its documentation says, in float64."""
-    assert not other and (max_q, dropout, causal, debug) == (1, 0.0, False, False) and max_k >= seqused_k.max()
+    """`_flash_attention_forward` as documented, in float64: the last query of a sample stands at its last key."""
+    assert not other and (dropout, causal, debug) == (0.0, True, False) and max_k >= seqused_k.max()
+    assert (q_starts.diff() == max_q).all()
     assert all(x.dtype == torch.int32 and x.is_contiguous() for x in (q_starts, k_starts, seqused_k))
     assert k.data_ptr() != v.data_ptr() and q.shape[1] % k.shape[1] == 0
     out = torch.empty_like(q)
     for i, (start, count) in enumerate(zip(k_starts.tolist(), seqused_k.tolist(), strict=False)):
         keys, values = (x[start : start + count].double().transpose(0, 1) for x in (k, v))  # (KV, count, D)
-        query = q[int(q_starts[i])].double().unflatten(0, (k.shape[1], -1))
-        out[i] = ((query @ keys.mT / q.shape[2] ** 0.5).softmax(-1) @ values).flatten(0, 1)
+        for t in range(max_q):
+            query, seen = q[int(q_starts[i]) + t].double().unflatten(0, (k.shape[1], -1)), count - max_q + t + 1
+            weights = (query @ keys[:, :seen].mT / q.shape[2] ** 0.5).softmax(-1)
+            out[int(q_starts[i]) + t] = (weights @ values[:, :seen]).flatten(0, 1)
     return out, *[torch.empty(0)] * 4
 
 
@@ -146,16 +143,18 @@ def flash():
     kernels._destroy()
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed, draft", [(1, False), (2, False), (3, True)])
 @pytest.mark.parametrize("flash_decodes", [False, True])
-def test_replayed_steps(model, seed, flash_decodes, flash, monkeypatch):
-    """The tokens of steps that run as they are: rows end early, the cache outgrows its size, sampling goes on."""
+def test_replayed_steps(model, seed, draft, flash_decodes, flash, monkeypatch):
+    """The tokens of steps that run as they are: rows end early, the cache outgrows its size, sampling goes on; also
+    with a draft that guesses wrong now and then."""
     requests = drawn_requests(7, seed) + [Request(random_tokens(60, 301, seed=seed), max_new_tokens=150)]
     expected = [alone(model, request) for request in requests]
     monkeypatch.setattr("model.has_flash_decoding", lambda *arguments: flash_decodes)
-    taped = recording(model)
+    known = {key(request): answer.tokens for request, answer in zip(requests, expected)}
+    taped = recording(model, Knows(3, known, 0.3) if draft else None)
     answers = taped.generate(requests)
-    assert taped.replays > 100 and len(taped.taped) >= 4
+    assert taped.replays > (50 if draft else 100) and len(taped.taped) >= 4
     assert flash_decodes == any("flash" in str(done[0]) for done in taped.taped[0].done)
     # Recordings share a pool until the cache grows: it is gone when the last of them is.
     assert 1 < len(dict(taped.pools)) == len({pool for _, pool in taped.pools}) == len(set(taped.pools))
@@ -228,16 +227,18 @@ def test_flash_decoding(case, flash):
     row's end; without copies of the cache, and in a part of its rows."""
     draw = random.Random(case)
     rows, kv_heads, group = draw.randint(1, 5), draw.randint(1, 3), draw.randint(1, 6)
-    length, size = draw.randint(1, 70), 8 * draw.randint(1, 16)
+    size, T = 8 * draw.randint(1, 16), draw.choice([1, 1, 2, 5])
+    length = draw.randint(T, 70)
     torch.manual_seed(case)
     cache = torch.randn(2, rows + 2, kv_heads, length, size)[:, : rows + draw.randint(0, 1)][:, :rows]
-    q = torch.randn(rows, kv_heads * (group + 2), 1, size)[:, : kv_heads * group]  # as if split from keys and values
-    positions = torch.randint(length, (rows,))
-    for i, position in enumerate(positions):
+    q = torch.randn(rows, kv_heads * (group + 2), T, size)[:, : kv_heads * group]  # as if split from keys and values
+    positions = torch.randint(length - T + 1, (rows, 1)) + torch.arange(T)
+    for i, position in enumerate(positions[:, -1]):
         cache[:, i, :, position + 1 :] = torch.nan
     found = flash_decoding(q, cache, *segments_of(positions, cache))
-    hidden = torch.zeros(rows, length).masked_fill_(torch.arange(length) > positions[:, None], -torch.inf)
-    expected = attend_step(q, *cache.nan_to_num(0), hidden[:, None, None])
+    beyond = torch.arange(length) > positions.repeat_interleave(group, dim=1)[..., None]
+    hidden = torch.zeros(beyond.shape).masked_fill_(beyond, -torch.inf)
+    expected = attend_step(q, *cache.nan_to_num(0), hidden[:, None])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -256,8 +257,8 @@ def test_flash_where_it_runs(monkeypatch):
         monkeypatch.setattr("model.flash_decoding", decoding)
         assert not has_flash_decoding(here, torch.bfloat16, 8 * (head_dim + 1))
     monkeypatch.setattr("model.flash_decoding", lambda q, cache, *segments: attend_step(q, *cache[:, :, :, :300], bias))
-    bias = torch.zeros(3, 300).masked_fill_(torch.arange(300) > torch.tensor([[0], [130], [299]]), -torch.inf)
-    bias = bias[:, None, None].bfloat16()
+    ends = torch.tensor([[0, 1], [130, 131], [298, 299]]).repeat_interleave(6, dim=1)[..., None]
+    bias = torch.zeros(3, 12, 300).masked_fill_(torch.arange(300) > ends, -torch.inf)[:, None].bfloat16()
     assert has_flash_decoding(here, torch.bfloat16, 24)
     monkeypatch.setattr("model.PLAIN_KERNELS", True)
     assert not has_flash_decoding(here, torch.bfloat16, 32)

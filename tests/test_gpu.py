@@ -15,6 +15,7 @@ import random
 
 import pytest
 import torch
+from draft_cases import Knows, key, make_draft
 from helpers import (
     Endless,
     answers,
@@ -39,6 +40,7 @@ from generate import Engine
 from model import MistralMedium, attend, attend_step, flash_decoding, segments_of
 from parallel import Place, gumbel
 from runtime.config import read_config
+from runtime.draft import Eagle, Guesses, read_draft
 from runtime.requests import Answer, Request
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -53,9 +55,11 @@ def build(folder, device: torch.device, dtype: torch.dtype, keep_fp8: bool = Fal
     return load(folder, dtype, keep_fp8, fast=True, place=Place(device=device))
 
 
-def generated(model: MistralMedium, requests: list[Request], chunk: int, recorded: bool = True) -> list[Answer]:
+def generated(
+    model: MistralMedium, requests: list[Request], chunk: int, recorded: bool = True, draft: Guesses | None = None
+) -> list[Answer]:
     """Four at a time."""
-    engine = Engine(model, Endless.eos_id, 4096)
+    engine = Engine(model, Endless.eos_id, 4096, draft)
     engine.chunk = chunk
     if not recorded:
         engine.record = None
@@ -132,27 +136,29 @@ def test_gradients_of_attention(sizes):
         assert error.norm() < 0.02 * meant.grad.norm() and error.abs().max() < 0.1 * meant.grad.abs().max()
 
 
-@pytest.mark.parametrize("rows, kv_heads, group, length, size", [
-    (1, 1, 12, 8192, 128), (16, 1, 12, 1000, 128), (3, 2, 3, 77, 32), (1, 2, 3, 77, 32), (5, 8, 12, 513, 128),
-    (2, 4, 1, 300, 64),
+@pytest.mark.parametrize("rows, kv_heads, group, length, size, T", [
+    (1, 1, 12, 8192, 128, 1), (16, 1, 12, 1000, 128, 1), (3, 2, 3, 77, 32, 1), (1, 2, 3, 77, 32, 1),
+    (5, 8, 12, 513, 128, 1),
+    (2, 4, 1, 300, 64, 1), (1, 1, 12, 8192, 128, 4), (16, 1, 12, 1000, 128, 4), (3, 2, 3, 77, 32, 5),
 ])  # fmt: skip
-def test_flash_decoding(rows, kv_heads, group, length, size):
+def test_flash_decoding(rows, kv_heads, group, length, size, T):
     """Against attention as products, also recorded and replayed at other positions; what lies beyond does not count."""
     if not model.has_flash_decoding(GPU, torch.bfloat16, size):
         assert model.PLAIN_KERNELS or not model.has_flash(GPU, torch.bfloat16, size)
         pytest.skip("not used here")
     torch.manual_seed(rows)
     cache = torch.randn(2, rows + 1, kv_heads, length, size, device=GPU).bfloat16()[:, :rows]
-    q = torch.randn(rows, kv_heads * (group + 2), 1, size, device=GPU).bfloat16()[:, : kv_heads * group]
-    positions = torch.randint(length, (rows,), device=GPU)
+    q = torch.randn(rows, kv_heads * (group + 2), T, size, device=GPU).bfloat16()[:, : kv_heads * group]
+    steps = torch.arange(T, device=GPU)
+    positions = torch.randint(length - T + 1, (rows, 1), device=GPU) + steps
     run = lambda: flash_decoding(q, cache, *segments_of(positions, cache))  # noqa: E731
     run()
     with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
         recorded = run()
-    for last in (0, length // 2, length - 1):
-        positions[0] = last
-        bias = torch.zeros(rows, length, device=GPU)
-        bias = bias.masked_fill_(torch.arange(length, device=GPU) > positions[:, None], -torch.inf)[:, None, None]
+    for first in (0, length // 2, length - T):
+        positions[0] = first + steps
+        beyond = torch.arange(length, device=GPU) > positions.repeat_interleave(group, dim=1)[..., None]
+        bias = torch.zeros(beyond.shape, device=GPU).masked_fill_(beyond, -torch.inf)[:, None]
         expected = attend_step(q, *cache, bias)
         graph.replay()
         for found in (run(), recorded):
@@ -218,6 +224,23 @@ def test_answers(seed, chunk, tmp_path):
     model = build(tmp_path, GPU, torch.float32)
     for recorded in (True, False):
         assert_near(generated(model, requests, chunk, recorded), expected, 1e-3, other=1)
+
+
+@pytest.mark.parametrize("wrong", [None, 0.0, 0.4])
+def test_drafts(wrong, tmp_path):
+    """Recorded steps that draft and verify, by a head or by one that knows what to guess: the CPU's tokens without."""
+    fields = text_fields("yarn, short", **SIZES)
+    write_checkpoint(tmp_path / "model", fields, random_state(fields, seed=4))
+    make_draft(tmp_path / "draft", **fields)
+    requests = drawn_requests(11, 5)
+    expected = generated(build(tmp_path / "model", HERE, torch.float32), requests, 23)
+    model = build(tmp_path / "model", GPU, torch.float32)
+    if wrong is None:
+        draft = Eagle(read_draft(str(tmp_path / "draft"), model).eval(), model, 3)
+    else:
+        known = {key(request): answer.tokens for request, answer in zip(requests, expected)}
+        draft = Knows(3, known, wrong, device=GPU)
+    assert_near(generated(model, requests, 23, draft=draft), expected, 1e-3, other=1)
 
 
 @pytest.mark.parametrize("form", ["bfloat16", "dequantized", "static", "dynamic"])

@@ -110,7 +110,7 @@ def test_rows_at_different_positions(tmp_path):
             model(model.embed(torch.tensor([text[:n]])), model.prompts([(0, 0, n)]), cache.rows(i, i + 1))
         for step in range(2):
             ids = torch.tensor([[text[n + step]] for n, text in zip(lengths, texts)])
-            span = model.step(torch.tensor([n + step for n in lengths]), 92)
+            span = model.step(torch.tensor([[n + step] for n in lengths]), 92)
             hidden = model(model.embed(ids), span, cache)
             got = model.logits(hidden)[:, 0].log_softmax(-1)
             expected = np.stack([formula(fields, state, text[: n + step + 1])[-1] for n, text in zip(lengths, texts)])
