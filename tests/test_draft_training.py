@@ -118,6 +118,7 @@ def test_only_the_head_learns(cases, tmp_path):
     before = {name: p.detach().clone() for name, p in whole(run.model).items()}
     losses = [run.step(step, run.upcoming(step))["loss"] for step in range(1, 9)]
     assert losses[-1] < 0.7 * losses[0]
+    assert all(parameter.grad is None for parameter in run.model.parameters())
     for name, parameter in whole(run.model).items():
         same = torch.equal(parameter.view(torch.uint8), before[name].view(torch.uint8))
         assert same and parameter.dtype == (fp8.E4M3 if is_quantized(name) else torch.float32), name
