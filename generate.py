@@ -45,7 +45,7 @@ from runtime.lora import add_adapters, read_adapters
 from runtime.memory import peak_memory
 from runtime.plan import Progress, check_memory
 from runtime.requests import NUMBERS, Answer, Request, RequestReader, read_requests, read_tools, result_of
-from runtime.terminal import interact, print_calls, printable, stream
+from runtime.terminal import interact, print_calls, printable, speed_of, stream
 from runtime.tokenizer import load_tokenizer
 from vision import build_model
 
@@ -424,7 +424,7 @@ class Engine:
             return self.draft_and_verify(group, part, length, *flags)
         span = self.model.step(group.positions[part, None], length, aligned)
         hidden = self.run_stage(group.sampled[part, :, 0].long(), span, group.cache.rows(0, count))  # (B, 1, C)
-        group.positions[part] += 1
+        group.positions[part].add_(1)
         if hidden is not None:
             self.sample(self.model.norm(hidden), group, part, *flags)
 
@@ -570,7 +570,7 @@ class Session:
         self.model.eval()
         self.weight_bytes = weight_bytes(self.model)
         speed_up(self.model)
-        draft = together(lambda: open_draft(args.draft, args.draft_tokens, self.model)) if args.draft else None
+        draft = together(lambda: open_draft(args.draft, args.draft_tokens or 3, self.model)) if args.draft else None
         self.engine = Engine(self.model, self.tokenizer.eos_id, self.max_context, draft)
         self.load_s, self.bytes_read = time.perf_counter() - started, checkpoint.bytes_read
 
@@ -589,6 +589,8 @@ class Session:
         good = stored_fp8 or args.weights != "fp8"
         require(good, f"{directory}: its weights are not FP8; leave out --weights fp8")
         on_gpu = self.place.device.type == "cuda"  # a CPU has no fast FP8 arithmetic
+        drafts = args.draft and args.draft != LOOKUP
+        args.draft_layers = read_config(args.draft).num_hidden_layers if drafts else None  # for the plan
         self.keep_fp8 = args.weights == "fp8" or (args.weights == "auto" and on_gpu and stored_fp8)
         return checkpoint
 
@@ -695,7 +697,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         metavar="DIR",
         help=f"EAGLE head that guesses tokens, or {LOOKUP}: from the text; same answers, sooner",
     )
-    add("--draft-tokens", type=SIZE, default=3, metavar="N", help="guesses a step; default 3")
+    add("--draft-tokens", type=SIZE, metavar="N", help="guesses a step; default 3")
     add("--max-context", type=SIZE, metavar="N", help="longest prompt and answer together; default: the model's")
     add = parser.add_argument_group("processes").add_argument
     add("--tp", type=SIZE, metavar="N", help="tensor-parallel size; default: all processes")
@@ -719,6 +721,7 @@ def check_args(args: argparse.Namespace) -> None:
     require(not args.raw or plain, "--raw continues plain text; leave out --image, --system and --tools")
     scripted, more = asked or args.json or args.raw, "leave out question, --raw and --json"
     require(not args.interactive or not scripted, f"--interactive reads turns from the terminal; {more}")
+    require(args.draft or not args.draft_tokens, "--draft-tokens goes with --draft DIR")
 
 
 def main(argv: list[str]) -> None:
@@ -747,7 +750,7 @@ def main(argv: list[str]) -> None:
         results = session.answer(specs, on_result=show)
     if place.rank == 0 and not args.json:
         stats = results[-1]["stats"]
-        speeds = f"{stats['prefill_tokens_per_s']} prompt tokens/s, {stats['decode_tokens_per_s']} new tokens/s"
+        speeds = f"{stats['prefill_tokens_per_s']} prompt tokens/s, {speed_of(stats, 'new tokens/s')}"
         print(f"loaded in {stats['load_s']} s, {speeds}", file=sys.stderr)
 
 

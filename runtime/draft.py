@@ -102,7 +102,7 @@ class Guesses:
         wrong = torch.arange(self.count + 1, device=right.device) > right[:, None]
         sampled[..., 0].masked_fill_(wrong, -1)
         group.sampled[part] = sampled
-        group.positions[part] += right + 1
+        group.positions[part].add_(right + 1)
 
 
 class Lookup(Guesses):
@@ -116,6 +116,11 @@ class Lookup(Guesses):
         """The K ids that followed the latest earlier place of the last two; the last one again where there is none."""
         after = next((i for i in range(len(ids) - 2, 1, -1) if ids[i - 2 : i] == ids[-2:]), len(ids))
         return (ids[after : after + self.count] + ids[-1:] * self.count)[: self.count]
+
+
+def sizes_of_head(config: Config, layers: int) -> Config:
+    """Of a head for a model with this config."""
+    return replace(config, num_hidden_layers=layers, vision=None)
 
 
 class Head(MistralMedium):

@@ -40,7 +40,9 @@ from runtime.activations import (
     prompt_bytes,
     training_bytes,
 )
+from runtime.checkpoint import weight_bytes
 from runtime.config import read_config
+from runtime.draft import Head, sizes_of_head
 from runtime.files import UserError
 from runtime.launch import SIZE, Parser, gather_objects, number, together
 from runtime.lora import add_adapters
@@ -143,6 +145,11 @@ def plan_rank(
         stage.cache_bytes = len(layers) * model.new_cache(1, args.max_context).nbytes
         products = keep_fp8 and GPUS[args.gpu].fp8 > 0
         stage.activation_bytes = prompt_bytes(config, place, args.max_context, keep_fp8, products, dtype.itemsize)
+        if args.draft_layers:
+            head = Head(sizes_of_head(config, args.draft_layers), model.place, dtype, keep_fp8, keep_fp8)
+            stage.parameters += sum(parameter.numel() for parameter in head.parameters())
+            stage.weight_bytes += weight_bytes(head)
+            stage.cache_bytes += head.new_cache(1, args.max_context).nbytes
     else:
         freeze = tuple(FREEZABLE if args.lora_rank else args.freeze)
         passes = training_bytes(config, place, args, freeze, keep_fp8, dtype.itemsize)
@@ -202,6 +209,8 @@ KERNELS = 13  # of a layer's step, beside six products: norms, rotation, cache, 
 ENDS = 22  # kernels of a stage before its layers, in a step; and of the last one after them, to sample the next token
 
 ADAM_BYTES = 82  # that a step of optimizer.py reads and writes per trained weight
+
+ACCEPTED = (1.5, 2, 2.5, 3)  # tokens per step that a draft may bring
 
 RECIPE_STEPS, MEDPIX = 100, 20_500  # of the published fine-tune; samples of its data
 
@@ -272,6 +281,17 @@ def stage_times(config: Config, place: Place, gpu: Gpu, work: Work) -> torch.Ten
     return torch.tensor([floor, about], dtype=torch.float64)
 
 
+def draft_times(config: Config, place: Place, gpu: Gpu, args: argparse.Namespace, context: int) -> torch.Tensor:
+    """(floor, estimate) of the guesses of a step: the head reads its weights for each; its first pass has all tokens of
+    the last step. `eagle_linear` has 2 C² weights, and its sums are one all-reduce more."""
+    head, guesses = sizes_of_head(config, args.draft_layers), args.draft_tokens
+    work = Work(1, 1, context, fp8=args.weights != "dequantized" and config.fp8)
+    layers = stage_times(head, place, gpu, replace(work, length=1 + guesses))
+    layers += (guesses - 1) * stage_times(head, place, gpu, work)
+    memory = (1 if work.fp8 else 2) * 2 * config.hidden_size**2 / place.tp_size / gpu.memory
+    return layers + guesses * torch.tensor([memory, memory / COPIES + (place.tp_size > 1) * MESSAGE])
+
+
 def make_times(config: Config, args: argparse.Namespace, keep_fp8: bool, trained: int) -> dict[str, list[float]]:
     """What takes how long: name -> [floor, estimate], in seconds. `trained`: the most weights that a rank trains."""
     gpu, p, times = GPUS[args.gpu], args.pp, {}
@@ -284,6 +304,12 @@ def make_times(config: Config, args: argparse.Namespace, keep_fp8: bool, trained
     if args.inference:
         context = min(8192, args.max_context)
         times[f"a token after {context:,}"] = stages(1, 1, context - 1).sum(0)
+        if args.draft_layers:
+            step = stages(1, 1 + args.draft_tokens, context - 1).sum(0) + draft_times(
+                config, grid[0], gpu, args, context
+            )
+            for count in (n for n in ACCEPTED if n <= 1 + args.draft_tokens):
+                times[f"the same with a draft that brings {count:g} a step"] = step / count
         for length in (n for n in (8192, 131072) if n <= args.max_context):
             slowest = (stages(1, CHUNK) + stages(1, CHUNK, length - CHUNK)).amax(0) / 2
             times[f"a prompt of {length:,}"] = (length // CHUNK + p - 1) * slowest
@@ -456,14 +482,18 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--inference", action="store_true", help="plan generate.py with one request, not train.py")
     add("--weights", choices=["fp8", "dequantized"], help="FP8 weights in memory; default: as stored")
     size("--max-context", "tokens; default: the model's context")
+    size("--draft-layers", "layers of a draft head; the published one has 2")
+    size("--draft-tokens", "guesses a step", 3)
     args = parser.parse_args(argv)
     args.gpu_memory_gb = args.gpu_memory_gb or GPUS[args.gpu].gigabytes
     training = args.freeze or args.activation_checkpointing or args.sequence_parallel or args.max_length
     if args.inference and (args.dp > 1 or training or args.lora_rank):
         flags = "--dp, --freeze, --activation-checkpointing, --sequence-parallel, --max-length and --lora-rank"
         raise UserError(f"{flags} are for training, not --inference")
-    if not args.inference and (args.weights or args.max_context):
-        raise UserError("--weights and --max-context go with --inference")
+    if not args.inference and (args.weights or args.max_context or args.draft_layers):
+        raise UserError("--weights, --max-context and --draft-layers go with --inference")
+    if args.draft_layers and args.pp > 1:
+        raise UserError("a draft works with tensor parallelism alone: leave out --pp, or --draft-layers")
     return args
 
 

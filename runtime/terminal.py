@@ -43,6 +43,11 @@ def printable(text: str, stream: TextIO) -> str:
     return CONTROL.sub(lambda found: repr(found[0])[1:-1], text) if stream.isatty() else text
 
 
+def speed_of(stats: dict, what: str = "tokens/s") -> str:
+    per_step = f", {stats['tokens_per_step']:g} a step" if "tokens_per_step" in stats else ""
+    return f"{stats['decode_tokens_per_s']:g} {what}{per_step}"
+
+
 def stream(session, spec: dict, stop=None) -> dict:
     """The answer to one request, printed as it comes: reasoning dimmed on stderr, text on stdout. `stop`: as the
     engine's."""
@@ -289,7 +294,7 @@ class Chat(cmd.Cmd):
         cut = "where the context ends (/undo and /clear make room)" if used >= most else "by max-new-tokens (/set)"
         ended = {"cancelled": "stopped, ", "length": f"cut off {cut}, ", "stop": ""}[result["finish_reason"]]
         ended += "" if answers else "no answer, "
-        speed = f"{count(len(result['tokens']), 'token')}, {result['stats']['decode_tokens_per_s']:g} tokens/s"
+        speed = f"{count(len(result['tokens']), 'token')}, {speed_of(result['stats'])}"
         note(f"{ended}{speed}, context {used:,} of {most:,}")
         if calls := len(self.waiting()):
             more = f"{calls} calls wait: /tool RESULT answers them, one after the other"

@@ -27,6 +27,7 @@ from runtime import checkpoint
 from runtime.checkpoint import Stored, fill, is_quantized, scale_names
 from runtime.config import read_config
 from runtime.data import MicroBatch
+from runtime.draft import Eagle, Head
 from runtime.optimizer import Optimizer
 from runtime.requests import Request
 from vision import build_model
@@ -50,11 +51,11 @@ def real_config(layers: int | None, sizes: dict | None = None) -> Config:
 
 
 class Shelf(checkpoint.Checkpoint):
-    """A checkpoint of the whole model whose files are never read: their tensors have no values."""
+    """A checkpoint of the whole of `model` whose files are never read: their tensors have no values."""
 
-    def __init__(self, config: Config, fp8: bool):
+    def __init__(self, model: torch.nn.Module, fp8: bool):
         self.title, self.native, self.bytes_read = "shelf", False, 0
-        names = list(parts_of(build_model(config)))
+        names = list(parts_of(model))
         self.quantized = {name for name in names if fp8 and is_quantized(name)}
         names += [scale for name in self.quantized for scale in scale_names(name)]
         self.tensors = {name: Stored(self.shard(name), name) for name in names}
@@ -87,7 +88,7 @@ def filling(watch: Watch, rank: int = 0, tp: int = 1, pp: int = 1, layers: int |
     with world(rank, tp, pp) as place, watch:
         watch.forget()
         model = build_model(config, place, torch.bfloat16, keep_fp8)
-        fill(model, Shelf(config, fp8=True))
+        fill(model, Shelf(build_model(config), fp8=True))
         return watch.report()
 
 
@@ -139,7 +140,7 @@ def make_trainer(args, place: Place, config: Config, fp8: bool) -> train.Trainer
     """A Trainer but for its files: chats, tokenizer, states."""
     trainer = train.Trainer.__new__(train.Trainer)
     trainer.args, trainer.place, trainer.config = args, place, config
-    trainer.checkpoint = Shelf(config, fp8)
+    trainer.checkpoint = Shelf(build_model(config), fp8)
     trainer.total = 10
     trainer.model = trainer.build_model()
     decoupled = args.optimizer == "adamw"
@@ -177,17 +178,25 @@ def answering(
     temperature: float = 0.0,
     tokens: int = 4,
     logprobs: bool = False,
+    draft_tokens: int = 0,
 ) -> list[list]:
     """`Engine.generate` for prompts of so many tokens, all together: [phase, report] of each of the engine's calls.
+
+    With `draft_tokens` a head of two layers guesses so many a step.
 
     Phases are "prefill" and "decode", methods of the engine, and "rest", what lies between them.
     """
     config, seen = real_config(layers), []
     with world(rank, tp, pp) as place, watch:
         model = build_model(config, place, torch.bfloat16, keep_fp8)
-        fill(model, Shelf(config, fp8=keep_fp8))
+        fill(model, Shelf(build_model(config), fp8=keep_fp8))
         model.eval()
-        engine = Engine(model, eos_id=2, max_context=config.max_position_embeddings)
+        draft = None
+        if draft_tokens:
+            head = Head(replace(config, num_hidden_layers=2, vision=None), place, torch.bfloat16, keep_fp8)
+            fill(head, Shelf(head, fp8=keep_fp8))
+            draft = Eagle(head.eval(), model, draft_tokens)
+        engine = Engine(model, 2, config.max_position_embeddings, draft)
 
         def phase(name: str) -> None:
             """What was seen since the last call belongs to `name`."""

@@ -2,6 +2,7 @@
 
 import random
 
+import torch
 from helpers import random_tokens
 
 from runtime.requests import Request
@@ -21,3 +22,11 @@ def drawn_requests(count: int, seed: int, **more) -> list[Request]:
         )
         for i in range(count)
     ]
+
+
+def assert_same(answers, expected) -> None:
+    for answer, other in zip(answers, expected, strict=True):
+        ends = [i for i, pair in enumerate(zip(answer.tokens, other.tokens)) if pair[0] != pair[1]]
+        count = ends[0] + 1 if ends else None  # two tokens that are equally likely: either may be taken, and then …
+        assert ends or (answer.tokens, answer.finish_reason) == (other.tokens, other.finish_reason)
+        torch.testing.assert_close(answer.logprobs[:count], other.logprobs[:count], atol=2e-6 if ends else 1e-4, rtol=0)

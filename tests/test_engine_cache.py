@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import Endless, load, make_eyes, random_state, random_tokens, text_fields, write_checkpoint
 from processes import run_ranks
-from request_cases import drawn_requests
+from request_cases import assert_same, drawn_requests
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -35,14 +35,6 @@ def model(folder):
 
 def alone(model, request: Request) -> requests.Answer:
     return Engine(model, Endless.eos_id, 4096).generate([request])[0]
-
-
-def assert_same(answers, expected) -> None:
-    for answer, other in zip(answers, expected, strict=True):
-        ends = [i for i, pair in enumerate(zip(answer.tokens, other.tokens)) if pair[0] != pair[1]]
-        count = ends[0] + 1 if ends else None  # two tokens that are equally likely: either may be taken, and then …
-        assert ends or (answer.tokens, answer.finish_reason) == (other.tokens, other.finish_reason)
-        torch.testing.assert_close(answer.logprobs[:count], other.logprobs[:count], atol=2e-6 if ends else 1e-4, rtol=0)
 
 
 # ---------------------------------------------------------------------------------------------------- recorded steps

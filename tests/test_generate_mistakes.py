@@ -43,7 +43,8 @@ def refused(result, *named: str) -> str:
     (["--tp", "0"], "--tp"), (["--pp", "2"], "--pp"), (["--image", "nowhere.png"], "image"),
     (["--raw", "--system", "x"], "--raw"), (["--max-context", "2"], "context"), (["--ckpt", "/nowhere"], "/nowhere"),
     (["--ckpt", ""], "ckpt is empty"), (["--lora", ""], "lora is empty"), (["--image", ""], "image is empty"),
-    (["stray"], "stray"), (["--seed"], "--seed"),
+    (["stray"], "stray"), (["--seed"], "--seed"), (["--draft", "/nowhere"], "/nowhere"), (["--draft", ""], "draft"),
+    (["--draft-tokens", "2"], "--draft DIR"), (["--draft", "lookup", "--draft-tokens", "0"], "--draft-tokens"),
 ])  # fmt: skip
 def test_bad_options(options, named, ckpt, program):
     refused(program("--ckpt", ckpt, "--prompt", "hi", *options), named)

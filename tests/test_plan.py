@@ -104,6 +104,26 @@ def test_inference_of_this_model(medium):
     assert sixteen["stages"][0]["cache_bytes"] == 360_448 * 262_144 // 8
 
 
+def test_a_draft(medium):
+    """The published head: two layers, a matrix of two inputs, a norm; and an entry more in two layers' cache."""
+    options = ("--inference", "--tp", 8, "--max-context", 9000)
+    without, drafted = planned(medium, *options), planned(medium, *options, "--draft-layers", 2)
+    (one,), (two,) = without["stages"], drafted["stages"]
+    C, cut = 12288, (2 * LAYER + 2 * 12288**2 - 4 * 12288) // 8  # but for the norms, of which each rank has all
+    assert two["parameters"] - one["parameters"] == cut + 5 * C
+    scales = two["weight_bytes"] - one["weight_bytes"] - cut - 2 * 5 * C
+    assert 0 < scales < 1e6  # float32, one for each row
+    assert two["cache_bytes"] / one["cache_bytes"] == 90 / 88
+    times = [drafted["seconds"][f"the same with a draft that brings {n:g} a step"] for n in (1.5, 2, 2.5, 3)]
+    (floor, about), (low, guess) = without["seconds"]["a token after 8,192"], times[0]
+    # Three passes of two layers, the head's matrix, and three readings of the output head, beside 88 layers and one.
+    read = 88 * LAYER + 2 * EMBEDDING
+    more = 3 * (2 * LAYER + 2 * C**2 + 2 * EMBEDDING)
+    assert 1.5 * low == pytest.approx(floor * (read + more) / read, rel=0.02)
+    assert about < 1.5 * guess < 1.35 * about
+    assert [low * 1.5 / n for n in (1.5, 2, 2.5, 3)] == pytest.approx([pair[0] for pair in times])
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_is_held_is_parameters_copies_and_padding(tied, tmp_path):
     config = str(tmp_path / "config.json")
@@ -274,6 +294,8 @@ def test_the_program(medium, capsys):
         (("--inference", "--max-context", "300000"), "262144"),
         (("--inference", "--freeze", "projector"), "--inference"),
         (("--weights", "fp8"), "--inference"),
+        (("--draft-layers", "2"), "--inference"),
+        (("--inference", "--pp", "2", "--draft-layers", "2"), "leave out --pp"),
         (("--steps", "3"), "--steps"),
     ],
 )
