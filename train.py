@@ -46,7 +46,7 @@ from runtime.checkpoint import Checkpoint, fill, initialize
 from runtime.config import read_config
 from runtime.cpu import speed_up
 from runtime.data import IGNORE, Chats, MicroBatch, Order, Sample, decode_images, micro_batches
-from runtime.draft import Head, head_config
+from runtime.draft import Head, sizes_of_head
 from runtime.files import UserError, digest_of, plural, require, within
 from runtime.launch import COUNT, SIZE, Parser, Postponed, find_place, gather_objects, number, run_program, together
 from runtime.lora import add_adapters, initialize_adapters
@@ -364,7 +364,7 @@ class DraftTrainer(Trainer):
     def build_learner(self) -> Head:
         args = self.args
         self.model.requires_grad_(False)
-        head = Head(head_config(self.config, args.draft_layers), self.place, self.model.dtype)
+        head = Head(sizes_of_head(self.config, args.draft_layers), self.place, self.model.dtype)
         initialize(head, args.seed)
         speed_up(head, inference=False)
         head.activation_checkpointing = args.activation_checkpointing

@@ -119,8 +119,9 @@ class Lookup(Guesses):
 
 
 def sizes_of_head(config: Config, layers: int) -> Config:
-    """Of a head for a model with this config."""
-    return replace(config, num_hidden_layers=layers, vision=None)
+    """Of a head for a model with this config, as far as a params.json can say them: they are read from one."""
+    said = to_params(replace(config, num_hidden_layers=layers, vision=None))
+    return replace(parse_config(translate_params(said)), initializer_range=config.initializer_range)
 
 
 class Head(MistralMedium):
@@ -248,12 +249,6 @@ class Eagle(Guesses):
     def accept(self, group, part: slice, guessed: torch.Tensor, sampled: torch.Tensor, states: torch.Tensor) -> None:
         super().accept(group, part, guessed, sampled, states)
         group.memory[part] = states
-
-
-def head_config(config: Config, layers: int) -> Config:
-    """The sizes of a head of `layers` layers for a model of `config`, as far as its params.json can say them."""
-    own = replace(config, num_hidden_layers=layers, vision=None, fp8=False)
-    return replace(parse_config(translate_params(to_params(own))), initializer_range=config.initializer_range)
 
 
 def open_draft(name: str, count: int, model: MistralMedium) -> Guesses:
