@@ -43,7 +43,7 @@ from runtime.images import load_image
 from runtime.launch import COUNT, SIZE, Parser, find_place, gather_objects, number, run_program, together
 from runtime.lora import add_adapters, read_adapters
 from runtime.memory import peak_memory
-from runtime.plan import Progress, check_memory
+from runtime.plan import Progress, check_memory, keeps_fp8
 from runtime.requests import NUMBERS, Answer, Request, RequestReader, read_requests, read_tools, result_of
 from runtime.terminal import interact, print_calls, printable, speed_of, stream
 from runtime.tokenizer import load_tokenizer
@@ -558,6 +558,7 @@ class Session:
         self.args, self.place = args, place
         started = time.perf_counter()
         checkpoint = together(self.read)
+        self.keep_fp8 = keeps_fp8(self.config, place, args, checkpoint.is_fp8())
         check_memory(self.config, place, args, self.keep_fp8)
         dtype = getattr(torch, args.dtype)
         self.model = together(lambda: build_model(self.config, place, dtype, self.keep_fp8))
@@ -585,13 +586,10 @@ class Session:
         self.tokenizer = load_tokenizer(directory, self.config)
         longest = self.config.max_position_embeddings
         self.max_context = min(args.max_context or longest, longest)
-        stored_fp8 = checkpoint.is_fp8()
-        good = stored_fp8 or args.weights != "fp8"
+        good = checkpoint.is_fp8() or args.weights != "fp8"
         require(good, f"{directory}: its weights are not FP8; leave out --weights fp8")
-        on_gpu = self.place.device.type == "cuda"  # a CPU has no fast FP8 arithmetic
         drafts = args.draft and args.draft != LOOKUP
         args.draft_layers = read_config(args.draft).num_hidden_layers if drafts else None  # for the plan
-        self.keep_fp8 = args.weights == "fp8" or (args.weights == "auto" and on_gpu and stored_fp8)
         return checkpoint
 
     def answer(
@@ -689,14 +687,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--ckpt", metavar="DIR", help="checkpoint, any layout; default: the small one in the repository")
     add("--lora", metavar="DIR", help="adapters that train.py exported, to add to it")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of activations and unquantized weights")
-    add(
-        "--weights", choices=["auto", "fp8", "dequantized"], default="auto", help="FP8 weights in memory; auto: on GPUs"
-    )
-    add(
-        "--draft",
-        metavar="DIR",
-        help=f"EAGLE head that guesses tokens, or {LOOKUP}: from the text; same answers, sooner",
-    )
+    weights = "FP8 weights in memory; auto: on GPUs, without FP8 units only where dequantized ones don't fit"
+    add("--weights", choices=["auto", "fp8", "dequantized"], default="auto", help=weights)
+    add("--draft", metavar="DIR", help=f"EAGLE head that guesses tokens, or {LOOKUP}; the same answers, sooner")
     add("--draft-tokens", type=SIZE, metavar="N", help="guesses a step; default 3")
     add("--max-context", type=SIZE, metavar="N", help="longest prompt and answer together; default: the model's")
     add = parser.add_argument_group("processes").add_argument
@@ -706,6 +699,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--timeout", type=number(float, 5, 1e9), default=300, metavar="S", help="a rank silent for so long is gone")
     args = parser.parse_args(argv)
     check_args(args)
+    require(args.draft or not args.draft_tokens, "--draft-tokens goes with --draft DIR")
     args.prompt = args.question if args.prompt is None else args.prompt
     return args
 
@@ -721,7 +715,6 @@ def check_args(args: argparse.Namespace) -> None:
     require(not args.raw or plain, "--raw continues plain text; leave out --image, --system and --tools")
     scripted, more = asked or args.json or args.raw, "leave out question, --raw and --json"
     require(not args.interactive or not scripted, f"--interactive reads turns from the terminal; {more}")
-    require(args.draft or not args.draft_tokens, "--draft-tokens goes with --draft DIR")
 
 
 def main(argv: list[str]) -> None:

@@ -64,16 +64,18 @@ class Layer(NamedTuple):
         """Bytes, the most that a forward pass takes that keeps nothing, with its input: in the MLP.
 
         Input, residual and norm are there, 3 C, and gate, up, silu(gate) and their product, 4 F. Multiplying in FP8
-        (`products`) quantizes the input: 5 bytes for each number, float32 and E4M3. FP8 weights without FP8
-        arithmetic are there once more for their product.
+        (`products`) quantizes the input: a byte for each number. FP8 weights without FP8 arithmetic are there once
+        more for their product, whose float32 sums then become the output.
         """
         C, F = self.C, self.F
 
         def product(inputs: int, outputs: int, weights: int) -> int:
             """Bytes of a product's output, and of what its input or its weights become."""
             if products:
-                return tokens * max(5 * inputs, inputs + size * outputs)
-            return size * (tokens * outputs + fp8 * weights)
+                return tokens * (inputs + size * outputs)
+            if fp8:
+                return tokens * outputs * FP32 + max(size * weights, size * tokens * outputs)
+            return size * tokens * outputs
 
         gate_up = max(product(C, 2 * F, 2 * C * F), size * tokens * 4 * F)
         return size * tokens * 3 * C + max(gate_up, size * tokens * 3 * F + product(F, C, C * F))

@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
+from fp8 import has_fp8_matmul
 from model import CHUNK, Config, MistralMedium
 from parallel import Place, TopologyError
 from runtime.activations import (
@@ -78,6 +79,10 @@ class StagePlan:
 
 def make_plan(config: Config, args: argparse.Namespace) -> dict:
     """The plan as the JSON object that --json prints. Raises UserError where the topology does not divide the model."""
+    if args.inference and config.fp8 and not args.weights:  # as generate.py does: see keeps_fp8
+        dequantized = argparse.Namespace(**vars(args) | {"weights": "dequantized"})
+        if not GPUS[args.gpu].fp8 and (plan := make_plan(config, dequantized))["fits"]:
+            return plan
     keep_fp8 = config.fp8 and (args.weights != "dequantized" if args.inference else bool(args.lora_rank))
     counts, stages, memory = Counter(), [], args.gpu_memory_gb * 1e9
     for stage_places in places(args.tp, args.pp, args.dp, args.sequence_parallel):
@@ -215,7 +220,7 @@ PRODUCTS, COPIES, LINKS = 0.7, 0.8, 0.7  # what is reached of them
 
 KERNEL, MESSAGE = 3e-6, 15e-6  # seconds that each takes at least
 
-KERNELS = 13  # of a layer's step, beside six products: norms, rotation, cache, softmax, silu, residuals
+KERNELS = 10  # of a layer's step, beside four products and attention: norms, rotation, cache, silu, residuals
 ENDS = 22  # kernels of a stage before its layers, in a step; and of the last one after them, to sample the next token
 
 ADAM_BYTES = 82  # that a step of optimizer.py reads and writes per trained weight
@@ -247,10 +252,11 @@ def stage_times(config: Config, place: Place, gpu: Gpu, work: Work) -> torch.Ten
       10 D.
     - other kernels read and write, in bytes: norms and residuals 8 C + 12 C; the rotation (roll, times cosine, plus
       times sine) 4 + 4 + 6 for each number of q and k; the cache 8 KV D; silu and product 4 F + 6 F; quantizing to FP8
-      (divide, clamp, convert) 6 + 8 + 5 for each input of a product, or dequantizing 7 for each weight; putting an
-      adapter's output together, scaling and adding it 4 + 4 + 6 for each output. Backward, norms and residuals 12 C +
-      12 C, the rotation of a copy 4 Q + 14, silu, product and joining their gradients 6 F + 12 F + 8 F; and each
-      trained weight's gradient is added to a float32 sum, 10 bytes. Logits in training: 52 bytes for each.
+      3 for each input of a product; without FP8 units converting 3 for each weight, whose product then takes 2, and
+      scaling float32 sums 8 for each output; putting an adapter's output together, scaling and adding it 4 + 4 + 6 for
+      each output. Backward, norms and residuals 12 C + 12 C, the rotation of a copy 4 Q + 14, silu, product and joining
+      their gradients 6 F + 12 F + 8 F; and each trained weight's gradient is added to a float32 sum, 10 bytes. Logits
+      in training: 52 bytes for each.
     - two all-reduces of 2 C bytes forward, two backward, in a ring: every part travels twice, but for a rank's own.
       Computing a layer again ends before down_proj. One message goes to each neighbouring stage.
     """
@@ -258,13 +264,13 @@ def stage_times(config: Config, place: Place, gpu: Gpu, work: Work) -> torch.Ten
     N, KV, training, last = work.rows * work.length, (Q - A) // 2, backward > 0, place.last_stage
     layers, tp, V = len(place.layers(config.num_hidden_layers)), place.tp_size, config.vocab_size / place.tp_size
     fp8, again = work.fp8 and gpu.fp8 > 0 and not training, forward > 1 and not work.rank
-    dequantizes, adapters, scored = work.fp8 and not fp8, work.rank > 0, N if training else 1
+    converts, adapters, scored = work.fp8 and not fp8, work.rank > 0, N if training else 1
     weights, inputs, outputs = C * (Q + A + 3 * F), 2 * C + A + F, Q + 2 * C + 2 * F
     both, keys, pairs = forward + training, work.start + work.length, N * (work.start + (work.length + 1) / 2)
     matrices = layers * (forward + backward - again * C * F / weights)
-    launched = both * (KERNELS + 12 * fp8 + 8 * dequantizes + 20 * adapters)
-    moved = both * (14 * (A + KV + adapters * outputs) + 20 * C) + training * (4 * C + 4 * Q + 26 * F)
-    moved += forward * (8 * KV + 10 * F + 19 * fp8 * inputs)
+    launched = both * (KERNELS + 4 * fp8 + 8 * converts + 20 * adapters)
+    moved = both * (14 * (A + KV + adapters * outputs) + 20 * C + 8 * converts * outputs)
+    moved += training * (4 * C + 4 * Q + 26 * F) + forward * (8 * KV + 10 * F + 3 * fp8 * inputs)
     peak, ends = gpu.fp8 if fp8 else gpu.bf16, inputs + outputs
     # How often, kernels, bytes, operations, operations per second
     kernels = [
@@ -273,7 +279,7 @@ def stage_times(config: Config, place: Place, gpu: Gpu, work: Work) -> torch.Ten
         (adapters * layers * (forward + 2), 4, 2 * N * ends, 2 * N * work.rank * ends, gpu.bf16),
         (last * (1 + backward), 1, 2 * (C * V + scored * (C + V)), 2 * scored * C * V, gpu.bf16),
         (layers, launched, N * moved, 0, 1),
-        (layers, 0, (7 * dequantizes * both + 10 * (backward > 1)) * weights, 0, 1),
+        (layers, 0, (3 * converts * both + 10 * (backward > 1)) * weights, 0, 1),
         (1, ENDS * (1 + last), 52 * training * last * N * V, 0, 1),
     ]
     # How often, bytes, ranks among which they travel
@@ -335,34 +341,64 @@ def make_times(config: Config, args: argparse.Namespace, keep_fp8: bool, trained
     return {name: value.tolist() for name, value in times.items()}
 
 
-def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp8: bool) -> int:
-    """Refuse a model whose weights alone do not fit here, and warn where the run's estimate does not.
+def needs_of(config: Config, place: Place, args: argparse.Namespace, keep_fp8: bool) -> Callable[[Place], StagePlan]:
+    """What a rank needs on a device like that of `place`, as a function of its place.
 
-    `args` are those of generate.py or train.py. A GPU is a rank's own; on a CPU all ranks of a machine share its
-    memory. Every rank has to come here: they find the tightest device together. Raises UserError on all. Returns the
-    bytes of this rank's plan.
+    `args` are those of generate.py or train.py.
     """
     wanted = argparse.Namespace(**{**vars(parse_args(["--plan", "--config", "-"])), **vars(args)})
+    wanted.gpu = "h100" if has_fp8_matmul(place.device) else "a100"
     wanted.inference = not hasattr(args, "lora_rank")
     if wanted.inference:  # one request, of a chunk; the cache of more, or longer ones, comes on top
         longest = args.max_context or config.max_position_embeddings
         wanted.max_context = min(longest, CHUNK + (args.max_new_tokens or CHUNK))
-    dtype, gpu = getattr(torch, args.dtype), place.device.type == "cuda"
 
-    def needs(place: Place) -> StagePlan:
-        stage, _ = plan_rank(config, place, wanted, keep_fp8, dtype)
-        stage.reserve_bytes = RESERVE if gpu else 0
+    def needs(other: Place) -> StagePlan:
+        stage, _ = plan_rank(config, other, wanted, keep_fp8, getattr(torch, args.dtype))
+        stage.reserve_bytes = RESERVE if place.device.type == "cuda" else 0
         return stage
 
-    mine = together(lambda: needs(place))
-    room = torch.cuda.mem_get_info(place.device)[0] if gpu else cpu_memory()
+    return needs
+
+
+def tightest_device(mine: StagePlan, place: Place) -> tuple[int, int, float, int]:
+    """(bytes of weights, of the estimate, free, ranks) of the device that has least room. All ranks come together.
+
+    A GPU is a rank's own; on a CPU all ranks of a machine share its memory.
+    """
+    room = torch.cuda.mem_get_info(place.device)[0] if place.device.type == "cuda" else cpu_memory()
     devices = defaultdict(Counter)
     numbers = dict(weights=mine.weight_bytes, peak=mine.peak_bytes, room=room, ranks=1)
     for device, more in gather_objects(((socket.gethostname(), str(place.device)), numbers)):
         devices[device].update(more)
     tightest = max(devices.values(), key=lambda device: device["peak"] / device["room"] * device["ranks"])
     weights, peak, room, ranks = tightest.values()
-    room /= ranks  # each of them saw all of it
+    return weights, peak, room / ranks, ranks  # each of them saw all of it
+
+
+def keeps_fp8(config: Config, place: Place, args: argparse.Namespace, stored: bool) -> bool:
+    """Whether generate.py keeps weights, which are `stored` in FP8, as they are. All ranks come together.
+
+    --weights auto: on GPUs. Where one has no FP8 units, dequantized weights are twice as fast: only if they don't fit.
+    """
+    if args.weights != "auto" or not stored or place.device.type != "cuda":
+        return args.weights == "fp8"
+    if all(gather_objects(has_fp8_matmul(place.device))):
+        return True
+    needs = needs_of(config, place, args, keep_fp8=False)
+    _, peak, room, _ = tightest_device(together(lambda: needs(place)), place)
+    return peak > room
+
+
+def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp8: bool) -> int:
+    """Refuse a model whose weights alone do not fit here, and warn where the run's estimate does not.
+
+    `args` are those of generate.py or train.py. Every rank has to come here. Raises UserError on all. Returns the bytes
+    of this rank's plan.
+    """
+    needs, gpu = needs_of(config, place, args, keep_fp8), place.device.type == "cuda"
+    mine = together(lambda: needs(place))
+    weights, peak, room, ranks = tightest_device(mine, place)
     if peak <= room:
         return mine.peak_bytes
     topology = smallest_topology(needs, room / ranks)
@@ -490,7 +526,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     size("--lora-rank", "adapters of this rank; weights frozen, FP8 ones as they are")
     add = parser.add_argument_group("generation, as with generate.py").add_argument
     add("--inference", action="store_true", help="plan generate.py with one request, not train.py")
-    add("--weights", choices=["fp8", "dequantized"], help="FP8 weights in memory; default: as stored")
+    add("--weights", choices=["fp8", "dequantized"], help="FP8 weights in memory; default: generate.py's")
     size("--max-context", "tokens; default: the model's context")
     size("--draft-layers", "layers of a draft head; the published one has 2")
     size("--draft-tokens", "guesses a step", 3)

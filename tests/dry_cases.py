@@ -16,12 +16,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from dry_run import Watch, world
 from processes import ROOT, read
-from torch.nn.attention.bias import causal_lower_right
 
 import generate
 import train
 from generate import Engine
-from model import Config
+from model import Config, attend
 from parallel import Pipeline, Place, Slice, parts_of
 from runtime import checkpoint
 from runtime.checkpoint import Stored, fill, is_quantized, scale_names
@@ -179,6 +178,7 @@ def answering(
     tokens: int = 4,
     logprobs: bool = False,
     draft_tokens: int = 0,
+    flash_decoding: bool = True,
 ) -> list[list]:
     """`Engine.generate` for prompts of so many tokens, all together: [phase, report] of each of the engine's calls.
 
@@ -186,7 +186,7 @@ def answering(
 
     Phases are "prefill" and "decode", methods of the engine, and "rest", what lies between them.
     """
-    config, seen = real_config(layers), []
+    config, seen, watch.flash_decoding = real_config(layers), [], flash_decoding
     with world(rank, tp, pp) as place, watch:
         model = build_model(config, place, torch.bfloat16, keep_fp8)
         fill(model, Shelf(build_model(config), fp8=keep_fp8))
@@ -284,9 +284,7 @@ def mistakes(watch: Watch) -> dict[str, dict]:
             "to the GPU": lambda: host.to("cuda"),
             "from a list": lambda: torch.tensor([1, 2], device="cuda"),
             "mask": lambda: F.scaled_dot_product_attention(query, query, query, attn_mask=mask),
-            "lower right": lambda: F.scaled_dot_product_attention(
-                query[:, :, :2], query, query, attn_mask=causal_lower_right(2, 4)
-            ),
+            "lower right": lambda: attend(query[:, :, :2], query, query),
             "not square": lambda: F.scaled_dot_product_attention(query[:, :, :2], query, query, is_causal=True),
             "float32": lambda: F.scaled_dot_product_attention(*[query.float()] * 3),
         }

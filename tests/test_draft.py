@@ -100,12 +100,18 @@ def test_steps_are_saved(ckpt):
 # ------------------------------------------------------------------------------------------------------- the head
 
 
-@pytest.mark.parametrize("fp8", [None, "static", "dynamic"])
-def test_the_head_equals_the_formula(ckpt, tmp_path, fp8):
-    """In float64, and in its layout: rotary pairs, scales and names."""
-    meant = make_draft(tmp_path, seed=11, fp8=fp8)
+@pytest.mark.parametrize("fp8, whole_fp8, kept", [
+    (None, False, False), ("static", False, False), ("dynamic", True, False), ("static", False, True),
+    ("dynamic", True, True), (None, False, True),
+])  # fmt: skip
+def test_the_head_equals_the_formula(ckpt, tmp_path, fp8, whole_fp8, kept):
+    """In float64, and in its layout: rotary pairs, scales and names. `kept`: the model's weights stay FP8."""
+    meant = make_draft(tmp_path, seed=11, fp8=fp8, whole_fp8=whole_fp8)
     model, fields = load(ckpt), draft_fields()
+    model.keep_fp8 = kept
     head = read_draft(str(tmp_path), model)
+    assert (head.eagle_linear.weight.dtype == torch.float8_e4m3fn) == (kept and whole_fp8)
+    assert (head.layers["0"].mlp.down_proj.weight.dtype == torch.float8_e4m3fn) == (kept and fp8 is not None)
     C, T = fields["hidden_size"], 23
     e, h = torch.randn(2, 1, T, C, generator=torch.Generator().manual_seed(4))
     x = torch.cat((e, h), dim=-1)[0].double() @ meant.pop(EAGLE).double().T

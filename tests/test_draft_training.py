@@ -161,7 +161,7 @@ def test_all_topologies(name, topology, cases, tmp_path):
     check_topology(cases[name], topology, tmp_path)
 
 
-def test_resuming(cases, tmp_path):
+def test_resuming(cases, tmp_path, capsys):
     """A run that was cut ends where the whole one does, and one that lost what it wrote writes it again."""
     options = dict(OPTIONS, save_every=2, val=cases["text"][1])
     train.main(arguments(*cases["text"], tmp_path, **options))
@@ -175,7 +175,9 @@ def test_resuming(cases, tmp_path):
     again = load_file(tmp_path / "draft" / "consolidated.safetensors")
     assert set(again) == set(draft) and all(torch.equal(again[name], draft[name]) for name in draft)
     steps = trained_steps(tmp_path)
-    train.main(arguments(*cases["text"], tmp_path, **options, resume=True))  # finished: it takes no step
+    capsys.readouterr()
+    train.main(arguments(*cases["text"], tmp_path, **options, resume=True))
+    assert "this run is finished; its draft is" in capsys.readouterr().err
     assert trained_steps(tmp_path) == steps == [1, 2, 3, 4]
     shutil.rmtree(tmp_path / "draft")
     for changes in ({"draft_layers": 1}, {"draft_layers": False}):

@@ -12,7 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from generate import Engine
-from model import KVCache, attend_step, product_attention
+from model import (
+    KVCache,
+    attend_step,
+    flash_decoding,
+    has_flash,
+    has_flash_decoding,
+    product_attention,
+    segments_of,
+)
 from parallel import Place, VocabParallelHead, gumbel, nucleus
 from runtime import requests
 from runtime.checkpoint import Checkpoint, fill
@@ -174,6 +182,70 @@ def test_attention_as_two_products():
             expected = attend_step(q, k, v, hidden).view(rows, kv_heads, -1, size)
             got = product_attention(q.view(rows, kv_heads, -1, size), k, v, hidden)
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def flash_by_definition(q, k, v, q_starts, k_starts, max_q, max_k, dropout, causal, debug, *, seqused_k=None, **other):
+    """`_flash_attention_forward` as documented, in float64: the last query of a sample stands at its last key."""
+    assert not other and (dropout, causal, debug) == (0.0, True, False) and max_k >= seqused_k.max()
+    assert (q_starts.diff() == max_q).all()
+    assert all(x.dtype == torch.int32 and x.is_contiguous() for x in (q_starts, k_starts, seqused_k))
+    assert k.data_ptr() != v.data_ptr() and q.shape[1] % k.shape[1] == 0
+    out = torch.empty_like(q)
+    for i, (start, count) in enumerate(zip(k_starts.tolist(), seqused_k.tolist(), strict=False)):
+        keys, values = (x[start : start + count].double().transpose(0, 1) for x in (k, v))  # (KV, count, D)
+        for t in range(max_q):
+            query, seen = q[int(q_starts[i]) + t].double().unflatten(0, (k.shape[1], -1)), count - max_q + t + 1
+            weights = (query @ keys[:, :seen].mT / q.shape[2] ** 0.5).softmax(-1)
+            out[int(q_starts[i]) + t] = (weights @ values[:, :seen]).flatten(0, 1)
+    return out, *[torch.empty(0)] * 4
+
+
+@pytest.mark.parametrize("case", range(8))
+def test_flash_decoding(case):
+    """What a GPU does in a step, by the definition of its kernel: the numbers of the plain form, whatever lies beyond a
+    row's end; without copies of the cache, and in a part of its rows."""
+    draw, kernels = random.Random(case), torch.library.Library("aten", "IMPL")
+    rows, kv_heads, group = draw.randint(1, 5), draw.randint(1, 3), draw.randint(1, 6)
+    size, T = 8 * draw.randint(1, 16), draw.choice([1, 1, 2, 5])
+    length = draw.randint(T, 70)
+    torch.manual_seed(case)
+    cache = torch.randn(2, rows + 2, kv_heads, length, size)[:, : rows + draw.randint(0, 1)][:, :rows]
+    q = torch.randn(rows, kv_heads * (group + 2), T, size)[:, : kv_heads * group]  # as if split from keys and values
+    positions = torch.randint(length - T + 1, (rows, 1)) + torch.arange(T)
+    for i, position in enumerate(positions[:, -1]):
+        cache[:, i, :, position + 1 :] = torch.nan
+    segments = segments_of(positions, cache)
+    kernels.impl("_flash_attention_forward", flash_by_definition, "CPU")
+    try:
+        found = flash_decoding(q, cache, *segments)
+    finally:
+        kernels._destroy()
+    beyond = torch.arange(length) > positions.repeat_interleave(group, dim=1)[..., None]
+    hidden = torch.zeros(beyond.shape).masked_fill_(beyond, -torch.inf)
+    expected = attend_step(q, *cache.nan_to_num(0), hidden[:, None])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_flash_where_it_runs(monkeypatch):
+    """From A100 on, in 16 bits, for heads that it takes; flash-decoding where a trial gives the plain numbers."""
+    gpu, here = torch.device("cuda", 0), torch.device("cpu")
+    for capability, runs in (((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert has_flash(gpu, torch.bfloat16, 128) == has_flash(gpu, torch.float16, 8) == runs
+        assert not has_flash(here, torch.bfloat16, 128) and not has_flash(gpu, torch.float32, 128)
+        assert not has_flash(gpu, torch.bfloat16, 100) and not has_flash(gpu, torch.bfloat16, 264)
+    assert not has_flash_decoding(here, torch.bfloat16, 128)
+    monkeypatch.setattr("model.has_flash", lambda device, dtype, head_dim: True)
+    wrong = lambda q, *others: torch.zeros_like(q)  # noqa: E731
+    for head_dim, decoding in enumerate((flash_decoding, wrong)):  # a CPU has no such kernel
+        monkeypatch.setattr("model.flash_decoding", decoding)
+        assert not has_flash_decoding(here, torch.bfloat16, 8 * (head_dim + 1))
+    monkeypatch.setattr("model.flash_decoding", lambda q, cache, *segments: attend_step(q, *cache[:, :, :, :300], bias))
+    ends = torch.tensor([[0, 1], [130, 131], [298, 299]]).repeat_interleave(6, dim=1)[..., None]
+    bias = torch.zeros(3, 12, 300).masked_fill_(torch.arange(300) > ends, -torch.inf)[:, None].bfloat16()
+    assert has_flash_decoding(here, torch.bfloat16, 24)
+    monkeypatch.setattr("model.PLAIN_KERNELS", True)
+    assert not has_flash_decoding(here, torch.bfloat16, 32)
 
 
 # ------------------------------------------------------------------------------------------------- rows and the cache
