@@ -114,6 +114,7 @@ class Group:
         self.work: dist.Work | None = None  # the broadcast of `sampled`
         self.phase = "prefill"  # what is in flight
         self.steps: dict[tuple, Callable | None] = {}  # see Engine.decode
+        self.pool: tuple | None = None  # the memory of the recorded ones
 
     def state_of(self, i: int) -> tuple[torch.Tensor, ...]:
         """The numbers of row i, each a view."""
@@ -239,11 +240,12 @@ class Engine:
             while running:
                 for group in self.groups:
                     self.pick_up(group, on_token)
-                    if stop is not None and group is self.groups[0] and self.agree(stop):
-                        self.cancel(waiting, finish)
                     for row in group.drop_finished():
                         finish(row)
                     self.advance(group, waiting)
+                    # Asked while GPUs compute the next token, which is not wanted any more if the answer is yes.
+                    if stop is not None and group is self.groups[0] and self.agree(stop):
+                        self.cancel(waiting, finish)
                 running = any(group.rows for group in self.groups)
         except BaseException:
             self.groups.clear()  # nobody knows how much of a row is in the cache
@@ -292,6 +294,7 @@ class Engine:
         if longest > group.cache.length:
             group.cache.grow(KVCache.length_for(longest))
             group.steps.clear()  # none of them will come again, and recordings take memory
+            group.pool = None  # it ends with the last of them
         if old:
             self.decode(group)
         if new:
@@ -413,7 +416,8 @@ class Engine:
         group.positions[len(rows) : kind[0]].fill_(1 + self.draft.count)
         run = group.steps.get(kind) or partial(self.step, group, *kind)
         if kind in group.steps and group.steps[kind] is None:
-            run = group.steps[kind] = self.record(run)
+            group.steps[kind], group.pool = self.record(run, group.pool)
+            run = group.steps[kind]
         group.steps.setdefault(kind)
         run()
 
@@ -537,11 +541,14 @@ def power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def record(step: Callable[[], None]) -> Callable[[], None]:
-    """`step` as a CUDA graph: one launch for thousands of kernels."""
-    with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+def record(step: Callable[[], None], pool: tuple | None) -> tuple[Callable[[], None], tuple]:
+    """(`step` as a CUDA graph, which is one launch for thousands of kernels; the pool that its memory is from).
+
+    Graphs of which one runs at a time can share a `pool`, since a replay leaves nothing there; None makes a new one.
+    """
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), pool, capture_error_mode="thread_local"):
         step()
-    return graph.replay
+    return graph.replay, graph.pool()
 
 
 TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "examples", "tiny")
@@ -726,8 +733,15 @@ def main(argv: list[str]) -> None:
     data, chat = gather_objects(together(lambda: read_input(args) if place.rank == 0 else None))[0]
     specs = [] if chat else together(lambda: read_requests(args, data))
     session = Session(args, place)
-    if chat:
-        return interact(session)
+    try:
+        interact(session) if chat else answer_all(session, args, specs)
+    finally:
+        # A recorded step that is still there would keep `destroy_process_group` from ending (pytorch #115388).
+        session.engine.groups.clear()
+
+
+def answer_all(session: Session, args: argparse.Namespace, specs: list[dict]) -> None:
+    """Print the answers as they come; without --json also, on stderr, how fast they were."""
     numbers = itertools.count(1)
 
     def show(result: dict) -> None:
@@ -741,7 +755,7 @@ def main(argv: list[str]) -> None:
         results = [stream(session, specs[0])]
     else:
         results = session.answer(specs, on_result=show)
-    if place.rank == 0 and not args.json:
+    if session.place.rank == 0 and not args.json:
         stats = results[-1]["stats"]
         speeds = f"{stats['prefill_tokens_per_s']} prompt tokens/s, {speed_of(stats, 'new tokens/s')}"
         print(f"loaded in {stats['load_s']} s, {speeds}", file=sys.stderr)

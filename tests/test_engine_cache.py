@@ -94,9 +94,9 @@ def memory(x: torch.Tensor) -> int:
 def recording(model) -> Engine:
     """An engine that records its steps as it would on a GPU. A recording does not compute: the state is put back."""
     made = Engine(model, Endless.eos_id, 4096)
-    made.taped, made.replays = [], 0
+    made.taped, made.pools, made.replays = [], [], 0  # pools: with the cache's length
 
-    def record(step):
+    def record(step, pool):
         group = next(group for group in made.groups if group.rows)
         tensors = [group.sampled, group.positions, *group.cache.layers]
         before = [tensor.clone() for tensor in tensors]
@@ -104,12 +104,13 @@ def recording(model) -> Engine:
         for tensor, value in zip(tensors, before):
             tensor.copy_(value)
         made.taped.append(tape)
+        made.pools.append((group.cache.length, pool or object()))
 
         def replay() -> None:
             made.replays += 1
             tape.replay()
 
-        return replay
+        return replay, made.pools[-1][1]
 
     made.record = record
     return made
@@ -122,6 +123,9 @@ def test_replayed_steps(model, seed):
     taped = recording(model)
     answers = taped.generate(requests)
     assert taped.replays > 100 and len(taped.taped) >= 4
+    # Recordings share a pool until the cache grows: it is gone when the last of them is.
+    assert 1 < len(dict(taped.pools)) == len({pool for _, pool in taped.pools}) == len(set(taped.pools))
+    assert len(taped.pools) > len(set(taped.pools))
     assert_same(answers, [alone(model, request) for request in requests])
 
 
@@ -130,11 +134,11 @@ def test_two_steps_are_the_same_operations(model, rows):
     """On the same addresses, with the same numbers: what a CUDA graph asks for."""
     made, tapes = Engine(model, Endless.eos_id, 4096), []
 
-    def record(step):
+    def record(step, pool):
         group = made.groups[0]
         lasting = {memory(x) for x in (group.sampled, *group.state_of(0))}
         lasting |= {memory(x) for x in (*tree_leaves(group.cache.layers), *model.parameters())}
-        return lambda: tapes.append(Tape(step).described(lasting))
+        return lambda: tapes.append(Tape(step).described(lasting)), pool
 
     made.record = record
     made.generate([Request(random_tokens(5 + i, 301, seed=i), max_new_tokens=6, temperature=1.0) for i in range(rows)])
@@ -316,7 +320,7 @@ def test_a_chat_is_prefilled_once(model):
 def test_a_step_runs_over_rows_without_requests(model):
     """Where steps are recorded they take a power of two of rows, and what other rows held is not what it was."""
     made = Engine(model, Endless.eos_id, 4096)
-    made.record = lambda step: step
+    made.record = lambda step, pool: (step, pool)
     prompts = [random_tokens(20 + i, 301, seed=i) for i in range(4)]
     made.generate([Request(prompt, max_new_tokens=n) for prompt, n in zip(prompts, (40, 41, 42, 2))])
     again = [Request(prompt, max_new_tokens=9) for prompt in prompts]
@@ -327,7 +331,7 @@ def test_a_step_runs_over_rows_without_requests(model):
 def test_rows_that_nobody_takes(seed, model, monkeypatch):
     """Where steps are recorded, five rows are rounded up to eight. The last ones stay empty, call after call."""
     draw, made, busy, decode = random.Random(seed), Engine(model, Endless.eos_id, 4096), [], Engine.decode
-    made.record = lambda step: step
+    made.record = lambda step, pool: (step, pool)
     monkeypatch.setattr(Engine, "decode", lambda self, group: busy.append(len(group.rows)) or decode(self, group))
     width, longest = draw.choice((3, 5, 6, 7)), 0
     for call in range(draw.randint(3, 12)):
@@ -437,6 +441,21 @@ def test_answers_can_be_stopped(folder, model, tp, pp):
         for i, (tokens, reason) in enumerate(said[:5]):
             assert reason == "cancelled" and tokens == whole[i][: len(tokens)] and (4 < len(tokens) < 12) == (i < 3)
         assert said[5:] == [(tokens, "length") for tokens in whole]
+
+
+def test_whether_to_stop_is_asked_while_the_gpu_computes(model, monkeypatch):
+    """After a token's launch and before its read-back; a token that comes after the yes is not wanted."""
+    happened, advance = [], Engine.advance
+    monkeypatch.setattr(Engine, "advance", lambda *arguments: happened.append("launch") or advance(*arguments))
+
+    def stop() -> bool:
+        happened.append("ask")
+        return happened.count("ask") == 4
+
+    on_token = lambda *_: happened.append("token")  # noqa: E731
+    (answer,) = Engine(model, Endless.eos_id, 4096).generate([Request([5, 6], max_new_tokens=30)], on_token, stop=stop)
+    assert happened == [*3 * ["launch", "ask", "token"], "launch", "ask", "launch", "ask"]
+    assert answer.finish_reason == "cancelled" and len(answer.tokens) == 3
 
 
 def stopped_in_prompts_on_a_rank(folder: str, tp: int, pp: int) -> list:
