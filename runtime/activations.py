@@ -199,6 +199,21 @@ def training_bytes(
     return int(ROUNDING * size * (held + max(working) + own * ((not first) + (not last))))
 
 
+def head_training_bytes(
+    config: Config, head: Config, place: Place, args: argparse.Namespace, fp8: bool, size: int
+) -> int:
+    """The same where a draft's `head` learns beside the model, which is frozen and keeps nothing.
+
+    Embeddings and states of all tokens, 2 C, are there throughout. Then come a layer's forward pass, or the images; or
+    what training a model of the head's layers takes, with the logits of the other distribution.
+    """
+    N, C, V = math.prod(batch_shape(args, place)), config.hidden_size, -(-config.vocab_size // place.tp_size)
+    forward = decoder_layer(config, place).forward(N, size, fp8, False)
+    images = size * image_numbers(config, place, N)[1]
+    learning = training_bytes(head, place, args, (), False, size) + N * V * (FP32 + size)
+    return int(ROUNDING * (2 * size * N * C + max(forward, images, learning)))
+
+
 def prompt_bytes(config: Config, place: Place, context: int, fp8: bool, products: bool, size: int) -> int:
     """The most bytes of activations of a prompt, on the rank at `place`: of a chunk, which goes through the layers.
 

@@ -34,13 +34,14 @@ from functools import partial
 import torch
 
 from fp8 import has_fp8_matmul
-from model import CHUNK, Config
+from model import CHUNK, Config, MistralMedium
 from parallel import Place, TopologyError
 from runtime.activations import (
     FP32,
     batch_shape,
     count_micro_batches,
     decoder_layer,
+    head_training_bytes,
     prompt_bytes,
     training_bytes,
 )
@@ -168,22 +169,31 @@ def plan_rank(
         products = keep_fp8 and GPUS[args.gpu].fp8 > 0
         stage.activation_bytes = prompt_bytes(config, place, args.max_context, keep_fp8, products, dtype.itemsize)
         if args.draft_layers:
-            head = Head(sizes_of_head(config, args.draft_layers), model.place, dtype, keep_fp8, keep_fp8)
-            stage.parameters += sum(parameter.numel() for parameter in head.parameters())
-            stage.weight_bytes += weight_bytes(head)
+            head = add_head(stage, config, args, model, keep_fp8)
             stage.cache_bytes += head.new_cache(1, args.max_context).nbytes
+    elif args.draft_layers:
+        head = add_head(stage, config, args, model, False)
+        passes = head_training_bytes(config, head.config, place, args, keep_fp8, dtype.itemsize)
+        plan_training(stage, passes, [(tensor, 1) for tensor in held_tensors(head)])
     else:
         freeze = tuple(FREEZABLE if args.lora_rank else args.freeze)
         passes = training_bytes(config, place, args, freeze, keep_fp8, dtype.itemsize)
-        plan_training(stage, passes, held, freeze)
+        plan_training(stage, passes, [(t, n) for t, n in held if ".adapter." in t.name or is_trained(t.name, freeze)])
         owned = [(tensor, count) for tensor, count in held if tensor.owner]
         stage.exports = stored_bytes(owned, getattr(args, "export", "") == "fp8")
     return stage, counts
 
 
-def plan_training(stage: StagePlan, passes: int, held: list[tuple[Held, int]], freeze: tuple[str, ...]) -> None:
-    """Adds to `stage` what training takes. `passes`: bytes of activations; `held`: tensors, and how many of each."""
-    trained = [(t, count) for t, count in held if ".adapter." in t.name or is_trained(t.name, freeze)]
+def add_head(stage: StagePlan, config: Config, args: argparse.Namespace, model: MistralMedium, keep_fp8: bool) -> Head:
+    """A draft's head beside `model`, which is added to the parameters and weights of `stage`."""
+    head = Head(sizes_of_head(config, args.draft_layers), model.place, model.dtype, keep_fp8, keep_fp8)
+    stage.parameters += sum(parameter.numel() for parameter in head.parameters())
+    stage.weight_bytes += weight_bytes(head)
+    return head
+
+
+def plan_training(stage: StagePlan, passes: int, trained: list[tuple[Held, int]]) -> None:
+    """Adds to `stage` what training takes. `passes`: bytes of activations; `trained`: tensors, and how many of each."""
     # In FP32 (see optimizer.py): the sum of gradients; the master weight and Adam's two moments.
     stage.gradient_bytes = FP32 * sum(count * tensor.size for tensor, count in trained)
     stage.optimizer_bytes = 3 * stage.gradient_bytes
