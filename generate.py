@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 
 from model import CHUNK, LOGIT_ROWS, KVCache, MistralMedium, Span
-from parallel import Channel, Place, from_last_stage
+from parallel import Channel, Place, from_last_stage, symmetric_buffer
 from runtime.checkpoint import Checkpoint, fill, weight_bytes
 from runtime.config import read_config
 from runtime.cpu import speed_up
@@ -738,6 +738,7 @@ def main(argv: list[str]) -> None:
     finally:
         # A recorded step that is still there would keep `destroy_process_group` from ending (pytorch #115388).
         session.engine.groups.clear()
+        symmetric_buffer.cache_clear()
 
 
 def answer_all(session: Session, args: argparse.Namespace, specs: list[dict]) -> None:

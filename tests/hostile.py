@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from chat_cases import write_tekken
+from draft_cases import make_draft
 from helpers import (
+    SIZES,
     load,
     make_checkpoint,
     make_eyes,
@@ -35,8 +37,10 @@ from parallel import Place, TopologyError
 from runtime import chat, curve, data, export, images, launch, optimizer, plan, run, terminal
 from runtime.checkpoint import Checkpoint, fill, initialize
 from runtime.config import parse_config, read_config
+from runtime.draft import Eagle, read_draft
 from runtime.files import UserError
 from runtime.lora import add_adapters, initialize_adapters
+from runtime.requests import Request
 from runtime.tokenizer import load_tokenizer
 from vision import build_model
 
@@ -199,6 +203,20 @@ def kind_adapters(folder: str) -> Kind:
     args = generate.parse_args(["--ckpt", ckpt, "--prompt", "hi", "--lora", folder])
     names = ["adapter_config.json", "adapter_model.safetensors"]
     return Kind(folder, names, lambda: generate.Session(args, Place()))
+
+
+def kind_draft(folder: str) -> Kind:
+    """A head, which guesses: a wrong one is no problem, as long as it fits."""
+    session = small_session(folder)
+    model, fields = session.model, session.config.raw["text_config"]
+    make_draft(folder, fp8="static", **{name: fields[name] for name in (*SIZES, "rope_parameters") if name in fields})
+    request = Request([1, 2, 3], max_new_tokens=5, temperature=1.0)
+
+    def read() -> None:
+        draft = Eagle(read_draft(folder, model), model, 2)
+        generate.Engine(model, -1, 100, draft).generate([request])
+
+    return Kind(folder, ["params.json", "consolidated.safetensors"], read)
 
 
 def kind_chats(folder: str) -> Kind:
