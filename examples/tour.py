@@ -118,7 +118,8 @@ def write(out: str, data: str) -> None:
                 os.remove(temporary)
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Namespace]:
+    """The tour's own options, and those of `generate.py` that ask the question."""
     parser = Parser(__doc__)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
     parser.add_argument("--image", metavar="PICTURE", help="what it is about; a checkpoint for text takes none")
@@ -137,22 +138,21 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"{own.out}: cannot be written; choose a folder that exists and may be written to")
     if own.draft is None and os.path.abspath(own.ckpt) == TINY and os.path.isdir(HEAD):
         own.draft = HEAD
-    return own
+    if own.draft:
+        read_config(own.draft)  # its mistakes are told before anything is started
+    options = {"ckpt": own.ckpt, "dtype": own.dtype, "max-new-tokens": own.max_new_tokens, "temperature": 0}
+    options |= {"prompt": own.prompt, "top-p": 1, "seed": 0} | ({"image": own.image} if own.image else {})
+    return own, generate.parse_args([f"--{name}={value}" for name, value in options.items()])
 
 
 def main(argv: list[str]) -> None:
-    began, own = time.monotonic(), parse_args(argv)
-    options = {"ckpt": own.ckpt, "dtype": own.dtype, "max-new-tokens": own.max_new_tokens, "temperature": 0}
-    options |= {"prompt": own.prompt, "top-p": 1, "seed": 0} | ({"image": own.image} if own.image else {})
-    args = generate.parse_args([f"--{name}={value}" for name, value in options.items()])
+    began, (own, args) = time.monotonic(), parse_args(argv)
     image = load_image(own.image) if own.image else None
     checkpoint = Checkpoint(own.ckpt)
     config = checkpoint.fit(read_config(own.ckpt))
     tokenizer = load_tokenizer(own.ckpt, config)
     if image and config.vision is None:
         raise UserError(f"{own.ckpt}: has no vision tower and cannot see; leave out --image")
-    if own.draft:
-        read_config(own.draft)  # its mistakes are told before anything is started
     args.raw = "[INST]" not in tokenizer.special  # it knows no chat, and continues the text
     spec = command_line_request(args, None)
     cut = measure.held(config, (2, 2), (1, 4))
