@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 
 from model import CHUNK, LOGIT_ROWS, KVCache, MistralMedium, Span
-from parallel import Channel, Place, from_last_stage
+from parallel import Channel, Place, from_last_stage, symmetric_buffer
 from runtime.checkpoint import Checkpoint, fill, weight_bytes
 from runtime.config import read_config
 from runtime.cpu import speed_up
@@ -43,7 +43,7 @@ from runtime.images import load_image
 from runtime.launch import COUNT, SIZE, Parser, find_place, gather_objects, number, run_program, together
 from runtime.lora import add_adapters, read_adapters
 from runtime.memory import peak_memory
-from runtime.plan import Progress, check_memory
+from runtime.plan import Progress, check_memory, keeps_fp8
 from runtime.requests import NUMBERS, Answer, Request, RequestReader, read_requests, read_tools, result_of
 from runtime.terminal import interact, print_calls, printable, speed_of, stream
 from runtime.tokenizer import load_tokenizer
@@ -114,6 +114,7 @@ class Group:
         self.work: dist.Work | None = None  # the broadcast of `sampled`
         self.phase = "prefill"  # what is in flight
         self.steps: dict[tuple, Callable | None] = {}  # see Engine.decode
+        self.pool: tuple | None = None  # the memory of the recorded ones
 
     def state_of(self, i: int) -> tuple[torch.Tensor, ...]:
         """The numbers of row i, each a view."""
@@ -239,11 +240,12 @@ class Engine:
             while running:
                 for group in self.groups:
                     self.pick_up(group, on_token)
-                    if stop is not None and group is self.groups[0] and self.agree(stop):
-                        self.cancel(waiting, finish)
                     for row in group.drop_finished():
                         finish(row)
                     self.advance(group, waiting)
+                    # Asked while GPUs compute the next token, which is not wanted any more if the answer is yes.
+                    if stop is not None and group is self.groups[0] and self.agree(stop):
+                        self.cancel(waiting, finish)
                 running = any(group.rows for group in self.groups)
         except BaseException:
             self.groups.clear()  # nobody knows how much of a row is in the cache
@@ -292,6 +294,7 @@ class Engine:
         if longest > group.cache.length:
             group.cache.grow(KVCache.length_for(longest))
             group.steps.clear()  # none of them will come again, and recordings take memory
+            group.pool = None  # it ends with the last of them
         if old:
             self.decode(group)
         if new:
@@ -413,7 +416,8 @@ class Engine:
         group.positions[len(rows) : kind[0]].fill_(1 + self.draft.count)
         run = group.steps.get(kind) or partial(self.step, group, *kind)
         if kind in group.steps and group.steps[kind] is None:
-            run = group.steps[kind] = self.record(run)
+            group.steps[kind], group.pool = self.record(run, group.pool)
+            run = group.steps[kind]
         group.steps.setdefault(kind)
         run()
 
@@ -537,11 +541,14 @@ def power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def record(step: Callable[[], None]) -> Callable[[], None]:
-    """`step` as a CUDA graph: one launch for thousands of kernels."""
-    with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+def record(step: Callable[[], None], pool: tuple | None) -> tuple[Callable[[], None], tuple]:
+    """(`step` as a CUDA graph, which is one launch for thousands of kernels; the pool that its memory is from).
+
+    Graphs of which one runs at a time can share a `pool`, since a replay leaves nothing there; None makes a new one.
+    """
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), pool, capture_error_mode="thread_local"):
         step()
-    return graph.replay
+    return graph.replay, graph.pool()
 
 
 TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "examples", "tiny")
@@ -558,6 +565,7 @@ class Session:
         self.args, self.place = args, place
         started = time.perf_counter()
         checkpoint = together(self.read)
+        self.keep_fp8 = keeps_fp8(self.config, place, args, checkpoint.is_fp8())
         check_memory(self.config, place, args, self.keep_fp8)
         dtype = getattr(torch, args.dtype)
         self.model = together(lambda: build_model(self.config, place, dtype, self.keep_fp8))
@@ -585,11 +593,10 @@ class Session:
         self.tokenizer = load_tokenizer(directory, self.config)
         longest = self.config.max_position_embeddings
         self.max_context = min(args.max_context or longest, longest)
-        stored_fp8 = checkpoint.is_fp8()
-        good = stored_fp8 or args.weights != "fp8"
+        good = checkpoint.is_fp8() or args.weights != "fp8"
         require(good, f"{directory}: its weights are not FP8; leave out --weights fp8")
-        on_gpu = self.place.device.type == "cuda"  # a CPU has no fast FP8 arithmetic
-        self.keep_fp8 = args.weights == "fp8" or (args.weights == "auto" and on_gpu and stored_fp8)
+        drafts = args.draft and args.draft != LOOKUP
+        args.draft_layers = read_config(args.draft).num_hidden_layers if drafts else None  # for the plan
         return checkpoint
 
     def answer(
@@ -687,14 +694,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--ckpt", metavar="DIR", help="checkpoint, any layout; default: the small one in the repository")
     add("--lora", metavar="DIR", help="adapters that train.py exported, to add to it")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of activations and unquantized weights")
-    add(
-        "--weights", choices=["auto", "fp8", "dequantized"], default="auto", help="FP8 weights in memory; auto: on GPUs"
-    )
-    add(
-        "--draft",
-        metavar="DIR",
-        help=f"EAGLE head that guesses tokens, or {LOOKUP}: from the text; same answers, sooner",
-    )
+    weights = "FP8 weights in memory; auto: on GPUs, without FP8 units only where dequantized ones don't fit"
+    add("--weights", choices=["auto", "fp8", "dequantized"], default="auto", help=weights)
+    add("--draft", metavar="DIR", help=f"EAGLE head that guesses tokens, or {LOOKUP}; the same answers, sooner")
     add("--draft-tokens", type=SIZE, metavar="N", help="guesses a step; default 3")
     add("--max-context", type=SIZE, metavar="N", help="longest prompt and answer together; default: the model's")
     add = parser.add_argument_group("processes").add_argument
@@ -704,6 +706,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--timeout", type=number(float, 5, 1e9), default=300, metavar="S", help="a rank silent for so long is gone")
     args = parser.parse_args(argv)
     check_args(args)
+    require(args.draft or not args.draft_tokens, "--draft-tokens goes with --draft DIR")
     args.prompt = args.question if args.prompt is None else args.prompt
     return args
 
@@ -719,7 +722,6 @@ def check_args(args: argparse.Namespace) -> None:
     require(not args.raw or plain, "--raw continues plain text; leave out --image, --system and --tools")
     scripted, more = asked or args.json or args.raw, "leave out question, --raw and --json"
     require(not args.interactive or not scripted, f"--interactive reads turns from the terminal; {more}")
-    require(args.draft or not args.draft_tokens, "--draft-tokens goes with --draft DIR")
 
 
 def main(argv: list[str]) -> None:
@@ -731,8 +733,16 @@ def main(argv: list[str]) -> None:
     data, chat = gather_objects(together(lambda: read_input(args) if place.rank == 0 else None))[0]
     specs = [] if chat else together(lambda: read_requests(args, data))
     session = Session(args, place)
-    if chat:
-        return interact(session)
+    try:
+        interact(session) if chat else answer_all(session, args, specs)
+    finally:
+        # A recorded step that is still there would keep `destroy_process_group` from ending (pytorch #115388).
+        session.engine.groups.clear()
+        symmetric_buffer.cache_clear()
+
+
+def answer_all(session: Session, args: argparse.Namespace, specs: list[dict]) -> None:
+    """Print the answers as they come; without --json also, on stderr, how fast they were."""
     numbers = itertools.count(1)
 
     def show(result: dict) -> None:
@@ -746,7 +756,7 @@ def main(argv: list[str]) -> None:
         results = [stream(session, specs[0])]
     else:
         results = session.answer(specs, on_result=show)
-    if place.rank == 0 and not args.json:
+    if session.place.rank == 0 and not args.json:
         stats = results[-1]["stats"]
         speeds = f"{stats['prefill_tokens_per_s']} prompt tokens/s, {speed_of(stats, 'new tokens/s')}"
         print(f"loaded in {stats['load_s']} s, {speeds}", file=sys.stderr)

@@ -18,6 +18,7 @@ to, H query heads of this rank (96), KV key/value heads of this rank (8), D head
 F intermediate_size (28,672), V vocab_size (131,072).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from parallel import (
+    PLAIN_KERNELS,
     ColumnParallelLinear,
     Part,
     Place,
@@ -277,10 +279,18 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     if S == T:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).reshape(B, H, T, D)
     # A later chunk: query i stands at position S - T + i, and a causal triangle has to be aligned with the last key.
-    # Flash attention on a GPU can do that, and no mask exists; an explicit mask would exclude flash.
+    # That is what flash attention itself means by causal, and no mask exists; an explicit mask would exclude it.
+    if has_flash(q.device, q.dtype, D):
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0].reshape(B, H, T, D)
     from torch.nn.attention.bias import causal_lower_right  # here, since it takes two seconds to import
 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S)).reshape(B, H, T, D)
+
+
+def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether flash attention takes such heads: in 16 bits, from compute capability 8.0 (A100) on."""
+    fits = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
+    return device.type == "cuda" and fits and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attend_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -299,8 +309,9 @@ def attend_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.T
 def product_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Attention as two products. q (B, KV, G, D), k and v (B, KV, S, D), bias (B, 1, 1 or G, S) float32 -> like q.
 
-    The fused kernels give each row and head one thread block, which reads all S keys alone: at 16 rows of one head
-    most of a GPU idles. Products are split over S as well. Scores are float32, as inside a fused kernel.
+    What flash-decoding has to equal, and what takes its place. F.scaled_dot_product_attention gives each row and head
+    one thread block, which reads all S keys alone: at 16 rows of one head most of a GPU idles. Products are split over
+    S as well. Scores are float32, as inside a fused kernel.
     """
     B, KV, G, D = q.shape
     q, keys, values = (x.reshape(B * KV, -1, D) for x in (q, k, v))
@@ -311,6 +322,51 @@ def product_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: t
     scores = scores.view(B, KV, G, -1)
     scores = scores * D**-0.5 if bias is None else torch.add(bias, scores, alpha=D**-0.5)
     return (scores.softmax(-1).to(v.dtype).view(B * KV, G, -1) @ values).view(B, KV, G, D)
+
+
+def flash_decoding(q: torch.Tensor, cache: torch.Tensor, *segments: torch.Tensor) -> torch.Tensor:
+    """`attend_step` by flash attention, which splits the keys among thread blocks and keeps no scores in memory.
+
+    q (B, H, T, D), cache (2, B, KV, length, D) -> (B, H, T, D). Each key/value head of a row is a sample of its own,
+    with T query positions of H / KV heads, the last one at its last key, which is what flash attention means by causal:
+    the cache is read as it lies, and what counts of it is a number on the device, so no mask is needed and the step can
+    be recorded. `segments`: see `segments_of`. Flash-decoding: https://pytorch.org/blog/flash-decoding/
+    """
+    (B, H, T, D), KV, (queries, keys, values) = q.shape, cache.shape[2], segments
+    k, v = (x.view(-1, 1, D) for x in cache)
+    q = q.view(B, KV, -1, T, D).transpose(2, 3).reshape(B * KV * T, -1, D)
+    out = torch.ops.aten._flash_attention_forward(
+        q, k, v, queries, keys, T, cache.shape[3], 0.0, True, False, seqused_k=values
+    )
+    return out[0].view(B, KV, T, -1, D).transpose(2, 3).reshape(B, H, T, D)
+
+
+def segments_of(positions: torch.Tensor, cache: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Where the samples of `flash_decoding` begin and end, int32, for tokens of every row at `positions` (B, T).
+
+    First query and first key of each sample, (B · KV + 1,); how many of its keys count, (B · KV,).
+    """
+    (_, B, KV, length, _), T = cache.shape, positions.shape[1]
+    options = dict(dtype=torch.int32, device=positions.device)
+    starts = (torch.arange(0, B * KV * size + 1, size, **options) for size in (T, length))
+    return *starts, (positions[:, -1:] + 1).int().expand(B, KV).flatten().contiguous()
+
+
+@functools.cache
+def has_flash_decoding(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `flash_decoding` works here, and gives the numbers of the plain form: tried once, on a small cache."""
+    if PLAIN_KERNELS or not has_flash(device, dtype, head_dim):
+        return False
+    positions, length = torch.tensor([[0, 1], [130, 131], [298, 299]], device=device), 300
+    numbers = torch.arange(2 * 3 * 2 * length * head_dim, device=device).sin().to(dtype)
+    cache, q = numbers.view(2, 3, 2, length, head_dim), numbers[-3 * 12 * 2 * head_dim :].view(3, 12, 2, head_dim)
+    beyond = torch.arange(length, device=device) > positions.repeat_interleave(6, dim=1)[..., None]  # (3, 12, length)
+    bias = torch.zeros(3, 12, length, device=device).masked_fill_(beyond, -torch.inf)[:, None]
+    try:
+        found = flash_decoding(q, cache, *segments_of(positions, cache))
+    except (AttributeError, RuntimeError, TypeError):  # the operator of another version
+        return False
+    return torch.allclose(found, attend_step(q, *cache, bias), atol=0.02, rtol=0)
 
 
 @dataclass
@@ -359,17 +415,22 @@ class Step:
     cos: torch.Tensor  # (B, 1, T, D)
     sin: torch.Tensor
     positions: torch.Tensor  # (B, T)
-    rows: torch.Tensor | None  # (B, 1): 0, 1, …; None as the bias is
+    rows: torch.Tensor | None  # (B, 1): 0, 1, …; None: all at the same position
     length: int | None  # how much of the cache is attended to; None: all
     # (B, 1, 1, length), or (B, 1, T · H/KV, length) for several tokens: 0, or -inf beyond a token's position.
-    bias: torch.Tensor | None  # None: nothing lies beyond
+    bias: torch.Tensor | None  # None: nothing lies beyond, or `flash`
+    flash: bool = False  # attend by `flash_decoding`
+    segments: tuple[torch.Tensor, ...] | None = None  # of the cache, once the first layer has shown it
 
     def attend(self, q: torch.Tensor, kv: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
         """q (B, H, T, D), kv (2, B, KV, T, D), cache (2, B, KV, length, D) -> (B, H, T, D)."""
-        if self.bias is None:  # all at the same position
+        if self.rows is None:
             cache.index_copy_(3, self.positions[0], kv)
         else:  # not scatter_, which on a CPU copies the whole cache there and back
             cache[:, self.rows, :, self.positions] = kv.permute(1, 3, 0, 2, 4)  # (B, T, 2, KV, D)
+        if self.flash:
+            self.segments = self.segments or segments_of(self.positions, cache)
+            return flash_decoding(q, cache, *self.segments)
         return attend_step(q, *cache[:, :, :, : self.length], self.bias)
 
 
@@ -513,17 +574,19 @@ class MistralMedium(nn.Module):
 
         `aligned`: T is 1, every row has exactly `length` tokens with this one, and nothing has to be hidden.
         """
-        rows = bias = None
+        device, rows, bias = self.place.device, None, None
+        flash = has_flash_decoding(device, self.dtype, self.config.head_dim)
         if not aligned:
+            rows = torch.arange(len(positions), device=device)[:, None]
+        if not (aligned or flash):
             # What a row may not attend to gets -inf. In the dtype in which scores are: on a CPU, that of the inputs.
-            dtype = self.dtype if self.place.device.type == "cpu" else torch.float32
-            rows = torch.arange(len(positions), device=self.place.device)[:, None]
-            beyond = torch.arange(length, device=self.place.device) > positions[..., None]  # (B, T, length)
+            dtype = self.dtype if device.type == "cpu" else torch.float32
+            beyond = torch.arange(length, device=device) > positions[..., None]  # (B, T, length)
             if positions.shape[1] > 1:
                 heads, kv_heads = local_heads(self.config, self.place)
                 beyond = beyond.repeat_interleave(heads // kv_heads, dim=1)
             bias = beyond.new_zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, -torch.inf)[:, None]
-        return Step(*self.tables(positions), positions, rows, length, bias)
+        return Step(*self.tables(positions), positions, rows, length, bias, flash)
 
     def tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Of positions (B, T), once for all layers: cosines and signed sines (B, 1, T, D).

@@ -18,7 +18,8 @@ to the mean however the batch was split, and so do their gradients. Every rank k
 any topology: saved every ten minutes, at the end, and when a signal or an error stops the run; at the end `loss.png`
 and `model/` in the HF layout. A finished run takes more steps if `model/` is moved away. With --lora-rank the model
 stays frozen (in FP8, if it is stored so) and only adapters are trained: `adapters/` has them alone, `model/` has them
-merged. Defaults are those of the published fine-tune on MedPix-VQA.
+merged. With --draft-layers it is frozen, too, and only a head is trained that guesses its tokens (`runtime/draft.py`);
+`draft/` has that. Defaults are those of the published fine-tune on MedPix-VQA.
 """
 
 import signal
@@ -28,7 +29,6 @@ if __name__ == "__main__":
 
 import argparse
 import math
-import os
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -46,6 +46,7 @@ from runtime.checkpoint import Checkpoint, fill, initialize
 from runtime.config import read_config
 from runtime.cpu import speed_up
 from runtime.data import IGNORE, Chats, MicroBatch, Order, Sample, decode_images, micro_batches
+from runtime.draft import Head, sizes_of_head
 from runtime.files import UserError, digest_of, plural, require, within
 from runtime.launch import COUNT, SIZE, Parser, Postponed, find_place, gather_objects, number, run_program, together
 from runtime.lora import add_adapters, initialize_adapters
@@ -101,7 +102,9 @@ CHANGEABLE = "lr min_lr warmup_steps betas eps weight_decay max_grad_norm max_st
 
 
 class Trainer:
-    """A run, as `args` describe it, on the rank at `place`."""
+    """A run, as `args` describe it, on the rank at `place`: of the model, or of adapters in it."""
+
+    result = "--ckpt {0}"  # how generate.py is told of what comes out
 
     def __init__(self, args: argparse.Namespace, place: Place, folder: RunFolder):
         self.args, self.place, self.folder, self.say = args, place, folder, folder.say
@@ -112,7 +115,8 @@ class Trainer:
         self.order = Order(len(self.data.samples), args.global_batch_size, epochs, args.seed, args.shuffle)
         self.total = min(args.max_steps or math.inf, self.order.steps)
         self.model = self.build_model()
-        self.optimizer = Optimizer(self.model, args.betas, args.eps, args.weight_decay, args.optimizer == "adamw")
+        self.learner = self.build_learner()  # what has the parameters that are trained
+        self.optimizer = Optimizer(self.learner, args.betas, args.eps, args.weight_decay, args.optimizer == "adamw")
         trained = bool(self.optimizer.parts)
         self.pipeline = Pipeline(place, self.forward, self.config.hidden_size, self.model.dtype, trained)
         self.thread = ThreadPoolExecutor(max_workers=1)  # decodes images while the model computes
@@ -131,7 +135,8 @@ class Trainer:
 
     def build_model(self) -> MistralMedium:
         args, place = self.args, self.place
-        keep_fp8 = bool(args.lora_rank and self.checkpoint and self.checkpoint.is_fp8())  # frozen weights stay so
+        frozen = args.lora_rank or args.draft_layers
+        keep_fp8 = bool(frozen and self.checkpoint and self.checkpoint.is_fp8())  # frozen weights stay so
         self.planned = check_memory(self.config, place, args, keep_fp8)  # bytes
         model = together(lambda: build_model(self.config, place, getattr(torch, args.dtype), keep_fp8))
         if self.checkpoint:
@@ -149,6 +154,9 @@ class Trainer:
             model.vision.vision_tower.activation_checkpointing = args.activation_checkpointing
         return model
 
+    def build_learner(self) -> torch.nn.Module:
+        return self.model
+
     def train(self) -> None:
         """Take the steps that are left to take, and leave the model in the run's folder."""
         args, folder = self.args, self.folder
@@ -160,8 +168,8 @@ class Trainer:
                 self.take_steps(first)
             except UserError as error:  # all ranks raise it, and never in the middle of an update
                 folder.rescue(self.taken, self.optimizer, error, self.awaited)
-        folder.finish(self.model)
-        self.say(f"try it: python generate.py --ckpt {shlex.quote(os.path.join(args.out, 'model'))}")
+        folder.finish(self.learner)
+        self.say("try it: python generate.py " + self.result.format(*map(shlex.quote, (folder.model, args.ckpt or ""))))
 
     def take_steps(self, first: int) -> None:
         folder, upcoming, self.taken = self.folder, self.upcoming(first), first - 1
@@ -229,23 +237,33 @@ class Trainer:
         x: the previous stage's hidden states (B, T, C), None on the first. Returns this stage's, or on the last stage
         what `batch` contributes to the loss (0-d). With sequence parallelism stages exchange T / tp of the tokens.
         """
-        model, device = self.model, self.place.device
-        if self.place.first_stage:
-            features = model.vision(batch.pixels) if batch.pixels else None
-            batch.pixels = []  # not needed again: free them
-            x = model.embed(batch.tokens.to(device), features)
-        x = model(x)
+        x = self.model(self.embed(batch) if self.place.first_stage else x)
         if not self.place.last_stage:
             return x
-        # Logits, V = 131,072 numbers per token, are computed only where there is a target. These N positions are found
-        # on the CPU: a GPU would have to finish everything before it could say how many there are.
+        at, targets = self.targets(batch)
+        logits = self.model.logits(x.flatten(0, 1)[at])  # (N, V / tp)
+        return self.add_up(batch, at, self.model.lm_head.cross_entropy(logits, targets))
+
+    def embed(self, batch: MicroBatch) -> torch.Tensor:
+        """(B, T, C), with the features of images."""
+        features = self.model.vision(batch.pixels) if batch.pixels else None
+        batch.pixels = []  # not needed again: free them
+        return self.model.embed(batch.tokens.to(self.place.device), features)
+
+    def targets(self, batch: MicroBatch) -> torch.Tensor:
+        """(2, N): where in B · T there is a target, and which.
+
+        Logits, V = 131,072 numbers per token, are computed only there. These N positions are found on the CPU: a GPU
+        would have to finish everything before it could say how many there are.
+        """
+        targets = batch.targets.flatten()
+        at = (targets != IGNORE).nonzero()[:, 0]
+        return torch.stack((at, targets[at])).to(self.place.device)
+
+    def add_up(self, batch: MicroBatch, at: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
+        """What the `losses` (N,) of the targets at `at` contribute to that of the step; notes them for each sample."""
         B, T = batch.shape
-        targets = batch.targets.flatten()  # (B · T,)
-        at = (targets != IGNORE).nonzero()[:, 0]  # (N,)
-        at, targets = torch.stack((at, targets[at])).to(device)
-        logits = model.logits(x.flatten(0, 1)[at])  # (N, V / tp)
-        losses = model.lm_head.cross_entropy(logits, targets)  # (N,)
-        sums = torch.zeros(B, device=device).index_add_(0, at // T, losses.detach())
+        sums = torch.zeros(B, device=self.place.device).index_add_(0, at // T, losses.detach())
         self.losses.append((batch, sums))
         return losses.sum() / self.target_tokens
 
@@ -318,11 +336,13 @@ class Trainer:
             "options": {name: getattr(self.args, name) for name in CHANGEABLE},
             "freeze": sorted(set(self.args.freeze)),
             "lora": [self.args.lora_rank, self.args.lora_alpha],
+            "draft_layers": self.args.draft_layers,
         }
 
     def announce(self, first: int) -> None:
         """Say what the run will do."""
-        args, owned = self.args, [t for t in held_tensors(self.model) if t.owner and self.place.dp_rank == 0]
+        args, modules = self.args, {self.model, self.learner}
+        owned = [t for module in modules for t in held_tensors(module) if t.owner and self.place.dp_rank == 0]
         trained = sum(t.parameter.numel() for t in owned if t.parameter.requires_grad)
         trained, every = over_ranks([trained, sum(t.parameter.numel() for t in owned)])
         batch, count = args.global_batch_size, len(self.data.samples)
@@ -334,6 +354,38 @@ class Trainer:
         often = plural(args.save_every, "step") if args.save_every else plural(SAVE_SECONDS // 60, "minute")
         states = self.folder.states
         self.say(f"saves its state every {often} in {states}, the newest {args.keep} stay; Ctrl-C stops after a step")
+
+
+class DraftTrainer(Trainer):
+    """Trains a draft's head on the states of the frozen model, of which there is one stage."""
+
+    result = "--ckpt {1} --draft {0}"
+
+    def build_learner(self) -> Head:
+        args = self.args
+        self.model.requires_grad_(False)
+        head = Head(sizes_of_head(self.config, args.draft_layers), self.place, self.model.dtype)
+        initialize(head, args.seed)
+        speed_up(head, inference=False)
+        head.activation_checkpointing = args.activation_checkpointing
+        return head
+
+    def forward(self, x: None, batch: MicroBatch) -> torch.Tensor:
+        with torch.no_grad():
+            embeddings = self.embed(batch)
+            states = self.model.norm(self.model(embeddings))
+        at, _ = self.targets(batch)
+        losses, agree = self.learner.losses(self.model, embeddings, states, at)
+        if not torch.is_grad_enabled():
+            self.agreed.append(agree.sum())
+        return self.add_up(batch, at, losses)
+
+    def validate(self, step: int) -> dict:
+        """With the share of targets at which the head's likeliest token is the model's."""
+        self.agreed = []
+        line = super().validate(step)
+        (agreed,) = over_ranks([sum(map(int, self.agreed)) / self.place.tp_size])  # whose ranks counted the same ones
+        return line | {"val_agreed": agreed / self.target_tokens}
 
 
 # What an option takes, in argparse's words.
@@ -373,6 +425,7 @@ OPTIONS = {  # of each group: (flag, what it takes, default, help)
         ("--freeze", {"metavar": "NAME", "nargs": "+", "choices": sorted(FREEZABLE)}, [], ", ".join(FREEZABLE)),
         ("--lora-rank", N, None, "train adapters of this rank on the decoder's linears, only these"),
         ("--lora-alpha", POSITIVE, None, "adapters count alpha / rank times; default 4 times the rank"),
+        ("--draft-layers", N, None, "train a head of this many layers that guesses tokens, only this"),
     ],
     "processes and memory": [
         ("--tp", N, 1, "tensor-parallel size"),
@@ -409,6 +462,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     require(not split, "--val-generate does not go with --sequence-parallel: a new token cannot be split")
     require(args.lora_rank or not args.lora_alpha, "--lora-alpha goes with --lora-rank N")
     require(max(args.betas) < 1, "--betas must lie below 1")
+    whole = ("init", "freeze", "lora_rank", "pp", "sequence_parallel") if args.draft_layers else ()
+    others = [f"--{name.replace('_', '-')}" for name in whole if getattr(args, name) != parser.get_default(name)]
+    require(
+        not others, f"--draft-layers trains beside a checkpoint, over --tp and replicas; leave out {', '.join(others)}"
+    )
     lower = args.min_lr <= args.lr
     require(lower, f"--min-lr must not exceed --lr: {args.min_lr:g} is more than {args.lr:g}")
     args.lora_alpha = args.lora_alpha or 4.0 * (args.lora_rank or 0)
@@ -423,7 +481,7 @@ def main(argv: list[str]) -> None:
         if folder.finished:
             folder.say_finished()
         else:
-            Trainer(args, place, folder).train()
+            (DraftTrainer if args.draft_layers else Trainer)(args, place, folder).train()
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@
     python benchmarks/flagship.py --device cpu                           # a small model: does it run?
 
 Speed does not depend on the values of weights, so none have to be downloaded. The limits are measured in the same run:
-the bandwidth of a large copy, and products of large matrices in FP8 and BF16. Prints rows for RESULTS.md. Where fewer
-layers fit than the model has, the times of the layers that were there are scaled to all of them, and the row says so.
+the bandwidth of copies of 4 GB, and products of large matrices in FP8 and BF16. All times are medians of several runs,
+those of answers on a warm engine: its steps are recorded, and each run has prompts of its own, which share nothing.
+Prints rows for RESULTS.md. Where fewer layers fit than the model has, the times of the layers that were there are
+scaled to all of them, and the row says so. Takes less than four minutes on one H200, by estimate.
 """
 
 import argparse
@@ -15,6 +17,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT]
@@ -32,6 +36,7 @@ from runtime.optimizer import held_tensors
 from runtime.requests import Request
 from vision import build_model
 
+RUNS, STEPS = 5, 8  # that a median is of; over which kernels are counted
 SPARE = 12_000_000_000  # bytes left for the cache, activations and the libraries when layers are counted
 SMALL = dict(vocab_size=512, hidden_size=256, intermediate_size=512, num_attention_heads=8, num_key_value_heads=2)
 
@@ -45,17 +50,17 @@ class Limits:
     bf16: float
 
 
-def seconds(action: Callable[[], object], device: torch.device, times: int = 1) -> float:
-    """Of one `action`, once warm; the fastest of `times`."""
-    action()
-    best = float("inf")
-    for _ in range(times):
+def seconds(action: Callable[[], object], device: torch.device, together: int = 1) -> float:
+    """Of one `action`, once warm: the median of RUNS waits for `together` of them, one after the other."""
+    taken = []
+    for _ in range(1 + RUNS):
         wait_for(device)
         started = time.perf_counter()
-        action()
+        for _ in range(together):
+            action()
         wait_for(device)
-        best = min(best, time.perf_counter() - started)
-    return best
+        taken.append((time.perf_counter() - started) / together)
+    return median(taken[1:])
 
 
 def wait_for(device: torch.device) -> None:
@@ -63,12 +68,11 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure_limits(device: torch.device, size: int) -> Limits:
-    """With matrices of `size` × `size`. Without FP8 arithmetic its limit is that of BF16."""
+def measure_limits(device: torch.device, size: int, copied: int) -> Limits:
+    """With matrices of `size` × `size`, and `copied` bytes. Without FP8 arithmetic its limit is that of BF16."""
+    target, source = torch.empty(2, copied, device=device, dtype=torch.uint8)
+    memory = 2 * copied / seconds(lambda: target.copy_(source), device, 2)
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    source = torch.empty(size * size, device=device, dtype=torch.float32)
-    target = torch.empty_like(source)
-    memory = 2 * source.nbytes / seconds(lambda: target.copy_(source), device, 10)
     bf16 = 2 * size**3 / seconds(lambda: a @ b.t(), device, 10)
     if not has_fp8_matmul(device):
         return Limits(memory, bf16, bf16)
@@ -137,22 +141,50 @@ def measure_lora(model: MistralMedium, length: int, rank: int = 8) -> float:
     return seconds(step, device)
 
 
-def measure_generation(model: MistralMedium, rows: int, prompt: int, new_tokens: int) -> tuple[float, float]:
-    """(seconds of the prefill, seconds per decoded step) of `rows` prompts of `prompt` tokens."""
-    vocabulary = model.config.vocab_size
-    requests = [
-        Request(torch.randint(3, vocabulary, (prompt,)).tolist(), max_new_tokens=new_tokens) for _ in range(rows)
-    ]
-    for _ in range(2):  # the first warms up
-        engine = Engine(model, eos_id=-1, max_context=prompt + new_tokens)
-        engine.generate(requests)
-    return engine.seconds["prefill"], engine.seconds["decode"] / max(1, new_tokens - 1)
+@dataclass
+class Generation:
+    """What was measured of some rows: seconds of the prefill, seconds and kernels of a decoded step."""
+
+    prefill: float
+    step: float
+    kernels: float
+
+
+def measure_generation(model: MistralMedium, rows: int, prompt: int, new_tokens: int) -> Generation:
+    """Of `rows` prompts of `prompt` tokens."""
+    engine, vocabulary = Engine(model, eos_id=-1, max_context=prompt + new_tokens), model.config.vocab_size
+
+    def answer(new_tokens: int) -> dict[str, float]:
+        """Seconds by phase, of prompts never seen before."""
+        prompts = torch.randint(3, vocabulary, (rows, prompt)).tolist()
+        engine.generate([Request(tokens, max_new_tokens=new_tokens) for tokens in prompts])
+        return engine.seconds
+
+    for _ in range(2):  # steps are recorded; and again, where the cache grew during the first run
+        answer(new_tokens)
+    runs = [answer(new_tokens) for _ in range(RUNS)]
+    prefill, decode = (median(run[phase] for run in runs) for phase in ("prefill", "decode"))
+    if new_tokens == 1:
+        return Generation(prefill, 0, 0)
+    few, more = (count_kernels(partial(answer, count), model.place.device) for count in (1, 1 + STEPS))
+    return Generation(prefill, decode / (new_tokens - 1), (more - few) / STEPS)
+
+
+def count_kernels(action: Callable[[], object], device: torch.device) -> int:
+    """How many a GPU runs, those of recorded steps too; 0 where the profiler is not allowed to see them."""
+    if device.type != "cuda":
+        return 0
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        action()
+        wait_for(device)
+    kernels = [event for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in kernels)
 
 
 def benchmark(config: Config, place: Place, layers: int, sizes: argparse.Namespace) -> list[str]:
     """All of it: the rows of the table."""
     device = place.device
-    limits = measure_limits(device, sizes.matrix)
+    limits = measure_limits(device, sizes.matrix, sizes.copied)
     model = build(replace(config, num_hidden_layers=layers), place)
     weights, share = layer_weights(model), config.num_hidden_layers / layers
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -168,18 +200,17 @@ def benchmark(config: Config, place: Place, layers: int, sizes: argparse.Namespa
             f"{what}, {where} | {1e3 * taken:.1f} ms{scaled}; the limit is {1e3 * limit:.3g} ms: {limit / taken:.1%}"
         )
 
+    head, per_token = model.lm_head.weight.nbytes, model.new_cache(1, 1).nbytes
+    for count in (1, 16):
+        seen = measure_generation(model, count, sizes.decode_at, sizes.new_tokens)
+        traffic = weights + head + count * sizes.decode_at * per_token  # FP8: a byte per weight
+        kernels = f", {seen.kernels:,.0f} kernels" if seen.kernels else ""
+        row(f"a decoded token of {count} at {sizes.decode_at:,}{kernels}", seen.step, traffic / limits.memory)
+    seen = measure_generation(model, 1, sizes.prompt, 1)
+    row(f"prefill of {sizes.prompt:,} tokens", seen.prefill, 2 * weights * sizes.prompt / limits.fp8)
     # Forward twice (the second time for the backward pass), and the gradients of inputs; weights have none.
     lora = measure_lora(model, sizes.length)
     row(f"LoRA, passes of {sizes.length:,} tokens", lora, 6 * weights * sizes.length / limits.bf16)
-    del model  # there may be no room for another one beside it
-    model = build(replace(config, num_hidden_layers=layers), place)
-    head, per_token = model.lm_head.weight.nbytes, model.new_cache(1, 1).nbytes
-    for count in (1, 16):
-        _, step = measure_generation(model, count, sizes.decode_at, sizes.new_tokens)
-        traffic = weights + head + count * sizes.decode_at * per_token  # FP8: a byte per weight
-        row(f"a decoded token of {count} at {sizes.decode_at:,}", step, traffic / limits.memory)
-    prefill, _ = measure_generation(model, 1, sizes.prompt, 1)
-    row(f"prefill of {sizes.prompt:,} tokens", prefill, 2 * weights * sizes.prompt / limits.fp8)
     return rows
 
 
@@ -194,12 +225,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--length", type=int, default=2048, help="of the sample of the LoRA step")
     parser.add_argument("--matrix", type=int, default=8192, help="rows and columns of the products that set the limits")
+    parser.add_argument("--copied", type=int, default=4_000_000_000, help="bytes of the copy that sets the limit")
     args = parser.parse_args(argv)
     config, place = read_config(args.config), find_place(args.tp, 1)
     if args.device == "cpu":
         config = replace(config, **SMALL, head_dim=32, num_hidden_layers=4, vision=None)
         place = replace(place, device=torch.device("cpu"))
-        args.prompt, args.decode_at, args.new_tokens, args.length, args.matrix = 256, 32, 8, 64, 512
+        args.prompt, args.decode_at, args.new_tokens, args.length = 256, 32, 8, 64
+        args.matrix, args.copied = 512, 1 << 26
     fit = layers_that_fit if args.device == "cuda" else lambda config, place: config.num_hidden_layers
     layers = args.layers or min(gather_objects(fit(config, place)))
     rows = benchmark(config, place, layers, args)

@@ -4,12 +4,13 @@
 
 A row for each set, and for each checkpoint two columns: reasoning effort none and high. Decoding is greedy. A tool call
 is right if it is the only one and its name and arguments are the expected ones, an answer in text if it is the same
-text. Runs under torchrun too, with --tp and --pp.
+text. With --draft a last row says how many tokens a step brought. Runs under torchrun too, with --tp and --pp.
 """
 
 import json
 import os
 import sys
+from collections import Counter
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -67,8 +68,10 @@ def is_right(result: dict, expected: dict) -> bool:
     return (result["text"], result["tool_calls"], result["finish_reason"]) == (text, calls, "stop")
 
 
-def evaluate(session: generate.Session, folder: str, name: str, effort: str, count: int) -> list[tuple[str, bool]]:
-    """(kind, right?) for each question of a held-out set."""
+def evaluate(
+    session: generate.Session, folder: str, name: str, effort: str, count: int, steps: Counter
+) -> list[tuple[str, bool]]:
+    """(kind, right?) for each question of a held-out set. Adds to `steps`, and the tokens that these brought."""
     questions, size = read_set(folder, name, count, effort), session.args.batch_size
     verdicts = []
     for first in range(0, len(questions), size):
@@ -78,6 +81,7 @@ def evaluate(session: generate.Session, folder: str, name: str, effort: str, cou
             for i, (chat, *_) in enumerate(batch, 1)
         ]
         results = session.answer(specs)
+        steps.update(steps=session.engine.row_steps, tokens=session.engine.tokens["decode"])
         verdicts += [(kind, is_right(result, expected)) for result, (_, expected, kind) in zip(results, batch)]
     return verdicts
 
@@ -107,17 +111,19 @@ def main(argv: list[str]) -> None:
 
     row("", "questions", [f"{ckpt}, {effort}" for ckpt in own.ckpt for effort in BOTH])
     row("---", "---", ["---"] * 2 * len(sessions))
+    asked = [(session, effort, Counter()) for session in sessions for effort in BOTH]
     for name in own.sets:
         title, efforts = SETS[name]
         columns = [
-            evaluate(session, own.data, name, effort, own.count) if effort in efforts else []
-            for session in sessions
-            for effort in BOTH
+            evaluate(session, own.data, name, effort, own.count, steps) if effort in efforts else []
+            for session, effort, steps in asked
         ]
         row(title, len(columns[0]), [percent([right for _, right in column]) for column in columns])
         for kind in sorted({kind for kind, _ in columns[0]}) if own.by_kind else ():
             of_kind = [[right for each, right in column if each == kind] for column in columns]
             row(f"· {kind}", len(of_kind[0]), [percent(rights) for rights in of_kind])
+    if every[0].draft:
+        row("tokens a step", "", [f"{n['tokens'] / n['steps']:.2f}" if n["steps"] else "" for *_, n in asked])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ modules: `tour_measure.py` watches them, and `tour_page.html` draws. `tour.png` 
     chromium --headless --hide-scrollbars --window-size=1280,1420 --screenshot=examples/tour.png layers.html
 """
 
+import argparse
 import base64
 import html
 import inspect
@@ -33,12 +34,15 @@ import generate
 from generate import TINY, Session
 from runtime.checkpoint import Checkpoint
 from runtime.config import read_config
+from runtime.draft import Eagle, Guesses, read_draft
 from runtime.files import UserError, read_file, writing
 from runtime.images import MEAN, STD, grid, load_image, pixels
 from runtime.launch import SIZE, Parser, find_place, run_program
 from runtime.requests import command_line_request
 from runtime.tokenizer import Tekken, load_tokenizer
 
+HEAD = os.path.join(TINY, "draft")  # guesses for the small checkpoint
+GUESSES = 3  # a step
 CUT = 1 << 30  # bytes of a checkpoint up to which four processes load it once more
 LARGE = os.path.join(ROOT, "tests", "data", "config.json")  # of the 128B
 SIDE = 480  # pixels of a picture in the page, at most
@@ -70,7 +74,7 @@ def picture(image: Image.Image, values: torch.Tensor, vision) -> dict:
     return found
 
 
-def ask(session: Session, spec: dict, limits: dict[str, float]) -> tuple[measure.Watch, dict]:
+def ask(session: Session, spec: dict, limits: dict[str, float], draft: Guesses | None) -> tuple[measure.Watch, dict]:
     """What was watched, and the answer of one question."""
     watch = measure.Watch(session.model, limits)
     session.engine.groups.clear()  # else a beginning that two questions share would be in the cache already, unseen
@@ -79,7 +83,8 @@ def ask(session: Session, spec: dict, limits: dict[str, float]) -> tuple[measure
     if not answer["tokens"]:
         raise UserError("the question fills the context and leaves no room for an answer; shorten it")
     said = measure.speech(session.model, watch.steps, answer["tokens"], len(answer["prompt_tokens"]))
-    return watch, {**answer, "effort": spec["reasoning_effort"], "said": said}
+    again = measure.drafted(session, draft, spec) if draft else None
+    return watch, {**answer, "effort": spec["reasoning_effort"], "said": said, "drafted": again}
 
 
 def tokens_of(tokenizer, words: list[dict], answers: list[dict]) -> dict[int, tuple]:
@@ -88,6 +93,8 @@ def tokens_of(tokenizer, words: list[dict], answers: list[dict]) -> dict[int, tu
     for answer in answers:
         ids |= {*answer["prompt_tokens"], *answer["tokens"]}
         ids |= {id for said in answer["said"] for id, *_ in (*said["top"], *said["drawn"], *said["lens"])}
+        for step in answer["drafted"]["steps"] if answer["drafted"] else ():
+            ids.update(*step)
     spelled = dict(enumerate(getattr(tokenizer, "token_bytes", ())))  # which SentencePiece does not have
     found = {}
     for id in ids:
@@ -111,24 +118,35 @@ def write(out: str, data: str) -> None:
                 os.remove(temporary)
 
 
-def main(argv: list[str]) -> None:
-    began, parser = time.monotonic(), Parser(__doc__)
+def parse_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Namespace]:
+    """The tour's own options, and those of `generate.py` that ask the question."""
+    parser = Parser(__doc__)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
     parser.add_argument("--image", metavar="PICTURE", help="what it is about; a checkpoint for text takes none")
     parser.add_argument("--ckpt", default=TINY, metavar="DIR", help="checkpoint, any layout; default: the small one")
+    parser.add_argument(
+        "--draft", metavar="DIR", help="EAGLE head that guesses tokens; default: the small checkpoint's"
+    )
     parser.add_argument("--out", required=True, metavar="FILE", help="the page; must not exist yet")
     parser.add_argument("--word", default="strawberries", metavar="TEXT", help="what the tokenizer cuts, too")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of activations")
     parser.add_argument("--max-new-tokens", type=SIZE, default=48, metavar="N", help="longest answer")
     own = parser.parse_args(argv)
-    out = os.path.abspath(own.out)
-    if os.path.lexists(out):
+    if os.path.lexists(own.out):
         raise UserError(f"{own.out}: exists already; choose another name, or remove it")
-    if not os.access(os.path.dirname(out), os.W_OK):
+    if not os.access(os.path.dirname(os.path.abspath(own.out)), os.W_OK):
         raise UserError(f"{own.out}: cannot be written; choose a folder that exists and may be written to")
+    if own.draft is None and os.path.abspath(own.ckpt) == TINY and os.path.isdir(HEAD):
+        own.draft = HEAD
+    if own.draft:
+        read_config(own.draft)  # its mistakes are told before anything is started
     options = {"ckpt": own.ckpt, "dtype": own.dtype, "max-new-tokens": own.max_new_tokens, "temperature": 0}
     options |= {"prompt": own.prompt, "top-p": 1, "seed": 0} | ({"image": own.image} if own.image else {})
-    args = generate.parse_args([f"--{name}={value}" for name, value in options.items()])
+    return own, generate.parse_args([f"--{name}={value}" for name, value in options.items()])
+
+
+def main(argv: list[str]) -> None:
+    began, (own, args) = time.monotonic(), parse_args(argv)
     image = load_image(own.image) if own.image else None
     checkpoint = Checkpoint(own.ckpt)
     config = checkpoint.fit(read_config(own.ckpt))
@@ -143,9 +161,10 @@ def main(argv: list[str]) -> None:
     session = Session(args, find_place(1, 1))
     session.engine.record = None  # steps that are replayed call no hooks,
     vars(session.model).pop("forward", None)  # neither on GPUs nor, as `runtime.cpu.Steps`, on CPUs
+    draft = Eagle(read_draft(own.draft, session.model).eval(), session.model, GUESSES) if own.draft else None
     limits = measure.input_limits(checkpoint, config.num_hidden_layers)
     efforts = ("high", "none") if "reasoning_effort" in (tokenizer.model_settings or {}) else (None,)
-    asked = [ask(session, {**spec, "reasoning_effort": effort}, limits) for effort in efforts]
+    asked = [ask(session, {**spec, "reasoning_effort": effort}, limits, draft) for effort in efforts]
     (watch, answer), answers = asked[0], [answer for _, answer in asked]
     words = measure.merges(tokenizer, f"{own.word} {own.prompt}") if isinstance(tokenizer, Tekken) else []
     seen = [pixels(image, config.vision)] if image else []
@@ -164,7 +183,7 @@ def main(argv: list[str]) -> None:
         "cut": cut, "large": measure.held(read_config(LARGE), (8, 8)), "found": measure.receive(pipe),
     }  # fmt: skip
     data["seconds"] = round(time.monotonic() - began, 1)
-    write(out, json.dumps(data, default=packed))
+    write(os.path.abspath(own.out), json.dumps(data, default=packed))
 
 
 if __name__ == "__main__":

@@ -27,11 +27,12 @@ import torch.nn.functional as F
 
 import fp8
 import model as decoder
-from generate import Session
+from generate import Engine, Session
 from model import Config, MistralMedium, rope_frequencies
 from parallel import Pipeline, Place, Slice, TopologyError, nucleus, parts_of
 from runtime import tokenizer as tokenizer_module
 from runtime.checkpoint import Checkpoint, hf_name, scale_names
+from runtime.draft import Guesses
 from runtime.files import UserError
 from runtime.launch import find_place, gather_objects
 from runtime.plan import parse_args, places, plan_rank
@@ -146,6 +147,23 @@ def speech(model: MistralMedium, steps: list[SimpleNamespace], tokens: list[int]
             "lens": [*zip(best.indices.tolist(), best.values.tolist(), early[:, token].tolist())],
         })  # fmt: skip
     return said
+
+
+def drafted(session: Session, draft: Guesses, spec: dict) -> dict:
+    """The question `spec` once more, by an engine with `draft`: the answer's `tokens`, and of each of its `steps` the
+    tokens guessed and those that the model said, up to and with the first that was not guessed. The last step may go
+    beyond the end of the answer."""
+    steps, engine = [], Engine(session.model, session.tokenizer.eos_id, session.max_context, draft)
+    engine.record = None  # steps that are replayed call no Python
+
+    def accept(call: Callable, group, part: slice, guessed: torch.Tensor, sampled: torch.Tensor, *states) -> None:
+        call(group, part, guessed, sampled, *states)
+        said = sampled[0, :, 0].long()
+        steps.append((guessed[0].tolist(), said[said >= 0].tolist()))
+
+    with patch.object(draft, "accept", partial(accept, draft.accept)), patch.object(session, "engine", engine):
+        (answer,) = session.answer([spec])
+    return {"tokens": answer["tokens"], "steps": steps}
 
 
 def tower_maps(tower: list[tuple[torch.Tensor, torch.Tensor]]) -> dict:

@@ -64,37 +64,41 @@ class Layer(NamedTuple):
         """Bytes, the most that a forward pass takes that keeps nothing, with its input: in the MLP.
 
         Input, residual and norm are there, 3 C, and gate, up, silu(gate) and their product, 4 F. Multiplying in FP8
-        (`products`) quantizes the input: 5 bytes for each number, float32 and E4M3. FP8 weights without FP8
-        arithmetic are there once more for their product.
+        (`products`) quantizes the input: a byte for each number. FP8 weights without FP8 arithmetic are there once
+        more for their product, whose float32 sums then become the output.
         """
         C, F = self.C, self.F
 
         def product(inputs: int, outputs: int, weights: int) -> int:
             """Bytes of a product's output, and of what its input or its weights become."""
             if products:
-                return tokens * max(5 * inputs, inputs + size * outputs)
-            return size * (tokens * outputs + fp8 * weights)
+                return tokens * (inputs + size * outputs)
+            if fp8:
+                return tokens * outputs * FP32 + max(size * weights, size * tokens * outputs)
+            return size * tokens * outputs
 
         gate_up = max(product(C, 2 * F, 2 * C * F), size * tokens * 4 * F)
         return size * tokens * 3 * C + max(gate_up, size * tokens * 3 * F + product(F, C, C * F))
 
-    def backward(self, tokens: int, own: int, weights: bool, rank: int) -> int:
+    def backward(self, tokens: int, own: int, weights: bool, rank: int, fp8: bool = False) -> int:
         """The most that its backward pass takes beyond what is kept of it: in the MLP, before anything of it is freed.
 
         The gradient of the output, of `own` tokens, and
 
-        - in down_proj the gradient of its input, F, and of its weight, or a frozen FP8 weight dequantized, C F;
+        - in down_proj the gradient of its input, F, and of its weight, C F; or a frozen FP8 weight converted, C F, with
+          float32 sums, 2 F, which become that gradient;
         - the gradients of the two factors of silu(gate) · up, 2 F; adapters, when the layer is computed again: their
           output of gate and up in parts, joined, and scaled, 3 · 2 F, while silu(gate) and the product are to come;
-        - in gate_up_proj, whose output's gradient has taken the place of 4 F, C (of adapters, too) and 2 C F.
+        - in gate_up_proj, whose output's gradient has taken the place of 4 F, C (of adapters, too) and 2 C F; that
+          gradient times an FP8 weight's scales, 2 F.
         """
         C, F = self.C, self.F
         down, adapters = weights * C * F, rank > 0
         g = tokens * C if own < tokens else 0  # the gathered gradient
         return own * C + max(
-            g + tokens * F + down,
+            g + max((1 + fp8) * tokens * F + down, fp8 * 3 * tokens * F),
             adapters * (2 * g + tokens * C) + (2 + 2 * adapters) * tokens * F,
-            adapters * (g + tokens * C) + tokens * (C - 2 * F) + 2 * down,
+            adapters * (g + tokens * C) + tokens * (C - 2 * (not fp8) * F) + 2 * down,
         )
 
 
@@ -186,13 +190,28 @@ def training_bytes(
     )
     embedding = first and trained and "embeddings" not in freeze
     working = (
-        again + layer.backward(N, n, trained or fp8, rank) + last * view,
+        again + layer.backward(N, n, trained or fp8, rank, fp8) + last * view,
         # The residual, an output, that in parts where tokens are split, and on the first stage features
         (not recomputed) * (own + (1 + split + first) * states + (not trained) * 3 * N * layer.F),
         last * loss(config, place, N, trained, size),
         own - decoder + max(images, embedding * (3 * states + layer.C * config.vocab_size // place.tp_size)),
     )
     return int(ROUNDING * size * (held + max(working) + own * ((not first) + (not last))))
+
+
+def head_training_bytes(
+    config: Config, head: Config, place: Place, args: argparse.Namespace, fp8: bool, size: int
+) -> int:
+    """The same where a draft's `head` learns beside the model, which is frozen and keeps nothing.
+
+    Embeddings and states of all tokens, 2 C, are there throughout. Then come a layer's forward pass, or the images; or
+    what training a model of the head's layers takes, with the logits of the other distribution.
+    """
+    N, C, V = math.prod(batch_shape(args, place)), config.hidden_size, -(-config.vocab_size // place.tp_size)
+    forward = decoder_layer(config, place).forward(N, size, fp8, False)
+    images = size * image_numbers(config, place, N)[1]
+    learning = training_bytes(head, place, args, (), False, size) + N * V * (FP32 + size)
+    return int(ROUNDING * (2 * size * N * C + max(forward, images, learning)))
 
 
 def prompt_bytes(config: Config, place: Place, context: int, fp8: bool, products: bool, size: int) -> int:

@@ -199,11 +199,22 @@ def _read_message(raw: dict, form: Format) -> Message:
     return Message(
         role,
         content=_read_reasoning(raw, form) + _read_content(raw["content"], role, form),
-        calls=_each("tool_calls", raw.get("tool_calls") or [], _read_call, iter(PLACES), form),
+        calls=_each("tool_calls", _given(raw, "tool_calls", []), _read_call, iter(PLACES), form),
         call_id=None if call_id is None else _check(call_id, form.ids),
-        prefix=raw.get("prefix") is True,
+        prefix=_switch(raw, "prefix", False),
         weight=weight,
     )
+
+
+def _given(raw: dict, name: str, default: object) -> object:
+    """What is falsy was given, too; only null counts as absent."""
+    return default if raw.get(name) is None else raw[name]
+
+
+def _switch(raw: dict, name: str, default: bool) -> bool:
+    on = _given(raw, name, default)
+    require(isinstance(on, bool), f"{name} should be true or false, not {on!r}")
+    return on
 
 
 def _read_reasoning(raw: dict, form: Format) -> list[Part]:
@@ -230,14 +241,14 @@ def _read_part(part: dict, role: str, form: Format) -> Part:
     if kind == "thinking" and isinstance(value, list):  # the API's own form
         value = "".join(text.value for text in _each(kind, value, _read_part, kind, form))
     require(isinstance(value, str), f"a part of type {kind!r} needs a string under {kind!r}")
-    return Part(value, kind, part.get("closed") is not False)
+    return Part(value, kind, _switch(part, "closed", True))
 
 
 def _read_call(raw: dict, places: Iterator[str], form: Format) -> dict:
     raw, place = Fields(raw, "a call").values, next(places, None)
     function, id = raw.get("function"), raw.get("id")
     if function is None and "name" in raw:  # as generate.py writes them
-        function, id = raw, id or place
+        function, id = raw, place if id is None else id
     function = Fields(function, "function").values
     require("arguments" in function, "function: the field 'arguments' is missing; add it")
     call = {"name": _check(function.get("name"), NAME), "arguments": _read_arguments(function["arguments"])}
@@ -547,10 +558,10 @@ class ReplyParser:
         """Add what one [TOOL_CALLS] introduces to the reply's calls; returns the text in it that is no call."""
         name = self._tokenizer.decode(ids["name"])
         if "[ARGS]" in ids:
-            if not FUNCTION.fullmatch(name):
+            if not FUNCTION.fullmatch(name.strip()):
                 return name + self._tokenizer.decode(ids["[ARGS]"])
             arguments = _json_or_text(self._tokenizer.decode(ids["[ARGS]"]), nan=False)
-            self.reply.tool_calls.append({"name": name, "arguments": arguments})
+            self.reply.tool_calls.append({"name": name.strip(), "arguments": arguments})
             return ""
         # The older form: [{"name": …, "arguments": …}, …]
         start = match.start() if (match := re.search(r"\[\s*\{", name)) else 0
@@ -558,7 +569,8 @@ class ReplyParser:
             calls, end = json.JSONDecoder().raw_decode(name, start)
             json.dumps(calls, allow_nan=False)
             calls = [
-                {"name": FUNCTION.fullmatch(call["name"])[0], "arguments": call.get("arguments", {})} for call in calls
+                {"name": FUNCTION.fullmatch(call["name"].strip())[0], "arguments": call.get("arguments", {})}
+                for call in calls
             ]
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # it is no list of calls
             return name

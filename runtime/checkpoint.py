@@ -24,7 +24,7 @@ from torch import nn
 import fp8
 from model import Config
 from parallel import Part, Slice, parts_of
-from runtime.files import UserError, find_folder, read_file, read_json, reading, warn
+from runtime.files import UserError, find_folder, plural, read_file, read_json, reading, warn
 from runtime.native import NATIVE_NAMES, half_split
 from vision import build_model
 
@@ -38,7 +38,7 @@ PIECE = re.compile(r"(.+)@(\d{1,12}):(\d{1,12})")  # NAME@START:STOP, a piece of
 
 # In the files' own words: scales of an FP8 cache and of fake quantization, and frequencies that the config gives, too.
 # They change nothing that is computed here.
-PASSED_OVER = re.compile(r"\.[kv]_scale$|fake_quantizer\.qscale_act$|rotary_emb\.inv_freq$")
+PASSED_OVER = re.compile(r"\.[kv]_scale$|fake_quantizer\.qscale_act$|\.inv_freq$")
 
 # What may stand beside a weight.
 BESIDE = re.compile(r"\.(weight_scale_inv|activation_scale|adapter\.lora_[AB]\.weight)$")
@@ -81,25 +81,40 @@ class Checkpoint:
         self._open = {}
         files, self.native = self._files()
         self.tensors: dict[str, Stored] = {}
-        passed_over = []
+        self.passed_over: set[str] = set()
+        useless = set()
         for file, keys in files.items():
             for key in keys:
                 name = canonical_name(key, self.native)
                 if name in self.tensors:
                     raise UserError(f"{directory}: holds {name} twice, as {self.tensors[name].key} and {key}")
                 if PASSED_OVER.search(key):
-                    passed_over.append(key)
+                    useless.add(key)
                 else:
                     self.tensors[name] = Stored(file, key)
-        if passed_over:
-            warn(
-                f"{directory}: {len(passed_over)} tensors that are of no use here are passed over: {some(passed_over)}"
-            )
+        self.pass_over(useless)
+
+    def pass_over(self, keys: set[str]) -> None:
+        """Say of each once that it is of no use here."""
+        keys = keys - self.passed_over
+        self.passed_over |= keys
+        if keys:
+            what = f"{plural(len(keys), 'tensor')} of no use here passed over"
+            warn(f"{self.directory}: {what}: {some(keys)}")
+
+    def unlisted(self, path: str) -> set[str]:
+        """The tensors in a file that are of no use here. Raises UserError for one that only the index does not list."""
+        keys = set(self.file(path).keys()) - {at.key for at in self.tensors.values() if at.file == path}
+        useless = {key for key in keys if PASSED_OVER.search(key)}
+        if strangers := keys - useless:
+            raise UserError(f"{path}: holds {some(strangers)}, which the index does not list")
+        return useless
 
     def _files(self) -> tuple[dict[str, list[str]], bool]:
         """File -> names in it, from an index where there is one; and whether the layout is the native one."""
         for stem, native in (("model", False), ("consolidated", True), ("state", False)):  # "state": see `fill_part`
             whole = os.path.join(self.directory, f"{stem}.safetensors")
+            paths = sorted(glob.glob(os.path.join(glob.escape(self.directory), f"{stem}*.safetensors")))
             if os.path.exists(index := f"{whole}.index.json"):
                 files: dict[str, list[str]] = {}
                 with reading(index, "index"):
@@ -110,8 +125,10 @@ class Checkpoint:
                     raise UserError(f"{whole}: is not what {index} lists; remove the one of them that is out of date")
                 if missing := sorted(f for f in files if not os.path.exists(f)):
                     raise UserError(f"{missing[0]}: missing, though {os.path.basename(index)} lists it; download it")
+                if more := set(paths) - set(files):
+                    warn(f"{index}: does not list {some(map(os.path.basename, more))}, which nothing is read from")
                 return files, native
-            if paths := sorted(glob.glob(os.path.join(glob.escape(self.directory), f"{stem}*.safetensors"))):
+            if paths:
                 return {path: list(self.file(path).keys()) for path in paths}, native
         raise UserError(f"{self.directory}: holds no model*.safetensors and no consolidated*.safetensors")
 
@@ -285,11 +302,9 @@ def fill(model: nn.Module, checkpoint: Checkpoint, progress: Callable[[int, int]
     wanted: dict[str, list[str]] = {}
     for name in parts:
         wanted.setdefault(checkpoint.tensors[name].file, []).append(name)
-    done, read = 0, 0
+    done, read, useless = 0, 0, set()
     for path, names in sorted(wanted.items()):
-        listed = {at.key for at in checkpoint.tensors.values() if at.file == path}
-        if strangers := {key for key in checkpoint.file(path).keys() if not PASSED_OVER.search(key)} - listed:
-            raise UserError(f"{path}: holds {some(strangers)}, which the index does not list")
+        useless |= checkpoint.unlisted(path)
         for name in names:
             layer, part = parts[name]
             allocate(layer, model.place.device)
@@ -300,6 +315,7 @@ def fill(model: nn.Module, checkpoint: Checkpoint, progress: Callable[[int, int]
             if read > MAPPED:  # what was read of a mapped file counts as this process's memory until it is closed
                 checkpoint.close()
                 read = 0
+    checkpoint.pass_over(useless)
     checkpoint.close()
 
 

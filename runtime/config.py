@@ -15,6 +15,19 @@ from runtime.native import VISION_SIZES, translate_params
 # Fields that have no default and the same name in the file as here.
 TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
+# What transformers' classes know, and older files have: it is read here, or changes nothing that is computed.
+KNOWN = {*TEXT_SIZES, *VISION_SIZES} | set(
+    "architectures model_type dtype torch_dtype transformers_version _name_or_path use_cache return_dict hidden_act "
+    "num_key_value_heads head_dim rms_norm_eps max_position_embeddings sliding_window attention_bias mlp_bias "
+    "rope_parameters rope_scaling rope_theta tie_word_embeddings initializer_range bos_token_id eos_token_id "
+    "pad_token_id text_config vision_config quantization_config vision_feature_layer multimodal_projector_bias "
+    "projector_hidden_act spatial_merge_size image_token_index image_token_id image_size num_channels".split()
+)
+KNOWN_OF_ROPE = set(
+    "rope_type type rope_theta factor original_max_position_embeddings max_position_embeddings beta_fast beta_slow "
+    "mscale mscale_all_dim attention_factor truncate llama_4_scaling_beta partial_rotary_factor".split()
+)
+
 
 def read_config(directory: str) -> Config:
     """Read `config.json`, or `params.json` where that is all there is, from a checkpoint directory (or a file)."""
@@ -39,10 +52,13 @@ def parse_config(raw: dict, where: str = "config.json") -> Config:
     text = Fields(raw["text_config"], f"{where}, text_config") if nested else top
     if nested:
         text.only(model_type=("ministral3", "mistral"))
+    for section in filter(None, (top, nested and text, top.section("vision_config"))):
+        section.say_strangers(KNOWN)
     text.only(hidden_act=("silu",), sliding_window=(None,), attention_bias=(False, None), mlp_bias=(False, None))
     sizes = {name: text.size(name) for name in TEXT_SIZES}
     heads = sizes["num_attention_heads"]
-    q = top.section("quantization_config") or Fields({}, where)
+    q = top.section("quantization_config") or Fields({"quant_method": "fp8"}, where)
+    q.get("quant_method", str)
     q.only(quant_method=("fp8",), weight_block_size=(None,), activation_scheme=("static", "dynamic"))
     return Config(
         **sizes,
@@ -63,8 +79,10 @@ def parse_config(raw: dict, where: str = "config.json") -> Config:
 
 def parse_rope(text: Fields) -> RopeConfig:
     """`rope_parameters`, or the older `rope_theta` + `rope_scaling`; the type is `rope_type` or, older, `type`."""
-    rope = text.section("rope_parameters") or text.section("rope_scaling") or Fields({}, text.where)
-    if text.values.get("rope_scaling"):  # transformers lets it win, which people use to switch YaRN on
+    older = text.section("rope_scaling")
+    rope = text.section("rope_parameters") or older or Fields({}, text.where)
+    rope.say_strangers(KNOWN_OF_ROPE)
+    if older and older.values:  # transformers lets it win, which people use to switch YaRN on
         text.agree("rope_scaling", rope.values, "rope_parameters")
     theta = (text if rope.values.get("rope_theta") is None else rope).positive("rope_theta", float)
     text.agree("rope_theta", theta, "rope_theta inside rope_parameters")
@@ -121,7 +139,7 @@ def parse_vision(top: Fields) -> VisionConfig | None:
     top.only(vision_feature_layer=(-1,), multimodal_projector_bias=(False,), projector_hidden_act=("gelu",))
     tower.only(model_type=("pixtral",), hidden_act=("gelu", "silu"), num_channels=(3,))
     rope = tower.section("rope_parameters") or tower
-    rope.only(rope_type=("axial", "default"))
+    rope.only(rope_type=("axial", "default"), type=("axial", "default"))
     token = top.get("image_token_index", int, top.get("image_token_id", int, 10))
     top.agree("image_token_id", token, "image_token_index")
     vision = VisionConfig(

@@ -28,15 +28,19 @@ made anew from it: `propose` begins with the tokens that the last step accepted.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 
 from model import Config, KVCache, MistralMedium
 from parallel import Place, RowParallelLinear, copy_to_group, divide
 from runtime.checkpoint import Checkpoint, fill, scale_names
-from runtime.config import read_config
+from runtime.config import parse_config, read_config
 from runtime.cpu import speed_up
 from runtime.files import require
+from runtime.native import to_params, translate_params
 
 EAGLE = "eagle_linear.weight"
 LOOKUP = "lookup"
@@ -114,6 +118,12 @@ class Lookup(Guesses):
         return (ids[after : after + self.count] + ids[-1:] * self.count)[: self.count]
 
 
+def sizes_of_head(config: Config, layers: int) -> Config:
+    """Of a head for a model with this config, as far as a params.json can say them: they are read from one."""
+    said = to_params(replace(config, num_hidden_layers=layers, vision=None))
+    return replace(parse_config(translate_params(said)), initializer_range=config.initializer_range)
+
+
 class Head(MistralMedium):
     """The draft's network: `eagle_linear`, layers, norm. `place` is that of a model without pipeline stages.
 
@@ -133,6 +143,47 @@ class Head(MistralMedium):
         x = copy_to_group(torch.cat((embeddings, states), dim=-1), self.place.tp_group)
         x = self.eagle_linear(x[..., part.start : part.stop])
         return self.norm(self(x, span, cache))
+
+    def losses(self, model: MistralMedium, embeddings: torch.Tensor, states: torch.Tensor, at: torch.Tensor):
+        """How far the head is from `model`, whose `embeddings` and normalized `states` (B, T, C) these are.
+
+        `at` (N,): places in B · T, none the first of its row. Returns (N,) float32, SmoothL1(h', h) + 0.1 · the
+        cross-entropy between the two distributions of the next token; and whether their likeliest tokens are the same.
+        """
+        guessed = self.predict(embeddings[:, 1:], states[:, :-1])  # (B, T - 1, C), from the second place on
+        guessed, states = guessed.flatten(0, 1)[at - at // states.shape[1] - 1], states.flatten(0, 1)[at]
+        distances = F.smooth_l1_loss(guessed.float(), states.float(), reduction="none").mean(1)
+        own, wanted = model.lm_head(guessed), model.lm_head(states)  # (N, V / tp)
+        with torch.no_grad():
+            agree = torch.eq(*(model.lm_head.sample(logits, None, None)[:, 0] for logits in (own, wanted)))
+        return distances + 0.1 * _SoftCrossEntropy.apply(own, wanted, self.place.tp_group), agree
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    """-Σ p log q = log Σ exp(logits) - Σ p · logits, with p the softmax of `targets`, q that of `logits`.
+
+    Both are (N, V / tp), with -inf where padded, and are overwritten; the result is (N,). As in
+    `parallel._CrossEntropy` sums are all-reduced, and logits stay where they are. Backward: q - p.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets, group):
+        peaks = torch.stack((logits.amax(1), targets.amax(1)))
+        if group is not None:
+            dist.all_reduce(peaks, dist.ReduceOp.MAX, group=group)
+        p = targets.sub_(peaks[1, :, None]).exp_()
+        expected = (p * logits.sub_(peaks[0, :, None])).masked_fill_(p == 0, 0).sum(1)  # 0 · -inf would be NaN
+        q = logits.exp_()
+        sums = torch.stack((q.sum(1), p.sum(1), expected))
+        if group is not None:
+            dist.all_reduce(sums, group=group)
+        ctx.save_for_backward(q.div_(sums[0, :, None]).sub_(p.div_(sums[1, :, None])))
+        return sums[0].log() - sums[2] / sums[1]
+
+    @staticmethod
+    def backward(ctx, grad):
+        (difference,) = ctx.saved_tensors
+        return difference.mul_(grad[:, None]), None, None
 
 
 class Eagle(Guesses):

@@ -15,7 +15,7 @@ import secrets
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -37,6 +37,7 @@ from runtime.files import flush_to_disk, lock, new_folder, remove, require, writ
 from runtime.launch import Parser, all_or_none, gather_objects
 from runtime.lora import merged
 from runtime.memory import cpu_memory
+from runtime.native import interleaved, native_name, to_params
 from runtime.optimizer import held_tensors
 from runtime.tokenizer import load_tokenizer
 from vision import build_model
@@ -75,8 +76,8 @@ def staged(path: str, rank: int = 0, advice: str = "make room, or choose another
 
 def put_in_place(folder: str, path: str) -> None:
     """Write `folder` to the disk, and let it, or in a folder that is there its files, take their names."""
-    # A model counts as whole as soon as its config.json is there, a saved state with its index.
-    names = sorted(os.listdir(folder), key=lambda name: (name == "config.json", name))
+    # A model counts as whole as soon as its config is there, a saved state with its index.
+    names = sorted(os.listdir(folder), key=lambda name: (name in ("config.json", "params.json"), name))
     for name in ("", *names):
         flush_to_disk(os.path.join(folder, name))
     if os.path.islink(path):
@@ -170,25 +171,27 @@ def in_shards(stream: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, t
     yield shard
 
 
-def write_tensors(path: str, tensors: dict[str, torch.Tensor]) -> None:
-    save_file(tensors, path, metadata={"format": "pt"})
+def write_tensors(path: str, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
+    save_file(tensors, path, metadata={"format": "pt"} | metadata)
     # save_file makes it readable for its owner alone. The umask has decided for whom the new folder is.
     os.chmod(path, os.stat(os.path.dirname(path)).st_mode & 0o666)
 
 
-def stored(config: Config, name: str, weight: torch.Tensor, scale=None, input_scale=None) -> dict[str, torch.Tensor]:
-    """What a weight becomes in the file, by name in the HF layout: one tensor in BF16, or E4M3 with its scales.
+def stored(
+    config: Config, name: str, weight: torch.Tensor, scale=None, input_scale=None, spell: Callable = hf_name
+) -> dict[str, torch.Tensor]:
+    """What a weight becomes in the file: one tensor in BF16, or E4M3 with its scales. By name, in the HF layout.
 
     A weight that is FP8 already has a `scale` (0-d float32) and stays as it is; where there is none, it is measured.
     """
     if not (config.fp8 and is_quantized(name)):
         weight = weight.bfloat16() if scale is None else fp8.dequantize(weight, scale, torch.bfloat16)
-        return {hf_name(name, config): weight.contiguous()}
+        return {spell(name, config): weight.contiguous()}
     if scale is None:
         scale = fp8.scale_of(weight.abs().amax())
         weight = fp8.quantize(weight, scale)
     tensors = zip((name, *scale_names(name)), (weight.contiguous(), scale, input_scale))
-    return {hf_name(key, config): tensor for key, tensor in tensors if tensor is not None}
+    return {spell(key, config): tensor for key, tensor in tensors if tensor is not None}
 
 
 def to_hf(config: Config) -> dict:
@@ -218,14 +221,38 @@ def export(directory: str, model: nn.Module, precision: str, source: str) -> Non
     The tokenizer comes from `source`.
     """
     config = replace(model.config, fp8=precision == "fp8", activation_scheme="dynamic")
+    export_by(directory, model, lambda folder, stream: write_model(folder, config, stream, source))
+
+
+def export_by(directory: str, model: nn.Module, write: Callable[[str, Iterator], None]) -> None:
+    """`write(folder, stream)`, on rank 0, into a folder that becomes `directory`; the stream is that of `collect`."""
     stream = collect(model, adapters=False)
     with staged(directory, model.place.rank) as folder:
         try:
             if model.place.rank == 0:
-                write_model(folder, config, stream, source)
+                write(folder, stream)
         finally:
             for _ in stream:  # the other ranks send here; rank 0 receives the rest after an error
                 pass
+
+
+def export_draft(directory: str, head: nn.Module, precision: str) -> None:
+    """Write a draft's `head` as it is published, in Mistral's own layout; all ranks call this together.
+
+    `precision` is "bfloat16" or "fp8": of the layers' linears.
+    """
+    config = replace(head.config, fp8=precision == "fp8")
+
+    def write(folder: str, stream: Iterator[tuple[str, torch.Tensor]]) -> None:
+        tensors = {}
+        for name, weight in stream:
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                weight = interleaved(weight, config.head_dim)
+            tensors |= stored(config, name, weight, spell=lambda name, config: native_name(name))
+        write_tensors(os.path.join(folder, "consolidated.safetensors"), tensors)
+        write_json(os.path.join(folder, "params.json"), to_params(config))
+
+    export_by(directory, head, write)
 
 
 def collect(model: nn.Module, adapters: bool) -> Iterator[tuple[str, torch.Tensor]]:
@@ -284,6 +311,8 @@ def convert(source: str, target: str, to_fp8: bool, chats: str | None) -> None:
     config = checkpoint.fit(read_config(source))
     model = build_model(config)
     check_names(checkpoint, model)
+    for path in {at.file for at in checkpoint.tensors.values()}:
+        checkpoint.pass_over(checkpoint.unlisted(path))
     check_free(target)
     parts = {name: part.slice for name, (_, part) in parts_of(model).items()}
     quantized = [name for name in parts if to_fp8 and is_quantized(name)]

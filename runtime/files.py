@@ -1,5 +1,6 @@
 """User errors and the files that they are about: guards around reading, JSON, writing so that nothing is half there."""
 
+import codecs
 import errno
 import fcntl
 import hashlib
@@ -99,7 +100,7 @@ def read_json(path: str, limit: int = 64 * MEGABYTE):
 
 def parse_json(data: bytes, where: str):
     try:
-        value = json.loads(data.decode())
+        value = json.loads(data.removeprefix(codecs.BOM_UTF8).decode())  # some editors begin a file with one
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error})") from None
     require(not deeper_than(DEEPEST, value), f"{where}: nested more than {DEEPEST} levels deep")
@@ -115,8 +116,12 @@ def deeper_than(levels: int, value) -> bool:
 
 def read_lines(path: str) -> list[tuple[int, bytes]]:
     """The lines of a JSON-lines file that are not blank, each with its number from 1. Raises UserError."""
-    lines = read_file(path, 1024 * MEGABYTE).splitlines()
-    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    return lines_of(read_file(path, 1024 * MEGABYTE))
+
+
+def lines_of(data: bytes) -> list[tuple[int, bytes]]:
+    lines = enumerate(data.splitlines(), 1)
+    return [(number, line) for number, line in lines if line.removeprefix(codecs.BOM_UTF8).strip()]
 
 
 def parse_line(line: bytes, where: str, keys: Collection[str] = ()) -> dict:
@@ -189,6 +194,9 @@ LARGEST = {"num_hidden_layers": 1 << 10, "n_layers": 1 << 10, "vocab_size": 1 <<
 LARGEST |= dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings"), 1 << 30)
 
 
+OFF = (None, False, [], {})  # 0, too, which to Python equals false
+
+
 class Fields:
     """A JSON object whose fields are taken one by one, with errors that name the file and the field.
 
@@ -222,6 +230,16 @@ class Fields:
 
     def size(self, name: str, default: int | None = None) -> int:
         return self.positive(name, int, default, LARGEST.get(name, LARGEST_SIZE))
+
+    def strangers(self, known: Collection[str]) -> str:
+        """What fields of other names say; "" if nothing, or no more than that something is off."""
+        said = {name: value for name, value in self.values.items() if name not in known and value not in OFF}
+        return ", ".join(f"{name} = {value!r}" for name, value in sorted(said.items()))
+
+    def say_strangers(self, known: Collection[str]) -> None:
+        """For files whose other readers pass over what they do not know."""
+        if said := self.strangers(known):
+            warn(f"{self.where}: {said} is not known here and changes nothing")
 
     def only(self, **allowed: tuple) -> None:
         """Refuse a value that would change the numbers in a way that this code does not compute.

@@ -320,12 +320,13 @@ def start_world(watch: Watch | None = None) -> None:
         used = "EADDRINUSE" in str(error)
         what = "in use on this machine; set a free one" if used else f"not all ranks came to meet here ({error})"
         raise UserError(f"{where}: {what}") from None
+    if gpu < gpus:
+        torch.cuda.set_device(gpu)  # before NCCL exists: what it does first should not be on GPU 0
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENT)
     if gpus:
         with all_or_none():
             require(gpu < gpus, f"more processes than the {gpus} GPUs of a machine; lower --nproc-per-node")
-        torch.cuda.set_device(gpu)
 
 
 def find_place(tp: int | None, pp: int | None) -> Place:
@@ -365,7 +366,7 @@ def find_place(tp: int | None, pp: int | None) -> Place:
         return group
 
     columns = grid.permute(1, 2, 0).reshape(-1, pp)  # the ranks that differ in their stage only
-    return Place(
+    place = Place(
         *(rank, tp_rank, tp, pp_rank, pp, dp_rank, dp),
         tp_group=groups(grid.reshape(-1, tp)),
         pp_group=groups(columns),
@@ -373,6 +374,25 @@ def find_place(tp: int | None, pp: int | None) -> Place:
         answer_group=groups(columns),
         device=device,
     )
+    connect_stages(place)
+    return place
+
+
+def connect_stages(place: Place) -> None:
+    """Let every two stages that will send each other something do so once, in each group, before weights are read.
+
+    NCCL connects two ranks of a group at their first message, where the host of one waits for the other, and not for
+    long (`--timeout`): with stages that read their weights at different speeds the first real message would be too
+    late. The pairs are a ring: neighbours, and the two ends, which share a tied embedding. Even stages send first,
+    so that nobody waits for one that waits.
+    """
+    element, p = torch.zeros(1, device=place.device), place.pp_size
+    for group in filter(None, (place.pp_group, place.answer_group)):
+        for sends in (True, False) if place.pp_rank % 2 == 0 else (False, True):
+            if sends:
+                dist.send(element, group=group, group_dst=(place.pp_rank + 1) % p)
+            else:
+                dist.recv(element, group=group, group_src=(place.pp_rank - 1) % p)
 
 
 def gather_objects(value) -> list:

@@ -1,6 +1,5 @@
 """LoRA adapters beside the decoder's linears, and the form in which peft reads them."""
 
-import math
 import os
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ from torch import nn
 import fp8
 from parallel import Linear, Part, Place, Slice, parts_of
 from runtime.checkpoint import Checkpoint, Stored, allocate, canonical_name, draw
-from runtime.files import find_folder, read_json, reading, require
+from runtime.files import Fields, find_folder, read_json, reading, require
 
 
 class Adapter(nn.Module):
@@ -81,16 +80,12 @@ def read_adapters(directory: str, checkpoint: Checkpoint) -> tuple[int, float]:
     path, file = (
         os.path.join(find_folder(directory), f"adapter_{name}") for name in ("config.json", "model.safetensors")
     )
-    fields = read_json(path)
-    with reading(path, "adapter config"):
-        rank, alpha = fields["r"], float(fields["lora_alpha"])
-        whole = type(rank) is int and 0 < rank <= 1 << 16
-        require(whole and math.isfinite(alpha), f"r {rank!r} and lora_alpha {alpha} cannot be")
-        for name, value in fields.items():
-            known = name in HARMLESS or value in ONLY.get(name, (None, False, [], {}))
-            require(
-                known, f"{name} = {value!r} is not supported; --lora takes plain adapters, as train.py exports them"
-            )
+    with reading(path, "adapter config", "--lora takes plain adapters, as train.py exports them"):
+        fields = Fields(read_json(path), path)
+        rank, alpha = fields.positive("r", int, largest=1 << 16), fields.get("lora_alpha", float)
+        fields.only(**ONLY)
+        strangers = fields.strangers(HARMLESS | set(ONLY))
+        require(not strangers, f"{strangers} is not supported")
     for key in checkpoint.file(file).keys():
         name = canonical_name(key.removeprefix("base_model.model."), native=False)
         checkpoint.tensors[name.replace(".lora_", ".adapter.lora_")] = Stored(file, key)

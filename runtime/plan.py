@@ -14,11 +14,13 @@ of matrix products and attention alone. The *estimate* is what a GPU may be hope
     other kernels: max(3 µs for each, bytes / (0.8 · bandwidth))        message: 15 µs + bytes / (0.7 · link)
 
 With p stages, m micro-batches or chunks, and t the time of one on the slowest stage, a token takes the sum of all
-stages, a prefill (m + p - 1) · t, a step (m + p - 1) · t + Adam's traffic.
+stages, a prefill (m + p - 1) · t, a step (m + p - 1) · t + Adam's traffic. A token is also estimated with the kernels
+of vLLM (`VLLM`), which joins more of them to one. Files are read and written at `DISK` bytes/s by each machine.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import socket
@@ -27,25 +29,30 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 
-from model import CHUNK, Config
+from fp8 import has_fp8_matmul
+from model import CHUNK, Config, MistralMedium
 from parallel import Place, TopologyError
 from runtime.activations import (
     FP32,
     batch_shape,
     count_micro_batches,
     decoder_layer,
+    head_training_bytes,
     prompt_bytes,
     training_bytes,
 )
+from runtime.checkpoint import is_quantized, weight_bytes
 from runtime.config import read_config
+from runtime.draft import Head, sizes_of_head
 from runtime.files import UserError
 from runtime.launch import SIZE, Parser, gather_objects, number, together
 from runtime.lora import add_adapters
 from runtime.memory import cpu_memory
-from runtime.optimizer import BUCKET, FREEZABLE, Held, held_tensors, is_trained
+from runtime.optimizer import BUCKET, FREEZABLE, STATE, Held, held_tensors, is_trained
 from vision import build_model
 
 MOST_RANKS = 1024  # a smallest topology is looked for up to here
@@ -66,7 +73,9 @@ class StagePlan:
     cache_bytes: int = 0
     activation_bytes: int = 0
     reserve_bytes: int = RESERVE  # an estimate
-    fits: bool = True
+    reads: int = 0  # of the checkpoint
+    saves: int = 0  # of a saved state, if it has no replicas to share that with
+    exports: int = 0  # of model/
 
     @property
     def peak_bytes(self) -> int:
@@ -75,30 +84,46 @@ class StagePlan:
 
 def make_plan(config: Config, args: argparse.Namespace) -> dict:
     """The plan as the JSON object that --json prints. Raises UserError where the topology does not divide the model."""
-    keep_fp8 = config.fp8 and (args.weights != "dequantized" if args.inference else bool(args.lora_rank))
-    counts, stages, memory = Counter(), [], args.gpu_memory_gb * 1e9
-    for stage_places in places(args.tp, args.pp, args.dp, args.sequence_parallel):
-        ranks, kinds = zip(*(plan_rank(config, place, args, keep_fp8) for place in stage_places))
-        counts = sum(kinds, counts)
-        stages.append(max(ranks, key=lambda rank: rank.peak_bytes))
-        stages[-1].fits = stages[-1].peak_bytes <= memory
+    keep_fp8, memory = config.fp8 and stays_fp8(config, args), args.gpu_memory_gb * 1e9
+    grid = places(args.tp, args.pp, args.dp, args.sequence_parallel)
+    ranks = {place: plan_rank(config, place, args, keep_fp8) for stage in grid for place in stage}
+    counts = sum((kinds for _, kinds in ranks.values()), Counter())
+    largest = [max((ranks[place][0] for place in stage), key=lambda rank: rank.peak_bytes) for stage in grid]
+    stages = [asdict(rank) | {"peak_bytes": rank.peak_bytes, "fits": rank.peak_bytes <= memory} for rank in largest]
     plan = {
         "gpus": args.tp * args.pp * args.dp,
         **{name: counts.pop(name, 0) for name in ("parameters", "adapters", "padding")},
         "copies": dict(counts),  # what is left, by kind
-        "stages": [{**asdict(stage), "peak_bytes": stage.peak_bytes} for stage in stages],
-        "fits": all(stage.fits for stage in stages),
+        "stages": stages,
+        "fits": all(stage["fits"] for stage in stages),
         "gpu": args.gpu,
-        "seconds": make_times(config, args, keep_fp8, max(stage.gradient_bytes // FP32 for stage in stages)),
+        "seconds": make_times(config, args, keep_fp8, max(stage["gradient_bytes"] // FP32 for stage in stages)),
+        "files": make_files(on_machines(ranks, args.dp), args.dp),
     }
-    if args.inference:
-        # Of the columns only the cache grows with the context (activations stop growing at one chunk of the prompt).
-        grow = [1 + (memory - stage.peak_bytes) / stage.cache_bytes for stage in stages]
-        plan["largest_context"] = max(0, min(config.max_position_embeddings, int(args.max_context * min(grow))))
-    else:
-        plan["micro_batches"] = m = count_micro_batches(args, args.dp)
-        plan["bubble"] = (args.pp - 1) / (m + args.pp - 1)  # see parallel.Pipeline
-    return plan
+    if not plan["fits"]:
+        like = Place(dp_size=args.dp, sequence_parallel=args.sequence_parallel)
+        plan["smallest"] = smallest_topology(lambda place: plan_rank(config, place, args, keep_fp8)[0], memory, like)
+    return plan | (plan_context(config, args, largest) if args.inference else plan_bubble(args))
+
+
+def plan_context(config: Config, args: argparse.Namespace, ranks: list[StagePlan]) -> dict[str, int]:
+    # Of the columns only the cache grows with the context (activations stop growing at one chunk of the prompt).
+    grow = min(1 + (args.gpu_memory_gb * 1e9 - rank.peak_bytes) / rank.cache_bytes for rank in ranks)
+    return {"largest_context": max(0, min(config.max_position_embeddings, int(args.max_context * grow)))}
+
+
+def plan_bubble(args: argparse.Namespace) -> dict[str, float]:
+    m = count_micro_batches(args, args.dp)
+    return {"micro_batches": m, "bubble": (args.pp - 1) / (m + args.pp - 1)}  # see parallel.Pipeline
+
+
+def stays_fp8(config: Config, args: argparse.Namespace) -> bool:
+    """Whether FP8 weights stay as they are. Where --weights does not say so: as generate.py does, see `keeps_fp8`."""
+    if not args.inference:
+        return bool(args.lora_rank)
+    if args.weights or GPUS[args.gpu].fp8:
+        return args.weights != "dequantized"
+    return not make_plan(config, argparse.Namespace(**vars(args) | {"weights": "dequantized"}))["fits"]
 
 
 def places(tp: int, pp: int, dp: int = 1, sequence: bool = False) -> list[list[Place]]:
@@ -135,30 +160,59 @@ def plan_rank(
     )
     held, counts = [(tensor, times(tensor.name)) for tensor in held_tensors(model)], Counter()
     for tensor, count in held:
-        inside = math.prod(tensor.part.shape) // tensor.part.shape[tensor.part.dim] * tensor.part.length
-        counts[kind_of(tensor)] += count * inside
-        counts["padding"] += count * (tensor.size - inside)
+        counts[kind_of(tensor)] += count * inside_of(tensor)
+        counts["padding"] += count * (tensor.size - inside_of(tensor))
     stage = StagePlan(place.pp_rank, [layers[0], layers[-1]], sum(counts.values()), weights)
+    stage.reads = stored_bytes(held, config.fp8)
     if args.inference:
         stage.cache_bytes = len(layers) * model.new_cache(1, args.max_context).nbytes
         products = keep_fp8 and GPUS[args.gpu].fp8 > 0
         stage.activation_bytes = prompt_bytes(config, place, args.max_context, keep_fp8, products, dtype.itemsize)
+        if args.draft_layers:
+            head = add_head(stage, config, args, model, keep_fp8)
+            stage.cache_bytes += head.new_cache(1, args.max_context).nbytes
+    elif args.draft_layers:
+        head = add_head(stage, config, args, model, False)
+        passes = head_training_bytes(config, head.config, place, args, keep_fp8, dtype.itemsize)
+        plan_training(stage, passes, [(tensor, 1) for tensor in held_tensors(head)])
     else:
         freeze = tuple(FREEZABLE if args.lora_rank else args.freeze)
         passes = training_bytes(config, place, args, freeze, keep_fp8, dtype.itemsize)
-        plan_training(stage, passes, held, freeze)
+        plan_training(stage, passes, [(t, n) for t, n in held if ".adapter." in t.name or is_trained(t.name, freeze)])
+        owned = [(tensor, count) for tensor, count in held if tensor.owner]
+        stage.exports = stored_bytes(owned, getattr(args, "export", "") == "fp8")
     return stage, counts
 
 
-def plan_training(stage: StagePlan, passes: int, held: list[tuple[Held, int]], freeze: tuple[str, ...]) -> None:
-    """Adds to `stage` what training takes. `passes`: bytes of activations; `held`: tensors, and how many of each."""
-    trained = [(t, count) for t, count in held if ".adapter." in t.name or is_trained(t.name, freeze)]
+def add_head(stage: StagePlan, config: Config, args: argparse.Namespace, model: MistralMedium, keep_fp8: bool) -> Head:
+    """A draft's head beside `model`, which is added to the parameters and weights of `stage`."""
+    head = Head(sizes_of_head(config, args.draft_layers), model.place, model.dtype, keep_fp8, keep_fp8)
+    stage.parameters += sum(parameter.numel() for parameter in head.parameters())
+    stage.weight_bytes += weight_bytes(head)
+    return head
+
+
+def plan_training(stage: StagePlan, passes: int, trained: list[tuple[Held, int]]) -> None:
+    """Adds to `stage` what training takes. `passes`: bytes of activations; `trained`: tensors, and how many of each."""
     # In FP32 (see optimizer.py): the sum of gradients; the master weight and Adam's two moments.
     stage.gradient_bytes = FP32 * sum(count * tensor.size for tensor, count in trained)
     stage.optimizer_bytes = 3 * stage.gradient_bytes
+    stage.saves = len(STATE) * FP32 * sum(count * inside_of(tensor) for tensor, count in trained if tensor.owner)
     # After the passes the shares of a gradient are added up in whole tensors, a bucket at a time.
     shared = [math.prod(tensor.part.shape) for tensor, count in trained if tensor.sharers > 1 for _ in range(count)]
     stage.activation_bytes = max(passes, FP32 * max([min(BUCKET, sum(shared)), *shared]))
+
+
+def inside_of(tensor: Held) -> int:
+    """Its numbers without padding."""
+    shape, dim = tensor.part.shape, tensor.part.dim
+    return math.prod(shape) // shape[dim] * tensor.part.length
+
+
+def stored_bytes(held: list[tuple[Held, int]], fp8: bool) -> int:
+    """In a checkpoint's files; adapters are not there, or merged into their weights."""
+    weights = [(tensor, count) for tensor, count in held if ".adapter." not in tensor.name]
+    return sum(count * inside_of(t) * (1 if fp8 and is_quantized(t.name) else BF16) for t, count in weights)
 
 
 def kind_of(tensor: Held) -> str:
@@ -185,23 +239,48 @@ class Gpu:
     memory: float
     nvlink: float  # inside a node of 8
     network: float  # between nodes, per GPU: HDR or NDR InfiniBand
-    gigabytes: float
+    gigabytes: float  # that CUDA has for programs; 80 GB are sold as 80 · 2^30 bytes
 
 
 GPUS = {
-    "a100": Gpu(312e12, 0, 2.039e12, 300e9, 25e9, 80),
-    "h100": Gpu(989e12, 1979e12, 3.35e12, 450e9, 50e9, 80),
-    "h200": Gpu(989e12, 1979e12, 4.8e12, 450e9, 50e9, 141),
+    "a100": Gpu(312e12, 0, 2.039e12, 300e9, 25e9, 85),
+    "h100": Gpu(989e12, 1979e12, 3.35e12, 450e9, 50e9, 85),
+    "h200": Gpu(989e12, 1979e12, 4.8e12, 450e9, 50e9, 149),
 }
+
+NODE = 8  # GPUs of a machine
 
 PRODUCTS, COPIES, LINKS = 0.7, 0.8, 0.7  # what is reached of them
 
 KERNEL, MESSAGE = 3e-6, 15e-6  # seconds that each takes at least
 
-KERNELS = 13  # of a layer's step, beside six products: norms, rotation, cache, softmax, silu, residuals
+
+@dataclass(frozen=True)
+class Kernels:
+    """How many a layer's forward pass launches beside its products, and what an all-reduce inside a node takes."""
+
+    others: int
+    quantizing: int  # inputs of products
+    seconds: float = MESSAGE
+
+
+OURS = Kernels(10, 4)  # norms, rotation, cache, silu, residuals; where torch lacks flash-decoding, three more
+
+# Norm, residual and quantizing are one kernel, silu, product and quantizing another, and the rotation a third, beside
+# cache and one quantizing; its own all-reduce ("one-shot") saves about 6 µs of NCCL's.
+VLLM = Kernels(5, 1, 9e-6)
+
 ENDS = 22  # kernels of a stage before its layers, in a step; and of the last one after them, to sample the next token
 
+DISK = 3e9  # bytes/s between a machine and its files, assumed: an NVMe disk, or a share of a network file system
+
+BF16 = 2  # bytes
+
+SLOW = 10  # seconds from which on a run says how long its files take
+
 ADAM_BYTES = 82  # that a step of optimizer.py reads and writes per trained weight
+
+ACCEPTED = (1.5, 2, 2.5, 3)  # tokens per step that a draft may bring
 
 RECIPE_STEPS, MEDPIX = 100, 20_500  # of the published fine-tune; samples of its data
 
@@ -219,7 +298,7 @@ class Work:
     rank: int = 0  # of adapters
 
 
-def stage_times(config: Config, place: Place, gpu: Gpu, work: Work) -> torch.Tensor:
+def stage_times(config: Config, place: Place, gpu: Gpu, work: Work, kernels: Kernels = OURS) -> torch.Tensor:
     """(floor, estimate), in seconds, of a stage's passes over N tokens. Per token and layer:
 
     - four products, 2 · in · out operations each, which read the weight once; backward as many for the input's gradient
@@ -228,10 +307,11 @@ def stage_times(config: Config, place: Place, gpu: Gpu, work: Work) -> torch.Ten
       10 D.
     - other kernels read and write, in bytes: norms and residuals 8 C + 12 C; the rotation (roll, times cosine, plus
       times sine) 4 + 4 + 6 for each number of q and k; the cache 8 KV D; silu and product 4 F + 6 F; quantizing to FP8
-      (divide, clamp, convert) 6 + 8 + 5 for each input of a product, or dequantizing 7 for each weight; putting an
-      adapter's output together, scaling and adding it 4 + 4 + 6 for each output. Backward, norms and residuals 12 C +
-      12 C, the rotation of a copy 4 Q + 14, silu, product and joining their gradients 6 F + 12 F + 8 F; and each
-      trained weight's gradient is added to a float32 sum, 10 bytes. Logits in training: 52 bytes for each.
+      3 for each input of a product; without FP8 units converting 3 for each weight, whose product then takes 2, and
+      scaling float32 sums 8 for each output; putting an adapter's output together, scaling and adding it 4 + 4 + 6 for
+      each output. Backward, norms and residuals 12 C + 12 C, the rotation of a copy 4 Q + 14, silu, product and joining
+      their gradients 6 F + 12 F + 8 F; and each trained weight's gradient is added to a float32 sum, 10 bytes. Logits
+      in training: 52 bytes for each.
     - two all-reduces of 2 C bytes forward, two backward, in a ring: every part travels twice, but for a rank's own.
       Computing a layer again ends before down_proj. One message goes to each neighbouring stage.
     """
@@ -239,22 +319,22 @@ def stage_times(config: Config, place: Place, gpu: Gpu, work: Work) -> torch.Ten
     N, KV, training, last = work.rows * work.length, (Q - A) // 2, backward > 0, place.last_stage
     layers, tp, V = len(place.layers(config.num_hidden_layers)), place.tp_size, config.vocab_size / place.tp_size
     fp8, again = work.fp8 and gpu.fp8 > 0 and not training, forward > 1 and not work.rank
-    dequantizes, adapters, scored = work.fp8 and not fp8, work.rank > 0, N if training else 1
+    converts, adapters, scored = work.fp8 and not fp8, work.rank > 0, N if training else 1
     weights, inputs, outputs = C * (Q + A + 3 * F), 2 * C + A + F, Q + 2 * C + 2 * F
     both, keys, pairs = forward + training, work.start + work.length, N * (work.start + (work.length + 1) / 2)
     matrices = layers * (forward + backward - again * C * F / weights)
-    launched = both * (KERNELS + 12 * fp8 + 8 * dequantizes + 20 * adapters)
-    moved = both * (14 * (A + KV + adapters * outputs) + 20 * C) + training * (4 * C + 4 * Q + 26 * F)
-    moved += forward * (8 * KV + 10 * F + 19 * fp8 * inputs)
+    launched = both * (kernels.others + kernels.quantizing * fp8 + 8 * converts + 20 * adapters)
+    moved = both * (14 * (A + KV + adapters * outputs) + 20 * C + 8 * converts * outputs)
+    moved += training * (4 * C + 4 * Q + 26 * F) + forward * (8 * KV + 10 * F + 3 * fp8 * inputs)
     peak, ends = gpu.fp8 if fp8 else gpu.bf16, inputs + outputs
     # How often, kernels, bytes, operations, operations per second
-    kernels = [
+    computed = [
         (matrices, 4, (2 - fp8) * (weights + N * inputs) + 2 * N * outputs, 2 * N * weights, peak),
         (layers * (forward + 2.5 * training), 2, 4 * work.rows * keys * KV + 4 * N * A, 4 * pairs * A, gpu.bf16),
         (adapters * layers * (forward + 2), 4, 2 * N * ends, 2 * N * work.rank * ends, gpu.bf16),
         (last * (1 + backward), 1, 2 * (C * V + scored * (C + V)), 2 * scored * C * V, gpu.bf16),
         (layers, launched, N * moved, 0, 1),
-        (layers, 0, (7 * dequantizes * both + 10 * (backward > 1)) * weights, 0, 1),
+        (layers, 0, (3 * converts * both + 10 * (backward > 1)) * weights, 0, 1),
         (1, ENDS * (1 + last), 52 * training * last * N * V, 0, 1),
     ]
     # How often, bytes, ranks among which they travel
@@ -263,94 +343,204 @@ def stage_times(config: Config, place: Place, gpu: Gpu, work: Work) -> torch.Ten
         ((not last) + training * (not place.first_stage), 2 * N // place.token_parts * C, tp * place.pp_size),
     ]
     floor = about = 0.0
-    for count, launches, nbytes, operations, peak in kernels:
+    for count, launches, nbytes, operations, peak in computed:
         compute, memory = operations / peak, nbytes / gpu.memory
         floor += count * max(compute, memory) * (operations > 0)
         about += count * max(compute / PRODUCTS, memory / COPIES, launches * KERNEL)
     for count, nbytes, ranks in messages:
-        about += count * (MESSAGE + nbytes / LINKS / (gpu.network if ranks > 8 else gpu.nvlink))
+        least, link = (MESSAGE, gpu.network) if ranks > NODE else (kernels.seconds, gpu.nvlink)
+        about += count * (least + nbytes / LINKS / link)
     return torch.tensor([floor, about], dtype=torch.float64)
 
 
 def make_times(config: Config, args: argparse.Namespace, keep_fp8: bool, trained: int) -> dict[str, list[float]]:
     """What takes how long: name -> [floor, estimate], in seconds. `trained`: the most weights that a rank trains."""
-    gpu, p, times = GPUS[args.gpu], args.pp, {}
-    grid = [stage[0] for stage in places(args.tp, p, args.dp, args.sequence_parallel)]
+    grid = [stage[0] for stage in places(args.tp, args.pp, args.dp, args.sequence_parallel)]
 
-    def stages(*shape: int, **more) -> torch.Tensor:
-        """Of each stage: (p, 2)."""
-        return torch.stack([stage_times(config, at, gpu, Work(*shape, fp8=keep_fp8, **more)) for at in grid])
+    def stages(*shape: int, kernels: Kernels = OURS, config: Config = config, **more) -> torch.Tensor:
+        """Of each stage: (pp, 2)."""
+        work = Work(*shape, fp8=keep_fp8, **more)
+        return torch.stack([stage_times(config, at, GPUS[args.gpu], work, kernels) for at in grid])
 
-    if args.inference:
-        context = min(8192, args.max_context)
-        times[f"a token after {context:,}"] = stages(1, 1, context - 1).sum(0)
-        for length in (n for n in (8192, 131072) if n <= args.max_context):
-            slowest = (stages(1, CHUNK) + stages(1, CHUNK, length - CHUNK)).amax(0) / 2
-            times[f"a prompt of {length:,}"] = (length // CHUNK + p - 1) * slowest
-    else:
-        whole = not (args.lora_rank or "language_model" in args.freeze)
-        passes = dict(forward=1 + args.activation_checkpointing, backward=1 + whole, rank=args.lora_rank or 0)
-        slowest = stages(*batch_shape(args, grid[0]), **passes).amax(0)
-        adam = torch.tensor([1, 1 / COPIES]) * ADAM_BYTES * trained / gpu.memory
-        adam[1] += 2 * (args.dp - 1) / args.dp * FP32 * trained / gpu.network / LINKS  # gradients of replicas
-        times["a step"] = step = (count_micro_batches(args, args.dp) + p - 1) * slowest + adam
-        times[f"{RECIPE_STEPS} steps (the published fine-tune)"] = RECIPE_STEPS * step
-        times[f"an epoch of MedPix ({MEDPIX:,} samples)"] = math.ceil(MEDPIX / args.global_batch_size) * step
+    times = answering_times(config, args, stages) if args.inference else training_times(args, stages, grid[0], trained)
     return {name: value.tolist() for name, value in times.items()}
 
 
-def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp8: bool) -> int:
-    """Refuse a model whose weights alone do not fit here, and warn where the run's estimate does not.
+def answering_times(config: Config, args: argparse.Namespace, stages: Callable[..., torch.Tensor]) -> dict:
+    """Of a token, with other kernels and with a draft, too; and of prompts. `stages`: see `make_times`."""
+    context, times = min(8192, args.max_context), {}
+    token, guesses = f"a token after {context:,}", args.draft_tokens
+    for note, kernels in (("", OURS), (", with vLLM's kernels", VLLM)):
+        times[token + note] = stages(1, 1, context - 1, kernels=kernels).sum(0)
+    if args.draft_layers:
+        # A step: guesses and one more token. The head first reads all tokens of the last step; its `eagle_linear`,
+        # a fifth of a layer, is left out.
+        head = partial(stages, config=sizes_of_head(config, args.draft_layers))
+        step = stages(1, 1 + guesses, context - 1) + head(1, 1 + guesses, context) + (guesses - 1) * head(1, 1, context)
+        for count in (n for n in ACCEPTED if n <= 1 + guesses):
+            times[f"{token}, with a draft that brings {count:g} a step"] = step.sum(0) / count
+    for length in (n for n in (8192, 131072) if n <= args.max_context):
+        slowest = (stages(1, CHUNK) + stages(1, CHUNK, length - CHUNK)).amax(0) / 2
+        times[f"a prompt of {length:,}"] = (length // CHUNK + args.pp - 1) * slowest
+    return times
 
-    `args` are those of generate.py or train.py. A GPU is a rank's own; on a CPU all ranks of a machine share its
-    memory. Every rank has to come here: they find the tightest device together. Raises UserError on all. Returns the
-    bytes of this rank's plan.
+
+def training_times(args: argparse.Namespace, stages: Callable[..., torch.Tensor], place: Place, trained: int) -> dict:
+    gpu, whole = GPUS[args.gpu], not (args.lora_rank or "language_model" in args.freeze)
+    passes = dict(forward=1 + args.activation_checkpointing, backward=1 + whole, rank=args.lora_rank or 0)
+    slowest = stages(*batch_shape(args, place), **passes).amax(0)
+    adam = torch.tensor([1, 1 / COPIES]) * ADAM_BYTES * trained / gpu.memory
+    adam[1] += 2 * (args.dp - 1) / args.dp * FP32 * trained / gpu.network / LINKS  # gradients of replicas
+    step = (count_micro_batches(args, args.dp) + args.pp - 1) * slowest + adam
+    return {
+        "a step": step,
+        f"{RECIPE_STEPS} steps (the published fine-tune)": RECIPE_STEPS * step,
+        f"an epoch of MedPix ({MEDPIX:,} samples)": math.ceil(MEDPIX / args.global_batch_size) * step,
+    }
+
+
+def on_machines(ranks: dict[Place, tuple[StagePlan, Counter]], replicas: int) -> list[tuple]:
+    """The shares of `make_files`, of the `ranks` of one replica, NODE to a machine; many replicas are like a few."""
+    few = min(replicas, NODE)
+    shares = itertools.product(ranks.items(), range(few))
+    return [
+        (((place.pp_rank * few + replica) * place.tp_size + place.tp_rank) // NODE, place, plan)
+        for (place, (plan, _)), replica in shares
+    ]
+
+
+def make_files(shares: list[tuple[object, object, StagePlan]], replicas: int) -> dict[str, list[float]]:
+    """What is read and written: name -> [bytes in all, at most of a rank, seconds].
+
+    `shares`: of each rank its machine, which part of the model it has, and its plan. The ranks of a machine read
+    what they have in common once; replicas share the writing of a state; rank 0 writes model/.
+    """
+    reads, saves = Counter(), Counter()  # bytes of each machine
+    for (machine, _), nbytes in {(machine, part): plan.reads for machine, part, plan in shares}.items():
+        reads[machine] += nbytes
+    for machine, _, plan in shares:
+        saves[machine] += plan.saves / replicas
+    whole = {part: plan for _, part, plan in shares}.values()
+    read, saved, total = ([getattr(plan, name) for plan in whole] for name in ("reads", "saves", "exports"))
+    files = {"loading": [sum(read), max(read), max(reads.values()) / DISK]}
+    if any(saved):
+        files["a saved state"] = [sum(saved), max(saved) / replicas, max(saves.values()) / DISK]
+        files["model/"] = [sum(total), sum(total), sum(total) / DISK]
+    return files
+
+
+def show_files(files: dict[str, list[float]]) -> list[str]:
+    return [
+        f"{name}: {total / 1e9:,.1f} GB, at most {most / 1e9:,.1f} a rank, {human(seconds)}"
+        for name, (total, most, seconds) in files.items()
+    ]
+
+
+def needs_of(config: Config, place: Place, args: argparse.Namespace, keep_fp8: bool) -> Callable[[Place], StagePlan]:
+    """What a rank needs on a device like that of `place`, as a function of its place.
+
+    `args` are those of generate.py or train.py.
     """
     wanted = argparse.Namespace(**{**vars(parse_args(["--plan", "--config", "-"])), **vars(args)})
+    wanted.gpu = "h100" if has_fp8_matmul(place.device) else "a100"
     wanted.inference = not hasattr(args, "lora_rank")
     if wanted.inference:  # one request, of a chunk; the cache of more, or longer ones, comes on top
         longest = args.max_context or config.max_position_embeddings
         wanted.max_context = min(longest, CHUNK + (args.max_new_tokens or CHUNK))
-    dtype, gpu = getattr(torch, args.dtype), place.device.type == "cuda"
 
-    def needs(place: Place) -> StagePlan:
-        stage, _ = plan_rank(config, place, wanted, keep_fp8, dtype)
-        stage.reserve_bytes = RESERVE if gpu else 0
+    def needs(other: Place) -> StagePlan:
+        stage, _ = plan_rank(config, other, wanted, keep_fp8, getattr(torch, args.dtype))
+        stage.reserve_bytes = RESERVE if place.device.type == "cuda" else 0
         return stage
 
-    mine = together(lambda: needs(place))
-    room = torch.cuda.mem_get_info(place.device)[0] if gpu else cpu_memory()
+    return needs
+
+
+def tightest_device(mine: StagePlan, place: Place) -> tuple[int, int, float, int]:
+    """(bytes of weights, of the estimate, free, ranks) of the device that has least room. All ranks come together.
+
+    A GPU is a rank's own; on a CPU all ranks of a machine share its memory.
+    """
+    room = torch.cuda.mem_get_info(place.device)[0] if place.device.type == "cuda" else cpu_memory()
     devices = defaultdict(Counter)
     numbers = dict(weights=mine.weight_bytes, peak=mine.peak_bytes, room=room, ranks=1)
     for device, more in gather_objects(((socket.gethostname(), str(place.device)), numbers)):
         devices[device].update(more)
     tightest = max(devices.values(), key=lambda device: device["peak"] / device["room"] * device["ranks"])
     weights, peak, room, ranks = tightest.values()
-    room /= ranks  # each of them saw all of it
-    if peak <= room:
-        return mine.peak_bytes
-    topology = smallest_topology(needs, room / ranks)
-    what = "the smallest split that fits is --tp {} --pp {}, {} processes with {:.1f} GB each"
-    what = what.format(*topology, math.prod(topology), room / ranks / 1e9) if topology else "no split makes it fit"
-    there = f"{room / 1e9:.1f} GB are free on {'the GPU' if gpu else 'the machine'}; {what}"
-    if weights > room:
-        raise UserError(f"the weights take {weights / 1e9:.1f} GB, but {there}")
-    if place.rank == 0:
-        print(f"caution: this may take {peak / 1e9:.1f} GB, but {there}", file=sys.stderr)
+    return weights, peak, room / ranks, ranks  # each of them saw all of it
+
+
+def keeps_fp8(config: Config, place: Place, args: argparse.Namespace, stored: bool) -> bool:
+    """Whether generate.py keeps weights, which are `stored` in FP8, as they are. All ranks come together.
+
+    --weights auto: on GPUs. Where one has no FP8 units, dequantized weights are twice as fast: only if they don't fit.
+    """
+    if args.weights != "auto" or not stored or place.device.type != "cuda":
+        return args.weights == "fp8"
+    if all(gather_objects(has_fp8_matmul(place.device))):
+        return True
+    needs = needs_of(config, place, args, keep_fp8=False)
+    _, peak, room, _ = tightest_device(together(lambda: needs(place)), place)
+    return peak > room
+
+
+def check_memory(config: Config, place: Place, args: argparse.Namespace, keep_fp8: bool) -> int:
+    """Refuse a model whose weights alone do not fit here, and warn where the run's estimate does not.
+
+    `args` are those of generate.py or train.py. Every rank has to come here. Raises UserError on all. Returns the bytes
+    of this rank's plan.
+    """
+    needs, gpu = needs_of(config, place, args, keep_fp8), place.device.type == "cuda"
+    mine = together(lambda: needs(place))
+    weights, peak, room, ranks = tightest_device(mine, place)
+    if peak > room:
+        what = advice(smallest_topology(needs, room / ranks), room / ranks)
+        there = f"{room / 1e9:.1f} GB are free on {'the GPU' if gpu else 'the machine'}; {what}"
+        if weights > room:
+            raise UserError(f"the weights take {weights / 1e9:.1f} GB, but {there}")
+        if place.rank == 0:
+            print(f"caution: this may take {peak / 1e9:.1f} GB, but {there}", file=sys.stderr)
+    say_files(mine, place, args)
     return mine.peak_bytes
 
 
-def smallest_topology(needs: Callable[[Place], StagePlan], room: float) -> tuple[int, int] | None:
-    """(tp, pp) of the fewest ranks that have `room` bytes each; tp within a machine of 8 where there is a choice."""
+def say_files(mine: StagePlan, place: Place, args: argparse.Namespace) -> None:
+    """A line on stderr about the files that take long, if some do. All ranks come together."""
+    shares = gather_objects((socket.gethostname(), (place.pp_rank, place.tp_rank), mine))
+    files = make_files(shares, place.dp_size)
+    if not args.ckpt:  # but for the small model of this repository nothing is read
+        del files["loading"]
+    slow = {name: numbers for name, numbers in files.items() if numbers[-1] >= SLOW}
+    if slow and place.rank == 0:
+        print(f"on paper, at {DISK / 1e9:g} GB/s a machine: {'; '.join(show_files(slow))}", file=sys.stderr)
+
+
+def advice(topology: tuple[int, int] | None, room: float, replicas: int = 1) -> str:
+    if not topology:
+        return "no split makes it fit"
+    tp, pp = topology
+    processes = tp * pp * replicas
+    return f"the smallest split that fits is --tp {tp} --pp {pp}, {processes} processes with {room / 1e9:.1f} GB each"
+
+
+def smallest_topology(
+    needs: Callable[[Place], StagePlan], room: float, like: Place = Place()
+) -> tuple[int, int] | None:
+    """(tp, pp) of the fewest ranks that have `room` bytes each; tp within a machine where there is a choice.
+
+    `like` says whether there are replicas and sequence parallelism.
+    """
     whole = needs(Place())
     fewest = math.ceil((whole.weight_bytes + whole.gradient_bytes + whole.optimizer_bytes) / max(1, room))
-    step = 8 if fewest > 64 else 1  # whole machines
-    for ranks in range(-(-max(1, fewest) // step) * step, min(2 * fewest + 16, MOST_RANKS), step):
-        for tp in sorted((n for n in range(1, ranks + 1) if ranks % n == 0), key=lambda n: (n > 8, -n)):
+    step = NODE if fewest > 64 else 1  # whole machines
+    for ranks in range(-(-max(1, fewest) // step) * step, MOST_RANKS + 1, step):
+        for tp in sorted((n for n in range(1, ranks + 1) if ranks % n == 0), key=lambda n: (n > NODE, -n)):
             pp = ranks // tp
             # The first stage has the embedding and the tower, the last the head; and with 1F1B the earlier ones hold
             # more activations than the later ones.
-            some = [Place(0, 0, tp, stage, pp) for stage in sorted({0, min(1, pp - 1), pp - 1})]
+            here = replace(like, tp_size=tp, pp_size=pp, sequence_parallel=like.sequence_parallel and tp > 1)
+            some = [replace(here, pp_rank=stage) for stage in sorted({0, min(1, pp - 1), pp - 1})]
             with contextlib.suppress(TopologyError):
                 if all(needs(place).peak_bytes <= room for place in some):
                     return tp, pp
@@ -407,6 +597,9 @@ def show(plan: dict, args: argparse.Namespace) -> str:
     else:
         hidden, bubble, m = ("KV cache",), 100 * plan["bubble"], plan["micro_batches"]
         use = f"bubble {bubble:.1f} % of the time: {args.pp} stages, {m} micro-batches a step"
+    fits = f"on {plan['gpus']} × {args.gpu_memory_gb:g} GB"
+    if not plan["fits"]:
+        fits += f"; {advice(plan['smallest'], args.gpu_memory_gb * 1e9, args.dp)}"
     return "\n".join(
         [
             *table(plan, hidden),
@@ -419,7 +612,9 @@ def show(plan: dict, args: argparse.Namespace) -> str:
                 f"  {name}: {human(low)} at least, about {human(guess)}"
                 for name, (low, guess) in plan["seconds"].items()
             ),
-            f"{'fits' if plan['fits'] else 'does not fit'} on {plan['gpus']} × {args.gpu_memory_gb:g} GB",
+            f"files, at {DISK / 1e9:g} GB/s a machine:",
+            *(f"  {line}" for line in show_files(plan["files"])),
+            f"{'fits' if plan['fits'] else 'does not fit'} {fits}",
         ]
     )
 
@@ -454,17 +649,24 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     size("--lora-rank", "adapters of this rank; weights frozen, FP8 ones as they are")
     add = parser.add_argument_group("generation, as with generate.py").add_argument
     add("--inference", action="store_true", help="plan generate.py with one request, not train.py")
-    add("--weights", choices=["fp8", "dequantized"], help="FP8 weights in memory; default: as stored")
+    add("--weights", choices=["fp8", "dequantized"], help="FP8 weights in memory; default: generate.py's")
     size("--max-context", "tokens; default: the model's context")
+    size("--draft-layers", "layers of a draft head; the published one has 2")
+    size("--draft-tokens", "guesses a step", 3)
     args = parser.parse_args(argv)
     args.gpu_memory_gb = args.gpu_memory_gb or GPUS[args.gpu].gigabytes
+    check_args(args)
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Options that do not go together."""
     training = args.freeze or args.activation_checkpointing or args.sequence_parallel or args.max_length
     if args.inference and (args.dp > 1 or training or args.lora_rank):
         flags = "--dp, --freeze, --activation-checkpointing, --sequence-parallel, --max-length and --lora-rank"
         raise UserError(f"{flags} are for training, not --inference")
-    if not args.inference and (args.weights or args.max_context):
-        raise UserError("--weights and --max-context go with --inference")
-    return args
+    if not args.inference and (args.weights or args.max_context or args.draft_layers):
+        raise UserError("--weights, --max-context and --draft-layers go with --inference")
 
 
 def main(argv: list[str]) -> None:
@@ -476,5 +678,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"this model's context is {limit} tokens; --max-length and --max-context go up to that")
     if args.weights == "fp8" and not config.fp8:
         raise UserError(f"{args.config}: its weights are not FP8; leave out --weights fp8")
+    if args.draft_layers and args.pp > 1:
+        raise UserError("a draft works with tensor parallelism alone: leave out --pp, or --draft-layers")
     plan = make_plan(config, args)
     print(json.dumps(plan) if args.json else show(plan, args))

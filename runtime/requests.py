@@ -11,7 +11,7 @@ import torch
 
 from model import VisionConfig
 from runtime.chat import Encoded, Reply, ReplyParser, encode_chat, opening, user_turn
-from runtime.files import UserError, parse_line, read_json, read_lines, require, within
+from runtime.files import UserError, lines_of, parse_line, read_json, read_lines, require, within
 from runtime.images import grid_of, image_name, load_image, pixels
 from runtime.launch import COUNT, number
 from runtime.tokenizer import Tokenizer
@@ -58,14 +58,12 @@ def read_requests(args: argparse.Namespace, data: bytes | None = None) -> list[d
     if not args.requests:
         return [command_line_request(args, data)]
     name = args.requests if data is None else "standard input"
-    lines = read_lines(args.requests) if data is None else enumerate(data.splitlines(), 1)
     specs = []
-    for i, line in lines:
+    for i, line in read_lines(args.requests) if data is None else lines_of(data):
         where = f"{name} line {i}"
-        if line.strip():
-            spec = parse_line(line, where, KEYS)
-            require(("messages" in spec) != ("raw" in spec), f"{where}: should hold either 'messages' or 'raw'")
-            specs.append({**spec, "where": where, "base": os.path.dirname(args.requests)})
+        spec = parse_line(line, where, KEYS)
+        require(("messages" in spec) != ("raw" in spec), f"{where}: should hold either 'messages' or 'raw'")
+        specs.append({**spec, "where": where, "base": os.path.dirname(args.requests)})
     require(specs, f"{name}: holds no request")
     return specs
 
@@ -139,11 +137,12 @@ class RequestReader:
             return Encoded([self.tokenizer.bos_id, *self.tokenizer.encode(spec["raw"])], [], [])
         messages, tools = spec["messages"], spec.get("tools")
         see = partial(grid_of, base=base, vision=self.vision) if self.vision else None
-        if answer := spec.get("answer"):  # the chat's /load goes on from it
-            encode_chat(self.tokenizer, [*messages, answer], tools, None, see, training=True)
+        if spec.get("answer") not in (None, {}):  # the chat's /load goes on from it
+            require(isinstance(messages, list), "messages should be a list")
+            encode_chat(self.tokenizer, [*messages, spec["answer"]], tools, None, see, training=True)
         return encode_chat(self.tokenizer, messages, tools, effort, see)
 
-    def numbers(self, spec: dict, thinks: bool, index: int = 0) -> dict:
+    def numbers(self, spec: dict, thinks: bool, index: int) -> dict:
         """max_new_tokens, temperature, top_p and seed: the request's, else the command line's, else the defaults."""
         found = {"temperature": 0.7 if thinks else 0.0, "top_p": 0.95 if thinks else 1.0}
         found |= {"seed": (self.seed + index) % (1 << 63), "max_new_tokens": None}  # None: what the context leaves
@@ -157,8 +156,8 @@ class RequestReader:
 
 
 def stop_strings(spec: dict) -> list[str]:
-    stop = spec.get("stop") or []
-    stop = [stop] if isinstance(stop, str) else stop
+    stop = spec.get("stop")
+    stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
     good = isinstance(stop, list) and all(isinstance(text, str) and text for text in stop)
     require(good, "stop should be a string or a list of strings")
     return stop

@@ -19,7 +19,7 @@ from torch import nn
 from parallel import Place, Slice
 from runtime.checkpoint import Checkpoint
 from runtime.curve import draw_loss, points_of
-from runtime.export import export, export_adapters, staged, write_tensors
+from runtime.export import export, export_adapters, export_draft, staged, write_tensors
 from runtime.files import (
     UserError,
     flush_to_disk,
@@ -56,14 +56,15 @@ class RunFolder:
     - absent or empty: a run may start here. Nothing is written before `start`, so a mistake leaves no folder behind;
     - running: `run.json` is there. Only --resume continues it, from the newest of `checkpoints/step-N/`. A process that
       writes here holds a lock, which the kernel releases even if the process is killed;
-    - finished: `model/` is there. `finish` writes it last, and the run has nothing left to do.
+    - finished: `model/` is there, or `draft/`. `finish` writes it last, and the run has nothing left to do.
 
     A folder that holds anything else is refused, with a UserError.
     """
 
     def __init__(self, args: argparse.Namespace, place: Place):
         self.args, self.place, self.out = args, place, args.out
-        self.states, self.model = (os.path.join(args.out, name) for name in ("checkpoints", "model"))
+        result = "draft" if args.draft_layers else "model"
+        self.states, self.model = (os.path.join(args.out, name) for name in ("checkpoints", result))
         self.finished = False
         self.signals = Postponed()  # replaced while training
         self.saved = 0.0  # when, by the clock of time.monotonic
@@ -91,6 +92,8 @@ class RunFolder:
             path, real = getattr(self.args, flag), os.path.realpath(self.out)
             inside = path and os.path.commonpath([os.path.realpath(path), real]) == real
             require(not inside, f"--{flag} {path} lies inside --out {self.out}; choose another --out")
+        no_link = not os.path.islink(self.states)  # old states are removed, and nothing behind a link ever is
+        require(no_link, f"{self.states}: is a link; remove it, and give an --out on the disk that it leads to")
         is_new = not os.path.exists(self.out)
         with writing(self.out):
             os.makedirs(self.out, exist_ok=True)
@@ -98,7 +101,7 @@ class RunFolder:
             if is_new:
                 stack.callback(remove_if_empty, self.out)
             self.finished = self.is_finished()
-        for name in ("adapters", "model", "checkpoints/step-*"):  # where a process was killed: see `staged`
+        for name in ("adapters", "model", "draft", "checkpoints/step-*"):  # where a process was killed: see `staged`
             for path in glob.glob(f"{glob.escape(self.out)}/{name}.partial-*"):
                 remove(path)
 
@@ -111,10 +114,11 @@ class RunFolder:
         require(is_run, f"{self.out}: holds {min(names)!r}, but no run of train.py; choose a new or an empty folder")
         advice = "--resume goes on with it, or choose another --out"
         require(self.args.resume, f"{self.out}: holds a run already; {advice}")
-        return os.path.exists(os.path.join(self.model, "config.json")) and self.is_whole()
+        config = "params.json" if self.args.draft_layers else "config.json"
+        return os.path.exists(os.path.join(self.model, config)) and self.is_whole()
 
     def is_whole(self) -> bool:
-        """Whether `model/` holds all its files; if some are gone, it is written again from the newest state."""
+        """Whether the result holds all its files; if some are gone, it is written again from the newest state."""
         try:
             model = Checkpoint(self.model)
             for file in {tensor.file for tensor in model.tensors.values()}:
@@ -128,7 +132,7 @@ class RunFolder:
 
     def say_finished(self) -> None:
         """Say that nothing is left to do. Raises UserError if there is, but no state from which to do it."""
-        what = f"{self.out}: this run is finished; its model is {self.model}"
+        what = f"{self.out}: this run is finished; its {os.path.basename(self.model)} is {self.model}"
         lines = self.on_rank_0(read_metrics, self.out) or []
         lost = not gather_objects(newest_state(self.states))[0]
         done = max((line["step"] for line in lines), default=0)
@@ -214,13 +218,16 @@ class RunFolder:
         raise UserError(f"{error}; stopped after step {step}, which is saved: --resume goes on", error.status)
 
     def finish(self, model: nn.Module) -> None:
-        """Write what the run leaves: `loss.png`, with LoRA `adapters/`, and last `model/`."""
+        """Write what the run leaves: `loss.png`, with LoRA `adapters/`, and last `model/`; or `draft/`, of a head."""
         args, source = self.args, self.args.ckpt or self.args.tokenizer
         curve, adapters = (os.path.join(self.out, name) for name in ("loss.png", "adapters"))
         self.on_rank_0(self.draw, curve)
         if args.lora_rank:
             export_adapters(adapters, model, args.lora_rank, args.lora_alpha, args.ckpt or args.init)
-        export(self.model, model, args.export, source)
+        if args.draft_layers:
+            export_draft(self.model, model, args.export)
+        else:
+            export(self.model, model, args.export, source)
         took = timedelta(seconds=round(time.monotonic() - self.started))
         self.say(f"done in {took}: {summary(self.lines)}; {curve} shows it")
 
@@ -344,7 +351,7 @@ def save_state(directory: str, step: int, optimizer: Optimizer, settings: dict) 
     names = gather_objects(dict.fromkeys(tensors, file))
     final, advice = os.path.join(directory, f"step-{step}"), "earlier checkpoints are whole: make room, then --resume"
     with staged(final, place.rank, advice) as folder:
-        write_tensors(os.path.join(folder, file), tensors)
+        write_tensors(os.path.join(folder, file), tensors, step=str(step))
         if place.rank == 0:
             weight_map = {name: file for part in names for name, file in part.items()}
             write_json(os.path.join(folder, INDEX), {"metadata": {"step": step, **settings}, "weight_map": weight_map})
@@ -400,6 +407,9 @@ def load_state(path: str, optimizer: Optimizer, settings: dict, data: str) -> in
         require(found[name] == value, f"{made}, but this run has {value}")
     with reading(path, "saved state", advice), torch.no_grad():
         state = Checkpoint(path)
+        for file in {stored.file for stored in state.tensors.values()}:
+            step = (state.file(file).metadata() or {}).get("step")
+            require(step in (None, str(settings["step"])), f"{file}: is of the state after step {step}")
         for name, part, values in unpadded(optimizer.parts):
             state.fill_part(name, part, values)
     optimizer.resume(settings["step"])

@@ -36,6 +36,11 @@ CLASSIC_SPECIAL = (
     "[IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]"
 ).split()
 
+KNOWN = {"pattern", "num_vocab_tokens", "default_vocab_size", "default_num_special_tokens", "version"}
+
+# The settings of pictures, in pixels and patches, with what their absence means.
+IMAGE = {"image_patch_size": None, "max_image_size": None, "spatial_merge_size": 1}
+
 
 def _well_formed(text: str) -> str:
     """The text with lone surrogates, which have no UTF-8 form, replaced by U+FFFD (and halves of a pair joined)."""
@@ -58,7 +63,9 @@ class Tekken(Tokenizer):
 
     def __init__(self, path: str):
         with reading(path, "Tekken file"):
-            self._read(read_json(path, LARGEST_FILE))
+            data = read_json(path, LARGEST_FILE)
+            self._read(data)
+            Fields(data["config"], path).say_strangers(KNOWN)
 
     def _read(self, data: dict) -> None:
         config = Fields(data["config"], "config")
@@ -70,8 +77,7 @@ class Tekken(Tokenizer):
         vocab = _read_vocab(data["vocab"], self.vocab_size - self._num_special)
         self.token_bytes = [b""] * self._num_special + vocab
         self._ids = {word: id for id, word in enumerate(vocab, self._num_special)}
-        image = data.get("image") or data.get("multimodal")
-        self.image = {"spatial_merge_size": 1, **image} if image else None
+        self.image = _read_image(Fields(data, "the file"))
         self.model_settings = _read_settings(data.get("model_settings_builder"), self.version)
         self._pattern = config.values.get("pattern")
         known = isinstance(self._pattern, str) and self._pattern in CUTS
@@ -137,19 +143,34 @@ def _read_special(listed: list[dict] | None, count: int, version: str) -> dict[s
     if listed is None:
         require(version in ("v1", "v2", "v3", "v7"), f"a tokenizer of version {version} must list its special_tokens")
         listed = [{"rank": rank, "token_str": name} for rank, name in enumerate(CLASSIC_SPECIAL)]
-    names = {rank: f"<SPECIAL_{rank}>" for rank in range(count)}
-    names |= {entry["rank"]: entry["token_str"] for entry in listed}
+    entries = [Fields(entry, f"special_tokens[{i}]") for i, entry in enumerate(listed)]
+    listed = [(entry.get("rank", int), entry.get("token_str", str)) for entry in entries]
+    names = {rank: f"<SPECIAL_{rank}>" for rank in range(count)} | dict(listed)
     special = {name: rank for rank, name in names.items()}
-    distinct = len(special) == len(names) == count and len({entry["rank"] for entry in listed}) == len(listed)
+    distinct = len(special) == len(names) == count and len(dict(listed)) == len(listed)
     require(distinct, f"special_tokens must have distinct names and distinct ranks from 0 to {count - 1}")
+    require({"<s>", "</s>"} <= set(special), "special_tokens must name <s> and </s>")
     return special
+
+
+def _read_image(file: Fields) -> dict | None:
+    """The settings of pictures; older files have them under another name."""
+    image, older = file.section("image"), file.section("multimodal")
+    require(image is None or older is None, "has both image and multimodal; remove the one that is out of date")
+    image = image or older
+    if image is None:
+        return None
+    strangers = image.strangers(IMAGE)
+    require(not strangers, f"image: {strangers} is not supported; known are {', '.join(IMAGE)}")
+    return {name: image.size(name, default) for name, default in IMAGE.items()}
 
 
 def _read_vocab(vocab: list[dict], count: int) -> list[bytes]:
     """The bytes of the first `count` tokens. The file may list more, for which the model has no ids."""
+    need = "default_vocab_size - default_num_special_tokens"
+    require(count >= 256, f"{need} = {count}, but there are 256 bytes, which are tokens all of them")
     vocab = vocab[:count]
     ordered = [entry["rank"] for entry in vocab] == list(range(count))
-    need = "default_vocab_size - default_num_special_tokens"
     require(ordered, f"vocab must list {count} tokens ({need}) in the order of their ranks 0, 1, 2, …")
     tokens = [base64.b64decode(entry["token_bytes"], validate=True) for entry in vocab]
     require(len(set(tokens)) == count, "the tokens of vocab must be distinct")
@@ -160,9 +181,17 @@ def _read_vocab(vocab: list[dict], count: int) -> list[bytes]:
 def _read_settings(settings: dict | None, version: str) -> dict | None:
     belongs = (version == "v15") == (settings is not None)
     require(belongs, "a model_settings_builder belongs to version v15, and to no other")
-    if effort := (settings or {}).get("reasoning_effort"):
-        good = effort["default"] in effort["values"] and set(map(type, effort["values"])) == {str}
-        require(good, f"reasoning_effort must list texts, and its default among them: {effort['values']}")
+    if settings is None:
+        return None
+    builder = Fields(settings, "model_settings_builder")
+    strangers = builder.strangers(("reasoning_effort", "json_schema"))
+    if effort := builder.section("reasoning_effort"):
+        effort.only(type=("enum",), accepts_none=(True,))
+        strangers = strangers or effort.strangers(("type", "accepts_none", "default", "values"))
+        default, values = effort.get("default", str), effort.get("values", list)
+        good = default in values and set(map(type, values)) == {str}
+        require(good, f"reasoning_effort must list texts, and its default among them: {values}")
+    require(not strangers, f"model_settings_builder: {strangers} is not supported")
     return settings
 
 
@@ -229,6 +258,7 @@ def _check_config(tokenizer: Tokenizer, config: Config, directory: str) -> None:
         fields.agree("image_token_index", vision.image_token_id, "the model's")
         fields.agree("image_patch_size", vision.patch_size, "the model's")
         fields.agree("spatial_merge_size", vision.spatial_merge_size, "the model's")
+        fields.agree("max_image_size", vision.image_size, "the model's image_size")
 
 
 class StreamDecoder:

@@ -25,13 +25,21 @@ def draft_fields(**changes) -> dict:
 
 
 def make_draft(folder, seed: int = 0, fp8: str | None = None, whole_fp8: bool = False, **changes) -> dict:
-    """A head in the published layout, with random weights; returns what they are, by canonical name."""
-    fields = draft_fields(**changes)
+    """A head in the published layout, with random weights; returns what they are, by canonical name.
+
+    `whole_fp8`: `eagle_linear` is FP8, too.
+    """
+    fields = draft_fields(**changes) | dict(num_hidden_layers=2)
     state = random_state(fields, seed)
     C = fields["hidden_size"]
     del state["embed_tokens.weight"], state["lm_head.weight"]
     state[EAGLE] = randomize(EAGLE, torch.empty(C, 2 * C), torch.Generator().manual_seed(seed))
     stored, meant = to_fp8(state, fp8 == "static") if fp8 else (state, state)
+    if whole_fp8:
+        scale = stored[EAGLE].abs().max() / 448
+        stored[EAGLE] = (stored[EAGLE] / scale).to(torch.float8_e4m3fn)
+        meant[EAGLE] = stored[EAGLE].float() * scale
+        stored[EAGLE.replace(".weight", ".weight_scale_inv")] = scale
     write_checkpoint(folder, fields, stored, "native", fp8=fp8)
     return meant
 
@@ -39,8 +47,8 @@ def make_draft(folder, seed: int = 0, fp8: str | None = None, whole_fp8: bool = 
 class Knows(Guesses):
     """Knows the answers, and says something else with probability `wrong`."""
 
-    def __init__(self, count: int, known: dict[tuple, list[int]], wrong: float, seed: int = 0):
-        super().__init__(count)
+    def __init__(self, count: int, known: dict[tuple, list[int]], wrong: float, seed: int = 0, device=Place.device):
+        super().__init__(count, device)
         self.known, self.wrong, self.draw = known, wrong, random.Random(seed)
 
     def prepare(self, group) -> None:

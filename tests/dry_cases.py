@@ -16,12 +16,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from dry_run import Watch, world
 from processes import ROOT, read
-from torch.nn.attention.bias import causal_lower_right
 
 import generate
 import train
 from generate import Engine
-from model import Config
+from model import Config, attend
 from parallel import Pipeline, Place, Slice, parts_of
 from runtime import checkpoint
 from runtime.checkpoint import Stored, fill, is_quantized, scale_names
@@ -33,7 +32,7 @@ from runtime.requests import Request
 from vision import build_model
 
 sys.path.append(os.path.join(ROOT, "benchmarks"))
-generate.record = lambda step: step  # there are no CUDA graphs here; what one would replay is counted
+generate.record = lambda step, pool: (step, pool)  # there are no CUDA graphs here; what one would replay is counted
 CONFIG = os.path.join(ROOT, "tests", "data", "config.json")
 
 
@@ -54,7 +53,7 @@ class Shelf(checkpoint.Checkpoint):
     """A checkpoint of the whole of `model` whose files are never read: their tensors have no values."""
 
     def __init__(self, model: torch.nn.Module, fp8: bool):
-        self.title, self.native, self.bytes_read = "shelf", False, 0
+        self.title, self.native, self.bytes_read, self.passed_over = "shelf", False, 0, set()
         names = list(parts_of(model))
         self.quantized = {name for name in names if fp8 and is_quantized(name)}
         names += [scale for name in self.quantized for scale in scale_names(name)]
@@ -179,14 +178,16 @@ def answering(
     tokens: int = 4,
     logprobs: bool = False,
     draft_tokens: int = 0,
+    flash_decoding: bool = True,
+    units: bool = True,
 ) -> list[list]:
     """`Engine.generate` for prompts of so many tokens, all together: [phase, report] of each of the engine's calls.
 
-    With `draft_tokens` a head of two layers guesses so many a step.
-
-    Phases are "prefill" and "decode", methods of the engine, and "rest", what lies between them.
+    Phases are "prefill" and "decode", methods of the engine, and "rest", what lies between them. `units`: whether the
+    GPU has units for FP8. With `draft_tokens` a head of two layers guesses so many a step.
     """
-    config, seen = real_config(layers), []
+    checkpoint.fp8.has_fp8_matmul = lambda device: units
+    config, seen, watch.flash_decoding = real_config(layers), [], flash_decoding
     with world(rank, tp, pp) as place, watch:
         model = build_model(config, place, torch.bfloat16, keep_fp8)
         fill(model, Shelf(build_model(config), fp8=keep_fp8))
@@ -238,7 +239,8 @@ def flagship(watch: Watch, layers: int) -> dict:
     import flagship as program
 
     torch.cuda.get_device_name = lambda *device: "a GPU that is none"
-    sizes = argparse.Namespace(matrix=1024, prompt=5000, decode_at=512, new_tokens=4, length=256)
+    program.count_kernels, program.RUNS = lambda action, device: action() and 0, 1  # a profiler would see nothing
+    sizes = argparse.Namespace(matrix=1024, copied=1 << 20, prompt=5000, decode_at=512, new_tokens=4, length=256)
     with world(0, 8, 1) as place, watch:
         watch.forget()
         rows = program.benchmark(real_config(None), place, layers, sizes)
@@ -284,9 +286,7 @@ def mistakes(watch: Watch) -> dict[str, dict]:
             "to the GPU": lambda: host.to("cuda"),
             "from a list": lambda: torch.tensor([1, 2], device="cuda"),
             "mask": lambda: F.scaled_dot_product_attention(query, query, query, attn_mask=mask),
-            "lower right": lambda: F.scaled_dot_product_attention(
-                query[:, :, :2], query, query, attn_mask=causal_lower_right(2, 4)
-            ),
+            "lower right": lambda: attend(query[:, :, :2], query, query),
             "not square": lambda: F.scaled_dot_product_attention(query[:, :, :2], query, query, is_causal=True),
             "float32": lambda: F.scaled_dot_product_attention(*[query.float()] * 3),
         }

@@ -32,15 +32,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+import torch._dynamo  # before functions of torch are replaced, since it lists them
 import torch.distributed as dist
 import torch.nn.functional as F
 from processes import ENVIRONMENT, ROOT, kill
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.nn.attention.bias import CausalBias
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import model
 from parallel import Place
 from runtime.launch import find_place
 
@@ -53,6 +54,9 @@ split_with_sizes squeeze t transpose unbind unfold unsqueeze view _unsafe_view _
 device is_same_size numel size stride sym_size sym_stride sym_numel sym_storage_offset
 empty empty_like empty_strided new_empty new_empty_strided set_ resize_ record_stream _local_scalar_dense"""
 FREE = frozenset(FREE.split())
+
+# Called by the project itself or chosen below. Flash-decoding is two kernels: the parts of the keys, and their sum.
+FLASH = {"_scaled_dot_product_flash_attention": "flash", "_flash_attention_forward": "flash-decoding"}
 
 KERNELS = torch.library.Library("aten", "IMPL")
 
@@ -84,6 +88,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.storages: set[int] = set()
         self.now = self.peak = 0  # bytes
+        self.flash_decoding = True
         self.forget()
 
     def forget(self) -> None:
@@ -133,7 +138,9 @@ class Watch(TorchDispatchMode):
             # From or to pageable memory, which the host has to wait for. Within the GPU's queue it does not.
             self.sync("copy to the GPU" if made[0].device.type == "cuda" else "copy to the host")
         if "cuda" in everywhere and name not in FREE and any(map(torch.Tensor.numel, made)):
-            self.kernels[name] += 1
+            self.kernels[name] += 1 + (name == "_flash_attention_forward")
+        if name in FLASH:
+            self.attention[FLASH[name]] += 1
         for x in made:
             self.hold(x)
         return out
@@ -212,26 +219,23 @@ class Watch(TorchDispatchMode):
 def attention(watch: Watch):
     """`F.scaled_dot_product_attention` as it would choose on CUDA without cuDNN (ATen/…/cuda/sdp_utils.cpp).
 
-    Flash takes 16-bit tensors of four dimensions without a mask, and `is_causal` only for T = S. `causal_lower_right`
-    goes there, too. With a mask it is the memory-efficient kernel: blocks over the queries alone, so that few queries
-    leave most of a GPU idle. Everything else is computed step by step, T × S scores in memory.
+    Flash takes 16-bit tensors of four dimensions without a mask, and `is_causal` only for T = S. With a mask it is the
+    memory-efficient kernel: blocks over the queries alone, so that few queries leave most of a GPU idle. Everything
+    else is computed step by step, T × S scores in memory.
     """
     plain = F.scaled_dot_product_attention
 
     def choose(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         if q.device.type != "cuda":
             return plain(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        lower_right = isinstance(attn_mask, CausalBias)
-        masked = attn_mask is not None and not lower_right
+        masked = attn_mask is not None
         if masked:
             watch.masks.append(where()[0])
         half = q.dtype in (torch.bfloat16, torch.float16)
         dense = q.dim() == 4 and all(x.stride(-1) == 1 for x in (q, k, v)) and q.shape[-1] <= 256
         square = q.shape[-2] == k.shape[-2]
         if dense and half and not masked and (square or not is_causal):
-            watch.attention["flash"] += 1
-            causal = is_causal or lower_right
-            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[0]
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)[0]
         watch.attention["efficient" if dense and not enable_gqa else "math"] += 1
         bias, grad = None, torch.is_grad_enabled() and q.requires_grad
         if masked:  # a boolean mask becomes a bias
@@ -272,7 +276,7 @@ def pretend() -> Watch:
     cuda.set_device = cuda.synchronize = cuda._lazy_init = lambda *device: None
     cuda.max_memory_allocated = lambda *device: 0
     dist.all_gather_object = all_gather_object
-    CausalBias.__new__ = causal_bias
+    model.has_flash_decoding = lambda *arguments: watch.flash_decoding
     # In inference mode operations would come here before they are taken apart into those of the GPU.
     torch.inference_mode = lambda mode=True: torch.no_grad() if mode else contextlib.nullcontext()
     logging.getLogger("torch._subclasses.fake_tensor").disabled = True  # what it raises is reported
@@ -285,12 +289,6 @@ def pretend() -> Watch:
         FusedNorm.apply(x, weight, watch) if x.device.type == "cuda" else norm(x, shape, weight, eps)
     )
     return watch
-
-
-def causal_bias(cls, *arguments) -> torch.Tensor:
-    """Only its type and two sizes matter, but a FakeTensor cannot become one."""
-    with _disable_current_modes():
-        return torch.Tensor._make_subclass(cls, torch.empty(0))
 
 
 def all_gather_object(values: list, value, group=None) -> None:

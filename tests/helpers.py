@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+import fp8
 from model import Config, MistralMedium
 from parallel import Place, parts_of
 from runtime.checkpoint import Checkpoint, fill
@@ -474,3 +475,21 @@ def whole(model: MistralMedium, grad: bool = False) -> dict[str, torch.Tensor]:
     """What a model of one process holds by canonical name, or the gradients of that."""
     weights = {name: layer.weight.grad if grad else layer.weight for name, (layer, _) in parts_of(model).items()}
     return {name: part.rows_of(weights[name]) for name, (_, part) in parts_of(model).items()}
+
+
+def check_product(draw: random.Random, rows: int, by_rows: bool, device: torch.device) -> None:
+    """`fp8.fp8_matmul` against float64 on the very numbers that are multiplied, the input's scale given and not.
+
+    Sums are float32's, but units that add up many products at a time keep 14 bits of each beside the largest.
+    """
+    torch.manual_seed(draw.getrandbits(32))
+    size, out = 16 * draw.randint(1, 20), 16 * draw.randint(1, 20)
+    x, weight = torch.randn(rows, size).bfloat16(), torch.randn(out, size).mul(100).to(fp8.E4M3)
+    scales = torch.rand(out, 1).add(0.5) if by_rows else torch.tensor(0.7)
+    act = draw.choice([None, x.abs().max().float() / 600])  # the largest inputs are clamped
+    scale = fp8.scale_of(x.abs().amax()) if act is None else act
+    meant, exact = fp8.quantize(x, scale).double() * scale.double(), weight.double() * scales.double()
+    expected, sizes = meant @ exact.t(), meant.abs() @ exact.abs().t()
+    x, weight, scales = (t.to(device) for t in (x, weight, scales))
+    found = fp8.fp8_matmul(x, weight, scales, act if act is None else act.to(device)).cpu()
+    assert ((found.double() - expected).abs() <= expected.abs() * 2**-8 + sizes * 2**-12).all()

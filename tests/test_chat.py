@@ -193,6 +193,17 @@ def test_a_prefix_is_left_open(small):
     assert spelled(small["tekken-v13"], ids) == "<s>[INST]hi[/INST][THINK]hm"
 
 
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("closed", [True, False])
+def test_whether_the_reply_begins_in_a_thought(prefix, closed, small):
+    """Only where the last message is to be continued, and a thought in it is open."""
+    text, thought = {"type": "text", "text": "so"}, {"type": "thinking", "thinking": "hm", "closed": closed}
+    for content in ([thought], [text, thought], [text]):
+        answer = {"role": "assistant", "content": content, "prefix": prefix}
+        encoded = encode_chat(small["tekken-v15"], [USER, answer], training=not prefix)
+        assert encoded.thinks == (prefix and not closed and thought in content)
+
+
 def image(url: str) -> dict:
     return {"type": "image_url", "image_url": {"url": url}}
 
@@ -447,3 +458,35 @@ def test_refused(messages, says, small):
     with pytest.raises(UserError) as refusal:
         encode_chat(small["tekken-v15"], messages)
     assert says in str(refusal.value) and "messages[" in str(refusal.value)
+
+
+def test_what_is_falsy_is_not_taken_for_absent(small):
+    """Each field of a chat with each falsy or odd value: one line, unless it is of the right type."""
+    call = {"id": "abcdefgh1", "function": {"name": "f", "arguments": "{}"}}
+    tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}, "strict": False}}
+    thought = {"type": "thinking", "thinking": "hm", "closed": True}
+    answer = {"role": "assistant", "content": [thought], "name": "me", "tool_calls": [call], "prefix": False}
+    last = {"role": "assistant", "content": "", "tool_calls": [], "weight": 1, "prefix": False, "reasoning": "hm"}
+    messages = [USER, answer, result("abcdefgh1"), last]
+    parts = [answer, thought, call, call["function"], tool, tool["function"], last]
+    types = dict(role=str, content=str | list, tool_calls=list, prefix=bool, weight=int | float)
+    types |= dict(
+        type=str, thinking=str | list, reasoning=str | list, closed=bool, id=str, function=dict, arguments=str | dict
+    )
+    types |= dict(description=str, parameters=dict, name=object, strict=object)  # the last two say nothing
+    refused = 0
+    for tokenizer in (small["tekken-v13"], small["tekken-v15"]):
+        for part in parts:
+            for name in list(part):
+                before = dict(part)
+                for value in (0, 0.0, "", [], {}, False, 1, -1, "true", [[]], {"a": None}):
+                    part[name] = value
+                    try:
+                        encode_chat(tokenizer, messages, [tool], training=True)
+                        right = isinstance(value, types.get(name, ())) and not (name == "weight" and value is False)
+                        assert right, (name, value)
+                    except UserError:
+                        refused += 1
+                part.clear()
+                part.update(before)
+    assert refused > 100

@@ -333,9 +333,35 @@ def test_tensors_that_are_passed_over(good, capsys, monkeypatch):
     directory = write_checkpoint(good[0] + "10", fields, state, "native", shards=2)
     path = f"{directory}/consolidated-00001-of-00002.safetensors"
     save_file(load_file(path) | {name: torch.ones(1) for name in native}, path)  # though the index has none of them
+    monkeypatch.delenv("RANK")
     load(directory)
+    assert (
+        "4 tensors of no use here passed over: layers.0.attention.fake_quantizer.qscale_act" in capsys.readouterr().err
+    )
     write_files(good[0], layout_tensors(state, fields, "text") | {"model.layers.0.self_attn.scale": torch.ones(1)})
     assert "no place" in refusal(good[0])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_nothing_is_read_from_is_named(seed, good, capsys):
+    """Shards that the index does not list, and frequencies, listed or not, in any layout: one line each."""
+    draw, (_, fields, state) = random.Random(seed), good
+    layout, shards = draw.choice(LAYOUTS), draw.choice((0, 2, 3))
+    directory = write_checkpoint(f"{good[0]}-{seed}", fields, state, layout, shards)
+    stem = "consolidated" if layout == "native" else "model"
+    names = sorted(name for name in os.listdir(directory) if name.endswith(".safetensors"))
+    where = draw.choice(("layers.1.self_attn.rotary_emb.", "rotary_emb.", "layers.0.attention.", "model.rotary_emb."))
+    path = f"{directory}/{draw.choice(names)}"
+    save_file(load_file(path) | {f"{where}inv_freq": torch.ones(3)}, path)
+    if shards:
+        other = f"{stem}-{draw.choice(('00004-of-00004', 'old', '00001-of-00009'))}.safetensors"
+        save_file({"anything": torch.ones(1)}, f"{directory}/{other}")
+    load(directory)
+    said = capsys.readouterr().err.splitlines()
+    assert all(line.startswith(f"WARNING: {directory}") for line in said)
+    assert [line for line in said if line.endswith(f"1 tensor of no use here passed over: {where}inv_freq")]
+    assert len(said) == (2 if shards else 1)
+    assert not shards or f"does not list {other}," in said[0]
 
 
 @pytest.mark.parametrize("seed", range(10))

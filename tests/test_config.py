@@ -1,7 +1,9 @@
 """Configs: both files of the model, every spelling, every refusal, and back to the HF form."""
 
+import codecs
 import copy
 import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -14,7 +16,7 @@ from helpers import ROPES, layout_config, text_fields, write_json
 from model import RopeConfig
 from runtime.config import parse_config, read_config
 from runtime.export import to_hf
-from runtime.files import LARGEST, LARGEST_SIZE, MEGABYTE, UserError, read_file, read_lines, reading
+from runtime.files import LARGEST, LARGEST_SIZE, MEGABYTE, UserError, parse_line, read_file, read_lines, reading, remove
 from runtime.native import translate_params
 from vision import build_model
 
@@ -113,6 +115,8 @@ def test_translation():
         del hf["text_config"]["rope_parameters"][name]
     del hf["vision_config"]["attention_dropout"]
     assert translated == hf
+    assert translate_params(changed(raw, "tied_embeddings", ...)) == translated
+    assert translate_params(changed(raw, "tied_embeddings", True))["text_config"]["tie_word_embeddings"]
     scaled = changed(raw, "yarn/apply_scale", False)
     for params, all_dim in ((raw, 0.0), (scaled, 1.0)):
         rope = translate_params(params)["text_config"]["rope_parameters"]
@@ -174,7 +178,8 @@ TEXT_REFUSALS = [
     ("quantization_config", {"quant_method": "awq"}, "quant_method"),
     ("quantization_config", {"quant_method": "fp8", "weight_block_size": [128, 128]}, "weight_block_size"),
     ("quantization_config", {"quant_method": "fp8", "activation_scheme": "token"}, "activation_scheme"),
-    ("quantization_config", "fp8", "object"),
+    ("quantization_config", "fp8", "object"), ("quantization_config", {}, "quant_method"),
+    *[("rope_scaling", value, "object") for value in (0, "", False, [])],
 ]  # fmt: skip
 
 
@@ -201,6 +206,7 @@ def test_text_refusals(path, value, named, tmp_path):
     ("vision_config/hidden_act", "relu", "hidden_act"), ("vision_config/head_dim", 100, "head_dim"),
     ("vision_config/patch_size", 0, "patch_size"), ("vision_config/num_attention_heads", 7, "heads"),
     ("vision_config/image_size", ..., "image_size"), ("vision_config/rope_parameters/rope_type", "yarn", "rope_type"),
+    ("vision_config/rope_parameters/type", "yarn", "type"),
     ("image_token_id", 11, "image_token"), ("spatial_merge_size", 0, "spatial_merge_size"),
 ])  # fmt: skip
 def test_vision_refusals(path, value, named, tmp_path):
@@ -220,6 +226,7 @@ def test_vision_refusals(path, value, named, tmp_path):
     ("hidden_dim", "2", "hidden_dim"), ("n_kv_heads", 0, "n_kv_heads"), ("norm_eps", -1, "norm_eps"),
     ("yarn/alpha", ..., "alpha"), ("yarn", 3, "yarn"), ("vision_encoder/max_image_size", "x", "max_image_size"),
     ("vision_encoder/image_token_id", [], "image_token_id"),
+    ("quantization", {}, "qformat_weight"),
     ("quantization/qformat_weight", "fp4", "qformat_weight"), ("quantization/qscheme_act", "ROW", "qscheme_act"),
     ("tied_embeddings", "yes", "tied_embeddings"), ("vision_encoder/mm_projector_id", "other", "mm_projector_id"),
     ("vision_encoder/adapter_bias", True, "adapter_bias"), ("vision_encoder/hidden_size", 1663, "hidden_size"),
@@ -309,6 +316,24 @@ def test_user_errors_are_one_short_line():
     assert str(UserError("a\nb\x1b[31m")) == "a\\nb\\x1b[31m" and str(UserError("é漢")) == "é漢"
 
 
+def test_what_cannot_be_removed_stays(tmp_path, monkeypatch):
+    """That is no reason to stop: whoever needs the name says so."""
+    for make in (lambda path: path.mkdir(), lambda path: path.touch(), lambda path: path.symlink_to(tmp_path)):
+        make(path := tmp_path / "here")
+        with monkeypatch.context() as patch:
+            for name in ("rmdir", "remove", "unlink"):
+                patch.setattr(os, name, refuse)
+            remove(str(path))
+        assert os.path.lexists(path)
+        remove(str(path))
+        assert not os.path.lexists(path) and tmp_path.exists()
+    remove(str(path))  # there is nothing
+
+
+def refuse(*arguments, **more) -> None:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
 def test_read_file(tmp_path):
     path = str(tmp_path / "x")
     (tmp_path / "x").write_bytes(b"12345")
@@ -326,6 +351,42 @@ def test_read_file(tmp_path):
                 read_file(str(tmp_path / name), limit)
     with pytest.raises(UserError, match="a pipe or a device"):
         read_lines("/dev/zero")
+
+
+def test_a_byte_order_mark(tmp_path):
+    """Windows' editors begin a file with one, and files that were put together have some inside."""
+    mark = codecs.BOM_UTF8
+    lines = [mark + b'{"a": 1}', b"", mark + b" ", mark + b'{"b": "\xef\xbb\xbf"}', mark]
+    (tmp_path / "lines.jsonl").write_bytes(b"\r\n".join(lines))
+    read = read_lines(str(tmp_path / "lines.jsonl"))
+    assert [(number, parse_line(line, "")) for number, line in read] == [(1, {"a": 1}), (4, {"b": "\ufeff"})]
+    for name in ("config.json", "params.json"):
+        with open(os.path.join(DATA, name), "rb") as file:
+            whole = file.read()
+        (tmp_path / name).write_bytes(mark + whole)
+        with_mark, without = (read_config(os.path.join(folder, name)) for folder in (str(tmp_path), DATA))
+        assert with_mark == without
+    (tmp_path / "config.json").write_bytes(mark + mark + whole)  # a second one is nobody's
+    with pytest.raises(UserError, match="config.json: not JSON"):
+        read_config(str(tmp_path))
+
+
+def test_unknown_fields_are_named(tmp_path, capsys):
+    """They change nothing, in transformers neither, but whoever wrote them meant something by them."""
+    for file, places in (
+        ("config.json", ("", "text_config/", "vision_config/", "text_config/rope_parameters/")),
+        ("params.json", ("", "vision_encoder/")),
+    ):
+        raw = raw_config(file)
+        for place in places:
+            for name, value in (("logit_softcapping", 30.0), ("qk_norm", True), ("layer_types", ["sliding"])):
+                write_json(tmp_path / file, changed(raw, place + name, value))
+                read_config(str(tmp_path / file))
+                said = capsys.readouterr().err
+                assert said.count("\n") == 1 and f"{name} = {value!r} is not known here" in said and file in said
+                write_json(tmp_path / file, changed(raw, place + name, None))
+                read_config(str(tmp_path / file))
+                assert capsys.readouterr().err == ""
 
 
 def test_the_guard_names_the_file():
@@ -370,9 +431,9 @@ def test_to_hf():
     assert to_hf(kept)["comment"] == "stays" and kept.raw == text_fields(comment="stays")
 
 
-def test_tied_as_in_transformers(tmp_path):
+def test_tied_as_in_transformers(tmp_path, capsys):
     """The defaults of the two classes differ, and transformers writes a config that says one thing at the top and
-    another in text_config: the top counts."""
+    another in text_config: the top counts. None of the fields that transformers writes is unknown."""
     transformers = pytest.importorskip("transformers")
     sizes = dict(hidden_size=24, num_attention_heads=2, num_key_value_heads=1, head_dim=12, num_hidden_layers=1)
     vision = dict(model_type="pixtral", hidden_size=24, num_attention_heads=2, head_dim=12, intermediate_size=8)
@@ -391,7 +452,8 @@ def test_tied_as_in_transformers(tmp_path):
             peer.tie_weights()
             really = peer.get_output_embeddings().weight is peer.get_input_embeddings().weight
             raw = json.loads((tmp_path / "config.json").read_text())
-            assert parse_config(raw).tie_word_embeddings == really
+            capsys.readouterr()
+            assert parse_config(raw).tie_word_embeddings == really and capsys.readouterr().err == ""
             if not tied:
                 for fields in (raw, raw.get("text_config", raw)):
                     fields.pop("tie_word_embeddings", None)

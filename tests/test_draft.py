@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from draft_cases import END, Knows, draft_fields, key, make_draft, make_model, play, play_with_all
+from draft_cases import END, IMG, Knows, draft_fields, key, make_draft, make_model, play, play_with_all
 from helpers import (
     SIZES,
     answers,
@@ -90,17 +90,28 @@ def test_steps_are_saved(ckpt):
     engine.generate(requests)
     assert plain.row_steps == 3 * 32 and engine.row_steps == 3 * 8
     assert plain.tokens["decode"] == engine.tokens["decode"] == 3 * 32
+    # The cache is known to hold all but the last step's tokens, and a next turn computes no others.
+    first = next(request for request in requests if IMG not in known[key(request)])
+    (answer,) = engine.generate([first])
+    engine.generate([Request(first.prompt + answer.tokens + [5], max_new_tokens=0)])
+    assert engine.tokens["prefill"] == 5
 
 
 # ------------------------------------------------------------------------------------------------------- the head
 
 
-@pytest.mark.parametrize("fp8", [None, "static", "dynamic"])
-def test_the_head_equals_the_formula(ckpt, tmp_path, fp8):
-    """In float64, and in its layout: rotary pairs, scales and names."""
-    meant = make_draft(tmp_path, seed=11, fp8=fp8)
+@pytest.mark.parametrize("fp8, whole_fp8, kept", [
+    (None, False, False), ("static", False, False), ("dynamic", True, False), ("static", False, True),
+    ("dynamic", True, True), (None, False, True),
+])  # fmt: skip
+def test_the_head_equals_the_formula(ckpt, tmp_path, fp8, whole_fp8, kept):
+    """In float64, and in its layout: rotary pairs, scales and names. `kept`: the model's weights stay FP8."""
+    meant = make_draft(tmp_path, seed=11, fp8=fp8, whole_fp8=whole_fp8)
     model, fields = load(ckpt), draft_fields()
+    model.keep_fp8 = kept
     head = read_draft(str(tmp_path), model)
+    assert (head.eagle_linear.weight.dtype == torch.float8_e4m3fn) == (kept and whole_fp8)
+    assert (head.layers["0"].mlp.down_proj.weight.dtype == torch.float8_e4m3fn) == (kept and fp8 is not None)
     C, T = fields["hidden_size"], 23
     e, h = torch.randn(2, 1, T, C, generator=torch.Generator().manual_seed(4))
     x = torch.cat((e, h), dim=-1)[0].double() @ meant.pop(EAGLE).double().T

@@ -187,20 +187,26 @@ def test_answering(dry, rank, tp, pp, prompts, options, kernels):
     check_answering(phases, kernels)
 
 
-def kernels_per_step(dry: Process, prompts: list[int], draft_tokens: int = 0) -> int:
+def kernels_per_step(dry: Process, prompts: list[int], flash: bool = True, draft_tokens: int = 0) -> int:
     """Of the 88 layers at TP=8, from two and three of them. Nothing in a step comes from the host, or waits for it."""
     kernels = []
     for layers in (2, 3):
-        options = dict(layers=layers, tokens=2 + 2 * draft_tokens, draft_tokens=draft_tokens)
+        options = dict(layers=layers, tokens=2 + 2 * draft_tokens, draft_tokens=draft_tokens, flash_decoding=flash)
         phases = dry("answering", rank=0, tp=8, pp=1, prompts=prompts, **options)
-        check_answering(phases, 600)
-        kernels.append(max(report["kernels"] for name, report in phases if name == "decode"))
+        check_answering(phases, 500)
+        steps = [report for name, report in phases if name == "decode"]
+        times = layers + 2 * draft_tokens  # the head has two
+        assert all(step["attention"] == ({"flash-decoding": times} if flash else {}) for step in steps)
+        kernels.append(max(step["kernels"] for step in steps))
     return kernels[0] + 86 * (kernels[1] - kernels[0])
 
 
-@pytest.mark.parametrize("prompts, budget", [(ONE, 2_772), (SIXTEEN, 2_948)])
-def test_kernels_per_token(dry, prompts, budget):
-    assert kernels_per_step(dry, prompts) <= budget
+@pytest.mark.parametrize("prompts, flash, budget", [
+    (ONE, True, 1_804), (SIXTEEN, True, 1_980), (ONE, False, 2_068), (SIXTEEN, False, 2_244),
+])  # fmt: skip
+def test_kernels_per_token(dry, prompts, flash, budget):
+    """Attention by flash-decoding, and as products."""
+    assert kernels_per_step(dry, prompts, flash) <= budget
 
 
 @pytest.mark.parametrize("prompts, guess, more", [(ONE, 110, 300), (SIXTEEN, 114, 120)])
@@ -209,10 +215,17 @@ def test_kernels_with_a_draft(dry, prompts, guess, more):
 
     Of several tokens a row, one row has to be told apart from others, so that it costs what 16 rows do.
     """
-    without, one, three = (kernels_per_step(dry, prompts, count) for count in (0, 1, 3))
+    without, one, three = (kernels_per_step(dry, prompts, draft_tokens=count) for count in (0, 1, 3))
     each = (three - one) // 2  # a guess by two layers, and sampling it
     print(f"without a draft {without} kernels a step, with one guess {one}, with three {three}: {each} for each")
     assert each <= guess and one - each - without <= more
+
+
+@pytest.mark.parametrize("prompts, kernels", [(ONE, 92), (SIXTEEN, 94)])
+def test_without_fp8_units(dry, prompts, kernels):
+    """Weights are converted and sums scaled: 8 kernels of a layer instead of 4, and none that would fail."""
+    phases = dry("answering", rank=0, tp=8, pp=1, prompts=prompts, layers=2, tokens=2, units=False)
+    check_answering(phases, kernels)
 
 
 def test_later_chunks(dry):

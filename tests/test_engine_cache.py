@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from draft_cases import Knows, key
 from helpers import Endless, load, make_eyes, random_state, random_tokens, text_fields, write_checkpoint
 from processes import run_ranks
 from request_cases import assert_same, drawn_requests
@@ -12,11 +13,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from generate import Engine
-from model import KVCache, attend_step, product_attention
+from model import (
+    KVCache,
+    attend_step,
+    flash_decoding,
+    has_flash,
+    has_flash_decoding,
+    product_attention,
+    segments_of,
+)
 from parallel import Place, VocabParallelHead, gumbel, nucleus
 from runtime import requests
 from runtime.checkpoint import Checkpoint, fill
 from runtime.config import read_config
+from runtime.draft import Guesses
 from runtime.launch import find_place
 from runtime.requests import Request
 from vision import build_model
@@ -83,38 +93,73 @@ def memory(x: torch.Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
-def recording(model) -> Engine:
+def recording(model, draft: Guesses | None = None) -> Engine:
     """An engine that records its steps as it would on a GPU. A recording does not compute: the state is put back."""
-    made = Engine(model, Endless.eos_id, 4096)
-    made.taped, made.replays = [], 0
+    made = Engine(model, Endless.eos_id, 4096, draft)
+    made.taped, made.pools, made.replays = [], [], 0  # pools: with the cache's length
 
-    def record(step):
+    def record(step, pool):
         group = next(group for group in made.groups if group.rows)
-        tensors = [group.sampled, group.positions, *group.cache.layers]
+        tensors = [group.sampled, group.positions, group.memory, *group.cache.layers]
         before = [tensor.clone() for tensor in tensors]
         tape = Tape(step)
         for tensor, value in zip(tensors, before):
             tensor.copy_(value)
         made.taped.append(tape)
+        made.pools.append((group.cache.length, pool or object()))
 
         def replay() -> None:
             made.replays += 1
             tape.replay()
 
-        return replay
+        return replay, made.pools[-1][1]
 
     made.record = record
     return made
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_replayed_steps(model, seed):
-    """The tokens of steps that run as they are: rows end early, the cache outgrows its size, sampling goes on."""
+def flash_by_definition(q, k, v, q_starts, k_starts, max_q, max_k, dropout, causal, debug, *, seqused_k=None, **other):
+    """`_flash_attention_forward` as documented, in float64: the last query of a sample stands at its last key."""
+    assert not other and (dropout, causal, debug) == (0.0, True, False) and max_k >= seqused_k.max()
+    assert (q_starts.diff() == max_q).all()
+    assert all(x.dtype == torch.int32 and x.is_contiguous() for x in (q_starts, k_starts, seqused_k))
+    assert k.data_ptr() != v.data_ptr() and q.shape[1] % k.shape[1] == 0
+    out = torch.empty_like(q)
+    for i, (start, count) in enumerate(zip(k_starts.tolist(), seqused_k.tolist(), strict=False)):
+        keys, values = (x[start : start + count].double().transpose(0, 1) for x in (k, v))  # (KV, count, D)
+        for t in range(max_q):
+            query, seen = q[int(q_starts[i]) + t].double().unflatten(0, (k.shape[1], -1)), count - max_q + t + 1
+            weights = (query @ keys[:, :seen].mT / q.shape[2] ** 0.5).softmax(-1)
+            out[int(q_starts[i]) + t] = (weights @ values[:, :seen]).flatten(0, 1)
+    return out, *[torch.empty(0)] * 4
+
+
+@pytest.fixture
+def flash():
+    """A kernel for this CPU, where there is none."""
+    kernels = torch.library.Library("aten", "IMPL")
+    kernels.impl("_flash_attention_forward", flash_by_definition, "CPU")
+    yield
+    kernels._destroy()
+
+
+@pytest.mark.parametrize("seed, draft", [(1, False), (2, False), (3, True)])
+@pytest.mark.parametrize("flash_decodes", [False, True])
+def test_replayed_steps(model, seed, draft, flash_decodes, flash, monkeypatch):
+    """The tokens of steps that run as they are: rows end early, the cache outgrows its size, sampling goes on; also
+    with a draft that guesses wrong now and then."""
     requests = drawn_requests(7, seed) + [Request(random_tokens(60, 301, seed=seed), max_new_tokens=150)]
-    taped = recording(model)
+    expected = [alone(model, request) for request in requests]
+    monkeypatch.setattr("model.has_flash_decoding", lambda *arguments: flash_decodes)
+    known = {key(request): answer.tokens for request, answer in zip(requests, expected)}
+    taped = recording(model, Knows(3, known, 0.3) if draft else None)
     answers = taped.generate(requests)
-    assert taped.replays > 100 and len(taped.taped) >= 4
-    assert_same(answers, [alone(model, request) for request in requests])
+    assert taped.replays > (50 if draft else 100) and len(taped.taped) >= 4
+    assert flash_decodes == any("flash" in str(done[0]) for done in taped.taped[0].done)
+    # Recordings share a pool until the cache grows: it is gone when the last of them is.
+    assert 1 < len(dict(taped.pools)) == len({pool for _, pool in taped.pools}) == len(set(taped.pools))
+    assert len(taped.pools) > len(set(taped.pools))
+    assert_same(answers, expected)
 
 
 @pytest.mark.parametrize("rows", [1, 16])
@@ -122,11 +167,11 @@ def test_two_steps_are_the_same_operations(model, rows):
     """On the same addresses, with the same numbers: what a CUDA graph asks for."""
     made, tapes = Engine(model, Endless.eos_id, 4096), []
 
-    def record(step):
+    def record(step, pool):
         group = made.groups[0]
         lasting = {memory(x) for x in (group.sampled, *group.state_of(0))}
         lasting |= {memory(x) for x in (*tree_leaves(group.cache.layers), *model.parameters())}
-        return lambda: tapes.append(Tape(step).described(lasting))
+        return lambda: tapes.append(Tape(step).described(lasting)), pool
 
     made.record = record
     made.generate([Request(random_tokens(5 + i, 301, seed=i), max_new_tokens=6, temperature=1.0) for i in range(rows)])
@@ -174,6 +219,49 @@ def test_attention_as_two_products():
             expected = attend_step(q, k, v, hidden).view(rows, kv_heads, -1, size)
             got = product_attention(q.view(rows, kv_heads, -1, size), k, v, hidden)
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", range(24))
+def test_flash_decoding(case, flash):
+    """What a GPU does in a step, by the definition of its kernel: the numbers of the plain form, whatever lies beyond a
+    row's end; without copies of the cache, and in a part of its rows."""
+    draw = random.Random(case)
+    rows, kv_heads, group = draw.randint(1, 5), draw.randint(1, 3), draw.randint(1, 6)
+    size, T = 8 * draw.randint(1, 16), draw.choice([1, 1, 2, 5])
+    length = draw.randint(T, 70)
+    torch.manual_seed(case)
+    cache = torch.randn(2, rows + 2, kv_heads, length, size)[:, : rows + draw.randint(0, 1)][:, :rows]
+    q = torch.randn(rows, kv_heads * (group + 2), T, size)[:, : kv_heads * group]  # as if split from keys and values
+    positions = torch.randint(length - T + 1, (rows, 1)) + torch.arange(T)
+    for i, position in enumerate(positions[:, -1]):
+        cache[:, i, :, position + 1 :] = torch.nan
+    found = flash_decoding(q, cache, *segments_of(positions, cache))
+    beyond = torch.arange(length) > positions.repeat_interleave(group, dim=1)[..., None]
+    hidden = torch.zeros(beyond.shape).masked_fill_(beyond, -torch.inf)
+    expected = attend_step(q, *cache.nan_to_num(0), hidden[:, None])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_flash_where_it_runs(monkeypatch):
+    """From A100 on, in 16 bits, for heads that it takes; flash-decoding where a trial gives the plain numbers."""
+    gpu, here = torch.device("cuda", 0), torch.device("cpu")
+    for capability, runs in (((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert has_flash(gpu, torch.bfloat16, 128) == has_flash(gpu, torch.float16, 8) == runs
+        assert not has_flash(here, torch.bfloat16, 128) and not has_flash(gpu, torch.float32, 128)
+        assert not has_flash(gpu, torch.bfloat16, 100) and not has_flash(gpu, torch.bfloat16, 264)
+    assert not has_flash_decoding(here, torch.bfloat16, 128)
+    monkeypatch.setattr("model.has_flash", lambda device, dtype, head_dim: True)
+    wrong = lambda q, *others: torch.zeros_like(q)  # noqa: E731
+    for head_dim, decoding in enumerate((flash_decoding, wrong)):  # a CPU has no such kernel
+        monkeypatch.setattr("model.flash_decoding", decoding)
+        assert not has_flash_decoding(here, torch.bfloat16, 8 * (head_dim + 1))
+    monkeypatch.setattr("model.flash_decoding", lambda q, cache, *segments: attend_step(q, *cache[:, :, :, :300], bias))
+    ends = torch.tensor([[0, 1], [130, 131], [298, 299]]).repeat_interleave(6, dim=1)[..., None]
+    bias = torch.zeros(3, 12, 300).masked_fill_(torch.arange(300) > ends, -torch.inf)[:, None].bfloat16()
+    assert has_flash_decoding(here, torch.bfloat16, 24)
+    monkeypatch.setattr("model.PLAIN_KERNELS", True)
+    assert not has_flash_decoding(here, torch.bfloat16, 32)
 
 
 # ------------------------------------------------------------------------------------------------- rows and the cache
@@ -244,7 +332,7 @@ def test_a_chat_is_prefilled_once(model):
 def test_a_step_runs_over_rows_without_requests(model):
     """Where steps are recorded they take a power of two of rows, and what other rows held is not what it was."""
     made = Engine(model, Endless.eos_id, 4096)
-    made.record = lambda step: step
+    made.record = lambda step, pool: (step, pool)
     prompts = [random_tokens(20 + i, 301, seed=i) for i in range(4)]
     made.generate([Request(prompt, max_new_tokens=n) for prompt, n in zip(prompts, (40, 41, 42, 2))])
     again = [Request(prompt, max_new_tokens=9) for prompt in prompts]
@@ -255,7 +343,7 @@ def test_a_step_runs_over_rows_without_requests(model):
 def test_rows_that_nobody_takes(seed, model, monkeypatch):
     """Where steps are recorded, five rows are rounded up to eight. The last ones stay empty, call after call."""
     draw, made, busy, decode = random.Random(seed), Engine(model, Endless.eos_id, 4096), [], Engine.decode
-    made.record = lambda step: step
+    made.record = lambda step, pool: (step, pool)
     monkeypatch.setattr(Engine, "decode", lambda self, group: busy.append(len(group.rows)) or decode(self, group))
     width, longest = draw.choice((3, 5, 6, 7)), 0
     for call in range(draw.randint(3, 12)):
@@ -347,13 +435,25 @@ def test_short_prompts_share_a_chunk(model, monkeypatch):
 # --------------------------------------------------------------------------------------------------------- stopping
 
 
+def stop_after(count: int, place: Place):
+    """Says stop when it is asked once more than this. Ranks other than 0 never ask their own."""
+    calls = []
+
+    def stop() -> bool:
+        assert place.rank == 0
+        calls.append(1)
+        return len(calls) > count
+
+    return stop
+
+
 def stopped_on_a_rank(folder: str, tp: int, pp: int) -> list:
-    place, calls = find_place(tp, pp), []
+    place = find_place(tp, pp)
     model = build_model(read_config(folder), place, torch.float32)
     fill(model, Checkpoint(folder))
     requests = [Request([5, i], max_new_tokens=30) for i in range(5)]
     made = Engine(model, Endless.eos_id, 4096)
-    stopped = made.generate(requests, width=3, stop=lambda: calls.append(1) or len(calls) > 8)
+    stopped = made.generate(requests, width=3, stop=stop_after(8, place))
     return [(answer.tokens, answer.finish_reason) for answer in stopped + made.generate(requests)]
 
 
@@ -367,14 +467,29 @@ def test_answers_can_be_stopped(folder, model, tp, pp):
         assert said[5:] == [(tokens, "length") for tokens in whole]
 
 
+def test_whether_to_stop_is_asked_while_the_gpu_computes(model, monkeypatch):
+    """After a token's launch and before its read-back; a token that comes after the yes is not wanted."""
+    happened, advance = [], Engine.advance
+    monkeypatch.setattr(Engine, "advance", lambda *arguments: happened.append("launch") or advance(*arguments))
+
+    def stop() -> bool:
+        happened.append("ask")
+        return happened.count("ask") == 4
+
+    on_token = lambda *_: happened.append("token")  # noqa: E731
+    (answer,) = Engine(model, Endless.eos_id, 4096).generate([Request([5, 6], max_new_tokens=30)], on_token, stop=stop)
+    assert happened == [*3 * ["launch", "ask", "token"], "launch", "ask", "launch", "ask"]
+    assert answer.finish_reason == "cancelled" and len(answer.tokens) == 3
+
+
 def stopped_in_prompts_on_a_rank(folder: str, tp: int, pp: int) -> list:
-    place, calls = find_place(tp, pp), []
+    place = find_place(tp, pp)
     model = build_model(read_config(folder), place, torch.float32)
     fill(model, Checkpoint(folder))
     requests = [Request(random_tokens(30, 301, seed=i // 2), max_new_tokens=4) for i in range(5)]
     made = Engine(model, Endless.eos_id, 4096)
     made.chunk = 8
-    stopped = made.generate(requests, width=3, stop=lambda: calls.append(1) or len(calls) > 4)
+    stopped = made.generate(requests, width=3, stop=stop_after(4, place))
     return [(answer.tokens, answer.finish_reason) for answer in stopped + made.generate(requests)]
 
 

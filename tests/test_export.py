@@ -1,5 +1,7 @@
 """What is written: checkpoints, whole or not at all; and `python fp8.py IN OUT`, its numbers, layouts and scales."""
 
+import errno
+import fcntl
 import json
 import os
 import random
@@ -21,7 +23,7 @@ from helpers import (
     write_json,
     write_tekken,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from parallel import parts_of
 from runtime import export
@@ -180,6 +182,12 @@ def test_refusals_leave_nothing_behind(tmp_path, source):
     os.remove(tmp_path / "in" / "model.safetensors")
     write_checkpoint(tmp_path / "in", fields, damaged)
     with pytest.raises(UserError, match="layers.1.mlp.up_proj.weight"):
+        main([str(tmp_path / "in"), str(tmp_path / "out")])
+    os.remove(tmp_path / "in" / "model.safetensors")
+    write_checkpoint(tmp_path / "in", fields, state, shards=2)
+    path = tmp_path / "in" / "model-00002-of-00002.safetensors"
+    save_file(load_file(path) | {"stranger": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match="holds stranger, which the index does not list"):
         main([str(tmp_path / "in"), str(tmp_path / "out")])
     assert sorted(os.listdir(tmp_path)) == ["bad.jsonl", "full", "in"]
 
@@ -450,13 +458,17 @@ def test_a_mount_point(tmp_path, source, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["disk", "in"]
 
 
+def no_locks(*arguments) -> None:
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))  # what some network file systems say
+
+
 @pytest.mark.parametrize("locks", [True, False])
 def test_two_conversions_at_once(locks, tmp_path, source, monkeypatch):
     """The second one learns it at once; without locks at its end, and then nothing of the first is lost."""
     write_checkpoint(tmp_path / "in", *source)
     weight, second, argv = Checkpoint.weight, [], [str(tmp_path / "in"), str(tmp_path / "out")]
     if not locks:
-        monkeypatch.setattr(export, "lock", lambda *_: None)
+        monkeypatch.setattr(fcntl, "flock", no_locks)
 
     def start_another(self, *arguments):
         if not second:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     PROJECTIONS,
+    check_product,
     load,
     log_probabilities,
     random_state,
@@ -73,6 +74,24 @@ def test_quantize():
         assert torch.equal(fp8.quantize(inputs, by).double(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_quantize_has_the_bits_of_clamping(dtype):
+    """All numbers of 16 bits (in float32 those of BF16, and the borders), strided too, by scales of all sizes."""
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    x = bits.view(torch.float16 if dtype == torch.float16 else torch.bfloat16).to(dtype)
+    more = torch.tensor([448, 449, 464, 465, 479, 480, 1e30, 2**-9, 2**-10, 1.5 * 2**-10, 1e-45, torch.inf, torch.nan])
+    x = torch.cat((x, more.to(dtype), -more.to(dtype)))
+    for scale in [*torch.logspace(-39, 3, 9), torch.tensor(1.0), torch.tensor(0.0)]:
+        expected = (x.float() / scale).clamp(-448, 448).to(fp8.E4M3).view(torch.uint8)
+        with torch.inference_mode():
+            assert torch.equal(fp8.quantize(x, scale).view(torch.uint8), expected)
+            if fp8.SATURATES:  # as on a GPU
+                found = torch.div(x, scale.reshape(1), out=torch.empty_like(x, dtype=fp8.E4M3))
+                assert torch.equal(found.view(torch.uint8), expected)
+        pairs = x.view(2, -1).t()
+        assert torch.equal(fp8.quantize(pairs, scale).view(torch.uint8), expected.view(2, -1).t())
+
+
 def test_scale_of():
     assert fp8.scale_of(torch.tensor(0.0)) == 1
     assert fp8.scale_of(torch.tensor(3.0, dtype=torch.bfloat16)) == torch.tensor(3.0) / 448
@@ -118,6 +137,43 @@ def test_kept_fp8_equals_dequantized(out_features, in_features):
             results.append((out.detach(), x.grad))
         for ours, theirs in zip(*results):
             assert torch.equal(ours, theirs)
+
+
+def draw_rows(shape: tuple, by_rows: bool, dtype: torch.dtype) -> tuple:
+    """x, a gradient, an E4M3 weight and its scale."""
+    rows, out, size = shape
+    x, grad = torch.randn(2, rows, size).to(dtype), torch.randn(2, rows, out).to(dtype)
+    scale = torch.rand(out, 1).pow(3) + 1e-3 if by_rows else torch.tensor(0.0123)
+    return x, grad, random_fp8(out, size, seed=sum(shape)), scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("by_rows", [False, True])
+@pytest.mark.parametrize("shape", [(1, 48, 64), (5, 7, 333), (33, 144, 1000)])
+def test_scaled_products(shape, by_rows, dtype, monkeypatch):
+    """As on a GPU without FP8 units: float64's numbers, rounded once; gradients of rows' scales as when dequantized."""
+    torch.manual_seed(shape[0])
+    x, grad, weight, scale = draw_rows(shape, by_rows, dtype)
+    monkeypatch.setattr(fp8, "dequantizes", lambda device: False)
+    x.requires_grad_()
+    y = fp8.linear(x, weight, scale, None)
+    y.backward(grad)
+    assert y.dtype == x.grad.dtype == dtype
+    exact, once = weight.double() * scale.double(), 2**-8 if dtype == torch.bfloat16 else 2**-24
+    pairs = ((y.detach(), x.detach().double(), exact.t()), (x.grad, grad.double(), exact))
+    for i, (found, left, right) in enumerate(pairs):
+        expected, sizes = left @ right, left.abs() @ right.abs()
+        twice = by_rows and i == 1  # the scaled gradient is rounded, too
+        bound = 1.01 * once * expected.abs() + sizes * (2**-20 + twice * once)
+        assert ((found.double() - expected).abs() <= bound).all()
+
+
+def test_scaled_products_are_nearer_than_dequantized_ones():
+    torch.manual_seed(0)
+    x, _, weight, scale = draw_rows((40, 300, 2000), False, torch.bfloat16)
+    expected = x.double() @ (weight.double() * scale.double()).t()
+    ours, theirs = fp8.times_fp8(x, weight.t(), scale), F.linear(x, fp8.dequantize(weight, scale, x.dtype))
+    assert (ours.double() - expected).norm() < 0.85 * (theirs.double() - expected).norm()
 
 
 def test_backward_keeps_the_fp8_weight_only():
@@ -211,8 +267,13 @@ def test_one_product_for_several_matrices(scheme, tmp_path, monkeypatch):
     parts = [
         fp8.fp8_matmul(x, stored[f"{name}.weight"], stored[f"{name}.weight_scale_inv"].float(), scale) for name in names
     ]
-    with torch.inference_mode():
-        assert torch.equal(layer(x), torch.cat(parts, -1))
+    for by_rows in (True, False):
+        monkeypatch.setattr(fp8, "takes_row_scales", lambda device, by_rows=by_rows: by_rows)
+        quantized.clear()
+        with torch.inference_mode():
+            assert torch.equal(layer(x), torch.cat(parts, -1))
+        assert len(quantized) == (1 if by_rows else 3)
+    monkeypatch.setattr(fp8, "takes_row_scales", lambda device: True)
     odd = text_fields("yarn, short", **{**sizes, "intermediate_size": 72})  # no multiple of 16
     made = write_checkpoint(tmp_path / "odd", odd, to_fp8(random_state(odd), scheme == "static")[0], fp8=scheme)
     for dtype, count in ((torch.bfloat16, 3), (torch.float32, 0)):  # not down, whose input is odd; twice 72 is not
@@ -223,26 +284,30 @@ def test_one_product_for_several_matrices(scheme, tmp_path, monkeypatch):
         assert len(quantized) == count * len(model.layers)
 
 
+@pytest.mark.parametrize("refuses", [True, False])
+def test_row_scales_are_tried_once(refuses, monkeypatch):
+    calls, device = [], torch.device("cpu")
+
+    def product(a, b, scale_a, scale_b, out_dtype):
+        calls.append((a.shape, b.stride(), scale_a.shape, scale_b.shape, out_dtype))
+        if refuses:
+            raise RuntimeError("Invalid scaling configuration")
+
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    fp8.takes_row_scales.cache_clear()
+    assert [fp8.takes_row_scales(device) for _ in range(3)] == [not refuses] * 3
+    assert calls == [((16, 16), (1, 16), (16, 1), (1, 16), torch.bfloat16)]
+    fp8.takes_row_scales.cache_clear()
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("by_rows", [False, True])
 def test_fp8_products(seed, by_rows, device):
-    """Against float64 on the very numbers that are multiplied, one row among other numbers of them, the input's scale
-    given and not. Sums are float32's, but units that add up many products at a time keep 14 bits of each beside the
-    largest."""
+    """One row, and many."""
     if device == "cuda" and not (torch.cuda.is_available() and fp8.has_fp8_matmul(torch.device(device, 0))):
         pytest.skip("needs a GPU with FP8 products")
     if device == "cpu" and torch.__version__ < "2.13":
         pytest.skip("multiplies no rows with scales of their own on a CPU, and many rows to NaN")
     draw = random.Random(seed)
-    torch.manual_seed(seed)
-    rows, size, out = draw.choice([1, draw.randint(2, 300)]), 16 * draw.randint(1, 20), 16 * draw.randint(1, 20)
-    x, weight = torch.randn(rows, size).bfloat16(), torch.randn(out, size).mul(100).to(fp8.E4M3)
-    scales = torch.rand(out, 1).add(0.5) if by_rows else torch.tensor(0.7)
-    act = draw.choice([None, x.abs().max().float() / 600])  # the largest inputs are clamped
-    scale = fp8.scale_of(x.abs().amax()) if act is None else act
-    meant, exact = fp8.quantize(x, scale).double() * scale.double(), weight.double() * scales.double()
-    expected, sizes = meant @ exact.t(), meant.abs() @ exact.abs().t()
-    x, weight, scales = (t.to(device) for t in (x, weight, scales))
-    found = fp8.fp8_matmul(x, weight, scales, act if act is None else act.to(device)).cpu()
-    assert ((found.double() - expected).abs() <= expected.abs() * 2**-8 + sizes * 2**-12).all()
+    check_product(draw, draw.choice([1, draw.randint(2, 300)]), by_rows, torch.device(device))

@@ -4,6 +4,7 @@ import fuzz
 import pytest
 
 KINDS = "config params index safetensors tekken sentencepiece images saved adapters state run metrics".split()
+KINDS += ["folder", "options", "draft"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

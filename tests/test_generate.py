@@ -24,7 +24,9 @@ from helpers import (
 from processes import run, run_ranks, start
 
 import generate
+from runtime.files import UserError
 from runtime.launch import find_place
+from runtime.requests import RequestReader
 from runtime.tokenizer import load_tokenizer
 
 KEYS = ["prompt_tokens", "tokens", "text", "reasoning", "tool_calls", "finish_reason", "stats"]
@@ -163,6 +165,53 @@ def test_seeds_and_sampling(ckpt, program, tmp_path):
         answers(program(*common, *more))[0]["tokens"] for more in ((0,), (0, "--seed", 9), (1.5, "--top-p", 1e-9))
     ]
     assert greedy[0] == greedy[1] == greedy[2]
+
+
+@pytest.mark.parametrize(
+    "argv, chat",
+    [([], True), (["hi"], False), (["--requests", "x"], False), (["--json"], None), (["--raw"], None)],
+)
+def test_when_a_terminal_begins_a_chat(argv, chat, monkeypatch):
+    """If nothing else says what to ask, and the answer is not for a script; then there is nothing to do."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    args = generate.parse_args(argv)
+    if chat is None:
+        with pytest.raises(UserError, match="nothing to do"):
+            generate.read_input(args)
+    else:
+        assert generate.read_input(args) == (None, chat)
+
+
+def test_how_is_answered():
+    """As the request says, else the command line, else the defaults: greedy, or as recommended for thinking."""
+    last = (1 << 63) - 1
+    plain = {"temperature": 0.0, "top_p": 1.0, "seed": 5, "max_new_tokens": None}
+    thinking = plain | {"temperature": 0.7, "top_p": 0.95}
+    for given, spec, thinks, index, expected in (
+        ([], {}, False, 0, plain),
+        ([], {}, True, 3, thinking | {"seed": 8}),
+        (["--temperature", "0.3"], {}, True, 1, thinking | {"temperature": 0.3, "seed": 6}),
+        (["--seed", str(last)], {"temperature": 0}, True, 0, thinking | {"temperature": 0.0, "seed": last}),
+        (
+            ["--top-p", "0.5"],
+            {"top_p": None, "max_new_tokens": 0},
+            False,
+            0,
+            plain | {"top_p": 0.5, "max_new_tokens": 0},
+        ),
+        (
+            ["--max-new-tokens", "9"],
+            {"max_new_tokens": 2, "seed": 1},
+            False,
+            7,
+            plain | {"seed": 1, "max_new_tokens": 2},
+        ),
+    ):
+        args = generate.parse_args(["--prompt", "hi", *given])
+        reader = RequestReader(args, None, None, 100, 5 if args.seed is None else args.seed)
+        assert reader.numbers(spec, thinks, index) == expected
+    assert RequestReader(generate.parse_args([]), None, None, 100, last).numbers({}, False, 1)["seed"] == 0
 
 
 def test_stop_and_streaming(ckpt, program, tmp_path):

@@ -1,5 +1,6 @@
 """What generate.py refuses: every mistake is one line, names what is wrong, and ends with status 2."""
 
+import codecs
 import io
 import json
 import os
@@ -93,6 +94,9 @@ CALL = {"id": "call00000", "type": "function", "function": {"name": "f", "argume
     (dict(raw="a", top_p=0), "top_p"), (dict(raw="a", top_p=2), "top_p"), (dict(raw="a", seed=-1), "seed"),
     (dict(raw="a", seed=1.5), "seed"), (dict(raw="a", max_new_tokens=-1), "max_new_tokens"),
     (dict(raw="a", max_new_tokens=1.5), "max_new_tokens"), (dict(raw="a", max_new_tokens={}), "max_new_tokens"),
+    *[(dict(raw="a", stop=stop), "stop") for stop in ("", 0, False, {})],
+    *[(dict(messages=[USER], answer=answer), "messages[1]") for answer in (0, "", [], False)],
+    (dict(messages=None, answer=USER), "messages"), (dict(messages=3, answer=USER), "messages"),
     (dict(raw="a", stop=3), "stop"), (dict(raw="a", stop=[""]), "stop"), (dict(raw="a", stop=[3]), "stop"),
     (dict(raw="abcdefgh " * 200), "context"), (dict(messages=[{"role": "user", "content": "abc " * 500}]), "context"),
     (dict(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x.png"}}]}]), "image"),
@@ -102,7 +106,9 @@ def test_bad_requests(line, named, ckpt, program, tmp_path):
     line = json.dumps(line) if isinstance(line, dict) else line
     path = tmp_path / "r.jsonl"
     good = b'{"raw": "a", "max_new_tokens": 2}\n'
-    path.write_bytes(good + b"\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n" + good)
+    path.write_bytes(
+        codecs.BOM_UTF8 + good + b"\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n" + good
+    )
     err = refused(program("--ckpt", ckpt, "--requests", path, "--json"), named)
     assert "line 3" in err and len(err) < 1000
 

@@ -1,5 +1,7 @@
 """When one rank fails, all end: soon, with the right status, and with the cause on one line."""
 
+import gc
+import io
 import json
 import os
 import random
@@ -10,14 +12,20 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from functools import partial
 
 import pytest
 from helpers import EYES, make_eyes, random_state, text_fields, write_checkpoint, write_tekken
-from processes import ROOT, run, run_on_ranks, start
+from processes import ROOT, run, run_on_ranks, run_ranks, start
+from torch import cuda, distributed
 
+import train
+from generate import Engine, Group
+from generate import main as ask
+from runtime import launch
 from runtime.files import UserError
-from runtime.launch import WHAT_TO_DO, start_world
+from runtime.launch import WHAT_TO_DO, find_place, start_world
 
 ASK = ("--raw", "--prompt", "the", "--json", "--dtype", "float32", "--temperature", "0")
 
@@ -406,6 +414,52 @@ def test_a_port_in_use(monkeypatch):
             start_world()
 
 
+@pytest.mark.parametrize("gpus, gpu", [(3, 1), (2, 0), (1, 1)])
+def test_a_rank_has_its_gpu_before_nccl_begins(gpus, gpu, monkeypatch):
+    happened = []
+    for name, value in {**GOOD, "LOCAL_RANK": str(gpu)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(cuda, "set_device", happened.append)
+    monkeypatch.setattr(distributed, "rendezvous", lambda *args, **options: iter([(None,)]))
+    monkeypatch.setattr(distributed, "init_process_group", lambda backend, **options: happened.append(backend))
+    if gpu < gpus:
+        start_world()
+        assert happened == [gpu, "cpu:gloo,cuda:nccl"]
+    else:
+        with pytest.raises(UserError, match="more processes than the 1 GPUs of a machine"):
+            start_world()
+
+
+def first_messages(tp: int, pp: int) -> list[tuple]:
+    """(what, group, with which stage) while a rank finds its place."""
+    seen, send, receive = [], distributed.send, distributed.recv
+
+    def sends(x, group, group_dst):
+        seen.append(("to", group, group_dst))
+        send(x, group=group, group_dst=group_dst)
+
+    def receives(x, group, group_src):
+        seen.append(("from", group, group_src))
+        receive(x, group=group, group_src=group_src)
+
+    distributed.send, distributed.recv = sends, receives
+    place = find_place(tp, pp)
+    assert {group for _, group, _ in seen} <= {place.pp_group, place.answer_group} - {None}
+    return [(what, group is place.pp_group, stage) for what, group, stage in seen]
+
+
+@pytest.mark.parametrize("tp, pp", [(1, 2), (1, 3), (2, 2), (1, 4), (2, 1)])
+def test_stages_meet_before_they_read(tp, pp):
+    """In both groups each of them sends to the next and receives from the one before; with Gloo, in earnest."""
+    for rank, seen in enumerate(run_ranks(first_messages, tp * pp, tp, pp)):
+        stage = rank // tp
+        ring = [
+            (what, down, to % pp) for down in (True, False) for what, to in (("to", stage + 1), ("from", stage - 1))
+        ]
+        assert sorted(seen) == (sorted(ring) if pp > 1 else [])
+
+
 @pytest.mark.slow
 def test_whoever_takes_the_connection_and_says_nothing(script):
     """torch waits for an answer without end, whatever its own timeout."""
@@ -427,6 +481,56 @@ def test_programs_that_run_alone(program, ckpt, tmp_path):
     options = [ckpt, tmp_path / "out"] if program == "fp8.py" else ["--plan", "--config", config, "--tp", 2]
     (ended,) = run_on_ranks(1, program, *options, prepare=partial(environment, GOOD), seconds=60)
     assert ended.status == 0 and "error" not in ended.err
+
+
+def outlived(program, argv: list[str], stdin: str, monkeypatch) -> list[str]:
+    """What is left of engines and their groups when `program` comes to `finish`, without the garbage collector."""
+    made, left = [], []
+    for kind in (Engine, Group):
+
+        def init(self, *arguments, original=kind.__init__):
+            made.append(weakref.ref(self))
+            original(self, *arguments)
+
+        monkeypatch.setattr(kind, "__init__", init)
+
+    def finish(watch, *ending) -> None:
+        left.extend(type(one()).__name__ for one in made if one())
+        sys.exit(ending[0])
+
+    monkeypatch.setattr(launch, "finish", finish)
+    monkeypatch.setattr(sys, "argv", ["program", *map(str, argv)])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+    gc.disable()
+    try:
+        with pytest.raises(SystemExit, match="0"):
+            launch.run_program(program)
+    finally:
+        gc.enable()
+    assert len(made) > 1
+    return left
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_no_recorded_step_outlives_main(chat, ckpt, monkeypatch):
+    """`destroy_process_group` never returns while a captured graph is alive (pytorch #115388)."""
+    options = ["--interactive"] if chat else ["--raw", "the", "--max-new-tokens", 3]
+    stdin = "hello\n/exit\n" if chat else ""
+    assert outlived(ask, ["--ckpt", ckpt, "--max-context", 40, *options], stdin, monkeypatch) == []
+
+
+def test_no_recorded_step_outlives_training(text, tmp_path, monkeypatch):
+    """Validation generates, too."""
+    argv = ["--ckpt", text[0], "--data", text[1], "--val", text[1], "--val-generate", "--out", tmp_path / "out"]
+    argv += ["--max-steps", 1, "--global-batch-size", 2, "--dtype", "float32"]
+    assert outlived(train.main, argv, "", monkeypatch) == []
+
+
+def test_a_session_that_lives_on_has_no_groups(ckpt, monkeypatch):
+    kept, make = [], Engine.__init__
+    monkeypatch.setattr(Engine, "__init__", lambda self, *rest: kept.append(self) or make(self, *rest))
+    argv = ["--ckpt", ckpt, "--raw", "the", "--max-new-tokens", 3]
+    assert outlived(ask, argv, "", monkeypatch) == ["Engine"] and kept[0].groups == []
 
 
 # --------------------------------------------------------------------------------------------------------- signals

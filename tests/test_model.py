@@ -130,6 +130,26 @@ def test_a_later_chunk(case):
     assert rounded.dtype == torch.bfloat16 and rounded.shape == q.shape
 
 
+@pytest.mark.parametrize("case", range(4))
+def test_a_later_chunk_in_flash(case, monkeypatch):
+    """The chunk goes to flash attention as it lies, causal from the last key on: by that kernel's definition."""
+
+    def flash(q, k, v, dropout=0.0, causal=False, debug=False, *, scale=None):
+        assert causal and not dropout and not debug and scale is None
+        hidden = torch.arange(k.shape[2]) > torch.arange(k.shape[2] - q.shape[2], k.shape[2])[:, None]
+        scores = (q.double() @ k.double().mT / q.shape[3] ** 0.5).masked_fill(hidden, -torch.inf)
+        return (scores.softmax(-1) @ v.double()).to(q.dtype), *[torch.empty(0)] * 3, 0, 0, *[torch.empty(0)] * 3
+
+    q, k, v, _ = later_chunk(case)
+    expected, kernels = attend(q, k, v), torch.library.Library("aten", "IMPL")
+    monkeypatch.setattr("model.has_flash", lambda device, dtype, head_dim: True)
+    kernels.impl("_scaled_dot_product_flash_attention", flash, "CPU")
+    try:
+        torch.testing.assert_close(attend(q, k, v), expected, rtol=2e-5, atol=2e-5)
+    finally:
+        kernels._destroy()
+
+
 def test_gradients_through_attention():
     """Training differentiates the same attention: against the softmax written out, in float64."""
     draw = torch.Generator().manual_seed(0)

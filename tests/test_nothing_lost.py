@@ -25,7 +25,7 @@ from runtime import export, launch, run
 from runtime.checkpoint import Checkpoint
 from runtime.curve import draw_loss
 from runtime.files import UserError, new_folder
-from runtime.run import INDEX, load_state
+from runtime.run import INDEX, load_state, save_state
 
 SHORT = {"max_steps": 3, "global_batch_size": 2}
 
@@ -214,6 +214,14 @@ def test_links_are_not_followed(seed, text, tmp_path, ended):
     assert files(behind) == before and not leftovers(out)
     assert os.listdir(out / "checkpoints") == ["step-4"]
     assert not [path for path in out.rglob("*") if path.is_symlink() and path.name != "adapters"]
+
+
+def test_states_behind_a_link(out, text, tmp_path):
+    (out / "checkpoints").rename(tmp_path / "behind")
+    (out / "checkpoints").symlink_to(tmp_path / "behind")
+    before = files(tmp_path / "behind")
+    refused(arguments(*text, out, resume=True, **SHORT), "checkpoints: is a link")
+    assert files(tmp_path / "behind") == before
 
 
 @pytest.mark.parametrize(
@@ -511,7 +519,7 @@ def damaged(draw: random.Random, folder) -> str:
         tensor = tensors.pop(key)
         if change:
             tensors[key] = change(tensor).contiguous()
-        save_file(tensors, weights)
+        save_file(tensors, weights, metadata={"step": "3"})
     else:
         contents = json.loads(index.read_text())
         facts, pieces = contents["metadata"], contents["weight_map"]
@@ -559,6 +567,19 @@ def test_damaged_states(seed, ended, text, tmp_path):
         shutil.rmtree(folder)
     assert len(seen) > 5
     assert load_state(str(ended / "checkpoints" / "step-3"), job.optimizer, job.settings(), "") == 3
+
+
+def test_files_of_another_state(text, tmp_path):
+    """Copied from one state into another they would be a mixture of both."""
+    job = trainer(text, tmp_path / "out", **SHORT)
+    save = partial(save_state, str(tmp_path), optimizer=job.optimizer, settings=job.settings())
+    for step in (2, 3):
+        save(step)
+        assert load_state(str(tmp_path / f"step-{step}"), job.optimizer, job.settings(), "") == step
+    shutil.copy(tmp_path / "step-2" / "rank-00000.safetensors", tmp_path / "step-3")
+    says = "step-3/rank-00000.safetensors: is of the state after step 2; remove .*/step-3 to"
+    with pytest.raises(UserError, match=says):
+        load_state(str(tmp_path / "step-3"), job.optimizer, job.settings(), "")
 
 
 @pytest.mark.parametrize("dim", [0, 1])

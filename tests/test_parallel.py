@@ -1,13 +1,17 @@
 """Every topology gives one process's answers: text and images, batches, sampling, FP8, both layouts."""
 
+import os
 import random
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric
 from helpers import EYES, Tokens, make_eyes, random_tokens
 from processes import run_ranks
 
 import generate
+import parallel
 from generate import Engine
 from parallel import Place, VocabParallelHead
 from runtime.checkpoint import Checkpoint, fill
@@ -104,6 +108,42 @@ def test_a_topology_equals_one_process(tp, pp, cases):
     for got, want in zip(ranks[0], expected, strict=True):
         assert got[0] == want[0]
         assert got[1] == pytest.approx(want[1], abs=1e-4) and got[2] == pytest.approx(want[2], abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ symmetric memory
+
+
+def sum_on_a_rank(broken: str) -> list:
+    """Whether there is a buffer, and what `summed_at_once` gives, with a kernel that is as its documentation says."""
+    place, kernels = find_place(3, 1), torch.library.Library("symm_mem", "IMPL")
+
+    def add(buffer, x, op, name):
+        assert op == "sum" and buffer.shape == x.shape
+        buffer.copy_(x)
+        out = buffer.clone()
+        dist.all_reduce(out, group=dist.distributed_c10d._resolve_process_group(name))
+        return out + (broken == "sums" and place.rank == 1)
+
+    def meet(buffer, name):
+        if broken == "rendezvous" and place.rank == 2:
+            raise RuntimeError("no peer access")
+
+    os.environ["LOCAL_WORLD_SIZE"] = "2" if broken == "nodes" else "6"
+    symmetric.empty, symmetric.rendezvous = torch.empty, meet
+    kernels.impl("one_shot_all_reduce_copy", add, "CPU")
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        buffer = parallel.symmetric_buffer(place.tp_group, dtype, place.device)
+        x = torch.arange(40).view(2, 20).to(dtype) + place.rank
+        total = None if buffer is None else parallel.summed_at_once(x, buffer, place.tp_group)
+        found.append(total is not None and torch.equal(total, 3 * torch.arange(40).view(2, 20).to(dtype) + 3))
+    return found
+
+
+@pytest.mark.parametrize("broken", ["", "sums", "nodes", "rendezvous"])
+def test_sums_in_symmetric_memory(broken):
+    """Used by all ranks or by none."""
+    assert run_ranks(sum_on_a_rank, 3, broken) == [[not broken] * 2] * 3
 
 
 # ------------------------------------------------------------------------------------------- sampling at the edge

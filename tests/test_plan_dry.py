@@ -161,6 +161,9 @@ def test_rare_training_steps(dry, seeds):
         (0, 8, 1, [700], {}),
         (0, 8, 1, [50, 9000], {}),
         (0, 1, 1, [9000], dict(keep_fp8=False)),
+        (0, 1, 1, [9000], dict(units=False)),
+        (0, 8, 1, [9000], dict(units=False)),
+        (3, 2, 2, [700], dict(units=False)),
         (0, 4, 1, [3000], dict(images=True)),
         (0, 2, 2, [9000], {}),
     ],
@@ -176,7 +179,9 @@ def test_a_prefill(dry, rank, tp, pp, prompts, options):
     worst = max(
         (report for name, report in phases if name == "prefill"), key=lambda seen: seen["peak"] - seen["before"]
     )
-    args = plan.parse_args(["--plan", "--config", "-", "--inference", "--max-context", str(prompts[-1])])
+    gpu = "h100" if options.get("units", True) else "a100"
+    said = ["--inference", "--max-context", str(prompts[-1]), "--gpu", gpu]
+    args = plan.parse_args(["--plan", "--config", "-", *said])
     place = plan.places(tp, pp)[rank // tp][rank % tp]
     said = plan.plan_rank(config, place, args, keep_fp8=options.get("keep_fp8", True))[0].activation_bytes
     check(said, worst["peak"] - worst["before"], worst["peak_at"])

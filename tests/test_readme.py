@@ -91,12 +91,14 @@ def test_the_table_of_plans():
             assert abs(float(number) - float(shown)) <= 0.0501
         assert f"at most {longest} fit" in said
         found = re.search(r"a token after [\d,]+: ([\d.]+) ms at least, about ([\d.]+) ms", said).groups()
-        for number, shown in zip(found, times.removesuffix(" ms").split(", ")):
+        found += re.search(r"vLLM's kernels: .* about ([\d.]+) ms", said).groups()
+        assert times.count(", ") == 2
+        for number, shown in zip(found, times.split(", ")):
             assert abs(float(number) - float(shown)) <= (0.0501 if "." in shown else 0.501)
 
 
 def test_what_is_said_of_training():
-    """The recipe's memory per GPU and its bubble; LoRA on four GPUs and on two."""
+    """The recipe's memory per GPU and its bubble; LoRA on four GPUs; seconds of loading, and a state's bytes."""
     with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
         text = " ".join(file.read().split())
     for pattern, options in (
@@ -108,6 +110,17 @@ def test_what_is_said_of_training():
         assert abs(max(peaks) - float(re.search(pattern, text)[1])) <= 0.0501
         if bubble := re.search(r"pipeline bubble of ([\d.]+) %", text) if "--pp" in options else None:
             assert f"{bubble[1]} %" in said
+
+
+def test_what_is_said_of_files():
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        text = " ".join(file.read().split())
+    seconds, rate, size = re.search(r"takes (\d+) s where .* reads (\d+) GB/s; .* has ([\d.]+) TB", text).groups()
+    said = plan("--tp", "8", "--pp", "8")
+    assert f"files, at {rate} GB/s a machine:" in said
+    assert abs(float(re.search(r"state: ([\d,.]+) GB", said)[1].replace(",", "")) / 1e3 - float(size)) <= 0.0501
+    loading = re.search(r"loading: .* ([\d.]+) s", plan("--inference", "--tp", "8"))
+    assert abs(float(loading[1]) - float(seconds)) <= 0.501
 
 
 def test_from_python():

@@ -199,6 +199,23 @@ def test_however_it_is_cut_into_tokens():
 
 
 @pytest.mark.parametrize("name", ["tekken-v3", "tekken-v15", "spm-v7"])
+def test_white_space_around_a_name(name, small):
+    """Is not the function's; inside a name it makes what is said no call."""
+    tokenizer, draw = small[name], random.Random(name)
+    for i in range(30):
+        spaces = ["".join(draw.choices(" \n\t\r\u00a0", k=draw.randint(0, 3))) for _ in range(2)]
+        called = draw.choice(("f", "get_weather", "a-1"))
+        said = called.join(spaces)
+        listed = json.dumps([{"name": said, "arguments": {"a": i}}])
+        spelled = f'[TOOL_CALLS]{said}[ARGS]{{"a": {i}}}' if "[ARGS]" in tokenizer.special else f"[TOOL_CALLS]{listed}"
+        assert parse(tokenizer, ids_of(tokenizer, spelled)) == Reply(
+            "", None, [{"name": called, "arguments": {"a": i}}]
+        )
+    inside = parse(tokenizer, ids_of(tokenizer, spelled.replace(called, "a b")))
+    assert inside.tool_calls == [] and "a b" in inside.text
+
+
+@pytest.mark.parametrize("name", ["tekken-v3", "tekken-v15", "spm-v7"])
 def test_it_never_raises(name, small):
     tokenizer = small[name]
     rng = random.Random(name)

@@ -2,6 +2,8 @@
 and against rules of their own: streaming, speed, broken files."""
 
 import base64
+import codecs
+import copy
 import importlib.util
 import json
 import os
@@ -338,6 +340,77 @@ def test_broken_tekken_files(change, tmp_path):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
+def tekken_fields(data: dict) -> list[tuple]:
+    """The paths of what a Tekken file says, but for its tokens and most of its special ones."""
+    sections = ("config",), ("image",), ("model_settings_builder",), ("model_settings_builder", "reasoning_effort")
+    paths = [(name,) for name in data] + [("special_tokens", 1), ("special_tokens", 1, "rank")]
+    for section in sections:
+        at = data
+        for name in section:
+            at = at[name]
+        paths += [(*section, name) for name in at]
+    return paths
+
+
+ODD = (0, -1, -300, 1.0, 0.5, False, True, "", "5", [], {}, [[]], ["none"], 10**12)
+
+
+def test_what_is_falsy_or_of_another_type_is_not_taken_for_absent(tmp_path):
+    """Each field with each odd value: one line, or the same tokenizer."""
+    write_tekken(SMALL_TEKKEN, str(tmp_path), "v15")
+    whole, path = json.loads((tmp_path / "tekken.json").read_text()), tmp_path / "tekken.json"
+    valid, refused = vars(load_tokenizer(str(tmp_path))), 0
+    told = "vocab_size", "_num_special", "special", "image", "model_settings", "_pattern", "version"
+    for *section, name in tekken_fields(whole):
+        for value in ODD:
+            data = copy.deepcopy(whole)
+            at = data
+            for key in section:
+                at = at[key]
+            at[name] = value
+            path.write_text(json.dumps(data))
+            try:
+                found = vars(load_tokenizer(str(tmp_path)))
+            except UserError as error:
+                assert str(path) in str(error)
+                refused += 1
+            else:
+                same = {key: found[key] for key in told} == {key: valid[key] for key in told}
+                unread = name in ("num_vocab_tokens", "is_control", "token_str", "type")
+                fewer = (name, value) in (("model_settings_builder", {}), ("values", ["none"]))
+                assert same or unread or fewer, (section, name, value)
+    assert refused > 100
+
+
+def test_unknown_settings(tmp_path, capsys):
+    """Those of pictures and of the model would change the tokens: refused. What other readers pass over is named."""
+    write_tekken(SMALL_TEKKEN, str(tmp_path), "v15")
+    path = tmp_path / "tekken.json"
+    whole = json.loads(path.read_text())
+    for section in ("image", "model_settings_builder"):
+        path.write_text(json.dumps(whole | {section: whole[section] | {"overlap": 3}}))
+        with pytest.raises(UserError, match=f"{section}: overlap = 3 is not supported"):
+            load_tokenizer(str(tmp_path))
+    path.write_text(json.dumps(whole | {"multimodal": whole["image"]}))
+    with pytest.raises(UserError, match="both image and multimodal"):
+        load_tokenizer(str(tmp_path))
+    assert capsys.readouterr().err == ""
+    path.write_text(json.dumps(whole | {"config": whole["config"] | {"lowercase": True, "unk": None}}))
+    load_tokenizer(str(tmp_path))
+    assert capsys.readouterr().err == f"WARNING: {path}: lowercase = True is not known here and changes nothing\n"
+
+
+def test_a_byte_order_mark(tmp_path):
+    for version in ("v3", "v15"):
+        path = write_tekken(SMALL_TEKKEN, str(tmp_path), version)
+        valid = load_tokenizer(str(tmp_path))
+        with open(path, "rb") as file:
+            text = file.read()
+        with open(path, "wb") as file:
+            file.write(codecs.BOM_UTF8 + text)
+        assert load_tokenizer(str(tmp_path)).special == valid.special
+
+
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff\xfe{}", b"[" * 100_000])
 def test_files_that_are_not_json(text, tmp_path):
     (tmp_path / "tekken.json").write_bytes(text)
@@ -364,8 +437,9 @@ def test_tokenizer_of_other_images(tmp_path):
     raw = layout_config(text_fields(vocab_size=1564, vision_config=tower), "new")[1]
     load_tokenizer(str(tmp_path), parse_config(raw))
     wrong = [raw | dict(image_token_index=11), raw | dict(spatial_merge_size=1)]
-    wrong.append(raw | dict(vision_config=tower | dict(patch_size=16)))
-    for raw, name in zip(wrong, ("image_token_index = 10", "spatial_merge_size = 2", "image_patch_size = 14")):
+    wrong += [raw | dict(vision_config=tower | change) for change in (dict(patch_size=16), dict(image_size=1400))]
+    names = "image_token_index = 10", "spatial_merge_size = 2", "image_patch_size = 14", "max_image_size = 1540"
+    for raw, name in zip(wrong, names):
         with pytest.raises(UserError, match=f"do not belong together: {name}"):
             load_tokenizer(str(tmp_path), parse_config(raw))
 

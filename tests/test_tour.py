@@ -23,6 +23,7 @@ from model import MistralMedium
 from runtime import launch
 from runtime.checkpoint import Checkpoint, fill, hf_name
 from runtime.config import read_config
+from runtime.draft import read_draft
 from runtime.images import load_image, pixels
 from runtime.requests import Request
 from vision import build_model
@@ -79,7 +80,8 @@ def plain(data) -> dict:
     ids = torch.tensor([answer["prompt_tokens"] + answer["tokens"][:-1]])
     with torch.no_grad():
         features = model.vision([pixels(load_image(PICTURE), model.config.vision)])
-        states = model(model.embed(ids, features))
+        found["embeddings"] = model.embed(ids, features)
+        states = model(found["embeddings"].clone())
         found |= {"model": model, "ids": ids[0], "logits": model.logits(states)[0].double()}
     found["states"].append(states[0])
     return found
@@ -154,6 +156,30 @@ def test_probabilities_and_answers(data, plain):
         ordered = (row.log() / 0.7).softmax(0).sort(descending=True).values
         assert said["inside"] == int((ordered.cumsum(0) < 0.95).sum()) + 1
         assert sum(count for _, count in said["drawn"]) == 8
+
+
+def test_steps_of_several_tokens(data, plain):
+    """The guesses that stay and the model's own tokens make up the same answer; the first guess of each step is what
+    the head says in one pass without a cache."""
+    model, start = plain["model"], len(data["answers"][0]["prompt_tokens"])
+    with torch.no_grad():
+        states = read_draft(os.path.join(TINY, "draft"), model).predict(
+            plain["embeddings"][:, 1:], model.norm(plain["states"][-1])[None, :-1]
+        )
+        first = [None, *model.lm_head(states[0]).argmax(-1).tolist()]  # the guess after each token
+    for i, answer in enumerate(data["answers"]):
+        tokens, steps = answer["drafted"]["tokens"], answer["drafted"]["steps"]
+        assert tokens == answer["tokens"]
+        end = 1
+        for guessed, said in steps:
+            assert i or guessed[0] == first[start + end - 1]
+            right = next((n for n in range(3) if guessed[n] != said[n]), 3)
+            assert len(guessed) == 3 and len(said) == right + 1
+            taken = said[: len(tokens) - end]
+            assert taken == tokens[end : end + len(said)] != []
+            assert {*map(str, guessed + said)} <= {*data["tokens"]}
+            end += len(taken)
+        assert end == len(tokens) and (i or end > 3 * len(steps))
 
 
 def test_a_layer_opened(data, plain):
@@ -341,7 +367,7 @@ def test_text_only(tmp_path, ckpt):
     ]
     drawn = Counter(found.tokens[0] for found in engine.generate(requests))
     assert dict(answer["said"][0]["drawn"]) == dict(drawn) and len(drawn) > 3
-    assert len(answer["tokens"]) == 3 and len(data["positions"]["far"]) == 9
+    assert len(answer["tokens"]) == 3 and answer["drafted"] is None and len(data["positions"]["far"]) == 9
 
 
 def test_raw_where_there_is_no_chat(tmp_path):
@@ -352,7 +378,9 @@ def test_raw_where_there_is_no_chat(tmp_path):
         text = (folder / name).read_text(encoding="utf-8").replace('"[INST]"', '"[INTS]"')
         (folder / name).write_text(text, encoding="utf-8")
     (tmp_path / "out").mkdir()
-    _, data = tour_of(tmp_path / "out" / "page.html", "--ckpt", folder, "--prompt", "the blue", "--max-new-tokens", "2")
+    options = "--ckpt", folder, "--draft", folder / "draft", "--max-new-tokens", "2"
+    _, data = tour_of(tmp_path / "out" / "page.html", *options, "--prompt", "the blue")
+    assert len(data["answers"][0]["drafted"]["steps"]) == 1
     assert data["raw"] and data["answers"][0]["prompt_tokens"][0] == 1 and len(data["answers"][0]["prompt_tokens"]) < 6
 
 
@@ -375,6 +403,9 @@ def test_mistakes(monkeypatch, capsys, tmp_path, ckpt):
         (["--ckpt", tmp_path], "no model*.safetensors"),
         (["--ckpt", ckpt, "--image", PICTURE], "leave out --image"),
         (["--out", tmp_path / "none" / "page.html"], "cannot be written"),
+        (["--draft", tmp_path / "none"], "no such directory"),
+        (["--draft", TINY], "EAGLE head"),
+        (["--ckpt", ckpt, "--draft", os.path.join(TINY, "draft")], "another model's"),
         (["--max-new-tokens", "0"], "from 1"),
         (["--nonsense"], "--nonsense"),
     ):

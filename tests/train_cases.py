@@ -98,7 +98,8 @@ def trained(out) -> list[tuple]:
 def trainer(case: tuple[str, str], out, **options) -> train.Trainer:
     """A run in this process, to be taken step by step."""
     args, place = train.parse_args(arguments(*case, out, **options)), train.find_place(1, 1)
-    return train.Trainer(args, place, train.RunFolder(args, place))
+    kind = train.DraftTrainer if args.draft_layers else train.Trainer
+    return kind(args, place, train.RunFolder(args, place))
 
 
 def run_to_its_end(run: train.Trainer) -> None:
