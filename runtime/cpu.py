@@ -5,13 +5,14 @@ measures what each of them gains.
 
 | trick | plain formula |
 |---|---|
-| `Product`: BF16 products in float32, or in the layout that the kernels read | `F.linear(x, W)` |
+| `Product`: BF16 products in float32, or in the layout that the kernels read; float32 by oneDNN | `F.linear(x, W)` |
 | `attend_in_two`: a later chunk of a prompt, without computing what a mask would hide | `model.attend` |
 | `attend_by_products`: short samples in training, without the fused kernel's backward pass | `model.attend` |
 | `Steps`: a decoding step started by C++ instead of Python | `MistralMedium.forward` |
 """
 
 import functools
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -36,7 +37,7 @@ def speed_up(model: MistralMedium, inference: bool = True) -> None:
     if model.place.device.type != "cpu":
         return
     model.attention = attend_fast
-    if model.dtype != torch.bfloat16:
+    if model.dtype != torch.bfloat16 and (inference or not beats_mkl()):
         return
     for name, module in model.named_modules():
         if isinstance(module, VisionAttention):
@@ -67,9 +68,19 @@ def multiplies_bf16() -> bool:
     return has_matrix_units() or (knows_bf16() and torch.cpu._is_avx512_bf16_supported())
 
 
+@functools.cache
+def beats_mkl() -> bool:
+    """Whether oneDNN multiplies float32 faster than MKL, which leaves AVX-512 unused unless the CPU is Intel's."""
+    vendor = "/proc/cpuinfo"
+    if not (os.path.exists(vendor) and torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_supported()):
+        return False
+    with open(vendor, encoding="ascii", errors="replace") as file:
+        return "AuthenticAMD" in file.read(4096)
+
+
 class Product:
-    """`F.linear(x, W)` of one linear in BF16, the fastest way for each number of rows: many, on a CPU that can't
-    multiply BF16, in float32; and few, decoding, with the weight in the layout of the kernels, once `pack` was called.
+    """`F.linear(x, W)` of one linear, the fastest way for each number of rows: many, on a CPU that can't multiply BF16,
+    in float32; and few, decoding, with the weight in the layout of the kernels, once `pack` was called.
     """
 
     def __init__(self, linear: Linear):
@@ -84,6 +95,8 @@ class Product:
         if self.packed is not None:
             return self.packed(x)
         rows = x.numel() // x.shape[-1]
+        if x.dtype == torch.float32:
+            return OneDNNMatmul.apply(x, self.weight) if rows >= FLOAT32_ROWS else F.linear(x, self.weight)
         if has_matrix_units() and 0 < rows < FLOAT32_ROWS:
             return with_weight_on_the_left(x, self.weight)
         many = rows >= (FLOAT32_ROWS if knows_bf16() else FLOAT32_ROWS_AVX2)
@@ -126,6 +139,26 @@ class Float32Matmul(torch.autograd.Function):
         return grad_x, (flat.t() @ wide).to(weight.dtype) if for_weight else None
 
 
+class OneDNNMatmul(torch.autograd.Function):
+    """`F.linear(x, weight)` and its gradients in float32, by oneDNN instead of MKL."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return onednn(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, weight), (for_x, for_weight) = ctx.saved_tensors, ctx.needs_input_grad
+        flat, rows = grad.flatten(0, -2), x.flatten(0, -2)
+        return onednn(grad, weight.t()) if for_x else None, onednn(flat.t(), rows.t()) if for_weight else None
+
+
+def onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x W^T by oneDNN; `weight` may be in its own layout."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
 def pack(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """A function (..., in) -> (..., out) that has `weight` (out, in) in the layout its kernels read; None: no use."""
     if knows_bf16():
@@ -151,7 +184,7 @@ class OneDNNWeight(torch.nn.Module):
             return product_in_script()(x, self.weight)
         if x.numel() >= FLOAT32_ROWS * x.shape[-1] and not multiplies_bf16():
             return Float32Matmul.apply(x, self.weight.to_dense())
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        return onednn(x, self.weight)
 
 
 @functools.cache
