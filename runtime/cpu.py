@@ -145,7 +145,8 @@ class OneDNNMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
-        return onednn(x, weight)
+        y = onednn(x.flatten(0, -2), weight)
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight)))  # no view: the heads are turned in place
 
     @staticmethod
     def backward(ctx, grad):
