@@ -186,7 +186,7 @@ class Engine:
     In its turn a group gives the places of rows that ended to requests that wait (continuous batching): their prompts
     go through the model, the other rows get a token each, and all these tokens are posted together. Between calls the
     caches stay. A new row begins with the longest beginning that its prompt shares with some row (prefix caching): a
-    chat's next turn computes only what is new.
+    chat's next turn computes only what is new. With a `draft` a step brings several tokens, see `runtime/draft.py`.
 
     Shapes: B rows of a group, T tokens of each that go through the model together, C hidden_size, V / tp logits per
     rank.

@@ -77,7 +77,7 @@ class Terminal:
 
 def record() -> str:
     """The session as text, without colours and the terminal's other signs."""
-    arguments = ("--image", PICTURE, "--temperature", "0")
+    arguments = ("--image", PICTURE, "--draft", "examples/tiny/draft", "--temperature", "0")
     with tempfile.TemporaryDirectory() as home:
         terminal = Terminal("generate.py", *arguments, home=home)
         for line in LINES:

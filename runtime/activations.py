@@ -152,21 +152,29 @@ def image_numbers(
     )
 
 
-def loss(config: Config, place: Place, tokens: int, trained: bool, size: int) -> int:
+def loss(config: Config, place: Place, tokens: int, trained: bool, size: int, draft: bool) -> int:
     """Of the last stage: hidden states, those that have targets, their norm; and logits, in the run dtype and in
     float32, which become probabilities and gradients in place (a padded head copies these); or the gradients of the
-    norm and, where it is trained, of the head.
+    norm and, where it is trained, of the head. Of a draft: two states in float32, between which there is a distance,
+    two distributions, their product, and where one of them is 0.
     """
     C, V = config.hidden_size, -(-config.vocab_size // place.tp_size)
     padded = (place.tp_rank + 1) * V > config.vocab_size
-    logits = tokens * V * (2 * FP32 if padded else FP32 + size) // size
-    return (3 + place.first_stage) * tokens * C + max(logits, V * (tokens + trained * C))
+    logits = tokens * V * (3 * FP32 + 1 if draft else 2 * FP32 if padded else FP32 + size) // size
+    states = 3 + place.first_stage + draft * 2 * FP32 // size
+    return states * tokens * C + max(logits, V * (tokens + trained * C))
 
 
 def training_bytes(
-    config: Config, place: Place, args: argparse.Namespace, freeze: tuple[str, ...], fp8: bool, size: int
+    config: Config,
+    place: Place,
+    args: argparse.Namespace,
+    freeze: tuple[str, ...],
+    fp8: bool,
+    size: int,
+    draft: bool = False,
 ) -> int:
-    """The most bytes of activations during a step's passes, on the rank at `place`.
+    """The most bytes of activations during a step's passes, on the rank at `place`. `draft`: of a head's layers.
 
     A stage keeps of each micro-batch of (B, T) tokens, for as many of them as 1F1B begins before it ends one, what its
     layers keep (if these are computed again only their inputs), rotary tables, and what tower and projector keep. On
@@ -193,7 +201,7 @@ def training_bytes(
         again + layer.backward(N, n, trained or fp8, rank, fp8) + last * view,
         # The residual, an output, that in parts where tokens are split, and on the first stage features
         (not recomputed) * (own + (1 + split + first) * states + (not trained) * 3 * N * layer.F),
-        last * loss(config, place, N, trained, size),
+        last * loss(config, place, N, trained and not draft, size, draft),
         own - decoder + max(images, embedding * (3 * states + layer.C * config.vocab_size // place.tp_size)),
     )
     return int(ROUNDING * size * (held + max(working) + own * ((not first) + (not last))))
@@ -205,12 +213,12 @@ def head_training_bytes(
     """The same where a draft's `head` learns beside the model, which is frozen and keeps nothing.
 
     Embeddings and states of all tokens, 2 C, are there throughout. Then come a layer's forward pass, or the images; or
-    what training a model of the head's layers takes, with the logits of the other distribution.
+    both once more, side by side, and what training the head's layers takes.
     """
-    N, C, V = math.prod(batch_shape(args, place)), config.hidden_size, -(-config.vocab_size // place.tp_size)
+    N, C = math.prod(batch_shape(args, place)), config.hidden_size
     forward = decoder_layer(config, place).forward(N, size, fp8, False)
     images = size * image_numbers(config, place, N)[1]
-    learning = training_bytes(head, place, args, (), False, size) + N * V * (FP32 + size)
+    learning = 2 * size * N * C + training_bytes(head, place, args, ("embeddings",), False, size, draft=True)
     return int(ROUNDING * (2 * size * N * C + max(forward, images, learning)))
 
 

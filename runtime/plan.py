@@ -164,23 +164,17 @@ def plan_rank(
         counts["padding"] += count * (tensor.size - inside_of(tensor))
     stage = StagePlan(place.pp_rank, [layers[0], layers[-1]], sum(counts.values()), weights)
     stage.reads = stored_bytes(held, config.fp8)
+    head = add_head(stage, config, args, model, keep_fp8 and args.inference) if args.draft_layers else None
     if args.inference:
         stage.cache_bytes = len(layers) * model.new_cache(1, args.max_context).nbytes
+        stage.cache_bytes += head.new_cache(1, args.max_context).nbytes if head else 0
         products = keep_fp8 and GPUS[args.gpu].fp8 > 0
         stage.activation_bytes = prompt_bytes(config, place, args.max_context, keep_fp8, products, dtype.itemsize)
-        if args.draft_layers:
-            head = add_head(stage, config, args, model, keep_fp8)
-            stage.cache_bytes += head.new_cache(1, args.max_context).nbytes
-    elif args.draft_layers:
-        head = add_head(stage, config, args, model, False)
+    elif head:
         passes = head_training_bytes(config, head.config, place, args, keep_fp8, dtype.itemsize)
         plan_training(stage, passes, [(tensor, 1) for tensor in held_tensors(head)])
     else:
-        freeze = tuple(FREEZABLE if args.lora_rank else args.freeze)
-        passes = training_bytes(config, place, args, freeze, keep_fp8, dtype.itemsize)
-        plan_training(stage, passes, [(t, n) for t, n in held if ".adapter." in t.name or is_trained(t.name, freeze)])
-        owned = [(tensor, count) for tensor, count in held if tensor.owner]
-        stage.exports = stored_bytes(owned, getattr(args, "export", "") == "fp8")
+        plan_model_training(stage, config, place, args, held, keep_fp8, dtype.itemsize)
     return stage, counts
 
 
@@ -190,6 +184,17 @@ def add_head(stage: StagePlan, config: Config, args: argparse.Namespace, model: 
     stage.parameters += sum(parameter.numel() for parameter in head.parameters())
     stage.weight_bytes += weight_bytes(head)
     return head
+
+
+def plan_model_training(
+    stage: StagePlan, config: Config, place: Place, args: argparse.Namespace, held: list, keep_fp8: bool, size: int
+) -> None:
+    """Adds to `stage` what training the model takes, or adapters in it. `held`: tensors, and how many of each."""
+    freeze = tuple(FREEZABLE if args.lora_rank else args.freeze)
+    passes = training_bytes(config, place, args, freeze, keep_fp8, size)
+    plan_training(stage, passes, [(t, n) for t, n in held if ".adapter." in t.name or is_trained(t.name, freeze)])
+    owned = [(tensor, count) for tensor, count in held if tensor.owner]
+    stage.exports = stored_bytes(owned, getattr(args, "export", "") == "fp8")
 
 
 def plan_training(stage: StagePlan, passes: int, trained: list[tuple[Held, int]]) -> None:

@@ -393,7 +393,7 @@ def load_state(path: str, optimizer: Optimizer, settings: dict, data: str) -> in
     pictures, options = settings.pop("pictures"), settings.pop("options")
     with reading(index, "index", advice):
         metadata = read_json(index)["metadata"]
-        found = {name: metadata[name] for name in settings}
+        found = {name: metadata.get(name) for name in settings}  # a state from before there were heads has no word
         require(metadata["options"].keys() == options.keys(), "its options are others than those of this program")
         learned = metadata["pictures"].items()
         others = [line for line, digest in learned if digest != MENDED and pictures.get(line) != digest]

@@ -114,7 +114,7 @@ def training_step(
     fp8: bool = True,
 ):
     """A step of the published recipe with the options `more` besides; `tp` and `pp` in place of its own. `instead`: all
-    options, in place of the recipe's. `sizes`: see `real_config`. `fp8`: what LoRA starts from.
+    options, in place of the recipe's. `sizes`: see `real_config`. `fp8`: what LoRA or a draft's head starts from.
 
     Every sample has --max-length tokens, all of them targets. With `images` all of them are of one image each.
     """
@@ -126,7 +126,7 @@ def training_step(
     train.check_memory = lambda *arguments: None  # `plan.py` has its own tests
     with world(rank, args.tp, args.pp) as place, watch:
         place = replace(place, sequence_parallel=args.sequence_parallel)
-        trainer = make_trainer(args, place, config, fp8 and bool(args.lora_rank))
+        trainer = make_trainer(args, place, config, fp8 and bool(args.lora_rank or args.draft_layers))
         shape = args.micro_batch_size, args.max_length
         batches = [micro_batch(i, shape, config, images and place.first_stage) for i in range(micro_batches)]
         watch.forget()
@@ -137,13 +137,15 @@ def training_step(
 
 def make_trainer(args, place: Place, config: Config, fp8: bool) -> train.Trainer:
     """A Trainer but for its files: chats, tokenizer, states."""
-    trainer = train.Trainer.__new__(train.Trainer)
+    kind = train.DraftTrainer if args.draft_layers else train.Trainer
+    trainer = kind.__new__(kind)
     trainer.args, trainer.place, trainer.config = args, place, config
     trainer.checkpoint = Shelf(build_model(config), fp8)
     trainer.total = 10
     trainer.model = trainer.build_model()
+    trainer.learner = trainer.build_learner()
     decoupled = args.optimizer == "adamw"
-    trainer.optimizer = Optimizer(trainer.model, args.betas, args.eps, args.weight_decay, decoupled)
+    trainer.optimizer = Optimizer(trainer.learner, args.betas, args.eps, args.weight_decay, decoupled)
     trained = bool(trainer.optimizer.buckets)
     trainer.pipeline = Pipeline(place, trainer.forward, config.hidden_size, trainer.model.dtype, trained)
     return trainer

@@ -260,7 +260,8 @@ def kind_run(folder: str) -> Kind:
     out = f"{folder}/out"
     os.makedirs(f"{out}/model")
     run.start_metrics(out, 0)
-    options = dict.fromkeys(("ckpt", "init", "tokenizer", "data", "val")) | {"out": out, "resume": True}
+    options = dict.fromkeys(("ckpt", "init", "tokenizer", "data", "val", "draft_layers"))
+    options |= {"out": out, "resume": True}
 
     def read() -> None:
         with run.RunFolder(argparse.Namespace(**options), Place()):

@@ -13,6 +13,7 @@ from train_cases import arguments, make_chats, metrics, run_to_its_end, train_on
 
 import fp8
 import train
+from generate import TINY
 from runtime.checkpoint import is_quantized
 from runtime.config import parse_config, read_config
 from runtime.data import micro_batches
@@ -244,6 +245,17 @@ def test_generating_with_it(name, cases, program, tmp_path):
     (plain,) = answers(program(*common))
     (drafted,) = answers(program(*common, "--draft", tmp_path / "draft"))
     assert drafted["tokens"] == plain["tokens"] and drafted["stats"]["tokens_per_step"] >= 1
+
+
+@pytest.mark.skipif(not os.path.isdir(TINY), reason="the repository holds no checkpoint yet")
+def test_the_small_model_has_one(program):
+    """A head of at most 2 MB, with which a step brings at least 2.5 tokens of an answer with thoughts."""
+    draft = os.path.join(TINY, "draft")
+    assert sum(os.path.getsize(os.path.join(draft, file)) for file in os.listdir(draft)) <= 2_000_000
+    question = ("--image", os.path.join(TINY, "picture.png"), "--reasoning-effort", "high", "--temperature", 0)
+    question += ("--json", "How many circles are there, plus two?")
+    (plain,), (drafted,) = answers(program(*question)), answers(program(*question, "--draft", draft))
+    assert drafted["tokens"] == plain["tokens"] and drafted["stats"]["tokens_per_step"] >= 2.5
 
 
 @pytest.mark.parametrize(

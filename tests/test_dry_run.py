@@ -88,7 +88,8 @@ def training_syncs(micro_batches: int) -> dict[tuple[str, str], int]:
     return {
         # Per micro-batch: what the data says goes to the GPU. The GPU has the backward pass of the micro-batch before
         # still in its queue, hence does not run dry.
-        ("copy to the GPU", "train.py forward"): micro_batches,  # token ids, or where the targets are
+        ("copy to the GPU", "train.py embed"): micro_batches,  # token ids
+        ("copy to the GPU", "train.py targets"): micro_batches,  # where they are, and which
         ("copy to the GPU", "vision.py forward"): micro_batches,  # pixels
         # Per step: nobody may go on before it is known that no gradient is NaN, and how long they are together.
         ("item", "train.py step"): 1,
@@ -125,6 +126,14 @@ def test_lora_on_fp8(dry):
     # Five a layer: two forward, two forward again less one that is not needed, two backward. The embedding's, three of
     # the loss; loss and norm, memory and signals; and one for all shares of the adapters' gradients.
     assert report["collectives"]["allreduce_"] == 2 * 5 + 1 + 2 + 2 + 1
+
+
+def test_a_draft_learns(dry):
+    """TP=4: a head of two layers beside two of the model, frozen in FP8."""
+    options = ["--tp", "4", "--draft-layers", "2", "--activation-checkpointing"]
+    report = dry("training_step", rank=1, micro_batches=2, layers=2, images=True, instead=options)
+    check(report, 790, training_syncs(2))
+    assert set(report["attention"]) == {"flash"} and report["masks"] == []
 
 
 @pytest.mark.slow

@@ -216,6 +216,16 @@ def test_links_are_not_followed(seed, text, tmp_path, ended):
     assert not [path for path in out.rglob("*") if path.is_symlink() and path.name != "adapters"]
 
 
+def test_a_state_from_before_there_were_heads(out, text, capsys):
+    shutil.rmtree(out / "model")
+    path = out / "checkpoints" / "step-3" / INDEX
+    index = json.loads(path.read_text())
+    assert index["metadata"].pop("draft_layers", 0) is None
+    path.write_text(json.dumps(index))
+    train.main(arguments(*text, out, resume=True, **{**SHORT, "max_steps": 4}))
+    assert "resumed after step 3" in capsys.readouterr().err
+
+
 def test_states_behind_a_link(out, text, tmp_path):
     (out / "checkpoints").rename(tmp_path / "behind")
     (out / "checkpoints").symlink_to(tmp_path / "behind")

@@ -78,12 +78,14 @@ def test_the_recipe(dry, rank, layers, micro_batches, more):
         (0, 2, ["--tp", "8", "--freeze", "vision_tower"]),
         (0, 4, ["--tp", "8", "--pp", "2", "--freeze", "vision_tower", "projector", "embeddings"]),
         (8, 8, ["--tp", "8", "--pp", "4"]),
+        (1, 3, ["--tp", "4", "--draft-layers", "2"]),
+        (1, 3, ["--tp", "4", "--draft-layers", "2", "--activation-checkpointing"]),
     ],
 )
 def test_other_fine_tuning(dry, rank, layers, options):
-    """Adapters beside weights in FP8 and in BF16, and all weights without checkpointing."""
+    """Adapters, or a draft's head, beside weights in FP8 and in BF16, and all weights without checkpointing."""
     options = [*options, "--global-batch-size", "3"]
-    for fp8 in [False, True] if "--lora-rank" in options else [False]:
+    for fp8 in [False, True] if {"--lora-rank", "--draft-layers"} & set(options) else [False]:
         report = dry("training_step", rank=rank, micro_batches=3, layers=layers, images=True, instead=options, fp8=fp8)
         check(planned(options, rank, real_config(layers), fp8), report["peak"] - report["before"], report["peak_at"])
 
