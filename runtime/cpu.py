@@ -40,7 +40,7 @@ def speed_up(model: MistralMedium, inference: bool = True) -> None:
     if model.dtype != torch.bfloat16 and (inference or not beats_mkl()):
         return
     for name, module in model.named_modules():
-        if isinstance(module, VisionAttention):
+        if isinstance(module, VisionAttention) and model.dtype == torch.bfloat16:
             module.attention = functools.partial(attend_fast, causal=False)
         elif isinstance(module, Linear) and module.weight_scale is None and ".adapter" not in name:
             module.multiply = Product(module)
