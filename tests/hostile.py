@@ -372,7 +372,7 @@ def kind_folder(folder: str) -> Kind:
     make_checkpoint(ckpt, TEXT)
     model = load(ckpt)
     adam = optimizer.Optimizer(model, (0.9, 0.99), 1e-8, 0.0, False)
-    options = dict.fromkeys(("init", "tokenizer", "data", "val", "save_every", "lora_rank"))
+    options = dict.fromkeys(("init", "tokenizer", "data", "val", "save_every", "lora_rank", "draft_layers"))
     options |= dict(ckpt=ckpt, out=out, resume=True, keep=2, max_steps=4, export="bfloat16", data="chats.jsonl")
     settings = {"seed": 1, "data": "0123", "weights": "4567", "pictures": {}, "options": {}}
     line = dict(loss=2.5, grad_norm=1.0, lr=1e-5, target_tokens=9, tokens_per_s=3.0, step_s=1.0)
