@@ -49,7 +49,7 @@ def check(found: dict[str, list[tuple]], expected: list[tuple]) -> int:
     return len(expected)
 
 
-@pytest.mark.parametrize("seed, count", [(1, 3), (2, 1), (3, 5)])
+@pytest.mark.parametrize("seed, count", [(1, 3), pytest.param(2, 1, marks=pytest.mark.slow), (3, 5)])
 def test_the_same_answers(ckpt, draft, seed, count):
     """Chats that go on, are taken back and share beginnings, with pictures; batches of 1 to 16, refilled; stops."""
     found = play_with_all(ckpt, draft, seed, 5, count)
@@ -173,7 +173,7 @@ class Watched(Eagle):
         return guesses
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))])
 def test_what_the_head_guesses(ckpt, draft, seed):
     """Through chunks, kept beginnings, moved rows and rejected tokens: what it would guess from the whole text."""
     model = load(ckpt)
