@@ -13,7 +13,8 @@ one that the model would not have chosen; there, its own token stands instead. W
 **Exactly.** Leviathan et al. (arXiv:2211.17192) accept a guess at random, so that the distribution stays the same. Here
 the tokens themselves do. The noise of a sample is a pure function of seed, position and token (`parallel.gumbel`), so
 what the model draws at a position depends on its logits there and on nothing else: a guess is right if it is that very
-token. The head draws with the same noise, and so guesses right more often than one that has dice of its own.
+token. The head draws with the same noise, and so guesses right more often than one that has dice of its own. Only
+rounding can part the two: BF16 sums of four rows may be rounded otherwise than those of one, as in any batch.
 
 **The head** is that of EAGLE (arXiv:2401.15077), published with this model. It does not guess from tokens alone, but
 from the model's own last state, which knows more than the token that was drawn from it. With e(t) the embedding of
