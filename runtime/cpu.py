@@ -12,6 +12,7 @@ measures what each of them gains.
 """
 
 import functools
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -29,6 +30,7 @@ FLOAT32_ROWS_AVX2 = 8  # one that has no BF16 instructions at all, this many
 Tensors = list[torch.Tensor]
 CACHED = 1 << 18  # elements of a weight converted to float32 at a time, so that they stay in cache
 SHORT = {torch.bfloat16: 256, torch.float32: 128}  # tokens of a sample whose attention in training is two products
+KERNELS = "64"  # that oneDNN keeps: more than the shapes of a training step
 
 
 def speed_up(model: MistralMedium, inference: bool = True) -> None:
@@ -38,6 +40,10 @@ def speed_up(model: MistralMedium, inference: bool = True) -> None:
     model.attention = attend_fast
     if model.dtype != torch.bfloat16:
         return
+    # oneDNN makes kernels for every number of rows, 0.6 MB each, and keeps 1,024 of them, twice: a gigabyte, after
+    # batches and prompts of many lengths. It reads these limits when it multiplies for the first time.
+    for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, KERNELS)
     for name, module in model.named_modules():
         if isinstance(module, VisionAttention):
             module.attention = functools.partial(attend_fast, causal=False)

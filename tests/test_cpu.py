@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Letters, later_chunk, random_state, random_tokens, text_fields, write_checkpoint
+from helpers import Letters, later_chunk, load, random_state, random_tokens, text_fields, write_checkpoint
+from processes import run_ranks
 from request_cases import drawn_requests
 
 from generate import Engine
@@ -56,6 +57,33 @@ def test_what_fp16_cannot_hold(largest, monkeypatch):
 
 
 @pytest.mark.parametrize("units", ["matrix", "rows", "none"])
+def grown_over_lengths(folder: str, training: bool) -> float:
+    """By how many MB this process grew while the model read prompts, or batches, of 120 more lengths."""
+    model, draw = load(folder, torch.bfloat16, fast=True).requires_grad_(training), random.Random(0)
+
+    def read(lengths: list[int]) -> float:
+        for length in lengths:
+            hidden = model(model.embed(torch.randint(0, 99, (2, length))))
+            if training:
+                hidden.float().square().mean().backward()
+                model.zero_grad()
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * 4096 / 1e6
+
+    lengths = draw.sample(range(100, 600), 160)
+    with torch.set_grad_enabled(training):
+        return -read([599, *lengths[:40]]) + read(lengths[40:])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_memory_over_many_lengths(training, tmp_path):
+    """What a CPU's kernels keep for every length is bounded: with oneDNN's own limits, 1,024 kernels twice."""
+    fields = text_fields(hidden_size=384, intermediate_size=1152, num_hidden_layers=1, vocab_size=99)
+    write_checkpoint(tmp_path, fields, random_state(fields))
+    (grown,) = run_ranks(grown_over_lengths, 1, str(tmp_path), training)
+    assert grown < 150, grown
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_products_and_gradients(seed, units, monkeypatch):
     """As CPUs with matrix units, BF16 instructions or neither multiply, on any CPU: no rows to many; and gradients."""
