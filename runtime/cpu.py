@@ -5,7 +5,7 @@ measures what each of them gains.
 
 | trick | plain formula |
 |---|---|
-| `Product`: BF16 products in float32, or in the layout that the kernels read | `F.linear(x, W)` |
+| `Product`: BF16 products in float32, or in the layout that the kernels read; float32 by oneDNN | `F.linear(x, W)` |
 | `attend_in_two`: a later chunk of a prompt, without computing what a mask would hide | `model.attend` |
 | `attend_by_products`: short samples in training, without the fused kernel's backward pass | `model.attend` |
 | `Steps`: a decoding step started by C++ instead of Python | `MistralMedium.forward` |
@@ -38,14 +38,14 @@ def speed_up(model: MistralMedium, inference: bool = True) -> None:
     if model.place.device.type != "cpu":
         return
     model.attention = attend_fast
-    if model.dtype != torch.bfloat16:
+    if model.dtype != torch.bfloat16 and (inference or not beats_mkl()):
         return
     # oneDNN makes kernels for every number of rows, 0.6 MB each, and keeps 1,024 of them, twice: a gigabyte, after
     # batches and prompts of many lengths. It reads these limits when it multiplies for the first time.
     for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(cache, KERNELS)
     for name, module in model.named_modules():
-        if isinstance(module, VisionAttention):
+        if isinstance(module, VisionAttention) and model.dtype == torch.bfloat16:
             module.attention = functools.partial(attend_fast, causal=False)
         elif isinstance(module, Linear) and module.weight_scale is None and ".adapter" not in name:
             module.multiply = Product(module)
@@ -73,6 +73,16 @@ def multiplies_bf16() -> bool:
     return has_matrix_units() or (knows_bf16() and torch.cpu._is_avx512_bf16_supported())
 
 
+@functools.cache
+def beats_mkl() -> bool:
+    """Whether oneDNN multiplies float32 faster than MKL, which leaves AVX-512 unused unless the CPU is Intel's."""
+    vendor = "/proc/cpuinfo"
+    if not (os.path.exists(vendor) and torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_supported()):
+        return False
+    with open(vendor, encoding="ascii", errors="replace") as file:
+        return "AuthenticAMD" in file.read(4096)
+
+
 class Product:
     """`F.linear(x, W)` of one linear, the fastest way for each number of rows: many, on a CPU that can't multiply BF16,
     in float32; and few, decoding, with the weight in the layout of the kernels, once `pack` was called.
@@ -90,6 +100,8 @@ class Product:
         if self.packed is not None:
             return self.packed(x)
         rows = x.numel() // x.shape[-1]
+        if x.dtype == torch.float32:
+            return OneDNNMatmul.apply(x, self.weight) if rows >= FLOAT32_ROWS else F.linear(x, self.weight)
         if has_matrix_units() and 0 < rows < FLOAT32_ROWS:
             return with_weight_on_the_left(x, self.weight)
         many = rows >= (FLOAT32_ROWS if knows_bf16() else FLOAT32_ROWS_AVX2)
@@ -130,6 +142,22 @@ class Float32Matmul(torch.autograd.Function):
         grad_x = (grad @ weight.float()).to(x.dtype) if for_x else None
         flat, wide = grad.flatten(0, -2), x.float().flatten(0, -2)
         return grad_x, (flat.t() @ wide).to(weight.dtype) if for_weight else None
+
+
+class OneDNNMatmul(torch.autograd.Function):
+    """`F.linear(x, weight)` and its gradients in float32, by oneDNN instead of MKL."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        y = onednn(x.flatten(0, -2), weight)
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight)))  # no view: the heads are turned in place
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, weight), (for_x, for_weight) = ctx.saved_tensors, ctx.needs_input_grad
+        flat, rows = grad.flatten(0, -2), x.flatten(0, -2)
+        return onednn(grad, weight.t()) if for_x else None, onednn(flat.t(), rows.t()) if for_weight else None
 
 
 def onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

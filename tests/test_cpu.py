@@ -111,6 +111,29 @@ def test_products_and_gradients(seed, units, monkeypatch):
         torch.testing.assert_close(mine.double(), theirs, rtol=0.03, atol=0.03 * max(1, float(theirs.norm()) / 5))
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_float32_by_onednn(seed):
+    """Products and gradients against float64, for any shape; of a weight or an input that wants none, none."""
+    draw = random.Random(seed)
+    shape = draw.choice([(draw.randint(64, 99),), (draw.randint(1, 3), draw.randint(64, 99))])
+    wants_x, wants_weight = draw.choice([(True, True), (True, False), (False, True)])
+    torch.manual_seed(seed)
+    columns = draw.randint(1, 90)
+    x, weight = torch.randn(*shape, columns, requires_grad=wants_x), torch.randn(draw.randint(1, 90), columns)
+    linear = Linear([Part(Slice.of(weight.shape, 0, 0, 1))], torch.float32)
+    linear.weight = torch.nn.Parameter(weight, requires_grad=wants_weight)
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    found, wanted = cpu.Product(linear)(x).mul_(2), 2 * F.linear(*exact)  # as heads are turned in place
+    for y in (found, wanted):
+        y.square().sum().backward()
+    pairs = (found, wanted), (x.grad, exact[0].grad), (linear.weight.grad, exact[1].grad)
+    assert [mine is not None for mine, _ in pairs] == [True, wants_x, wants_weight]
+    for mine, theirs in pairs:
+        if mine is not None:
+            assert mine.dtype == torch.float32
+            torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-5 * float(theirs.detach().abs().max()))
+
+
 @pytest.mark.parametrize("seed", range(16))
 def test_attention_of_training(seed, monkeypatch):
     """Two products, short samples: outputs and gradients against float64, of text and (KV = H, no mask) of patches."""
