@@ -56,10 +56,10 @@ def test_what_fp16_cannot_hold(largest, monkeypatch):
     assert cpu.pack(weight * (largest / weight.abs().max())) is None
 
 
-@pytest.mark.parametrize("units", ["matrix", "rows", "none"])
-def grown_over_lengths(folder: str, training: bool) -> float:
+def grown_over_lengths(folder: str, dtype: torch.dtype, training: bool) -> float:
     """By how many MB this process grew while the model read prompts, or batches, of 120 more lengths."""
-    model, draw = load(folder, torch.bfloat16, fast=True).requires_grad_(training), random.Random(0)
+    model, draw = load(folder, dtype).requires_grad_(training), random.Random(0)
+    cpu.speed_up(model, inference=not training)
 
     def read(lengths: list[int]) -> float:
         for length in lengths:
@@ -75,15 +75,16 @@ def grown_over_lengths(folder: str, training: bool) -> float:
         return -read([599, *lengths[:40]]) + read(lengths[40:])
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_memory_over_many_lengths(training, tmp_path):
+@pytest.mark.parametrize("dtype, training", [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)])
+def test_memory_over_many_lengths(dtype, training, tmp_path):
     """What a CPU's kernels keep for every length is bounded: with oneDNN's own limits, 1,024 kernels twice."""
     fields = text_fields(hidden_size=384, intermediate_size=1152, num_hidden_layers=1, vocab_size=99)
     write_checkpoint(tmp_path, fields, random_state(fields))
-    (grown,) = run_ranks(grown_over_lengths, 1, str(tmp_path), training)
+    (grown,) = run_ranks(grown_over_lengths, 1, str(tmp_path), dtype, training)
     assert grown < 150, grown
 
 
+@pytest.mark.parametrize("units", ["matrix", "rows", "none"])
 @pytest.mark.parametrize("seed", range(12))
 def test_products_and_gradients(seed, units, monkeypatch):
     """As CPUs with matrix units, BF16 instructions or neither multiply, on any CPU: no rows to many; and gradients."""
