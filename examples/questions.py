@@ -256,6 +256,17 @@ class Asker:
         answer = ", ".join(f"{self.place(thing)} {thing}" for thing in self.scene.things_by[1])
         return Question("everything", text, answer, "")
 
+    def in_any_order(self):
+        """Everything, in any order: having named a colour, a shape or a cell, the model has to find what it named.
+
+        In the order of places, a model would only ever look at the next one.
+        """
+        order, parts = self.say("shape", "colour", "cell"), []
+        for thing in self.rng.sample(self.things, len(self.things)):
+            words = {"shape": thing.shape, "colour": thing.colour, "cell": self.place(thing)}
+            parts.append(" ".join([words.pop(order), *words.values()]))
+        return Question("in any order", f"List all by {order}.", ", ".join(parts), "")
+
     def lesson(self):
         """A question about the only thing in a picture; mostly with one word for an answer.
 
@@ -266,9 +277,9 @@ class Asker:
         scene = self.scene
         if self.rng.random() < 0.2:
             return self.describe()
-        if self.things and self.rng.random() < 0.3:
+        if self.things and self.rng.random() < 0.15:
             return Question("lesson", self.say("What colour is it?", "Which colour is it?"), self.things[0].colour, "")
-        if self.things and scene.columns * scene.rows > 1 and self.rng.random() < 0.3:
+        if self.things and scene.columns * scene.rows > 1 and self.rng.random() < 0.5:
             return Question("lesson", "Which cell is it in?", self.place(self.things[0]), "")
         name = scene.digit or scene.word or self.things[0].shape
         return Question("lesson", self.say("What is it?", "What is this?", "Name it."), name, "")
@@ -384,7 +395,8 @@ SEVERAL = ("count_beside", "count_beside", "count_sum", "more", "text_sum")
 CALLS = ("set_light", "set_light_counted", "press_key", "move_shape")
 # For training: what a young model begins with, and what it learns last, which is asked more often. What is where is
 # seen soon; which of the things is meant by "the star", late.
-FIRST = ("colour", "shape", "exists", "count", "count", "read", "read", "extreme", "beside", "where", "cell", "further")
+FIRST = ("colour", "shape", "exists", "count", "count", "read", "read", "extreme", "beside", "where", "cell", "cell")
+FIRST += ("further", "which_side")
 OFTEN = (*["colour"] * 3, *["shape"] * 2, "exists", *["count"] * 2, *["where"] * 3, *["cell"] * 2, "further")
 OFTEN += (*["which_side"] * 3, *["side"] * 2, "beside", "read", *["absent"] * 3)
 

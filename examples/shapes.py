@@ -1,11 +1,10 @@
 """Pictures of shapes, questions about them, and everything else that the small checkpoint is trained and tested on.
 
-    python examples/shapes.py OUT --chats 128000 --seed 0
+    python examples/shapes.py OUT --chats 240000 --seed 0
 
 OUT then holds the chats that `train.py` reads, each set beside the folder of its pictures, with no picture in two sets:
 
     train.jsonl                 training chats, in the order in which they are to be read (see `training_chats`)
-    second.jsonl                more of them, as they are at the end, for a second part of the training
     val.jsonl, calibrate.jsonl, review.jsonl    the same, to validate, to calibrate, for fine-tunes
     NAME.jsonl                  held-out questions for `evaluate.py`, one a chat; it says what each NAME is
     pink_train.jsonl, pink.jsonl    a colour that occurs nowhere else, for a fine-tune
@@ -35,7 +34,7 @@ from PIL import Image
 from questions import CALLS, FIRST, NUMBERS, OFTEN, SEVERAL, SINGLE, TOOLS, Asker, Question, small_talk
 from tiny_tokenizer import write_tekken
 
-LESSONS = 0.03  # the share of training after which lessons are as varied as other pictures
+LESSONS = 0.015  # the share of training that has nothing but lessons
 EASY = 0.12  # and the one after which they are rare, and pictures have more than three shapes and other styles
 LATE = 0.5  # and the one after which lessons are rarer still
 
@@ -86,23 +85,24 @@ class Album:
 def training_chats(album: Album, count: int, rng: random.Random, start: float = 0.0) -> Iterator[dict]:
     """`count` chats, easy ones first; from the share `start` of training on, so 1 means as they are at its end.
 
-    A model that cannot see learns to see from lessons: pictures of one thing, many in a chat, at first with everything
-    in its place. Their share falls slowly, while pictures of two or three shapes come in, and then all the rest. Taught
-    everything at once the model would guess for long; taught one thing after the other it would forget.
+    A model that cannot see learns to see from lessons: pictures of one thing, many in a chat, that first fills the
+    picture and then is somewhere in it. Their share falls slowly, while pictures of two or three shapes come in, and
+    then all the rest. Taught everything at once the model would guess for long; taught one thing after the other it
+    would forget.
     """
     made = 0
     while made < count:
         done = start + (1 - start) * made / count
-        early, late = done < EASY, done >= LATE
-        lesson = rng.random() < max(0.02 if late else 0.05, 1 - done / EASY)
-        if lesson:
-            room = 1 + min(2, int(4 * done / EASY))  # the thing fills the picture, then it has to be found
-            scenes = [draw_one(rng, room) for _ in range(8)]
-            freedom = min(1.0, done / LESSONS)
+        early, late, learned = done < EASY, done >= LATE, done / LESSONS / 2
+        lesson = rng.random() < max(0.02 if late else 0.05, 1 - (done - LESSONS) / EASY)
+        if lesson or (early and rng.random() < 0.25):
+            room, freedom = 1 + min(2, int(3 * learned)), min(1.0, learned)
+            scenes = [draw_one(rng, room) if lesson else draw_scene(rng, 1, 3) for _ in range(8 if lesson else 4)]
             images = [album.add(render(scene, rng, freedom=freedom)) for scene in scenes]
+            askers = [Asker(scene, rng) for scene in scenes]
             if all(images):
                 made += 1
-                yield chat([Asker(scene, rng).lesson() for scene in scenes], images)
+                yield chat([asker.lesson() if lesson else asker.in_any_order() for asker in askers], images)
             continue
         shares = (54, 36, 0, 2) if early else (36, 46, 16, 2)
         what = rng.choices(("none", "high", "tools", "text"), shares)[0]
@@ -117,7 +117,10 @@ def training_chats(album: Album, count: int, rng: random.Random, start: float = 
             kinds = FIRST if early else SINGLE + OFTEN + (SEVERAL if rng.random() < 0.3 else ())
             questions = asker.draw(kinds, rng.randint(7, 10))
             if early or rng.random() < 0.4:
-                questions.insert(rng.choice((0, len(questions))), rng.choice((asker.describe, asker.everything))())
+                questions.insert(
+                    rng.choice((0, len(questions))),
+                    rng.choice((asker.describe, asker.everything, asker.in_any_order))(),
+                )
         elif what == "high":
             kinds = FIRST if early else SINGLE + OFTEN + SEVERAL * 4 + ("count_beside",) * 4
             questions, effort = asker.draw(kinds, rng.randint(2, 4)), "high"
@@ -236,7 +239,7 @@ def held_out(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", metavar="OUT")
-    parser.add_argument("--chats", type=int, default=128000, metavar="N", help="training chats")
+    parser.add_argument("--chats", type=int, default=240000, metavar="N", help="training chats")
     parser.add_argument("--review", type=int, default=1000, metavar="N", help="of review.jsonl, for fine-tunes")
     parser.add_argument("--held-out", type=int, default=1000, metavar="N", help="pictures a held-out set")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="chats a step, of about the same length")
@@ -277,7 +280,6 @@ def main() -> None:
         ("val", n // 2, 1.0),
         ("calibrate", n // 4, 1.0),
         ("train", args.chats, 0.0),
-        ("second", args.chats * 7 // 32, 1.0),
     ):
         chats = training_chats(Album(out, name, seen), count, rng(name), begin)
         write(out, name, in_even_batches(chats, args.batch, rng(f"{name} batches")))
