@@ -264,6 +264,10 @@ class Asker:
             parts.append(" ".join([words.pop(order), *words.values()]))
         return Question("in any order", f"List all by {order}.", ", ".join(parts), "")
 
+    def listed(self, ordered: bool = False):
+        lists = (self.everything, self.describe, self.in_any_order, self.in_any_order)
+        return lists[0]() if ordered else self.rng.choice(lists)()
+
     def lesson(self):
         """A question about the only thing in a picture, mostly with one word for an answer: right after the question a
         young model looks at the picture first. In the middle of a sentence it has no reason to before it can tell

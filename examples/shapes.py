@@ -1,6 +1,6 @@
 """Pictures of shapes, questions about them, and everything else that the small checkpoint is trained and tested on.
 
-    python examples/shapes.py OUT --chats 240000 --seed 0
+    python examples/shapes.py OUT --chats 160000 --seed 0
 
 OUT then holds the chats that `train.py` reads, each set beside the folder of its pictures, with no picture in two sets:
 
@@ -33,9 +33,10 @@ from PIL import Image
 from questions import CALLS, FIRST, NUMBERS, OFTEN, SEVERAL, SINGLE, TOOLS, Asker, Question, small_talk
 from tiny_tokenizer import write_tekken
 
-LESSONS = 0.015  # the share of training that has nothing but lessons
-EASY = 0.12  # and the one after which they are rare, and pictures have more than three shapes and other styles
-LATE = 0.5  # and the one after which lessons are rarer still
+# What is learned first, one after the other, as shares of the training: to tell what the only thing in a picture is; to
+# read out what is where; to find what has just been named; to answer questions about up to three shapes.
+SEEING, READING, FINDING, EASY = 0.009, 0.03, 0.06, 0.15
+LATE = 0.5  # from here on, lessons are rarer still
 
 
 def chat(questions: list[Question], images: list[str], effort: str = "none", offered: tuple[str, ...] = ()) -> dict:
@@ -84,23 +85,22 @@ class Album:
 def training_chats(album: Album, count: int, rng: random.Random, start: float = 0.0) -> Iterator[dict]:
     """`count` chats, easy ones first; from the share `start` of training on, so 1 means as they are at its end.
 
-    Lessons teach to see: pictures of one thing, many in a chat, that first fills the picture and then is somewhere in
-    it. Their share falls slowly, while pictures of two or three shapes come in, and then all the rest. Taught
-    everything at once the model would guess for long; taught one thing after the other it would forget.
+    A model that cannot see yet would guess for long if it was asked at once. From pictures of one thing it learns what
+    shapes there are, but not to look at places: it mixes what is anywhere. Lists in the order of places teach that, and
+    lists in any order, to find what a word names. All of them come back later, or they would be forgotten.
     """
     made = 0
     while made < count:
         done = start + (1 - start) * made / count
-        early, late, learned = done < EASY, done >= LATE, done / LESSONS / 2
-        lesson = rng.random() < max(0.02 if late else 0.05, 1 - (done - LESSONS) / EASY)
-        if lesson or (early and rng.random() < 0.25):
-            room, freedom = 1 + min(2, int(3 * learned)), min(1.0, learned)
-            scenes = [draw_one(rng, room) if lesson else draw_scene(rng, 1, 3) for _ in range(8 if lesson else 4)]
-            images = [album.add(render(scene, rng, freedom=freedom)) for scene in scenes]
+        early, lesson = done < EASY, rng.random() < (1 if done < SEEING else 0.02 if done >= LATE else 0.08)
+        if lesson or done < FINDING or (early and rng.random() < 0.4):
+            room, ordered = (1, 3)[done >= SEEING], done < READING
+            scenes = [draw_one(rng, room) if lesson else draw_scene(rng, 2, 5) for _ in range(8 if lesson else 4)]
+            images = [album.add(render(scene, rng, freedom=min(1.0, done / READING))) for scene in scenes]
             askers = [Asker(scene, rng) for scene in scenes]
             if all(images):
                 made += 1
-                yield chat([asker.lesson() if lesson else asker.in_any_order() for asker in askers], images)
+                yield chat([asker.lesson() if lesson else asker.listed(ordered) for asker in askers], images)
             continue
         shares = (54, 36, 0, 2) if early else (36, 46, 16, 2)
         what = rng.choices(("none", "high", "tools", "text"), shares)[0]
@@ -115,8 +115,7 @@ def training_chats(album: Album, count: int, rng: random.Random, start: float = 
             kinds = FIRST if early else SINGLE + OFTEN + (SEVERAL if rng.random() < 0.3 else ())
             questions = asker.draw(kinds, rng.randint(7, 10))
             if early or rng.random() < 0.4:
-                at, lists = rng.choice((0, len(questions))), (asker.describe, asker.everything, asker.in_any_order)
-                questions.insert(at, rng.choice(lists)())
+                questions.insert(rng.choice((0, len(questions))), asker.listed())
         elif what == "high":
             kinds = FIRST if early else SINGLE + OFTEN + SEVERAL * 4 + ("count_beside",) * 4
             questions, effort = asker.draw(kinds, rng.randint(2, 4)), "high"
@@ -230,7 +229,7 @@ def held_out(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", metavar="OUT")
-    parser.add_argument("--chats", type=int, default=240000, metavar="N", help="training chats")
+    parser.add_argument("--chats", type=int, default=160000, metavar="N", help="training chats")
     parser.add_argument("--review", type=int, default=1000, metavar="N", help="of review.jsonl, for fine-tunes")
     parser.add_argument("--held-out", type=int, default=1000, metavar="N", help="pictures a held-out set")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="chats a step, of about the same length")

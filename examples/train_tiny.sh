@@ -11,7 +11,7 @@ data=$out/data seed=${SEED:-0}
 
 [ -d "$data" ] || {
     rm -rf "$data.partial"
-    python examples/shapes.py "$data.partial" --chats "${CHATS:-240000}" --held-out "${HELD_OUT:-1000}" --seed "$seed"
+    python examples/shapes.py "$data.partial" --chats "${CHATS:-160000}" --held-out "${HELD_OUT:-1000}" --seed "$seed"
     mv "$data.partial" "$data"
 }
 
@@ -24,4 +24,4 @@ OMP_NUM_THREADS=1 torchrun --nproc-per-node "${PROCESSES:-2}" train.py --init "$
 
 rm -rf "$out/tiny"
 python fp8.py "$out/run/model" "$out/tiny" --calibrate "$data/calibrate.jsonl"
-python examples/evaluate.py "$data" --ckpt "$out/tiny" "$out/run/model" --batch-size 64
+python examples/evaluate.py "$data" --ckpt "$out/tiny" --batch-size 64
