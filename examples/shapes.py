@@ -35,7 +35,7 @@ from tiny_tokenizer import write_tekken
 
 # What is learned first, one after the other, as shares of the training: to tell what the only thing in a picture is; to
 # read out what is where; to find what has just been named; to answer questions about up to three shapes.
-SEEING, READING, FINDING, EASY = 0.009, 0.03, 0.06, 0.15
+SEEING, READING, FINDING, EASY = 0.01, 0.04, 0.07, 0.15
 LATE = 0.5  # from here on, lessons are rarer still
 
 
@@ -96,7 +96,7 @@ def training_chats(album: Album, count: int, rng: random.Random, start: float = 
         if lesson or done < FINDING or (early and rng.random() < 0.4):
             room, ordered = (1, 3)[done >= SEEING], done < READING
             scenes = [draw_one(rng, room) if lesson else draw_scene(rng, 2, 5) for _ in range(8 if lesson else 4)]
-            images = [album.add(render(scene, rng, freedom=min(1.0, done / READING))) for scene in scenes]
+            images = [album.add(render(scene, rng, freedom=min(1.0, done / SEEING))) for scene in scenes]
             askers = [Asker(scene, rng) for scene in scenes]
             if all(images):
                 made += 1
