@@ -392,8 +392,7 @@ class Asker:
 SINGLE = ("colour", "shape", "exists", "count", "count", "read", "read", "extreme", "beside", "where", "which_side")
 SEVERAL = ("count_beside", "count_beside", "count_sum", "more", "text_sum")
 CALLS = ("set_light", "set_light_counted", "press_key", "move_shape")
-# For training: what a young model begins with, and what it learns last, which is asked more often. What is where is
-# seen soon; which of the things is meant by "the star", late.
+# For training: what a young model begins with, and what it learns last, which is asked more often.
 FIRST = ("colour", "shape", "exists", "count", "count", "read", "read", "extreme", "beside", "where", "cell", "cell")
 FIRST += ("further", "which_side")
 OFTEN = (*["colour"] * 3, *["shape"] * 2, "exists", *["count"] * 2, *["where"] * 3, *["cell"] * 2, "further")
@@ -410,7 +409,6 @@ TOOLS = {
     "press_key": tool("press_key", "Press a key.", key="integer"),
     "move_shape": tool("move_shape", "Move a shape.", colour="string", shape="string", direction="string"),
 }
-
 
 SMALL_TALK = {
     "Hello!": "Hello! Show me a picture.",
@@ -437,7 +435,6 @@ SMALL_TALK = {
     "How many sides has a triangle?": "3",
     "How many corners has a square?": "4",
 }
-
 
 BLIND = ("How many stars are there?", "What colour is the circle?", "Is there a red square?", "What digit is shown?")
 

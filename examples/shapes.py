@@ -189,11 +189,10 @@ def length(chat: dict) -> int:
 
 
 def write(out: str, name: str, chats: Iterable[dict], kinds: list[str] | None = None) -> None:
-    with open(os.path.join(out, f"{name}.jsonl"), "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(chat, ensure_ascii=False) + "\n" for chat in chats)
-    if kinds is not None:
-        with open(os.path.join(out, f"{name}.kinds"), "w", encoding="utf-8") as file:
-            file.writelines(kind + "\n" for kind in kinds)
+    for suffix, lines in (("jsonl", (json.dumps(chat, ensure_ascii=False) for chat in chats)), ("kinds", kinds)):
+        if lines is not None:
+            with open(os.path.join(out, f"{name}.{suffix}"), "w", encoding="utf-8") as file:
+                file.writelines(line + "\n" for line in lines)
 
 
 def held_out(
