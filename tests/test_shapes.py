@@ -14,7 +14,7 @@ from pictures import COLOURS, SHAPES, STYLES, WORDS, Scene, Style, Thing, any_st
 from PIL import Image
 from processes import ROOT, run
 from questions import CALLS, FIRST, FURTHER, NUMBERS, SEVERAL, SIDES, SINGLE, Asker
-from shapes import Album, fine_tuning_chats
+from shapes import EASY, FINDING, READING, SEEING, Album, fine_tuning_chats, strings, training_chats
 
 from parallel import Place
 from runtime.chat import encode_chat
@@ -265,6 +265,12 @@ def test_where_things_are():
     assert Asker(scene, random.Random(0)).everything().answer == "a1 blue star, d3 red star"
     thoughts = [q.thought for q in Asker(scene, random.Random(1)).draw(("count", "exists"), 9)]
     assert len(thoughts) > 4 and all(re.search(r": a1 blue star \d, d3 red star \d\.", text) for text in thoughts)
+    expected = {"shape": ["star blue a1", "star red d3"], "colour": ["blue star a1", "red star d3"]}
+    expected["cell"] = ["a1 star blue", "d3 star red"]
+    asked = [Asker(scene, random.Random(seed)).in_any_order() for seed in range(40)]
+    for question in asked:
+        assert sorted(question.answer.split(", ")) == expected[question.text.split()[-1].strip(".")]
+    assert len({question.answer for question in asked}) == 6  # either shape may be first
 
 
 def test_what_is_seen_at_a_glance_is_said_in_a_sentence():
@@ -341,6 +347,15 @@ def test_the_new_colour_is_new(data):
     for name in ("train", "review", "val", "calibrate", *(name for name in SETS if name != "pink")):
         assert "pink" not in json.dumps(chats(data, name))
     assert all("pink" in json.dumps(chat) for name in ("pink", "pink_train") for chat in chats(data, name))
+
+
+def test_what_is_taught_first(tmp_path):
+    """Things alone, then lists in the order of places, lists in any order, questions, and sums."""
+    made = list(training_chats(Album(str(tmp_path), "train", set()), 1000, random.Random(9)))
+    texts = [" ".join(strings(chat["messages"])) for chat in made]
+    for text, begin in (("List all shapes", SEEING), ("List all by", READING), ("How many", FINDING), ("plus", EASY)):
+        first = next(i for i, asked in enumerate(texts) if text in asked)
+        assert begin <= first / 1000 < begin + 0.05, text
 
 
 def test_new_examples_of_a_fine_tune_look_like_old_ones(tmp_path):
