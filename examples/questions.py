@@ -34,6 +34,8 @@ class Asker:
 
     def __init__(self, scene: Scene, rng: random.Random, colours=tuple(COLOURS)):
         self.scene, self.rng, self.things, self.colours = scene, rng, scene.things, colours
+        texts = [("digit", scene.digit, scene.text_column), ("word", scene.word, (scene.columns - 1) / 2)]
+        self.shown = [*self.things, *(Thing(kind, text, at, scene.text_row) for kind, text, at in texts if text)]
 
     # what can be spoken of
 
@@ -245,21 +247,19 @@ class Asker:
 
     def describe(self):
         """Everything that there is: a lesson rather than a test."""
-        parts = list(map(str, self.scene.things_by[0]))
-        parts += [f"the digit {self.scene.digit}"] * bool(self.scene.digit)
-        parts += [f"the word {self.scene.word}"] * bool(self.scene.word)
+        parts = [*map(str, self.scene.things_by[0]), *(f"the {text}" for text in self.shown[len(self.things) :])]
         return Question("describe", self.say("Describe the picture.", "What do you see?"), ", ".join(parts), "")
 
     def everything(self):
         """Where everything is, row by row: another lesson."""
-        text = self.say("Where is everything?", "List all shapes.")
-        answer = ", ".join(f"{self.place(thing)} {thing}" for thing in self.scene.things_by[1])
+        text = self.say("Where is everything?", "List everything.")
+        answer = ", ".join(f"{self.place(t)} {t}" for t in sorted(self.shown, key=lambda t: (t.row, t.column)))
         return Question("everything", text, answer, "")
 
     def in_any_order(self):
         """Everything, in any order: the model has to find what it has just named. A third lesson."""
         order, parts = self.say("shape", "colour", "cell"), []
-        for thing in self.rng.sample(self.things, len(self.things)):
+        for thing in self.rng.sample(self.shown, len(self.shown)):
             words = {"shape": thing.shape, "colour": thing.colour, "cell": self.place(thing)}
             parts.append(" ".join([words.pop(order), *words.values()]))
         return Question("in any order", f"List all by {order}.", ", ".join(parts), "")
@@ -273,14 +273,13 @@ class Asker:
         young model looks at the picture first. In the middle of a sentence it has no reason to before it can tell
         shapes, and without looking it cannot learn to.
         """
-        scene = self.scene
         if self.rng.random() < 0.2:
             return self.describe()
         if self.things and self.rng.random() < 0.15:
             return Question("lesson", self.say("What colour is it?", "Which colour is it?"), self.things[0].colour, "")
-        if self.things and scene.columns * scene.rows > 1 and self.rng.random() < 0.5:
+        if self.things and self.scene.columns * self.scene.rows > 1 and self.rng.random() < 0.5:
             return Question("lesson", "Which cell is it in?", self.place(self.things[0]), "")
-        name = scene.digit or scene.word or self.things[0].shape
+        name = self.shown[-1].shape
         return Question("lesson", self.say("What is it?", "What is this?", "Name it."), name, "")
 
     # several steps

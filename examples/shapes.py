@@ -1,6 +1,6 @@
 """Pictures of shapes, questions about them, and everything else that the small checkpoint is trained and tested on.
 
-    python examples/shapes.py OUT --chats 160000 --seed 0
+    python examples/shapes.py OUT --chats 240000 --seed 0
 
 OUT then holds the chats that `train.py` reads, each set beside the folder of its pictures, with no picture in two sets:
 
@@ -35,7 +35,7 @@ from tiny_tokenizer import write_tekken
 
 # What is learned first, one after the other, as shares of the training: to tell what the only thing in a picture is; to
 # read out what is where; to find what has just been named; to answer questions about up to three shapes.
-SEEING, READING, FINDING, EASY = 0.01, 0.04, 0.07, 0.15
+SEEING, READING, FINDING, EASY = 0.007, 0.027, 0.047, 0.1
 LATE = 0.5  # from here on, lessons are rarer still
 
 
@@ -228,7 +228,7 @@ def held_out(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", metavar="OUT")
-    parser.add_argument("--chats", type=int, default=160000, metavar="N", help="training chats")
+    parser.add_argument("--chats", type=int, default=240000, metavar="N", help="training chats")
     parser.add_argument("--review", type=int, default=1000, metavar="N", help="of review.jsonl, for fine-tunes")
     parser.add_argument("--held-out", type=int, default=1000, metavar="N", help="pictures a held-out set")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="chats a step, of about the same length")

@@ -353,7 +353,7 @@ def test_what_is_taught_first(tmp_path):
     """Things alone, then lists in the order of places, lists in any order, questions, and sums."""
     made = list(training_chats(Album(str(tmp_path), "train", set()), 1000, random.Random(9)))
     texts = [" ".join(strings(chat["messages"])) for chat in made]
-    for text, begin in (("List all shapes", SEEING), ("List all by", READING), ("How many", FINDING), ("plus", EASY)):
+    for text, begin in (("List everything", SEEING), ("List all by", READING), ("How many", FINDING), ("plus", EASY)):
         first = next(i for i, asked in enumerate(texts) if text in asked)
         assert begin <= first / 1000 < begin + 0.05, text
 
