@@ -302,14 +302,8 @@ def attend_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.T
     B, H, T, D = q.shape
     KV = k.shape[1]
     q = q.view(B, KV, H // KV, T, D).transpose(2, 3).reshape(B, KV, -1, D)  # (B, KV, T · H/KV, D)
-    attention = product_attention if by_products(q.device, B, k.shape[2]) else F.scaled_dot_product_attention
+    attention = F.scaled_dot_product_attention if q.device.type == "cpu" else product_attention
     return attention(q, k, v, bias).view(B, KV, T, -1, D).transpose(2, 3).reshape(B, H, T, D)
-
-
-def by_products(device: torch.device, rows: int, length: int) -> bool:
-    """Whether a step attends by two products: on a GPU, and on a CPU where rows are many and short, which the fused
-    kernel takes one by one."""
-    return device.type != "cpu" or (rows >= 8 and length <= 128)
 
 
 def product_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from model import DecoderLayer, KVCache, MistralMedium, Step, attend, by_products, product_attention
+from model import DecoderLayer, KVCache, MistralMedium, Step, attend, product_attention
 from parallel import Linear
 from vision import VisionAttention
 
@@ -261,8 +261,8 @@ class Steps:
 
     Weights stream through a CPU's caches and evict the interpreter: a small model's step waits for Python a fifth of
     its time. Layers are alike, so one is traced, in 0.02 s, and called for all with their tensors as inputs. It depends
-    on nothing but tensors and their sizes, on whether there is one row, whether all are at the same position, how many
-    tokens there are of each, and how they attend: every such kind has a graph of its own.
+    on nothing but tensors and their sizes, on whether there is one row, whether all are at the same position, and how
+    many tokens there are of each: every such kind has a graph of its own.
     """
 
     def __init__(self, model: MistralMedium):
@@ -282,7 +282,7 @@ class Steps:
         if not self.traces:
             return self.forward(x, span, cache)
         shared = [x for x in (span.cos, span.sin, span.positions, span.rows, span.bias) if x is not None]
-        kind = len(x) == 1, span.bias is None, x.shape[1], by_products(x.device, len(x), span.length)
+        kind = len(x) == 1, span.bias is None, x.shape[1]
         if kind not in self.graphs:
             own = cache.layers[0][:, :, :, : span.length]
             self.graphs[kind] = trace(list(self.model.layers.values()), replace(span, length=None), x, own, shared)
