@@ -257,10 +257,7 @@ class Asker:
         return Question("everything", text, answer, "")
 
     def in_any_order(self):
-        """Everything, in any order: having named a colour, a shape or a cell, the model has to find what it named.
-
-        In the order of places, a model would only ever look at the next one.
-        """
+        """Everything, in any order: the model has to find what it has just named. A third lesson."""
         order, parts = self.say("shape", "colour", "cell"), []
         for thing in self.rng.sample(self.shown, len(self.shown)):
             words = {"shape": thing.shape, "colour": thing.colour, "cell": self.place(thing)}
@@ -272,11 +269,9 @@ class Asker:
         return lists[0]() if ordered else self.rng.choice(lists)()
 
     def lesson(self):
-        """A question about the only thing in a picture; mostly with one word for an answer.
-
-        Right after the question is where a young model looks at the picture first, to find colours, which are easy. In
-        the middle of a sentence it has no reason to look before it can tell shapes, and without looking it cannot
-        learn to.
+        """A question about the only thing in a picture, mostly with one word for an answer: right after the question a
+        young model looks at the picture first. In the middle of a sentence it has no reason to before it can tell
+        shapes, and without looking it cannot learn to.
         """
         if self.rng.random() < 0.2:
             return self.describe()

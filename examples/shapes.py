@@ -14,9 +14,8 @@ Beside each held-out set, NAME.kinds names the kind of each of its questions. Ev
 
 A chat about a picture has several turns, because looking costs more than answering. Questions have thoughts
 (`questions.py`); they are used with reasoning effort "high" and left out with "none". The sides of a picture have 24
-to 140 pixels, seldom more than 112; cells, and with them shapes, are not square, not aligned with the patches and vary
-in size, so that the tower has to find out what is where. The model's images go up to 140 pixels (`tiny_config.json`),
-as the real one's up to 1540; larger ones are scaled down first.
+to 140 pixels, seldom more than 112. The model's images go up to 140 pixels (`tiny_config.json`), as the real one's up
+to 1540; larger ones are scaled down first.
 """
 
 import argparse
@@ -86,16 +85,9 @@ class Album:
 def training_chats(album: Album, count: int, rng: random.Random, start: float = 0.0) -> Iterator[dict]:
     """`count` chats, easy ones first; from the share `start` of training on, so 1 means as they are at its end.
 
-<<<<<<< HEAD
     A model that cannot see yet would guess for long if it was asked at once. From pictures of one thing it learns what
     shapes there are, but not to look at places: it mixes what is anywhere. Lists in the order of places teach that, and
     lists in any order, to find what a word names. All of them come back later, or they would be forgotten.
-=======
-    A model that cannot see learns to see from lessons: pictures of one thing, many in a chat, that first fills the
-    picture and then is somewhere in it. Their share falls slowly, while pictures of two or three shapes come in, and
-    then all the rest. Taught everything at once the model would guess for long; taught one thing after the other it
-    would forget.
->>>>>>> parent of b42307e (Steps of eight rows or more attend by two products while they are short: the fused kernel takes rows one by one)
     """
     made = 0
     while made < count:
@@ -114,7 +106,7 @@ def training_chats(album: Album, count: int, rng: random.Random, start: float = 
         what = rng.choices(("none", "high", "tools", "text"), shares)[0]
         if what == "text":
             made += 1
-            yield text_chat(rng)
+            yield chat([small_talk(rng) for _ in range(rng.randint(2, 6))], [], rng.choice(("none", "high")))
             continue
         longest = 140 if not early and rng.random() < 0.3 else 112
         scene = draw_scene(rng, 1 if early or rng.random() < 0.4 else 3, 3 if early else 5, longest=longest)
@@ -123,14 +115,7 @@ def training_chats(album: Album, count: int, rng: random.Random, start: float = 
             kinds = FIRST if early else SINGLE + OFTEN + (SEVERAL if rng.random() < 0.3 else ())
             questions = asker.draw(kinds, rng.randint(7, 10))
             if early or rng.random() < 0.4:
-<<<<<<< HEAD
                 questions.insert(rng.choice((0, len(questions))), asker.listed())
-=======
-                questions.insert(
-                    rng.choice((0, len(questions))),
-                    rng.choice((asker.describe, asker.everything, asker.in_any_order))(),
-                )
->>>>>>> parent of b42307e (Steps of eight rows or more attend by two products while they are short: the fused kernel takes rows one by one)
         elif what == "high":
             kinds = FIRST if early else SINGLE + OFTEN + SEVERAL * 4 + ("count_beside",) * 4
             questions, effort = asker.draw(kinds, rng.randint(2, 4)), "high"
@@ -170,11 +155,6 @@ def fine_tuning_chats(
             if image := album.add(render(scene, rng)):
                 made += 1
                 yield chat(questions, [image], "high" if what == "high" else "none")
-
-
-def text_chat(rng: random.Random) -> dict:
-    questions = [small_talk(rng) for _ in range(rng.randint(2, 6))]
-    return chat(questions, [], rng.choice(("none", "high")))
 
 
 def calls(asker: Asker) -> tuple[list[Question], str, tuple[str, ...]]:
@@ -264,7 +244,6 @@ def main() -> None:
 
     about_shapes = tuple(kind for kind in SINGLE if kind != "read")
     anywhere = tuple(kind for kind in SINGLE if kind != "where")  # such narrow pictures have no four corners
-    pink = dict(colours=(*COLOURS, *NEW_COLOUR), must="pink")
     for name, count, kinds, extra in (
         ("single", n, SINGLE, {}),
         ("counting", n, ("count",), {}),
@@ -280,16 +259,12 @@ def main() -> None:
         ("styles", n, SINGLE, dict(styled=True)),
         ("absent", n, ("absent",), {}),
         ("follow_up", n, ("follow_up",), {}),
-        ("pink", n, about_shapes, pink),
+        ("pink", n, about_shapes, dict(colours=(*COLOURS, *NEW_COLOUR), must="pink")),
     ):
         write(out, name, *held_out(Album(out, name, seen), count, rng(name), kinds, **extra))
     talk = [small_talk(rng(f"text {i}")) for i in range(n // 4)]
     write(out, "text", [chat([question], []) for question in talk], [question.kind for question in talk])
-    for name, count, begin in (
-        ("val", n // 2, 1.0),
-        ("calibrate", n // 4, 1.0),
-        ("train", args.chats, 0.0),
-    ):
+    for name, count, begin in (("val", n // 2, 1.0), ("calibrate", n // 4, 1.0), ("train", args.chats, 0.0)):
         chats = training_chats(Album(out, name, seen), count, rng(name), begin)
         write(out, name, in_even_batches(chats, args.batch, rng(f"{name} batches")))
 
