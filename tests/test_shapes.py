@@ -273,6 +273,19 @@ def test_where_things_are():
     assert len({question.answer for question in asked}) == 6  # either shape may be first
 
 
+def test_lists_name_all_that_is_shown():
+    """Digits and words too, each once, at the same places in any order."""
+    rng = random.Random(12)
+    for _ in range(100):
+        scene = draw_scene(rng)
+        asker = Asker(scene, rng)
+        lists = [asker.everything().answer, asker.in_any_order().answer]
+        ordered, shuffled = (sorted(sorted(one.split()) for one in text.split(", ")) for text in lists)
+        assert ordered == shuffled and len(ordered) == len(scene.things) + bool(scene.digit or scene.word)
+        for kind in ("digit", "word"):
+            assert (f"{kind} {getattr(scene, kind)}" in lists[0]) == bool(getattr(scene, kind))
+
+
 def test_what_is_seen_at_a_glance_is_said_in_a_sentence():
     """It holds the answer, and nothing that the question does not name but the answer."""
     rng = random.Random(3)
