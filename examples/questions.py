@@ -394,8 +394,8 @@ CALLS = ("set_light", "set_light_counted", "press_key", "move_shape")
 # For training: what a young model begins with, and what it learns last, which is asked more often.
 FIRST = ("colour", "shape", "exists", "count", "count", "read", "read", "extreme", "beside", "where", "cell", "cell")
 FIRST += ("further", "which_side")
-OFTEN = (*["colour"] * 3, *["shape"] * 2, "exists", *["count"] * 2, *["where"] * 3, *["cell"] * 2, "further")
-OFTEN += (*["which_side"] * 3, *["side"] * 2, "beside", "read", *["absent"] * 3)
+OFTEN = (*["colour"] * 3, *["shape"] * 2, "exists", *["count"] * 4, *["where"] * 3, *["cell"] * 2, "further")
+OFTEN += (*["which_side"] * 3, *["side"] * 2, "beside", *["read"] * 2, *["absent"] * 3)
 
 
 def tool(name: str, description: str, **properties: str) -> dict:

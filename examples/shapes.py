@@ -1,6 +1,6 @@
 """Pictures of shapes, questions about them, and everything else that the small checkpoint is trained and tested on.
 
-    python examples/shapes.py OUT --chats 240000 --seed 0
+    python examples/shapes.py OUT --chats 280000 --seed 0
 
 OUT then holds the chats that `train.py` reads, each set beside the folder of its pictures, with no picture in two sets:
 
@@ -112,7 +112,7 @@ def training_chats(album: Album, count: int, rng: random.Random, start: float = 
         scene = draw_scene(rng, 1 if early or rng.random() < 0.4 else 3, 3 if early else 5, longest=longest)
         asker, effort, offered = Asker(scene, rng), "none", ()
         if what == "none":
-            kinds = FIRST if early else SINGLE + OFTEN + (SEVERAL if rng.random() < 0.3 else ())
+            kinds = FIRST if early else SINGLE + OFTEN + (SEVERAL * 2 if rng.random() < 0.5 else ())
             questions = asker.draw(kinds, rng.randint(7, 10))
             if early or rng.random() < 0.4:
                 questions.insert(rng.choice((0, len(questions))), asker.listed())
@@ -161,7 +161,8 @@ def calls(asker: Asker) -> tuple[list[Question], str, tuple[str, ...]]:
     """Questions that want tools, among others; the reasoning effort; and the tools that are offered."""
     rng = asker.rng
     effort = rng.choice(("none", "none", "high"))
-    questions = asker.draw((*CALLS, *CALLS, "no_light"), rng.randint(1, 3)) + asker.draw(SINGLE, 1)
+    kinds = (*CALLS * 2, *["set_light_counted"] * 2, "no_light")
+    questions = asker.draw(kinds, rng.randint(1, 3)) + asker.draw(SINGLE, 1)
     rng.shuffle(questions)
     wanted = {question.call["name"] for question in questions if question.call}
     offered = [name for name in TOOLS if name in wanted or rng.random() < 0.3]
@@ -228,7 +229,7 @@ def held_out(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", metavar="OUT")
-    parser.add_argument("--chats", type=int, default=240000, metavar="N", help="training chats")
+    parser.add_argument("--chats", type=int, default=280000, metavar="N", help="training chats")
     parser.add_argument("--review", type=int, default=1000, metavar="N", help="of review.jsonl, for fine-tunes")
     parser.add_argument("--held-out", type=int, default=1000, metavar="N", help="pictures a held-out set")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="chats a step, of about the same length")

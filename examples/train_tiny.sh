@@ -11,7 +11,7 @@ data=$out/data seed=${SEED:-0}
 
 [ -d "$data" ] || {
     rm -rf "$data.partial"
-    python examples/shapes.py "$data.partial" --chats "${CHATS:-240000}" --held-out "${HELD_OUT:-1000}" --seed "$seed"
+    python examples/shapes.py "$data.partial" --chats "${CHATS:-280000}" --held-out "${HELD_OUT:-1000}" --seed "$seed"
     mv "$data.partial" "$data"
 }
 
