@@ -19,7 +19,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, product
 
 import sentencepiece
 
@@ -252,9 +252,15 @@ def _check_config(tokenizer: Tokenizer, config: Config, directory: str) -> None:
     sizes = f"{tokenizer.vocab_size} tokens but the model only {config.vocab_size}"
     fits = tokenizer.vocab_size <= config.vocab_size
     require(fits, f"{directory}: the tokenizer has {sizes}; they do not belong together")
+    strangers = f"{directory}: tokenizer and model do not belong together"
+    ends = ("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)
+    for fields, (name, mine) in product((config.raw, config.raw.get("text_config", {})), ends):
+        said = fields.get(name)  # a list may name several; here the chat format's one ends an answer
+        fits = said is None or mine in (said if isinstance(said, list) else [said])
+        require(fits, f"{strangers}: {name} = {said!r}, but the tokenizer's is {mine}")
     if vision := config.vision:
         image = {**(tokenizer.image or {}), "image_token_index": tokenizer.special.get("[IMG]")}
-        fields = Fields(image, f"{directory}: tokenizer and model do not belong together")
+        fields = Fields(image, strangers)
         fields.agree("image_token_index", vision.image_token_id, "the model's")
         fields.agree("image_patch_size", vision.patch_size, "the model's")
         fields.agree("spatial_merge_size", vision.spatial_merge_size, "the model's")

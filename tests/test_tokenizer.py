@@ -444,6 +444,19 @@ def test_tokenizer_of_other_images(tmp_path):
             load_tokenizer(str(tmp_path), parse_config(raw))
 
 
+@pytest.mark.parametrize("name, mine", [("bos_token_id", 1), ("eos_token_id", 2)])
+def test_tokenizer_of_other_ends(name, mine, tmp_path):
+    """A model that ends its answers by another token would never be seen to end. A list may name several."""
+    write_tekken(SMALL_TEKKEN, str(tmp_path), "v15")
+    sizes = dict(vocab_size=1564)
+    for good in (mine, None, [mine], [20, mine, 7]):
+        load_tokenizer(str(tmp_path), parse_config(text_fields(**sizes, **{name: good})))
+        load_tokenizer(str(tmp_path), parse_config(dict(text_config=text_fields(**sizes)) | {name: good}))
+    for bad in (mine + 1, [], [20, 7], str(mine), -1, {}):
+        with pytest.raises(UserError, match=f"do not belong together: {name} = "):
+            load_tokenizer(str(tmp_path), parse_config(text_fields(**sizes, **{name: bad})))
+
+
 def test_counts_are_not_believed(tmp_path):
     """They are compared with what is there before anything of their size is built."""
     for counts in (dict(default_num_special_tokens=10**12), dict(default_vocab_size=10**12), dict.fromkeys(
