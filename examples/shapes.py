@@ -151,7 +151,7 @@ def fine_tuning_chats(
         kinds = SINGLE if alone else SINGLE + OFTEN + SEVERAL * 4
         least, most = {"alone": (1, 1), "none": (4, 8), "high": (2, 4)}[what]
         questions = Asker(scene, rng, every).draw(kinds, rng.randint(least, most))
-        if questions and any(must in question.text + question.answer for question in questions):
+        if len(questions) >= least and any(must in question.text + question.answer for question in questions):
             if image := album.add(render(scene, rng)):
                 made += 1
                 yield chat(questions, [image], "high" if what == "high" else "none")
