@@ -371,9 +371,10 @@ def test_what_is_taught_first(tmp_path):
         assert begin <= first / 1000 < begin + 0.05, text
 
 
-def test_new_examples_of_a_fine_tune_look_like_old_ones(tmp_path):
+@pytest.mark.parametrize("seed", range(5, 11))
+def test_new_examples_of_a_fine_tune_look_like_old_ones(seed, tmp_path):
     """Alone and in chats, with thoughts and without: nothing but pink tells them apart."""
-    rng, forms = random.Random(5), {}
+    rng, forms = random.Random(seed), {}
     for name, must in (("new", "pink"), ("old", "")):
         colours = (*COLOURS, must) if must else tuple(COLOURS)
         album = Album(str(tmp_path), name, set())
